@@ -1,0 +1,136 @@
+"""Every exception of vfiotool, one exit code a branch.
+
+An error names the operation and the object, carries the kernel's errno by name where there is
+one, and a hint: the next thing to type. The command line prints it; nothing else does.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class VfiotoolError(Exception):
+    """Base of all errors that vfiotool raises on purpose.
+
+    `message` is one sentence naming the operation, the object and the reason; `hint` is what to
+    do or type next; `device` is the object's identifier where the error concerns one device;
+    `errno_name` is the kernel's errno by name (``"EBUSY"``).
+    """
+
+    kind = "error"
+    exit_code = 5
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        device: str | None = None,
+        errno_name: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.device = device
+        self.errno_name = errno_name
+
+    def as_json(self) -> dict[str, object]:
+        """The contract's error object (CONTRACT: `{"format_version", "error": {…}}`)."""
+        return {
+            "format_version": "1.0",
+            "error": {
+                "kind": self.kind,
+                "message": self.message,
+                "hint": self.hint,
+                "device": self.device,
+                "errno": self.errno_name,
+            },
+        }
+
+
+class AnswerIsNo(VfiotoolError):
+    """The question was answered, and the answer is no."""
+
+    kind = "no"
+    exit_code = 1
+
+
+class UsageError(VfiotoolError):
+    """Bad arguments, a bad policy, or a root that cannot be used."""
+
+    kind = "usage"
+    exit_code = 2
+
+
+class NotFound(VfiotoolError):
+    """No such device, group, type or id."""
+
+    kind = "not-found"
+    exit_code = 3
+
+
+class Ambiguous(VfiotoolError):
+    """A selector that names several devices; the message lists them."""
+
+    kind = "ambiguous"
+    exit_code = 3
+
+
+class Refused(VfiotoolError):
+    """vfiotool will not do it, because it would hurt the host."""
+
+    kind = "refused"
+    exit_code = 4
+
+
+class KernelError(VfiotoolError):
+    """The kernel refused or failed; what was done before has been rolled back."""
+
+    kind = "kernel"
+    exit_code = 5
+
+
+class Stuck(VfiotoolError):
+    """A write did not return in time, or a roll-back failed: the host is half done."""
+
+    kind = "stuck"
+    exit_code = 6
+
+
+class NotPermitted(VfiotoolError):
+    """The process lacks a permission, which the message names."""
+
+    kind = "not-permitted"
+    exit_code = 7
+
+
+class Unsupported(VfiotoolError):
+    """This host or kernel lacks the facility; the message names the option or module."""
+
+    kind = "unsupported"
+    exit_code = 8
+
+
+def errno_name(number: int | None) -> str | None:
+    """The symbolic name of an errno, or None (`16` -> `"EBUSY"`)."""
+    return None if number is None else _errno.errorcode.get(number, str(number))
+
+
+def from_oserror(
+    operation: str, error: OSError, *, hint: str | None = None, device: str | None = None
+) -> VfiotoolError:
+    """Turn an OSError into the branch that its errno belongs to.
+
+    EACCES and EPERM become NotPermitted, everything else KernelError. ENOENT and ENODEV are left
+    to the caller, who alone knows whether absence is an error here.
+    """
+    name = errno_name(error.errno)
+    reason = _errno_text(error)
+    branch = NotPermitted if error.errno in (_errno.EACCES, _errno.EPERM) else KernelError
+    return branch(f"{operation}: {reason}", hint=hint, device=device, errno_name=name)
+
+
+def _errno_text(error: OSError) -> str:
+    name = errno_name(error.errno)
+    text = error.strerror or str(error)
+    return f"{text} ({name})" if name else text

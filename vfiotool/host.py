@@ -1,0 +1,451 @@
+"""The only door to the host: `/sys`, `/proc`, `/dev`, and the kernel's address tables.
+
+A `Host` reads from a tree. The live tree is the machine itself; a directory laid out like `/`
+stands for another machine; a `MemoryTree` holds a snapshot (`snapshot.py`) or a test's fake
+kernel. Everything above this module takes a `Host` and cannot tell them apart.
+
+Writing goes through `Host.write` alone. On a live host each write runs in a disposable child
+with a deadline, because unbind, remove, reset and a change of VFs block for as long as a user
+holds the device (FACTS; Documentation/driver-api/vfio.rst, "release" of a device in use).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from vfiotool.errors import KernelError, Stuck, UsageError, from_oserror
+
+SYS_PCI_DEVICES = "/sys/bus/pci/devices"
+SYS_PCI_DRIVERS = "/sys/bus/pci/drivers"
+SYS_PCI_SLOTS = "/sys/bus/pci/slots"
+SYS_PCI_PROBE = "/sys/bus/pci/drivers_probe"
+SYS_IOMMU_GROUPS = "/sys/kernel/iommu_groups"
+SYS_IOMMU = "/sys/class/iommu"
+SYS_MDEV_PARENTS = "/sys/class/mdev_bus"
+SYS_MDEV_DEVICES = "/sys/bus/mdev/devices"
+SYS_MDEV_DRIVERS = "/sys/bus/mdev/drivers"
+SYS_VDPA_DEVICES = "/sys/bus/vdpa/devices"
+SYS_VDPA_DRIVERS = "/sys/bus/vdpa/drivers"
+SYS_VDPA_PROBE = "/sys/bus/vdpa/drivers_probe"
+SYS_BLOCK = "/sys/class/block"
+SYS_NET = "/sys/class/net"
+SYS_DRM = "/sys/class/drm"
+SYS_GRAPHICS = "/sys/class/graphics"
+SYS_VTCONSOLE = "/sys/class/vtconsole"
+SYS_VFIO_DEV = "/sys/class/vfio-dev"
+SYS_MODULE = "/sys/module"
+SYS_DEVICES = "/sys/devices"
+SYS_NODES = "/sys/devices/system/node"
+SYS_FIRMWARE_ACPI_TABLES = "/sys/firmware/acpi/tables"
+SYS_LOCKDOWN = "/sys/kernel/security/lockdown"
+PROC = "/proc"
+PROC_CMDLINE = "/proc/cmdline"
+PROC_MODULES = "/proc/modules"
+PROC_MOUNTINFO = "/proc/self/mountinfo"
+PROC_SWAPS = "/proc/swaps"
+PROC_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+PROC_OSRELEASE = "/proc/sys/kernel/osrelease"
+PROC_ROUTE = "/proc/net/route"
+PROC_ROUTE6 = "/proc/net/ipv6_route"
+DEV = "/dev"
+DEV_VFIO = "/dev/vfio"
+DEV_IOMMU = "/dev/iommu"
+DEV_VDUSE = "/dev/vduse"
+DEV_SHM = "/dev/shm"
+# Not a file of the kernel's: what rtnetlink tells of addresses, kept under this name in snapshots.
+NET_ADDRESSES = "/proc/net/vfiotool_addresses"
+
+READ_DEADLINE_S = 2.0
+WRITE_DEADLINE_S = 30.0
+_READ_BYTES = 1 << 16
+_REPLY = struct.Struct("=ii")
+
+
+class Tree(Protocol):
+    """What a `Host` stands on. Paths are absolute (`"/sys/…"`); failures are `OSError`."""
+
+    def read(self, path: str) -> bytes: ...
+    def listdir(self, path: str) -> list[str]: ...
+    def readlink(self, path: str) -> str: ...
+    def exists(self, path: str) -> bool: ...
+    def isdir(self, path: str) -> bool: ...
+    def write(self, path: str, data: bytes, timeout_s: float) -> None: ...
+
+
+class OsTree:
+    """A directory laid out like `/`; with `root=""` the machine itself."""
+
+    def __init__(self, root: str = "") -> None:
+        self.root = root.rstrip("/")
+        self.live = not self.root
+
+    def read(self, path: str) -> bytes:
+        descriptor = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            data = os.read(descriptor, _READ_BYTES)
+            if len(data) < 4096:
+                return data
+            parts = [data]
+            while data := os.read(descriptor, _READ_BYTES):
+                parts.append(data)
+            return b"".join(parts)
+        finally:
+            os.close(descriptor)
+
+    def listdir(self, path: str) -> list[str]:
+        return os.listdir(self.root + path)
+
+    def readlink(self, path: str) -> str:
+        return os.readlink(self.root + path)
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(self.root + path)
+
+    def isdir(self, path: str) -> bool:
+        return os.path.isdir(self.root + path)
+
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        if not self.live:
+            raise read_only_root(self.root)
+        write_in_child(path, data, timeout_s)
+
+
+class MemoryTree:
+    """A tree held in memory: files, symbolic links, unreadable files; directories are implied.
+
+    `files` maps a path to its bytes, or to an errno where reading it fails; `links` maps a path
+    to its target as `readlink` gives it. Links are followed inside the tree and nowhere else, so
+    a hostile snapshot cannot make a reader leave it.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes | int],
+        links: Mapping[str, str],
+        directories: Iterable[str] = (),
+        *,
+        name: str = "snapshot",
+    ) -> None:
+        self.name = name
+        self.files = dict(files)
+        self.links = dict(links)
+        self.children: dict[str, set[str]] = {"/": set()}
+        for path in (*self.files, *self.links):
+            self._adopt(path)
+        for path in directories:
+            self._adopt(path)
+            self.children.setdefault(path, set())
+
+    def _adopt(self, path: str) -> None:
+        while path != "/":
+            parent, _, name = path.rpartition("/")
+            parent = parent or "/"
+            siblings = self.children.setdefault(parent, set())
+            if name in siblings:
+                return
+            siblings.add(name)
+            path = parent
+
+    def resolve(self, path: str, *, follow_last: bool = True) -> str:
+        """The path with its symbolic links followed, as the kernel would (at most 40 of them)."""
+        pending = [part for part in reversed(path.split("/")) if part]
+        done = ""
+        hops = 0
+        while pending:
+            part = pending.pop()
+            if part == ".":
+                continue
+            if part == "..":
+                done = done.rpartition("/")[0]
+                continue
+            step = f"{done}/{part}"
+            target = self.links.get(step)
+            if target is not None and (pending or follow_last):
+                hops += 1
+                if hops > 40:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+                if target.startswith("/"):
+                    done = ""
+                pending.extend(piece for piece in reversed(target.split("/")) if piece)
+                continue
+            done = step
+        return done or "/"
+
+    def read(self, path: str) -> bytes:
+        content = self.files.get(path)
+        if content is None:
+            real = self.resolve(path)
+            content = self.files.get(real)
+            if content is None:
+                number = errno.EISDIR if real in self.children else errno.ENOENT
+                raise OSError(number, os.strerror(number), path)
+        if isinstance(content, int):
+            raise OSError(content, os.strerror(content), path)
+        return content
+
+    def listdir(self, path: str) -> list[str]:
+        names = self.children.get(self.resolve(path))
+        if names is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return list(names)
+
+    def readlink(self, path: str) -> str:
+        target = self.links.get(path)
+        if target is None:
+            target = self.links.get(self.resolve(path, follow_last=False))
+        if target is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return target
+
+    def exists(self, path: str) -> bool:
+        try:
+            real = self.resolve(path)
+        except OSError:
+            return False
+        return real in self.files or real in self.children
+
+    def isdir(self, path: str) -> bool:
+        try:
+            return self.resolve(path) in self.children
+        except OSError:
+            return False
+
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        raise read_only_root(self.name)
+
+
+class Host:
+    """One host's `/sys`, `/proc`, `/dev`, read through `tree`.
+
+    `live` tells whether this is the running machine: only there are writes, netlink and device
+    nodes to be had. The readers that return None do so for absent and for unreadable files alike;
+    `read_bytes` tells them apart by its `OSError`.
+    """
+
+    def __init__(self, tree: Tree, *, live: bool, name: str) -> None:
+        self.tree = tree
+        self.live = live
+        self.name = name
+
+    @classmethod
+    def local(cls) -> Host:
+        """The machine that this process runs on."""
+        return cls(OsTree(), live=True, name="this host")
+
+    @classmethod
+    def at(cls, root: str) -> Host:
+        """A directory laid out like `/`, for reading. Raises UsageError if it holds no `sys/`."""
+        if os.path.realpath(root) == "/":
+            return cls.local()
+        if not os.path.isdir(os.path.join(root, "sys")):
+            raise UsageError(
+                f"{root} is not a root: it holds no sys/ directory",
+                hint="give a directory laid out like /, or a file made by: vfiotool snapshot FILE",
+            )
+        return cls(OsTree(os.path.abspath(root)), live=False, name=root)
+
+    def read_bytes(self, path: str) -> bytes:
+        """The file's content. Raises OSError as the kernel does."""
+        return self.tree.read(path)
+
+    def read(self, path: str) -> str | None:
+        """The file's text without surrounding white space, or None if absent or unreadable.
+
+        Bytes that are not UTF-8 appear as ``\\xNN``; control characters are kept (whoever prints
+        escapes them).
+        """
+        try:
+            return self.tree.read(path).decode("utf-8", "backslashreplace").strip()
+        except OSError:
+            return None
+
+    def read_int(self, path: str) -> int | None:
+        """The file as a number (decimal, or hexadecimal with 0x), or None if it is not one."""
+        text = self.read(path)
+        try:
+            return None if text is None else int(text, 0)
+        except ValueError:
+            return None
+
+    def listdir(self, path: str) -> list[str]:
+        """The names in a directory, sorted; empty if there is no such directory."""
+        try:
+            return sorted(self.tree.listdir(path))
+        except OSError:
+            return []
+
+    def readlink(self, path: str) -> str | None:
+        """The target of a symbolic link as it is written, or None."""
+        try:
+            return self.tree.readlink(path)
+        except OSError:
+            return None
+
+    def linkname(self, path: str) -> str | None:
+        """The last component of a symbolic link's target (`driver` -> `"nvme"`), or None."""
+        target = self.readlink(path)
+        return None if target is None else target.rpartition("/")[2]
+
+    def realpath(self, path: str) -> str | None:
+        """The path below `/sys` that a one-link path such as a bus entry leads to, or None.
+
+        Text only: sysfs's links are relative and lead to real directories, so no further link has
+        to be followed (Documentation/admin-guide/sysfs-rules.rst).
+        """
+        target = self.readlink(path)
+        if target is None:
+            return path if self.exists(path) else None
+        return os.path.normpath(os.path.join(os.path.dirname(path), target))
+
+    def exists(self, path: str) -> bool:
+        return self.tree.exists(path)
+
+    def isdir(self, path: str) -> bool:
+        return self.tree.isdir(path)
+
+    def read_guarded(
+        self, paths: Iterable[str], timeout_s: float = READ_DEADLINE_S
+    ) -> dict[str, str | None]:
+        """Read files whose reading can block on a device lock (`sriov_numvfs` on some kernels).
+
+        Returns each path's text, or None where it is absent, unreadable or did not answer within
+        `timeout_s`; the files after one that hangs are still read.
+        """
+        wanted = list(paths)
+        if not self.live:
+            return {path: self.read(path) for path in wanted}
+        found: dict[str, str | None] = {}
+        while wanted:
+            answered = _read_in_child(wanted, timeout_s)
+            found.update(zip(wanted, answered, strict=False))
+            if len(answered) < len(wanted):
+                found[wanted[len(answered)]] = None
+                wanted = wanted[len(answered) + 1 :]
+            else:
+                wanted = []
+        return found
+
+    def write(self, path: str, data: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
+        """Write `data` to one attribute in one `write(2)`: the only way vfiotool changes a host.
+
+        Raises UsageError on a root that is not the running machine, KernelError or NotPermitted
+        with the kernel's errno, and Stuck when the write has not returned after `timeout_s`
+        seconds (it then goes on in a child that nobody waits for).
+        """
+        try:
+            self.tree.write(path, data.encode(), timeout_s)
+        except OSError as error:
+            raise from_oserror(f"write {data.strip()!r} to {path}", error) from error
+
+    def boot_id(self) -> str | None:
+        return self.read(PROC_BOOT_ID)
+
+
+def read_only_root(name: str) -> UsageError:
+    return UsageError(
+        f"{name} is not the running host: nothing can be changed there",
+        hint="leave out --root, or look first with --dry-run or: vfiotool plan POLICY",
+    )
+
+
+def _read_in_child(paths: list[str], timeout_s: float) -> list[str | None]:
+    """The texts of the leading paths that answered; shorter than `paths` if one hung."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        _leave_parent(writer)
+        tree = OsTree()
+        for path in paths:
+            try:
+                data = tree.read(path)
+            except OSError:
+                os.write(writer, struct.pack("=i", -1))
+            else:
+                os.write(writer, struct.pack("=i", len(data)) + data)
+        os._exit(0)
+    os.close(writer)
+    buffer = bytearray()
+    answered: list[str | None] = []
+    try:
+        while len(answered) < len(paths):
+            if not select.select([reader], [], [], timeout_s)[0]:
+                break
+            piece = os.read(reader, _READ_BYTES)
+            if not piece:
+                break
+            buffer += piece
+            _take_answers(buffer, answered)
+    finally:
+        os.close(reader)
+        _abandon(child)
+    return answered
+
+
+def _take_answers(buffer: bytearray, answered: list[str | None]) -> None:
+    while len(buffer) >= 4:
+        (length,) = struct.unpack_from("=i", buffer)
+        if len(buffer) < 4 + max(length, 0):
+            return
+        body = bytes(buffer[4 : 4 + max(length, 0)])
+        answered.append(None if length < 0 else body.decode("utf-8", "backslashreplace").strip())
+        del buffer[: 4 + max(length, 0)]
+
+
+def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
+    """One `write(2)` in a child process. Raises OSError, KernelError (short write) or Stuck."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        _leave_parent(writer)
+        number, written = 0, 0
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            written = os.write(descriptor, data)
+        except OSError as error:
+            number = error.errno or errno.EIO
+        os.write(writer, _REPLY.pack(number, written))
+        os._exit(0)
+    os.close(writer)
+    try:
+        ready = select.select([reader], [], [], timeout_s)[0]
+        reply = os.read(reader, _REPLY.size) if ready else b""
+    finally:
+        os.close(reader)
+        _abandon(child)
+    if not ready:
+        raise Stuck(
+            f"write {data.decode().strip()!r} to {path}: no answer after {timeout_s:g} s",
+            hint="end what holds the device, then: vfiotool recover",
+        )
+    number, written = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
+    if number:
+        raise OSError(number, os.strerror(number), path)
+    if written != len(data):
+        raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+
+
+def _leave_parent(keep: int) -> None:
+    """In a child: hold nothing of the parent's (locks, pipes, terminal) but descriptor `keep`."""
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    limit = 1 << 16
+    os.closerange(0, keep)
+    os.closerange(keep + 1, limit)
+
+
+def _abandon(child: int) -> None:
+    """Reap the child if it ends at once; otherwise leave it: a signal could not free it anyway."""
+    deadline = time.monotonic() + 0.05
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return
+        time.sleep(0.0005)

@@ -1,0 +1,272 @@
+"""PCI functions as sysfs shows them: address, identity, driver, BARs, link, resets.
+
+Source: Documentation/ABI/testing/sysfs-bus-pci, Documentation/PCI/sysfs-pci.rst.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vfiotool.errors import UsageError
+from vfiotool.host import SYS_PCI_DEVICES, Host
+
+_ADDRESS = re.compile(
+    r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII
+)
+# include/linux/ioport.h
+_IORESOURCE_IO = 0x100
+_IORESOURCE_MEM = 0x200
+_IORESOURCE_PREFETCH = 0x2000
+_IORESOURCE_MEM_64 = 0x100000
+# Six BARs and the expansion ROM; later lines are SR-IOV BARs and bridge windows.
+_OWN_RESOURCES = 7
+
+
+class Address(NamedTuple):
+    """A PCI function's place: domain, bus, device, function. Sorts as the bus is laid out."""
+
+    domain: int
+    bus: int
+    device: int
+    function: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """From `0000:05:01.0` or the short `05:01.0`. Raises UsageError for anything else.
+
+        A domain may have more than four digits (VMD and Hyper-V make such domains).
+        """
+        match = _ADDRESS.fullmatch(text)
+        if match is None:
+            raise UsageError(
+                f"{text[:80]!r} is not a PCI address",
+                hint="write it as 0000:05:01.0 or 05:01.0; vfiotool devices lists them",
+            )
+        domain, bus, device, function = match.groups()
+        return cls(int(domain or "0", 16), int(bus, 16), int(device, 16), int(function))
+
+    @classmethod
+    def is_address(cls, text: str) -> bool:
+        return _ADDRESS.fullmatch(text) is not None
+
+    def __str__(self) -> str:
+        return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"
+
+
+@dataclass(frozen=True, slots=True)
+class PciIdentity:
+    """What one read of `uevent` tells of a function.
+
+    Identifiers are lower-case hexadecimal without 0x; None where the host does not tell.
+    """
+
+    address: str
+    vendor: str | None
+    device: str | None
+    subsystem_vendor: str | None
+    subsystem_device: str | None
+    class_code: str | None
+    driver: str | None
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether the base class is 06h, bridge device (PCI Code and ID Assignment, 1.7)."""
+        return self.class_code is not None and self.class_code.startswith("06")
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A BAR (`index` 0 to 5) or the expansion ROM (6). `start` and `size` are in bytes."""
+
+    index: int
+    start: int
+    size: int
+    kind: str
+    prefetchable: bool
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A PCIe link now and at best. Speeds in GT/s; None where the port reports none."""
+
+    speed_gts: float | None
+    width: int | None
+    max_speed_gts: float | None
+    max_width: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sriov:
+    """A physical function's VFs. `autoprobe`: whether new VFs are offered to host drivers."""
+
+    total_vfs: int | None
+    num_vfs: int | None
+    autoprobe: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class PciFunction(PciIdentity):
+    """One function with all of the contract's `devices` fields but its names."""
+
+    path: str
+    revision: str | None
+    driver_override: str | None
+    iommu_group: int | None
+    numa_node: int | None
+    boot_vga: bool | None
+    sriov: Sriov | None
+    physfn: str | None
+    vf_index: int | None
+    reset_methods: tuple[str, ...]
+    regions: tuple[Region, ...]
+    link: Link | None
+
+
+def parse_uevent(text: str) -> dict[str, str]:
+    """`KEY=value` lines as a dictionary; lines without `=` are passed over."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def parse_identity(address: str, uevent: str) -> PciIdentity:
+    """A function's identity from its `uevent` text (drivers/pci/pci-driver.c, pci_uevent)."""
+    keys = parse_uevent(uevent)
+    vendor, device = _id_pair(keys.get("PCI_ID"))
+    subsystem_vendor, subsystem_device = _id_pair(keys.get("PCI_SUBSYS_ID"))
+    class_code = keys.get("PCI_CLASS")
+    return PciIdentity(
+        address=address,
+        vendor=vendor,
+        device=device,
+        subsystem_vendor=subsystem_vendor,
+        subsystem_device=subsystem_device,
+        class_code=None if class_code is None else class_code.lower().zfill(6),
+        driver=keys.get("DRIVER"),
+    )
+
+
+def _id_pair(text: str | None) -> tuple[str | None, str | None]:
+    if text is None or ":" not in text:
+        return None, None
+    vendor, _, device = text.partition(":")
+    return vendor.lower().zfill(4), device.lower().zfill(4)
+
+
+def parse_resource(text: str) -> tuple[Region, ...]:
+    """The BARs and ROM of a `resource` file; unset and malformed lines are passed over."""
+    regions = []
+    for index, line in enumerate(text.splitlines()[:_OWN_RESOURCES]):
+        try:
+            start, end, flags = (int(word, 16) for word in line.split())
+        except ValueError:
+            continue
+        if not flags & (_IORESOURCE_IO | _IORESOURCE_MEM) or end < start or end == 0:
+            continue
+        regions.append(
+            Region(
+                index=index,
+                start=start,
+                size=end - start + 1,
+                kind="io" if flags & _IORESOURCE_IO else "mem",
+                prefetchable=bool(flags & _IORESOURCE_PREFETCH),
+                bits=64 if flags & _IORESOURCE_MEM_64 else 32,
+            )
+        )
+    return tuple(regions)
+
+
+def parse_speed(text: str | None) -> float | None:
+    """`"8.0 GT/s PCIe"` -> 8.0; None for `"Unknown"` and the absent."""
+    try:
+        return float((text or "").split()[0])
+    except (ValueError, IndexError):
+        return None
+
+
+def list_addresses(host: Host) -> list[str]:
+    """The addresses of all PCI functions, in bus order; names that are no address are left out."""
+    names = host.listdir(SYS_PCI_DEVICES)
+    # Sorting text equals sorting the bus as long as all domains have four digits.
+    if all(len(name) == 12 for name in names):
+        return names
+    parsed = sorted(Address.parse(name) for name in names if Address.is_address(name))
+    return [str(address) for address in parsed]
+
+
+def read_identity(host: Host, address: str) -> PciIdentity | None:
+    """The function's identity, or None if it is gone. One file read."""
+    text = host.read(f"{SYS_PCI_DEVICES}/{address}/uevent")
+    return None if text is None else parse_identity(address, text)
+
+
+def read_function(host: Host, address: str) -> PciFunction | None:
+    """All that sysfs tells of one function, or None if it is gone (hot-unplugged meanwhile)."""
+    base = f"{SYS_PCI_DEVICES}/{address}"
+    identity = read_identity(host, address)
+    path = host.realpath(base)
+    if identity is None or path is None:
+        return None
+    boot_vga = host.read_int(f"{base}/boot_vga")
+    group = host.linkname(f"{base}/iommu_group")
+    override = host.read(f"{base}/driver_override")
+    numa_node = host.read_int(f"{base}/numa_node")
+    physfn = host.linkname(f"{base}/physfn")
+    revision = host.read(f"{base}/revision")
+    return PciFunction(
+        address=identity.address,
+        vendor=identity.vendor,
+        device=identity.device,
+        subsystem_vendor=identity.subsystem_vendor,
+        subsystem_device=identity.subsystem_device,
+        class_code=identity.class_code,
+        driver=identity.driver or host.linkname(f"{base}/driver"),
+        path=path,
+        revision=None if revision is None else revision.removeprefix("0x"),
+        driver_override=None if override in (None, "", "(null)") else override,
+        iommu_group=int(group) if group is not None and group.isdecimal() else None,
+        numa_node=None if numa_node is None or numa_node < 0 else numa_node,
+        boot_vga=None if boot_vga is None else bool(boot_vga),
+        sriov=_read_sriov(host, base),
+        physfn=physfn,
+        vf_index=None if physfn is None else _vf_index(host, address, physfn),
+        reset_methods=tuple((host.read(f"{base}/reset_method") or "").split()),
+        regions=parse_resource(host.read(f"{base}/resource") or ""),
+        link=_read_link(host, base),
+    )
+
+
+def _read_link(host: Host, base: str) -> Link | None:
+    width = host.read_int(f"{base}/max_link_width")
+    if width is None:
+        return None
+    return Link(
+        speed_gts=parse_speed(host.read(f"{base}/current_link_speed")),
+        width=host.read_int(f"{base}/current_link_width"),
+        max_speed_gts=parse_speed(host.read(f"{base}/max_link_speed")),
+        max_width=width,
+    )
+
+
+def _read_sriov(host: Host, base: str) -> Sriov | None:
+    total = host.read_int(f"{base}/sriov_totalvfs")
+    if total is None:
+        return None
+    numvfs = f"{base}/sriov_numvfs"
+    answer = host.read_guarded([numvfs])[numvfs]
+    autoprobe = host.read_int(f"{base}/sriov_drivers_autoprobe")
+    return Sriov(
+        total_vfs=total,
+        num_vfs=int(answer) if answer is not None and answer.isdecimal() else None,
+        autoprobe=None if autoprobe is None else bool(autoprobe),
+    )
+
+
+def _vf_index(host: Host, address: str, physfn: str) -> int | None:
+    base = f"{SYS_PCI_DEVICES}/{physfn}"
+    for name in host.listdir(base):
+        number = name.removeprefix("virtfn")
+        if number != name and number.isdecimal() and host.linkname(f"{base}/{name}") == address:
+            return int(number)
+    return None

@@ -1,0 +1,43 @@
+"""SR-IOV as a host shows it: physical functions and their VFs (reading only).
+
+Source: Documentation/PCI/pci-iov-howto.rst, Documentation/ABI/testing/sysfs-bus-pci.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vfiotool.host import SYS_PCI_DEVICES, Host
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualFunction:
+    """A VF: its physical function, its index there (from 0), and where it stands now."""
+
+    pf: str
+    index: int
+    address: str
+    driver: str | None
+    iommu_group: int | None
+
+
+def read_vfs(host: Host, pf: str) -> tuple[VirtualFunction, ...]:
+    """The enabled VFs of a physical function, by index; empty for any other device."""
+    base = f"{SYS_PCI_DEVICES}/{pf}"
+    found = []
+    for name in host.listdir(base):
+        number = name.removeprefix("virtfn")
+        address = host.linkname(f"{base}/{name}") if number.isdecimal() else None
+        if number == name or address is None:
+            continue
+        group = host.linkname(f"{SYS_PCI_DEVICES}/{address}/iommu_group")
+        found.append(
+            VirtualFunction(
+                pf=pf,
+                index=int(number),
+                address=address,
+                driver=host.linkname(f"{SYS_PCI_DEVICES}/{address}/driver"),
+                iommu_group=int(group) if group is not None and group.isdecimal() else None,
+            )
+        )
+    return tuple(sorted(found, key=lambda vf: vf.index))
