@@ -1,0 +1,147 @@
+"""The command table and the one place where errors become text and exit codes.
+
+Importing typer costs more than listing a host, and each area of commands more again: only the
+module of the command that was typed is imported, and `--version` and plain `groups` need none.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+from vfiotool import __version__
+from vfiotool.errors import VfiotoolError
+
+COMMANDS: dict[str, str] = {
+    "groups": "inspect",
+    "devices": "inspect",
+    "show": "inspect",
+    "why": "inspect",
+    "doctor": "doctor",
+    "tree": "tree",
+    "watch": "watch",
+    "snapshot": "snapshot",
+    "bind": "change",
+    "release": "change",
+    "vf": "change",
+    "mdev": "change",
+    "plan": "policy",
+    "apply": "policy",
+    "confirm": "policy",
+    "status": "policy",
+    "undo": "policy",
+    "history": "policy",
+    "recover": "policy",
+    "export": "policy",
+    "import": "boot",
+    "boot": "boot",
+    "device": "device",
+    "demo": "device",
+    "lab": "lab",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (CONTRACT, exit codes)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments == ["--version"]:
+        sys.stdout.write(f"vfiotool {__version__}\n")
+        return 0
+    debug = "--debug" in arguments
+    try:
+        code = _run_fast(arguments)
+        if code is None:
+            code = _run_typer(arguments)
+        sys.stdout.flush()
+        return code
+    except VfiotoolError as error:
+        if debug:
+            raise
+        return report(error, as_json=_wants_json(arguments))
+    except BrokenPipeError:
+        # The reader (head, less) has gone; keep the interpreter's exit from complaining again.
+        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def report(error: VfiotoolError, *, as_json: bool) -> int:
+    """Print an error in the contract's shape or for people; returns its exit code."""
+    from vfiotool.cli.render import escape
+
+    if as_json:
+        import json
+
+        sys.stdout.write(json.dumps(error.as_json(), indent=2) + "\n")
+    else:
+        sys.stderr.write(f"vfiotool: {escape(error.message)}\n")
+        if error.hint:
+            sys.stderr.write(f"  {escape(error.hint)}\n")
+    sys.stdout.flush()
+    return error.exit_code
+
+
+def _own_arguments(arguments: list[str]) -> list[str]:
+    """The arguments up to `--`: what follows belongs to the command that `lab run` starts."""
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    return "--json" in _own_arguments(arguments)
+
+
+def _command_name(arguments: list[str]) -> str | None:
+    """The command typed, past the global options."""
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--root":
+            skip = True
+        elif not argument.startswith("-"):
+            return argument
+    return None
+
+
+def _run_fast(arguments: list[str]) -> int | None:
+    """`groups` without typer, where nothing but ids and the global options was given."""
+    if _command_name(arguments) != "groups":
+        return None
+    ids: list[str] = []
+    root: str | None = None
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == "--root":
+            root = next(pending, None)
+            if root is None:
+                return None
+        elif argument.startswith("--root="):
+            root = argument.removeprefix("--root=")
+        elif argument.isdecimal():
+            ids.append(argument)
+        elif argument not in ("groups", "--json", "--debug"):
+            return None
+    from vfiotool.cli.groups import run_groups
+    from vfiotool.cli.render import open_host
+
+    return run_groups(open_host(root), [int(text) for text in ids], as_json="--json" in arguments)
+
+
+def _run_typer(arguments: list[str]) -> int:
+    from vfiotool.cli.frame import run
+
+    name = _command_name(arguments)
+    chosen = {COMMANDS[name]} if name in COMMANDS else set(COMMANDS.values())
+    names = [f"vfiotool.cli.{module}" for module in sorted(chosen)]
+    modules = [import_module(module) for module in names if find_spec(module)]
+    return run(modules, _hoist_globals(arguments))
+
+
+def _hoist_globals(arguments: list[str]) -> list[str]:
+    """Move `--json` and `--debug` before the command's name, where the options are declared."""
+    own = _own_arguments(arguments)
+    flags = [flag for flag in ("--json", "--debug") if flag in own]
+    rest = [argument for argument in own if argument not in flags]
+    return [*flags, *rest, *arguments[len(own) :]]

@@ -1,0 +1,66 @@
+"""The typer application around the commands: global options and help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from vfiotool import __version__
+from vfiotool.cli.render import State
+from vfiotool.errors import UsageError
+
+EPILOG = "Exit codes: 1 the answer is no, 2 usage, 3 no such device, 4 refused, 5 kernel, 6 stuck."
+
+
+def run(modules: Iterable[ModuleType], arguments: list[str]) -> int:
+    """Run one command of the given area modules (each has `register(app)`); returns its code.
+
+    Raises UsageError for arguments that the command does not take.
+    """
+    app = typer.Typer(
+        name="vfiotool",
+        help="Hand Linux devices to virtual machines and user-space drivers.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_globals)
+    for module in modules:
+        module.register(app)
+    try:
+        outcome = typer.main.get_command(app).main(arguments, "vfiotool", standalone_mode=False)
+    except typer.Abort:
+        return 130
+    except typer.TyperException as error:
+        text = error.format_message()
+        if not text:
+            # `no_args_is_help` has printed the help.
+            return 2
+        raise UsageError(text, hint="vfiotool --help, or the command's own --help") from error
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vfiotool {__version__}")
+        raise typer.Exit
+
+
+def _globals(
+    context: typer.Context,
+    root: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A directory laid out like /, or a snapshot file."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    context.obj = State(root=root, json=json, debug=debug)

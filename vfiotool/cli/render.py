@@ -1,0 +1,77 @@
+"""What all commands share: global options, the chosen host, JSON and people's output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vfiotool.host import Host
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+
+FORMAT_VERSION = "1.0"
+
+
+@dataclass(frozen=True)
+class State:
+    """The global options."""
+
+    root: str | None = None
+    json: bool = False
+    debug: bool = False
+
+
+def state(context: typer.Context) -> State:
+    """The global options that the command was called with."""
+    found = context.find_object(State)
+    return found if found is not None else State()
+
+
+def host(context: typer.Context) -> Host:
+    """The host that `--root` names: this machine, a directory, or a snapshot file."""
+    return open_host(state(context).root)
+
+
+def open_host(root: str | None) -> Host:
+    """As `host`, from the option's text. Raises UsageError for a root that cannot be used."""
+    if root is None:
+        return Host.local()
+    from vfiotool.snapshot import open_root
+
+    return open_root(root)
+
+
+def emit(payload: Mapping[str, object]) -> None:
+    """Print one JSON object, `format_version` first, on standard output."""
+    whole = {"format_version": FORMAT_VERSION, **payload}
+    sys.stdout.write(json.dumps(whole, indent=2) + "\n")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; rich is imported only when something is printed for people."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line for people on standard error: warnings and notes, so that JSON stays alone."""
+    sys.stderr.write(escape(text) + "\n")
+
+
+def escape(text: str) -> str:
+    """`text` with control characters and other unprintables as escapes; newlines are kept.
+
+    Names come from devices and may hold terminal escape sequences.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
