@@ -84,8 +84,13 @@ def report(error: VfiotoolError, *, as_json: bool) -> int:
 
 
 def _own_arguments(arguments: list[str]) -> list[str]:
-    """The arguments up to `--`: what follows belongs to the command that `lab run` starts."""
-    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+    """The arguments that are vfiotool's, not those of the command that `lab run` starts."""
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return arguments[:position]
+        if argument == "run" and position and arguments[position - 1] == "lab":
+            return arguments[: position + 1]
+    return arguments
 
 
 def _wants_json(arguments: list[str]) -> bool:

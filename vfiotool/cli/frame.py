@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Annotated
@@ -38,8 +39,9 @@ def run(modules: Iterable[ModuleType], arguments: list[str]) -> int:
         return 130
     except typer.TyperException as error:
         text = error.format_message()
-        if not text:
-            # `no_args_is_help` has printed the help.
+        if text.startswith("Usage:"):
+            # `no_args_is_help`: the message is the help itself.
+            sys.stderr.write(text + "\n")
             return 2
         raise UsageError(text, hint="vfiotool --help, or the command's own --help") from error
     return outcome if isinstance(outcome, int) else 0
