@@ -196,10 +196,11 @@ def test_only_one_module_imports_the_c_library() -> None:
 
 
 def test_groups_imports_nothing_heavy() -> None:
+    fixture = str(next((ROOT / "fixtures" / "hosts").iterdir()))
     code = (
         "import sys\n"
         "from vfiotool.cli.app import main\n"
-        f"main(['--root', {str(next((ROOT / 'fixtures/hosts').iterdir()))!r}, 'groups', '--json'])\n"
+        f"main(['--root', {fixture!r}, 'groups', '--json'])\n"
         "heavy = {'rich', 'typer', 'pyudev', 'cffi', 'vfiotool.netlink', 'vfiotool._native'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)\n"
     )

@@ -34,10 +34,12 @@ COMMANDS: dict[str, str] = {
     "history": "policy",
     "recover": "policy",
     "export": "policy",
+    "vdpa": "vdpa",
     "import": "boot",
     "boot": "boot",
     "device": "device",
     "demo": "device",
+    "nvme": "nvme",
     "lab": "lab",
 }
 
