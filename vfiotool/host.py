@@ -360,16 +360,12 @@ def _read_in_child(paths: list[str], timeout_s: float) -> list[str | None]:
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
-        _leave_parent(writer)
-        tree = OsTree()
-        for path in paths:
-            try:
-                data = tree.read(path)
-            except OSError:
-                os.write(writer, struct.pack("=i", -1))
-            else:
-                os.write(writer, struct.pack("=i", len(data)) + data)
-        os._exit(0)
+        # Whatever happens, the child must never run on in the parent's code.
+        try:
+            _leave_parent(writer)
+            _answer_reads(paths, writer)
+        finally:
+            os._exit(0)
     os.close(writer)
     buffer = bytearray()
     answered: list[str | None] = []
@@ -388,6 +384,17 @@ def _read_in_child(paths: list[str], timeout_s: float) -> list[str | None]:
     return answered
 
 
+def _answer_reads(paths: list[str], writer: int) -> None:
+    tree = OsTree()
+    for path in paths:
+        try:
+            data = tree.read(path)
+        except OSError:
+            os.write(writer, struct.pack("=i", -1))
+        else:
+            os.write(writer, struct.pack("=i", len(data)) + data)
+
+
 def _take_answers(buffer: bytearray, answered: list[str | None]) -> None:
     while len(buffer) >= 4:
         (length,) = struct.unpack_from("=i", buffer)
@@ -403,15 +410,11 @@ def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
-        _leave_parent(writer)
-        number, written = 0, 0
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            written = os.write(descriptor, data)
-        except OSError as error:
-            number = error.errno or errno.EIO
-        os.write(writer, _REPLY.pack(number, written))
-        os._exit(0)
+            _leave_parent(writer)
+            os.write(writer, _REPLY.pack(*_write_once(path, data)))
+        finally:
+            os._exit(0)
     os.close(writer)
     try:
         ready = select.select([reader], [], [], timeout_s)[0]
@@ -429,6 +432,15 @@ def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
         raise OSError(number, os.strerror(number), path)
     if written != len(data):
         raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+
+
+def _write_once(path: str, data: bytes) -> tuple[int, int]:
+    """The errno (0 if none) and the bytes that the kernel took."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        return 0, os.write(descriptor, data)
+    except OSError as error:
+        return error.errno or errno.EIO, 0
 
 
 def _leave_parent(keep: int) -> None:
