@@ -1,0 +1,41 @@
+/* VFIO: containers, groups, devices, regions and features. See <linux/vfio.h>.
+ *
+ * Every function returns 0 or a non-negative result, or -errno.
+ */
+#ifndef VT_VFIO_H
+#define VT_VFIO_H
+
+#include <stdint.h>
+
+int vt_container_version(int container);
+/* 1 if the container supports `extension`, 0 if not. */
+int vt_container_check(int container, int extension);
+int vt_container_set_iommu(int container, int type);
+/* The argsz protocol of vt_info: struct vfio_iommu_type1_info with its capabilities. */
+int vt_type1_info(int container, void *buffer, uint32_t size);
+
+int vt_group_status(int group, uint32_t *flags);
+int vt_group_set_container(int group, int container);
+int vt_group_unset_container(int group);
+/* `name` is what the bus calls the device, for a VF with a token followed by " vf_token=UUID". */
+int vt_group_device(int group, const char *name);
+
+int vt_device_info(int device, void *buffer, uint32_t size);
+int vt_region_info(int device, uint32_t index, void *buffer, uint32_t size);
+int vt_irq_info(int device, uint32_t index, uint32_t *flags, uint32_t *count);
+int vt_device_reset(int device);
+int vt_hot_reset_info(int device, void *buffer, uint32_t size);
+int vt_hot_reset(int device, const int32_t *group_fds, uint32_t count);
+/* `flags` is the feature's number with VFIO_DEVICE_FEATURE_GET, _SET or _PROBE; `data` goes in
+ * and comes back (`length` bytes, at most 4096). */
+int vt_device_feature(int device, uint32_t flags, void *data, uint32_t length);
+
+/* One access of exactly `width` (1, 2, 4, 8) bytes at file position `position`: a register is
+ * never split. Values are the host's numbers, the device's bytes are little-endian. */
+int vt_region_read(int device, uint64_t position, uint32_t width, uint64_t *value);
+int vt_region_write(int device, uint64_t position, uint32_t width, uint64_t value);
+/* Plain copies through read(2) and write(2); the kernel chooses the widths. */
+int vt_region_copy_out(int device, uint64_t position, void *buffer, uint64_t length);
+int vt_region_copy_in(int device, uint64_t position, const void *buffer, uint64_t length);
+
+#endif
