@@ -66,6 +66,7 @@ READ_DEADLINE_S = 2.0
 WRITE_DEADLINE_S = 30.0
 _READ_BYTES = 1 << 16
 _REPLY = struct.Struct("=ii")
+_REQUEST = struct.Struct("=II")
 
 
 class Tree(Protocol):
@@ -77,6 +78,7 @@ class Tree(Protocol):
     def exists(self, path: str) -> bool: ...
     def isdir(self, path: str) -> bool: ...
     def write(self, path: str, data: bytes, timeout_s: float) -> None: ...
+    def load_module(self, name: str, timeout_s: float) -> None: ...
 
 
 class OsTree:
@@ -85,6 +87,7 @@ class OsTree:
     def __init__(self, root: str = "") -> None:
         self.root = root.rstrip("/")
         self.live = not self.root
+        self._writer: WriteChild | None = None
 
     def read(self, path: str) -> bytes:
         descriptor = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -112,9 +115,23 @@ class OsTree:
         return os.path.isdir(self.root + path)
 
     def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        self.writer().write(path, data, timeout_s)
+
+    def load_module(self, name: str, timeout_s: float) -> None:
         if not self.live:
             raise read_only_root(self.root)
-        write_in_child(path, data, timeout_s)
+        _run_modprobe(name, timeout_s)
+
+    def writer(self) -> WriteChild:
+        """The child that writes for this process: made when first needed, again after a hang."""
+        if not self.live:
+            raise read_only_root(self.root)
+        if self._writer is not None and not self._writer.usable():
+            self._writer.close()
+            self._writer = None
+        if self._writer is None:
+            self._writer = WriteChild()
+        return self._writer
 
 
 class MemoryTree:
@@ -220,6 +237,9 @@ class MemoryTree:
     def write(self, path: str, data: bytes, timeout_s: float) -> None:
         raise read_only_root(self.name)
 
+    def load_module(self, name: str, timeout_s: float) -> None:
+        raise read_only_root(self.name)
+
 
 class Host:
     """One host's `/sys`, `/proc`, `/dev`, read through `tree`.
@@ -319,7 +339,7 @@ class Host:
         `timeout_s`; the files after one that hangs are still read.
         """
         wanted = list(paths)
-        if not self.live:
+        if not self.live or not isinstance(self.tree, OsTree):
             return {path: self.read(path) for path in wanted}
         found: dict[str, str | None] = {}
         while wanted:
@@ -343,6 +363,20 @@ class Host:
             self.tree.write(path, data.encode(), timeout_s)
         except OSError as error:
             raise from_oserror(f"write {data.strip()!r} to {path}", error) from error
+
+    def writer_pid(self) -> int | None:
+        """The process that the next `write` runs in, so that a journal can name it beforehand."""
+        return self.tree.writer().pid if isinstance(self.tree, OsTree) else None
+
+    def load_module(self, name: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
+        """Have modprobe load a module. Raises KernelError, NotPermitted or Stuck as `write` does.
+
+        Loading what is loaded or built in already is no error.
+        """
+        try:
+            self.tree.load_module(name, timeout_s)
+        except OSError as error:
+            raise from_oserror(f"load module {name}", error) from error
 
     def boot_id(self) -> str | None:
         return self.read(PROC_BOOT_ID)
@@ -407,51 +441,134 @@ def _take_answers(buffer: bytearray, answered: list[str | None]) -> None:
 
 def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
     """One `write(2)` in a child process. Raises OSError, KernelError (short write) or Stuck."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        try:
-            _leave_parent(writer)
-            os.write(writer, _REPLY.pack(*_write_once(path, data)))
-        finally:
-            os._exit(0)
-    os.close(writer)
+    child = WriteChild()
     try:
-        ready = select.select([reader], [], [], timeout_s)[0]
-        reply = os.read(reader, _REPLY.size) if ready else b""
+        child.write(path, data, timeout_s)
     finally:
-        os.close(reader)
-        _abandon(child)
-    if not ready:
-        raise Stuck(
-            f"write {data.decode().strip()!r} to {path}: no answer after {timeout_s:g} s",
-            hint="end what holds the device, then: vfiotool recover",
+        child.close()
+
+
+class WriteChild:
+    """A disposable process that writes for its parent, one attribute at a time.
+
+    It holds nothing of the parent's and ends when the parent does, after the write in hand. A
+    write that misses its deadline costs the child: it is left alone until the kernel lets it go.
+    """
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        requests, self._requests = os.pipe2(os.O_CLOEXEC)
+        self._replies, replies = os.pipe2(os.O_CLOEXEC)
+        self._open = True
+        self.pid = os.fork()
+        if self.pid == 0:
+            # Whatever happens, the child must never run on in the parent's code.
+            try:
+                _leave_parent(requests, replies)
+                _serve_writes(requests, replies)
+            finally:
+                os._exit(0)
+        os.close(requests)
+        os.close(replies)
+
+    def usable(self) -> bool:
+        """Whether it can take a write: not closed, not inherited by a fork, not dead."""
+        if self._owner != os.getpid() or not self._open:
+            return False
+        return not select.select([self._replies], [], [], 0)[0]
+
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        """One `write(2)`. Raises OSError, KernelError (short write) or Stuck (no answer)."""
+        where = path.encode()
+        os.write(self._requests, _REQUEST.pack(len(where), len(data)) + where + data)
+        if not select.select([self._replies], [], [], timeout_s)[0]:
+            self.close()
+            raise Stuck(
+                f"write {data.decode().strip()!r} to {path}: no answer after {timeout_s:g} s",
+                hint="end what holds the device, then: vfiotool recover",
+            )
+        reply = os.read(self._replies, _REPLY.size)
+        number, written = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
+        if number:
+            raise OSError(number, os.strerror(number), path)
+        if written != len(data):
+            raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+
+    def close(self) -> None:
+        """Let the child go. It ends at once, or when the kernel lets go of it."""
+        if not self._open:
+            return
+        self._open = False
+        os.close(self._requests)
+        os.close(self._replies)
+        if self._owner == os.getpid():
+            _abandon(self.pid)
+
+
+def _serve_writes(requests: int, replies: int) -> None:
+    while header := os.read(requests, _REQUEST.size):
+        where, length = _REQUEST.unpack(header)
+        body = b""
+        while len(body) < where + length:
+            body += os.read(requests, where + length - len(body))
+        os.write(replies, _REPLY.pack(*_write_once(body[:where].decode(), body[where:])))
+
+
+def _run_modprobe(name: str, timeout_s: float) -> None:
+    import subprocess
+
+    command = ["modprobe", "--", name]
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    try:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
-    number, written = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
-    if number:
-        raise OSError(number, os.strerror(number), path)
-    if written != len(data):
-        raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+    except FileNotFoundError as error:
+        raise KernelError(
+            f"load module {name}: there is no modprobe", errno_name="ENOENT"
+        ) from error
+    try:
+        said = child.communicate(timeout=timeout_s)[1]
+    except subprocess.TimeoutExpired as error:
+        child.kill()
+        raise Stuck(
+            f"load module {name}: no answer after {timeout_s:g} s", hint="vfiotool recover"
+        ) from error
+    if child.returncode:
+        lines = said.decode(errors="replace").strip().splitlines()
+        raise KernelError(f"load module {name}: {lines[-1] if lines else 'modprobe failed'}")
 
 
 def _write_once(path: str, data: bytes) -> tuple[int, int]:
     """The errno (0 if none) and the bytes that the kernel took."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return error.errno or errno.EIO, 0
+    try:
         return 0, os.write(descriptor, data)
     except OSError as error:
         return error.errno or errno.EIO, 0
+    finally:
+        os.close(descriptor)
 
 
-def _leave_parent(keep: int) -> None:
-    """In a child: hold nothing of the parent's (locks, pipes, terminal) but descriptor `keep`."""
+def _leave_parent(*keep: int) -> None:
+    """In a child: hold nothing of the parent's (locks, pipes, terminal) but descriptors `keep`."""
     os.setsid()
+    os.chdir("/")
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    limit = 1 << 16
-    os.closerange(0, keep)
-    os.closerange(keep + 1, limit)
+    first = 0
+    for descriptor in sorted(keep):
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, 1 << 16)
 
 
 def _abandon(child: int) -> None:
