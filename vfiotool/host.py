@@ -43,6 +43,10 @@ SYS_VFIO_DEV = "/sys/class/vfio-dev"
 SYS_MODULE = "/sys/module"
 SYS_DEVICES = "/sys/devices"
 SYS_NODES = "/sys/devices/system/node"
+SYS_FS_BTRFS = "/sys/fs/btrfs"
+SYS_FS_BCACHEFS = "/sys/fs/bcachefs"
+SYS_NVME_SUBSYSTEM = "/sys/class/nvme-subsystem"
+SYS_TTY_CONSOLE = "/sys/class/tty/console/active"
 SYS_FIRMWARE_ACPI_TABLES = "/sys/firmware/acpi/tables"
 SYS_LOCKDOWN = "/sys/kernel/security/lockdown"
 PROC = "/proc"
@@ -50,6 +54,8 @@ PROC_CMDLINE = "/proc/cmdline"
 PROC_MODULES = "/proc/modules"
 PROC_MOUNTINFO = "/proc/self/mountinfo"
 PROC_SWAPS = "/proc/swaps"
+PROC_IOMEM = "/proc/iomem"
+PROC_NVIDIA = "/proc/driver/nvidia/gpus"
 PROC_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 PROC_OSRELEASE = "/proc/sys/kernel/osrelease"
 PROC_ROUTE = "/proc/net/route"
@@ -59,14 +65,22 @@ DEV_VFIO = "/dev/vfio"
 DEV_IOMMU = "/dev/iommu"
 DEV_VDUSE = "/dev/vduse"
 DEV_SHM = "/dev/shm"
-# Not a file of the kernel's: what rtnetlink tells of addresses, kept under this name in snapshots.
-NET_ADDRESSES = "/proc/net/vfiotool_addresses"
+# Not files of the kernel's: what a live host tells only through netlink, other processes' tables
+# or a probe. Reading one observes it (host_scan.py, which gives each format); a snapshot keeps the
+# text under the same name.
+OBSERVED = "/proc/vfiotool/"
+NET_ADDRESSES = OBSERVED + "addresses"
+NET_NAMESPACES = OBSERVED + "net-namespaces"
+NET_CALLER = OBSERVED + "caller"
+OPEN_NODES = OBSERVED + "open-nodes"
+MOUNTS = OBSERVED + "mounts"
+BLOCK_CLAIM = OBSERVED + "block-claim"
 
 READ_DEADLINE_S = 2.0
 WRITE_DEADLINE_S = 30.0
 _READ_BYTES = 1 << 16
 _REPLY = struct.Struct("=ii")
-_REQUEST = struct.Struct("=II")
+_REQUEST = struct.Struct("=ii")
 
 
 class Tree(Protocol):
@@ -87,9 +101,13 @@ class OsTree:
     def __init__(self, root: str = "") -> None:
         self.root = root.rstrip("/")
         self.live = not self.root
-        self._writer: WriteChild | None = None
+        self._child: DoorChild | None = None
 
     def read(self, path: str) -> bytes:
+        if self.live and path.startswith(OBSERVED):
+            from vfiotool.host_scan import observe
+
+            return observe(path)
         descriptor = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             data = os.read(descriptor, _READ_BYTES)
@@ -115,23 +133,23 @@ class OsTree:
         return os.path.isdir(self.root + path)
 
     def write(self, path: str, data: bytes, timeout_s: float) -> None:
-        self.writer().write(path, data, timeout_s)
+        self.child().write(path, data, timeout_s)
 
     def load_module(self, name: str, timeout_s: float) -> None:
         if not self.live:
             raise read_only_root(self.root)
         _run_modprobe(name, timeout_s)
 
-    def writer(self) -> WriteChild:
+    def child(self) -> DoorChild:
         """The child that writes for this process: made when first needed, again after a hang."""
         if not self.live:
             raise read_only_root(self.root)
-        if self._writer is not None and not self._writer.usable():
-            self._writer.close()
-            self._writer = None
-        if self._writer is None:
-            self._writer = WriteChild()
-        return self._writer
+        if self._child is not None and not self._child.usable():
+            self._child.close()
+            self._child = None
+        if self._child is None:
+            self._child = DoorChild()
+        return self._child
 
 
 class MemoryTree:
@@ -339,17 +357,15 @@ class Host:
         `timeout_s`; the files after one that hangs are still read.
         """
         wanted = list(paths)
-        if not self.live or not isinstance(self.tree, OsTree):
+        if not isinstance(self.tree, OsTree) or not self.tree.live:
             return {path: self.read(path) for path in wanted}
         found: dict[str, str | None] = {}
-        while wanted:
-            answered = _read_in_child(wanted, timeout_s)
-            found.update(zip(wanted, answered, strict=False))
-            if len(answered) < len(wanted):
-                found[wanted[len(answered)]] = None
-                wanted = wanted[len(answered) + 1 :]
-            else:
-                wanted = []
+        for path in wanted:
+            try:
+                data = self.tree.child().read(path, timeout_s)
+                found[path] = data.decode("utf-8", "backslashreplace").strip()
+            except (OSError, Stuck):
+                found[path] = None
         return found
 
     def write(self, path: str, data: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
@@ -366,7 +382,7 @@ class Host:
 
     def writer_pid(self) -> int | None:
         """The process that the next `write` runs in, so that a journal can name it beforehand."""
-        return self.tree.writer().pid if isinstance(self.tree, OsTree) else None
+        return self.tree.child().pid if isinstance(self.tree, OsTree) else None
 
     def load_module(self, name: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
         """Have modprobe load a module. Raises KernelError, NotPermitted or Stuck as `write` does.
@@ -389,70 +405,20 @@ def read_only_root(name: str) -> UsageError:
     )
 
 
-def _read_in_child(paths: list[str], timeout_s: float) -> list[str | None]:
-    """The texts of the leading paths that answered; shorter than `paths` if one hung."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        # Whatever happens, the child must never run on in the parent's code.
-        try:
-            _leave_parent(writer)
-            _answer_reads(paths, writer)
-        finally:
-            os._exit(0)
-    os.close(writer)
-    buffer = bytearray()
-    answered: list[str | None] = []
-    try:
-        while len(answered) < len(paths):
-            if not select.select([reader], [], [], timeout_s)[0]:
-                break
-            piece = os.read(reader, _READ_BYTES)
-            if not piece:
-                break
-            buffer += piece
-            _take_answers(buffer, answered)
-    finally:
-        os.close(reader)
-        _abandon(child)
-    return answered
-
-
-def _answer_reads(paths: list[str], writer: int) -> None:
-    tree = OsTree()
-    for path in paths:
-        try:
-            data = tree.read(path)
-        except OSError:
-            os.write(writer, struct.pack("=i", -1))
-        else:
-            os.write(writer, struct.pack("=i", len(data)) + data)
-
-
-def _take_answers(buffer: bytearray, answered: list[str | None]) -> None:
-    while len(buffer) >= 4:
-        (length,) = struct.unpack_from("=i", buffer)
-        if len(buffer) < 4 + max(length, 0):
-            return
-        body = bytes(buffer[4 : 4 + max(length, 0)])
-        answered.append(None if length < 0 else body.decode("utf-8", "backslashreplace").strip())
-        del buffer[: 4 + max(length, 0)]
-
-
 def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
     """One `write(2)` in a child process. Raises OSError, KernelError (short write) or Stuck."""
-    child = WriteChild()
+    child = DoorChild()
     try:
         child.write(path, data, timeout_s)
     finally:
         child.close()
 
 
-class WriteChild:
-    """A disposable process that writes for its parent, one attribute at a time.
+class DoorChild:
+    """A disposable process that writes, and reads what can block, for its parent.
 
-    It holds nothing of the parent's and ends when the parent does, after the write in hand. A
-    write that misses its deadline costs the child: it is left alone until the kernel lets it go.
+    It holds nothing of the parent's and ends when the parent does, after the access in hand. An
+    access that misses its deadline costs the child: it is left alone until the kernel lets it go.
     """
 
     def __init__(self) -> None:
@@ -465,34 +431,45 @@ class WriteChild:
             # Whatever happens, the child must never run on in the parent's code.
             try:
                 _leave_parent(requests, replies)
-                _serve_writes(requests, replies)
+                _serve(requests, replies)
             finally:
                 os._exit(0)
         os.close(requests)
         os.close(replies)
 
     def usable(self) -> bool:
-        """Whether it can take a write: not closed, not inherited by a fork, not dead."""
+        """Whether it can do an access: not closed, not inherited by a fork, not dead."""
         if self._owner != os.getpid() or not self._open:
             return False
         return not select.select([self._replies], [], [], 0)[0]
 
     def write(self, path: str, data: bytes, timeout_s: float) -> None:
         """One `write(2)`. Raises OSError, KernelError (short write) or Stuck (no answer)."""
+        what = f"write {data.decode().strip()!r} to {path}"
+        written = self._ask(what, path, data, timeout_s)
+        if written != len(data):
+            raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+
+    def read(self, path: str, timeout_s: float) -> bytes:
+        """At most 64 KiB of a file. Raises OSError or Stuck (no answer)."""
+        length = self._ask(f"read {path}", path, None, timeout_s)
+        return _read_exactly(self._replies, length)
+
+    def _ask(self, what: str, path: str, data: bytes | None, timeout_s: float) -> int:
         where = path.encode()
-        os.write(self._requests, _REQUEST.pack(len(where), len(data)) + where + data)
+        length = -1 if data is None else len(data)
+        os.write(self._requests, _REQUEST.pack(len(where), length) + where + (data or b""))
         if not select.select([self._replies], [], [], timeout_s)[0]:
             self.close()
             raise Stuck(
-                f"write {data.decode().strip()!r} to {path}: no answer after {timeout_s:g} s",
+                f"{what}: no answer after {timeout_s:g} s",
                 hint="end what holds the device, then: vfiotool recover",
             )
-        reply = os.read(self._replies, _REPLY.size)
-        number, written = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
+        reply = _read_exactly(self._replies, _REPLY.size)
+        number, count = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
         if number:
             raise OSError(number, os.strerror(number), path)
-        if written != len(data):
-            raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+        return int(count)
 
     def close(self) -> None:
         """Let the child go. It ends at once, or when the kernel lets go of it."""
@@ -505,13 +482,28 @@ class WriteChild:
             _abandon(self.pid)
 
 
-def _serve_writes(requests: int, replies: int) -> None:
-    while header := os.read(requests, _REQUEST.size):
+def _serve(requests: int, replies: int) -> None:
+    while header := _read_exactly(requests, _REQUEST.size):
         where, length = _REQUEST.unpack(header)
-        body = b""
-        while len(body) < where + length:
-            body += os.read(requests, where + length - len(body))
-        os.write(replies, _REPLY.pack(*_write_once(body[:where].decode(), body[where:])))
+        path = _read_exactly(requests, where).decode()
+        if length >= 0:
+            os.write(replies, _REPLY.pack(*_write_once(path, _read_exactly(requests, length))))
+            continue
+        try:
+            data = OsTree().read(path)[:_READ_BYTES]
+        except OSError as error:
+            os.write(replies, _REPLY.pack(error.errno or errno.EIO, 0))
+        else:
+            os.write(replies, _REPLY.pack(0, len(data)))
+            os.write(replies, data)
+
+
+def _read_exactly(descriptor: int, length: int) -> bytes:
+    """That many bytes of a pipe; fewer if its other end closed."""
+    data = b""
+    while len(data) < length and (piece := os.read(descriptor, length - len(data))):
+        data += piece
+    return data
 
 
 def _run_modprobe(name: str, timeout_s: float) -> None:
