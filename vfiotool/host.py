@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import errno
 import os
-import select
-import signal
-import struct
-import time
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from vfiotool.errors import KernelError, Stuck, UsageError, from_oserror
+from vfiotool.errors import Stuck, UsageError, from_oserror
+
+if TYPE_CHECKING:
+    from vfiotool.host_child import DoorChild
+
+if TYPE_CHECKING:
+    from vfiotool.netlink import Message, Request
 
 SYS_PCI_DEVICES = "/sys/bus/pci/devices"
 SYS_PCI_DRIVERS = "/sys/bus/pci/drivers"
@@ -79,8 +81,6 @@ BLOCK_CLAIM = OBSERVED + "block-claim"
 READ_DEADLINE_S = 2.0
 WRITE_DEADLINE_S = 30.0
 _READ_BYTES = 1 << 16
-_REPLY = struct.Struct("=ii")
-_REQUEST = struct.Struct("=ii")
 
 
 class Tree(Protocol):
@@ -138,7 +138,16 @@ class OsTree:
     def load_module(self, name: str, timeout_s: float) -> None:
         if not self.live:
             raise read_only_root(self.root)
-        _run_modprobe(name, timeout_s)
+        from vfiotool.host_child import run_modprobe
+
+        run_modprobe(name, timeout_s)
+
+    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        if not self.live:
+            raise read_only_root(self.root)
+        from vfiotool.host_netlink import send_in_child
+
+        return send_in_child(request, timeout_s)
 
     def child(self) -> DoorChild:
         """The child that writes for this process: made when first needed, again after a hang."""
@@ -148,6 +157,8 @@ class OsTree:
             self._child.close()
             self._child = None
         if self._child is None:
+            from vfiotool.host_child import DoorChild
+
             self._child = DoorChild()
         return self._child
 
@@ -394,6 +405,19 @@ class Host:
         except OSError as error:
             raise from_oserror(f"load module {name}", error) from error
 
+    def netlink(self, request: Request, timeout_s: float = WRITE_DEADLINE_S) -> list[Message]:
+        """Send one netlink request that changes the host: the write door's other half.
+
+        Goes to the tree's `netlink(request, timeout_s)`, which a fake kernel may have. Raises
+        UsageError on a root that is not the running machine, KernelError or NotPermitted with the
+        kernel's errno and words, and Stuck as `write` does.
+        """
+        send = getattr(self.tree, "netlink", None)
+        if send is None:
+            raise read_only_root(self.name)
+        answers: list[Message] = send(request, timeout_s)
+        return answers
+
     def boot_id(self) -> str | None:
         return self.read(PROC_BOOT_ID)
 
@@ -403,170 +427,3 @@ def read_only_root(name: str) -> UsageError:
         f"{name} is not the running host: nothing can be changed there",
         hint="leave out --root, or look first with --dry-run or: vfiotool plan POLICY",
     )
-
-
-def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
-    """One `write(2)` in a child process. Raises OSError, KernelError (short write) or Stuck."""
-    child = DoorChild()
-    try:
-        child.write(path, data, timeout_s)
-    finally:
-        child.close()
-
-
-class DoorChild:
-    """A disposable process that writes, and reads what can block, for its parent.
-
-    It holds nothing of the parent's and ends when the parent does, after the access in hand. An
-    access that misses its deadline costs the child: it is left alone until the kernel lets it go.
-    """
-
-    def __init__(self) -> None:
-        self._owner = os.getpid()
-        requests, self._requests = os.pipe2(os.O_CLOEXEC)
-        self._replies, replies = os.pipe2(os.O_CLOEXEC)
-        self._open = True
-        self.pid = os.fork()
-        if self.pid == 0:
-            # Whatever happens, the child must never run on in the parent's code.
-            try:
-                _leave_parent(requests, replies)
-                _serve(requests, replies)
-            finally:
-                os._exit(0)
-        os.close(requests)
-        os.close(replies)
-
-    def usable(self) -> bool:
-        """Whether it can do an access: not closed, not inherited by a fork, not dead."""
-        if self._owner != os.getpid() or not self._open:
-            return False
-        return not select.select([self._replies], [], [], 0)[0]
-
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
-        """One `write(2)`. Raises OSError, KernelError (short write) or Stuck (no answer)."""
-        what = f"write {data.decode().strip()!r} to {path}"
-        written = self._ask(what, path, data, timeout_s)
-        if written != len(data):
-            raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
-
-    def read(self, path: str, timeout_s: float) -> bytes:
-        """At most 64 KiB of a file. Raises OSError or Stuck (no answer)."""
-        length = self._ask(f"read {path}", path, None, timeout_s)
-        return _read_exactly(self._replies, length)
-
-    def _ask(self, what: str, path: str, data: bytes | None, timeout_s: float) -> int:
-        where = path.encode()
-        length = -1 if data is None else len(data)
-        os.write(self._requests, _REQUEST.pack(len(where), length) + where + (data or b""))
-        if not select.select([self._replies], [], [], timeout_s)[0]:
-            self.close()
-            raise Stuck(
-                f"{what}: no answer after {timeout_s:g} s",
-                hint="end what holds the device, then: vfiotool recover",
-            )
-        reply = _read_exactly(self._replies, _REPLY.size)
-        number, count = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
-        if number:
-            raise OSError(number, os.strerror(number), path)
-        return int(count)
-
-    def close(self) -> None:
-        """Let the child go. It ends at once, or when the kernel lets go of it."""
-        if not self._open:
-            return
-        self._open = False
-        os.close(self._requests)
-        os.close(self._replies)
-        if self._owner == os.getpid():
-            _abandon(self.pid)
-
-
-def _serve(requests: int, replies: int) -> None:
-    while header := _read_exactly(requests, _REQUEST.size):
-        where, length = _REQUEST.unpack(header)
-        path = _read_exactly(requests, where).decode()
-        if length >= 0:
-            os.write(replies, _REPLY.pack(*_write_once(path, _read_exactly(requests, length))))
-            continue
-        try:
-            data = OsTree().read(path)[:_READ_BYTES]
-        except OSError as error:
-            os.write(replies, _REPLY.pack(error.errno or errno.EIO, 0))
-        else:
-            os.write(replies, _REPLY.pack(0, len(data)))
-            os.write(replies, data)
-
-
-def _read_exactly(descriptor: int, length: int) -> bytes:
-    """That many bytes of a pipe; fewer if its other end closed."""
-    data = b""
-    while len(data) < length and (piece := os.read(descriptor, length - len(data))):
-        data += piece
-    return data
-
-
-def _run_modprobe(name: str, timeout_s: float) -> None:
-    import subprocess
-
-    command = ["modprobe", "--", name]
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-    try:
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-    except FileNotFoundError as error:
-        raise KernelError(
-            f"load module {name}: there is no modprobe", errno_name="ENOENT"
-        ) from error
-    try:
-        said = child.communicate(timeout=timeout_s)[1]
-    except subprocess.TimeoutExpired as error:
-        child.kill()
-        raise Stuck(
-            f"load module {name}: no answer after {timeout_s:g} s", hint="vfiotool recover"
-        ) from error
-    if child.returncode:
-        lines = said.decode(errors="replace").strip().splitlines()
-        raise KernelError(f"load module {name}: {lines[-1] if lines else 'modprobe failed'}")
-
-
-def _write_once(path: str, data: bytes) -> tuple[int, int]:
-    """The errno (0 if none) and the bytes that the kernel took."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return error.errno or errno.EIO, 0
-    try:
-        return 0, os.write(descriptor, data)
-    except OSError as error:
-        return error.errno or errno.EIO, 0
-    finally:
-        os.close(descriptor)
-
-
-def _leave_parent(*keep: int) -> None:
-    """In a child: hold nothing of the parent's (locks, pipes, terminal) but descriptors `keep`."""
-    os.setsid()
-    os.chdir("/")
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    first = 0
-    for descriptor in sorted(keep):
-        os.closerange(first, descriptor)
-        first = descriptor + 1
-    os.closerange(first, 1 << 16)
-
-
-def _abandon(child: int) -> None:
-    """Reap the child if it ends at once; otherwise leave it: a signal could not free it anyway."""
-    deadline = time.monotonic() + 0.05
-    while time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return
-        time.sleep(0.0005)
