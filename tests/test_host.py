@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from vfiotool.errors import KernelError, NotPermitted, Stuck, UsageError
-from vfiotool.host import Host, MemoryTree, OsTree, write_in_child
+from vfiotool.host import Host, MemoryTree, OsTree
+from vfiotool.host_child import write_in_child
 
 
 @pytest.fixture

@@ -1,0 +1,195 @@
+"""The disposable processes that write for their parent, and read what can block.
+
+Unbind, remove, reset and a change of VFs block for as long as a user holds the device, and the
+first signal only moves the writer to an uninterruptible wait. So each such access is made by a
+child that can be left behind (see `Host.write`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import struct
+import subprocess
+import time
+
+from vfiotool.errors import KernelError, Stuck
+
+_READ_BYTES = 1 << 16
+_REPLY = struct.Struct("=ii")
+_REQUEST = struct.Struct("=ii")
+
+
+def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
+    """One `write(2)` in a child process. Raises OSError, KernelError (short write) or Stuck."""
+    child = DoorChild()
+    try:
+        child.write(path, data, timeout_s)
+    finally:
+        child.close()
+
+
+class DoorChild:
+    """A disposable process that writes, and reads what can block, for its parent.
+
+    It holds nothing of the parent's and ends when the parent does, after the access in hand. An
+    access that misses its deadline costs the child: it is left alone until the kernel lets it go.
+    """
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        requests, self._requests = os.pipe2(os.O_CLOEXEC)
+        self._replies, replies = os.pipe2(os.O_CLOEXEC)
+        self._open = True
+        self.pid = os.fork()
+        if self.pid == 0:
+            # Whatever happens, the child must never run on in the parent's code.
+            try:
+                leave_parent(requests, replies)
+                _serve(requests, replies)
+            finally:
+                os._exit(0)
+        os.close(requests)
+        os.close(replies)
+
+    def usable(self) -> bool:
+        """Whether it can do an access: not closed, not inherited by a fork, not dead."""
+        if self._owner != os.getpid() or not self._open:
+            return False
+        return not select.select([self._replies], [], [], 0)[0]
+
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        """One `write(2)`. Raises OSError, KernelError (short write) or Stuck (no answer)."""
+        what = f"write {data.decode().strip()!r} to {path}"
+        written = self._ask(what, path, data, timeout_s)
+        if written != len(data):
+            raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+
+    def read(self, path: str, timeout_s: float) -> bytes:
+        """At most 64 KiB of a file. Raises OSError or Stuck (no answer)."""
+        length = self._ask(f"read {path}", path, None, timeout_s)
+        return _read_exactly(self._replies, length)
+
+    def _ask(self, what: str, path: str, data: bytes | None, timeout_s: float) -> int:
+        where = path.encode()
+        length = -1 if data is None else len(data)
+        os.write(self._requests, _REQUEST.pack(len(where), length) + where + (data or b""))
+        if not select.select([self._replies], [], [], timeout_s)[0]:
+            self.close()
+            raise Stuck(
+                f"{what}: no answer after {timeout_s:g} s",
+                hint="end what holds the device, then: vfiotool recover",
+            )
+        reply = _read_exactly(self._replies, _REPLY.size)
+        number, count = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
+        if number:
+            raise OSError(number, os.strerror(number), path)
+        return int(count)
+
+    def close(self) -> None:
+        """Let the child go. It ends at once, or when the kernel lets go of it."""
+        if not self._open:
+            return
+        self._open = False
+        os.close(self._requests)
+        os.close(self._replies)
+        if self._owner == os.getpid():
+            abandon(self.pid)
+
+
+def _serve(requests: int, replies: int) -> None:
+    while header := _read_exactly(requests, _REQUEST.size):
+        where, length = _REQUEST.unpack(header)
+        path = _read_exactly(requests, where).decode()
+        if length >= 0:
+            os.write(replies, _REPLY.pack(*_write_once(path, _read_exactly(requests, length))))
+            continue
+        try:
+            data = _read_once(path)
+        except OSError as error:
+            os.write(replies, _REPLY.pack(error.errno or errno.EIO, 0))
+        else:
+            os.write(replies, _REPLY.pack(0, len(data)))
+            os.write(replies, data)
+
+
+def _read_exactly(descriptor: int, length: int) -> bytes:
+    """That many bytes of a pipe; fewer if its other end closed."""
+    data = b""
+    while len(data) < length and (piece := os.read(descriptor, length - len(data))):
+        data += piece
+    return data
+
+
+def run_modprobe(name: str, timeout_s: float) -> None:
+    command = ["modprobe", "--", name]
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    try:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+    except FileNotFoundError as error:
+        raise KernelError(
+            f"load module {name}: there is no modprobe", errno_name="ENOENT"
+        ) from error
+    try:
+        said = child.communicate(timeout=timeout_s)[1]
+    except subprocess.TimeoutExpired as error:
+        child.kill()
+        raise Stuck(
+            f"load module {name}: no answer after {timeout_s:g} s", hint="vfiotool recover"
+        ) from error
+    if child.returncode:
+        lines = said.decode(errors="replace").strip().splitlines()
+        raise KernelError(f"load module {name}: {lines[-1] if lines else 'modprobe failed'}")
+
+
+def _read_once(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.read(descriptor, _READ_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _write_once(path: str, data: bytes) -> tuple[int, int]:
+    """The errno (0 if none) and the bytes that the kernel took."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return error.errno or errno.EIO, 0
+    try:
+        return 0, os.write(descriptor, data)
+    except OSError as error:
+        return error.errno or errno.EIO, 0
+    finally:
+        os.close(descriptor)
+
+
+def leave_parent(*keep: int) -> None:
+    """In a child: hold nothing of the parent's (locks, pipes, terminal) but descriptors `keep`."""
+    os.setsid()
+    os.chdir("/")
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    first = 0
+    for descriptor in sorted(keep):
+        os.closerange(first, descriptor)
+        first = descriptor + 1
+    os.closerange(first, 1 << 16)
+
+
+def abandon(child: int) -> None:
+    """Reap the child if it ends at once; otherwise leave it: a signal could not free it anyway."""
+    deadline = time.monotonic() + 0.05
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return
+        time.sleep(0.0005)
