@@ -1,0 +1,187 @@
+"""`vfiotool lab …`: guests with a virtual IOMMU on real kernels."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from vfiotool.cli.render import console, emit, escape, say, state
+from vfiotool.errors import UsageError
+from vfiotool.lab import kernels, machines
+
+MachineOption = Annotated[
+    str, typer.Option("--machine", metavar="NAME", help="What the guest is made of: lab machines.")
+]
+KernelOption = Annotated[
+    str, typer.Option("--kernel", metavar="NAME", help="A name of `lab kernels`, or a bzImage.")
+]
+ShareOption = Annotated[
+    list[Path] | None,
+    typer.Option("--share", metavar="DIR", help="A folder that the guest may write to."),
+]
+MemoryOption = Annotated[int | None, typer.Option("--memory", metavar="MIB", min=256)]
+CpusOption = Annotated[int, typer.Option("--cpus", metavar="N", min=1, max=16)]
+AppendOption = Annotated[
+    list[str] | None,
+    typer.Option("--append", metavar="WORD", help="One more word for the guest's kernel."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the lab's commands to `app`."""
+    lab = typer.Typer(
+        help="Rehearse in QEMU guests with a virtual IOMMU, on real kernels.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    lab.command("run", context_settings={"allow_interspersed_args": False})(run_command)
+    lab.command("shell")(shell_command)
+    lab.command("machines")(machines_command)
+    lab.command("kernels")(kernels_command)
+    lab.command("demo")(demo_command)
+    app.add_typer(lab, name="lab")
+
+
+def run_command(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND…")],
+    machine: MachineOption = machines.DEFAULT,
+    kernel: KernelOption = kernels.DEFAULT,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1)] = 600.0,
+    share: ShareOption = None,
+    memory: MemoryOption = None,
+    cpus: CpusOption = 2,
+    append: AppendOption = None,
+    quiet: Annotated[bool, typer.Option(help="Do not say what is booted.")] = False,
+) -> int:
+    """Run COMMAND in a guest, in this folder, and exit with its exit code.
+
+    The guest sees this machine's files, and its changes to them are gone with it. Exit code 124
+    says that the command ran out of time, 125 that the guest was lost.
+    """
+    from vfiotool.lab.channel import Kind
+    from vfiotool.lab.guest import Guest
+
+    _end_on_sigterm()
+
+    def forward(kind: Kind, data: bytes) -> None:
+        stream = sys.stdout if kind is Kind.OUTPUT else sys.stderr
+        stream.buffer.write(data)
+        stream.buffer.flush()
+
+    guest = Guest(
+        machine,
+        kernel,
+        share=_folders(share),
+        memory_mib=memory,
+        vcpus=cpus,
+        kernel_arguments=tuple(append or ()),
+    )
+    if not quiet:
+        _say_what_boots(guest.describe(), machine, guest.missing_models())
+    with guest:
+        return guest.exec(command, timeout_s=timeout, sink=forward).exit_code
+
+
+def shell_command(
+    command: Annotated[list[str] | None, typer.Argument(metavar="COMMAND…")] = None,
+    machine: MachineOption = machines.DEFAULT,
+    kernel: KernelOption = kernels.DEFAULT,
+    share: ShareOption = None,
+    memory: MemoryOption = None,
+    cpus: CpusOption = 2,
+    append: AppendOption = None,
+) -> int:
+    """A shell in a guest on this terminal; the guest ends with it."""
+    from vfiotool.lab.guest import Guest
+    from vfiotool.lab.terminal import attach
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError(
+            "lab shell needs a terminal", hint="without one: vfiotool lab run -- COMMAND…"
+        )
+    _end_on_sigterm()
+    guest = Guest(
+        machine,
+        kernel,
+        share=_folders(share),
+        memory_mib=memory,
+        vcpus=cpus,
+        kernel_arguments=tuple(append or ()),
+    )
+    _say_what_boots(guest.describe(), machine, guest.missing_models())
+    with guest:
+        return attach(guest, command or ["bash", "--norc", "-i"])
+
+
+def machines_command(context: typer.Context) -> int:
+    """List the machines that a guest can be."""
+    rows = list(machines.MACHINES.values())
+    if state(context).json:
+        emit({"machines": [machines.as_json(row) for row in rows]})
+        return 0
+    for row in rows:
+        console().print(f"[bold]{row.name:14}[/bold] {row.summary}", markup=True)
+    return 0
+
+
+def kernels_command(
+    context: typer.Context,
+    get: Annotated[
+        list[str] | None, typer.Option("--get", metavar="NAME", help="Fetch or build this one.")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="With --get: anew, from the newest packages.")
+    ] = False,
+) -> int:
+    """List the kernels that a guest can boot: what is here, what is missing, how to get it."""
+    for name in get or []:
+        kernels.prepare(name, update=update)
+    rows = kernels.statuses()
+    if state(context).json:
+        emit({"kernels": [kernels.as_json(row) for row in rows]})
+        return 0
+    for row in rows:
+        mark = "[green]ready[/green]  " if row.ready else "[yellow]missing[/yellow]"
+        line = f"[bold]{row.name:8}[/bold] {mark} {row.release or '':26} {row.summary}"
+        console().print(line, markup=True)
+        for note in (*row.notes, *([f"get it: {row.get}"] if row.get else [])):
+            console().print(f"{'':17}{escape(note)}", markup=False)
+    return 0
+
+
+def demo_command(
+    kernel: KernelOption = kernels.DEFAULT,
+) -> int:
+    """Show the whole way of a device in a guest: look, refuse, bind, drive, give back."""
+    from vfiotool.lab import demo
+
+    _end_on_sigterm()
+    return demo.main(kernel)
+
+
+def _folders(share: list[Path] | None) -> tuple[Path, ...]:
+    for folder in share or []:
+        if not folder.is_dir():
+            raise UsageError(f"--share {folder}: no such folder", hint=f"mkdir -p {folder}")
+    return tuple(share or ())
+
+
+def _say_what_boots(description: str, machine: str, missing: tuple[str, ...]) -> None:
+    say(f"lab: {description}")
+    if missing:
+        say(f"lab: machine {machine} comes without {', '.join(missing)}: this QEMU has none")
+
+
+def _end_on_sigterm() -> None:
+    """Have SIGTERM unwind like Ctrl-C, so that the guest ends and its scratch files go."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGHUP, leave)

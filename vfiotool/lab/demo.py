@@ -1,0 +1,5 @@
+"""The demonstration."""
+
+
+def main(kernel: str) -> int:
+    raise NotImplementedError(kernel)

@@ -1,0 +1,265 @@
+"""The machines that a guest can be: QEMU's devices as frozen data, nothing of a run.
+
+Addresses are chosen so that a machine's devices keep theirs whatever the lab adds: the lab's own
+devices (channel, 9p shares) are functions of slot 1e on the root bus, a group of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vfiotool.errors import NotFound
+
+Iommu = Literal["intel", "virtio", "none"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One `-device`: QEMU's model, its properties in order, and whether QEMU may lack the model."""
+
+    model: str
+    properties: tuple[tuple[str, str], ...] = ()
+    optional: bool = False
+
+    def argument(self) -> str:
+        return ",".join([self.model, *(f"{key}={value}" for key, value in self.properties)])
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A sparse raw file that lives as long as the guest; `id` is the QEMU drive."""
+
+    id: str
+    size_mib: int = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A guest's hardware. `load` are modules that the guest loads at start (no udev does)."""
+
+    name: str
+    summary: str
+    devices: tuple[Device, ...]
+    iommu: Iommu = "intel"
+    disks: tuple[Disk, ...] = ()
+    networks: tuple[str, ...] = ()
+    load: tuple[str, ...] = ()
+    vga: str = "none"
+    memory_mib: int = 1024
+
+
+def device(model: str, *, optional: bool = False, **properties: str) -> Device:
+    """A Device; `_` in a property's name stands for itself, a trailing one is dropped."""
+    pairs = tuple((key.rstrip("_").replace("__", "-"), text) for key, text in properties.items())
+    return Device(model, pairs, optional)
+
+
+def root_port(number: int, **more: str) -> Device:
+    """A PCIe root port `rp<number>` in slot 0x10 + number of the root bus."""
+    return device(
+        "pcie-root-port",
+        id=f"rp{number}",
+        bus="pcie.0",
+        addr=f"{0x10 + number:#x}",
+        chassis=str(number),
+        **more,
+    )
+
+
+EDU = device("edu", bus="pcie.0", addr="0x1")
+TESTDEV = device("pci-testdev", bus="pcie.0", addr="0x2", membar="4096")
+# Hotplug tests add their device here with QMP's device_add.
+EMPTY_PORT = root_port(9)
+
+NVME_SRIOV = (
+    root_port(1),
+    device("nvme-subsys", id="subsys0"),
+    device(
+        "nvme",
+        id="nvme0",
+        serial="lab-nvme-0",
+        bus="rp1",
+        subsys="subsys0",
+        sriov_max_vfs="4",
+        sriov_vq_flexible="8",
+        sriov_vi_flexible="4",
+        max_ioqpairs="10",
+        msix_qsize="6",
+    ),
+    device("nvme-ns", drive="nvme0", bus="nvme0", nsid="1"),
+)
+IGB = (
+    root_port(2),
+    device("igb", optional=True, id="igb0", bus="rp2", netdev="net0", mac="52:54:00:00:02:00"),
+)
+SHARED_GROUP = (
+    root_port(4),
+    device("pcie-pci-bridge", id="br0", bus="rp4"),
+    device("edu", bus="br0", addr="1"),
+    device("pci-testdev", bus="br0", addr="2"),
+)
+
+
+def nvme(number: int, *, port: int, serial: str | None = None) -> tuple[Device, ...]:
+    """A plain NVMe disk on a root port, and so in an IOMMU group, of its own."""
+    return (
+        root_port(port),
+        device(
+            "nvme",
+            id=f"nvme{number}",
+            serial=serial or f"lab-nvme-{number}",
+            bus=f"rp{port}",
+            drive=f"nvme{number}",
+        ),
+    )
+
+
+_ALL = (
+    Machine("basic", "edu, pci-testdev and an empty hotplug port", (EDU, TESTDEV, EMPTY_PORT)),
+    Machine(
+        "sriov",
+        "an NVMe disk with 4 VFs, and igb with 7 where QEMU has it",
+        (*NVME_SRIOV, *IGB, EMPTY_PORT),
+        disks=(Disk("nvme0"),),
+        networks=("net0",),
+        load=("nvme", "igb"),
+    ),
+    Machine(
+        "shared-group",
+        "edu and pci-testdev behind a PCIe-to-PCI bridge: one group",
+        (*SHARED_GROUP, EMPTY_PORT),
+    ),
+    Machine(
+        "mdev",
+        "the kernel's three sample parents: mtty, mbochs, mdpy",
+        (EDU,),
+        load=("mtty", "mbochs", "mdpy"),
+    ),
+    Machine(
+        "virtio-iommu",
+        "edu and NVMe behind a virtio-iommu, and edu beside it",
+        (EDU, *nvme(0, port=1), EMPTY_PORT),
+        iommu="virtio",
+        disks=(Disk("nvme0"),),
+        load=("virtio_iommu", "nvme"),
+    ),
+    Machine(
+        "no-iommu",
+        "edu, pci-testdev and NVMe without any IOMMU",
+        (EDU, TESTDEV, *nvme(0, port=1), EMPTY_PORT),
+        iommu="none",
+        disks=(Disk("nvme0"),),
+        load=("nvme",),
+    ),
+    Machine(
+        "storage",
+        "five NVMe disks, a group each; the last two are identical but for their serial numbers",
+        (
+            EDU,
+            *nvme(0, port=1),
+            *nvme(1, port=2),
+            *nvme(2, port=3),
+            *nvme(3, port=4, serial="twin-a"),
+            *nvme(4, port=5, serial="twin-b"),
+            EMPTY_PORT,
+        ),
+        disks=tuple(Disk(f"nvme{number}", 128) for number in range(5)),
+        load=("nvme",),
+    ),
+    Machine(
+        "display",
+        "a VGA display that the firmware boots on, and edu",
+        (EDU, EMPTY_PORT),
+        vga="std",
+    ),
+    Machine(
+        "net",
+        "igb with VFs where QEMU has it, and two e1000e, on one wire",
+        (
+            *IGB,
+            root_port(3),
+            device("e1000e", id="e1000e0", bus="rp3", netdev="net1", mac="52:54:00:00:03:00"),
+            root_port(5),
+            device("e1000e", id="e1000e1", bus="rp5", netdev="net2", mac="52:54:00:00:05:00"),
+            EMPTY_PORT,
+        ),
+        networks=("net0", "net1", "net2"),
+        load=("igb", "e1000e"),
+    ),
+    Machine(
+        "full",
+        "edu, pci-testdev, NVMe with VFs, a second NVMe, igb, a shared group, the mdev samples",
+        (
+            EDU,
+            TESTDEV,
+            *NVME_SRIOV,
+            *IGB,
+            *nvme(1, port=3),
+            *SHARED_GROUP,
+            EMPTY_PORT,
+        ),
+        disks=(Disk("nvme0"), Disk("nvme1", 128)),
+        networks=("net0",),
+        load=("nvme", "igb", "mtty", "mbochs", "mdpy"),
+    ),
+)
+MACHINES = {machine.name: machine for machine in _ALL}
+DEFAULT = "basic"
+
+
+def find(name: str) -> Machine:
+    """The machine `name`; raises NotFound, which lists the names."""
+    if name not in MACHINES:
+        raise NotFound(
+            f"no lab machine named {name}; there are {', '.join(MACHINES)}",
+            hint="vfiotool lab machines",
+        )
+    return MACHINES[name]
+
+
+def iommu_arguments(iommu: Iommu) -> list[str]:
+    """QEMU's machine and IOMMU. Interrupt remapping needs the split interrupt controller."""
+    if iommu == "intel":
+        return [
+            "-machine",
+            "q35,kernel-irqchip=split",
+            "-device",
+            "intel-iommu,intremap=on,caching-mode=on",
+        ]
+    if iommu == "virtio":
+        return ["-machine", "q35", "-device", "virtio-iommu-pci,bus=pcie.0,addr=0x1d"]
+    return ["-machine", "q35"]
+
+
+def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[str]) -> list[str]:
+    """The QEMU arguments of `machine`'s hardware.
+
+    `disk_files` gives the file of each disk by its id; `models` are the device models that this
+    QEMU has: an optional device that it lacks is left out.
+    """
+    result = ["-nodefaults", "-vga", machine.vga, *iommu_arguments(machine.iommu)]
+    for disk in machine.disks:
+        file = disk_files[disk.id].replace(",", ",,")
+        result += ["-drive", f"if=none,id={disk.id},format=raw,cache=unsafe,file={file}"]
+    for network in machine.networks:
+        result += ["-netdev", f"hubport,id={network},hubid=0"]
+    for item in machine.devices:
+        if not item.optional or item.model in models:
+            result += ["-device", item.argument()]
+    return result
+
+
+def missing_models(machine: Machine, models: frozenset[str]) -> tuple[str, ...]:
+    """The optional models of `machine` that this QEMU lacks."""
+    return tuple(d.model for d in machine.devices if d.optional and d.model not in models)
+
+
+def as_json(machine: Machine) -> dict[str, object]:
+    return {
+        "name": machine.name,
+        "summary": machine.summary,
+        "iommu": machine.iommu,
+        "devices": [item.model for item in machine.devices],
+        "memory_mib": machine.memory_mib,
+    }
