@@ -20,8 +20,6 @@ from vfiotool.errors import Stuck, UsageError, from_oserror
 
 if TYPE_CHECKING:
     from vfiotool.host_child import DoorChild
-
-if TYPE_CHECKING:
     from vfiotool.netlink import Message, Request
 
 SYS_PCI_DEVICES = "/sys/bus/pci/devices"

@@ -12,7 +12,7 @@ import select
 import time
 
 from vfiotool.errors import KernelError, Stuck, VfiotoolError
-from vfiotool.host import _abandon, _leave_parent
+from vfiotool.host_child import abandon, leave_parent
 from vfiotool.netlink import Message, Request, send
 
 
@@ -23,7 +23,7 @@ def send_in_child(request: Request, timeout_s: float) -> list[Message]:
     if child == 0:
         # Whatever happens, the child must never run on in the parent's code.
         try:
-            _leave_parent(writer)
+            leave_parent(writer)
             data = pickle.dumps(_attempt(request, timeout_s))
             while data:
                 data = data[os.write(writer, data) :]
@@ -34,7 +34,7 @@ def send_in_child(request: Request, timeout_s: float) -> list[Message]:
         data = _read_all(reader, timeout_s, request)
     finally:
         os.close(reader)
-        _abandon(child)
+        abandon(child)
     outcome = pickle.loads(data) if data else _lost(request)
     if isinstance(outcome, VfiotoolError):
         raise outcome

@@ -35,6 +35,7 @@ from vfiotool.host import (
     READ_DEADLINE_S,
 )
 from vfiotool.host_child import abandon, leave_parent
+from vfiotool.host_child import abandon, leave_parent
 
 _SYS_DEV = "/sys/dev"
 # Memory and terminal nodes: open everywhere, and no part of any device (admin-guide/devices.txt).
