@@ -6,7 +6,7 @@ characters in names are escaped. A line that begins with `!` counts what could n
 why: without root much is hidden, and an answer must say so.
 
     addresses           interface, address/prefix
-    net-namespaces      pid, interface, parent device, addresses separated by commas
+    net-namespaces      pid, interface, its device's path below /sys, addresses with commas
     caller              server address, client address of the SSH session of the caller, if any
     open-nodes          pid, command, node, the device's path below /sys
     mounts              pid (or `self`), a line of its mountinfo
@@ -35,9 +35,9 @@ from vfiotool.host import (
     READ_DEADLINE_S,
 )
 from vfiotool.host_child import abandon, leave_parent
-from vfiotool.host_child import abandon, leave_parent
 
 _SYS_DEV = "/sys/dev"
+_SYS_BUS = "/sys/bus"
 # Memory and terminal nodes: open everywhere, and no part of any device (admin-guide/devices.txt).
 _COMMON = re.compile(r"/dev/(null|zero|full|u?random|tty|pts/.*|ptmx|console|kmsg|fuse|shm/.*)")
 _PCI_FILE = re.compile(r"(/sys/devices/pci.*)/(resource\d\w*|config|rom)")
@@ -242,9 +242,9 @@ def net_namespaces() -> str:
             for name, cidr in read_addresses():
                 cidrs.setdefault(name, []).append(cidr)
             return "".join(
-                f"{pid}\t{link.name}\t{link.parent_device}\t{','.join(cidrs.get(link.name, []))}\n"
+                f"{pid}\t{_plain(link.name)}\t{device}\t{','.join(cidrs.get(link.name, []))}\n"
                 for link in read_links()
-                if link.parent_device
+                if (device := _parent_of(link.parent_bus, link.parent_device))
             )
 
         text.append(_ask_child(look, keep=descriptor) or "")
@@ -252,6 +252,16 @@ def net_namespaces() -> str:
     if hidden:
         text.append(f"!\tnetwork namespaces of {hidden} processes of other users\n")
     return "".join(text)
+
+
+def _parent_of(bus: str | None, name: str | None) -> str:
+    """The path below /sys of an interface's parent device, or an empty string."""
+    link = f"{_SYS_BUS}/{bus}/devices/{name}"
+    try:
+        target = os.readlink(link)
+    except (OSError, ValueError):
+        return ""
+    return _plain(os.path.normpath(os.path.join(os.path.dirname(link), target)))
 
 
 def _enter_net_namespace(descriptor: int) -> None:

@@ -36,6 +36,7 @@ _IFLA_IFNAME = 3
 _IFLA_VFINFO_LIST = 22
 _IFLA_EXT_MASK = 29
 _IFLA_PARENT_DEV_NAME = 56
+_IFLA_PARENT_DEV_BUS_NAME = 57
 _RTEXT_FILTER_VF = 1
 _IFLA_VF_INFO = 1
 _IFLA_VF_MAC = 1
@@ -50,11 +51,12 @@ _IFF_UP = 1
 
 @dataclass(frozen=True, slots=True)
 class NetLink:
-    """One interface. `parent_device` is the device's name on its bus (a PCI address)."""
+    """One interface. Its parent device by bus and name there: a PCI address, `virtio2`."""
 
     index: int
     name: str
     up: bool
+    parent_bus: str | None
     parent_device: str | None
 
 
@@ -84,13 +86,14 @@ def read_links() -> tuple[NetLink, ...]:
 
 
 def parse_link(payload: bytes) -> NetLink:
-    """One RTM_NEWLINK. `parent_device` needs Linux 5.14 (IFLA_PARENT_DEV_NAME)."""
+    """One RTM_NEWLINK. The parent is told since Linux 5.14 (IFLA_PARENT_DEV_NAME)."""
     _, _, index, flags, _ = _IFINFO.unpack_from(payload)
     attributes = parse_attributes(payload[_IFINFO.size :])
     return NetLink(
         index=index,
         name=as_text(attributes.get(_IFLA_IFNAME)) or "",
         up=bool(flags & _IFF_UP),
+        parent_bus=as_text(attributes.get(_IFLA_PARENT_DEV_BUS_NAME)),
         parent_device=as_text(attributes.get(_IFLA_PARENT_DEV_NAME)),
     )
 
