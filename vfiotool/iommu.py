@@ -9,13 +9,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vfiotool.host import SYS_IOMMU, SYS_IOMMU_GROUPS, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
-from vfiotool.pci import Address, PciIdentity, parse_identity
+from vfiotool.host import SYS_IOMMU, Host
+from vfiotool.iommu_scan import (
+    NO_DMA_DRIVERS,
+    GroupScan,
+    is_vfio_driver,
+    list_groups,
+    parse_windows,
+    role_of,
+)
+from vfiotool.pci import PciIdentity
 
-# Drivers with `driver_managed_dma` that are not VFIO drivers: they never claim the group's DMA.
-# drivers/pci/pcie/portdrv.c, drivers/pci/pci-stub.c.
-NO_DMA_DRIVERS = frozenset({"pcieport", "pci-stub"})
-_VFIO_DRIVERS = frozenset({"nvgrace-gpu-vfio-pci", "qat_vfio_pci", "vfio-fsl-mc", "vfio-platform"})
+__all__ = [
+    "NO_DMA_DRIVERS",
+    "GroupMember",
+    "IommuGroup",
+    "ReservedRegion",
+    "group_as_json",
+    "has_iommu",
+    "is_vfio_driver",
+    "is_viable",
+    "list_groups",
+    "member_of",
+    "parse_reserved_regions",
+    "read_group",
+    "read_groups",
+    "role_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +70,9 @@ class IommuGroup:
     devices: tuple[GroupMember, ...]
 
 
-def is_vfio_driver(driver: str) -> bool:
-    """Whether a driver's name is that of a VFIO driver (vfio-pci or a variant of it)."""
-    name = driver.replace("_", "-")
-    return name in _VFIO_DRIVERS or driver in _VFIO_DRIVERS or "vfio-pci" in name
-
-
-def role_of(driver: str | None) -> str:
-    """A PCI or platform member's role: `unbound`, `vfio`, `bridge` or `host`."""
-    if driver is None:
-        return "unbound"
-    if is_vfio_driver(driver):
-        return "vfio"
-    return "bridge" if driver in NO_DMA_DRIVERS else "host"
-
-
 def parse_reserved_regions(text: str) -> tuple[ReservedRegion, ...]:
     """Lines of `start end type`; malformed ones are passed over."""
-    regions = []
-    for line in text.splitlines():
-        words = line.split()
-        try:
-            regions.append(ReservedRegion(int(words[0], 16), int(words[1], 16), words[2]))
-        except (ValueError, IndexError):
-            continue
-    return tuple(regions)
-
-
-def list_groups(host: Host) -> list[int]:
-    """The ids of all groups, ascending."""
-    return sorted(int(name) for name in host.listdir(SYS_IOMMU_GROUPS) if name.isdecimal())
+    return tuple(ReservedRegion(*window) for window in parse_windows(text))
 
 
 def has_iommu(host: Host) -> bool:
@@ -89,16 +82,21 @@ def has_iommu(host: Host) -> bool:
 
 def read_group(host: Host, group: int) -> IommuGroup | None:
     """One group, or None if there is none of that id (any more)."""
-    base = f"{SYS_IOMMU_GROUPS}/{group}"
-    names = host.listdir(f"{base}/devices")
-    if not names and not host.isdir(base):
+    return _read_group(GroupScan(host), group)
+
+
+def _read_group(scan: GroupScan, group: int) -> IommuGroup | None:
+    found = scan.members(group)
+    if found is None:
         return None
-    members = tuple(read_member(host, name) for name in names)
+    members = tuple(GroupMember(name, *facts) for name, facts in found)
+    domain = scan.attribute(group, "type")
+    regions = scan.attribute(group, "reserved_regions") or b""
     return IommuGroup(
         id=group,
-        type=host.read(f"{base}/type"),
+        type=None if domain is None else domain.decode("utf-8", "backslashreplace"),
         viable=is_viable(members),
-        reserved_regions=parse_reserved_regions(host.read(f"{base}/reserved_regions") or ""),
+        reserved_regions=parse_reserved_regions(regions.decode("utf-8", "backslashreplace")),
         devices=members,
     )
 
@@ -110,31 +108,9 @@ def is_viable(members: tuple[GroupMember, ...]) -> bool:
 
 def read_groups(host: Host) -> tuple[IommuGroup, ...]:
     """All groups, by id."""
-    found = (read_group(host, group) for group in list_groups(host))
+    scan = GroupScan(host)
+    found = (_read_group(scan, group) for group in list_groups(host))
     return tuple(group for group in found if group is not None)
-
-
-def read_member(host: Host, name: str) -> GroupMember:
-    """A group's member by its name in `devices/`; unknown fields are None if it vanished."""
-    text = host.read(f"{SYS_PCI_DEVICES}/{name}/uevent")
-    if text is not None:
-        return member_of(parse_identity(name, text))
-    if host.exists(f"{SYS_MDEV_DEVICES}/{name}"):
-        driver = host.linkname(f"{SYS_MDEV_DEVICES}/{name}/driver")
-        return GroupMember(name, None, None, None, driver, "mdev")
-    if Address.is_address(name):
-        return GroupMember(name, None, None, None, None, "unbound")
-    return _foreign_member(host, name)
-
-
-def _foreign_member(host: Host, name: str) -> GroupMember:
-    for group in list_groups(host):
-        link = f"{SYS_IOMMU_GROUPS}/{group}/devices/{name}"
-        target = host.realpath(link)
-        if target is not None and host.exists(target):
-            driver = host.linkname(f"{target}/driver")
-            return GroupMember(name, None, None, None, driver, role_of(driver))
-    return GroupMember(name, None, None, None, None, "unbound")
 
 
 def member_of(identity: PciIdentity) -> GroupMember:
