@@ -8,7 +8,7 @@ from functools import cached_property
 from vfiotool.host import Host
 from vfiotool.iommu import IommuGroup, has_iommu, read_groups
 from vfiotool.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
-from vfiotool.pci import PciFunction, list_addresses, read_function
+from vfiotool.pci import PciFunction, list_addresses, read_functions
 from vfiotool.sriov import VirtualFunction, read_vfs
 
 
@@ -35,8 +35,7 @@ class Inventory:
 
 def read_inventory(host: Host) -> Inventory:
     """Read the whole host. What vanishes meanwhile is left out; nothing is raised for it."""
-    read = (read_function(host, address) for address in list_addresses(host))
-    functions = tuple(function for function in read if function is not None)
+    functions = read_functions(host, list_addresses(host))
     return Inventory(
         boot_id=host.boot_id(),
         iommu=has_iommu(host),

@@ -6,11 +6,13 @@ Source: Documentation/ABI/testing/sysfs-bus-pci, Documentation/PCI/sysfs-pci.rst
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vfiotool.errors import UsageError
 from vfiotool.host import SYS_PCI_DEVICES, Host
+from vfiotool.iommu_scan import parse_id_pair
 
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII
@@ -109,7 +111,10 @@ class Sriov:
 
 @dataclass(frozen=True, slots=True)
 class PciFunction(PciIdentity):
-    """One function with all of the contract's `devices` fields but its names."""
+    """One function as sysfs's attributes show it; configuration space is `capabilities.py`'s.
+
+    `path` is its directory below `/sys/devices`; `iommu` the IOMMU that it sits behind (`dmar0`).
+    """
 
     path: str
     revision: str | None
@@ -123,6 +128,10 @@ class PciFunction(PciIdentity):
     reset_methods: tuple[str, ...]
     regions: tuple[Region, ...]
     link: Link | None
+    modalias: str | None = None
+    power_state: str | None = None
+    d3cold_allowed: bool | None = None
+    iommu: str | None = None
 
 
 def parse_uevent(text: str) -> dict[str, str]:
@@ -133,8 +142,8 @@ def parse_uevent(text: str) -> dict[str, str]:
 def parse_identity(address: str, uevent: str) -> PciIdentity:
     """A function's identity from its `uevent` text (drivers/pci/pci-driver.c, pci_uevent)."""
     keys = parse_uevent(uevent)
-    vendor, device = _id_pair(keys.get("PCI_ID"))
-    subsystem_vendor, subsystem_device = _id_pair(keys.get("PCI_SUBSYS_ID"))
+    vendor, device = parse_id_pair(keys.get("PCI_ID"))
+    subsystem_vendor, subsystem_device = parse_id_pair(keys.get("PCI_SUBSYS_ID"))
     class_code = keys.get("PCI_CLASS")
     return PciIdentity(
         address=address,
@@ -145,13 +154,6 @@ def parse_identity(address: str, uevent: str) -> PciIdentity:
         class_code=None if class_code is None else class_code.lower().zfill(6),
         driver=keys.get("DRIVER"),
     )
-
-
-def _id_pair(text: str | None) -> tuple[str | None, str | None]:
-    if text is None or ":" not in text:
-        return None, None
-    vendor, _, device = text.partition(":")
-    return vendor.lower().zfill(4), device.lower().zfill(4)
 
 
 def parse_resource(text: str) -> tuple[Region, ...]:
@@ -203,17 +205,68 @@ def read_identity(host: Host, address: str) -> PciIdentity | None:
 
 def read_function(host: Host, address: str) -> PciFunction | None:
     """All that sysfs tells of one function, or None if it is gone (hot-unplugged meanwhile)."""
+    found = read_functions(host, [address])
+    return found[0] if found else None
+
+
+def read_functions(host: Host, addresses: Iterable[str]) -> tuple[PciFunction, ...]:
+    """The functions of these addresses, in their order; those that are gone are left out.
+
+    What the kernel answers under the device's lock (`driver_override`, `sriov_numvfs`) is read
+    for all at once and with a deadline: it is None for a device that is stuck in an unbind
+    (drivers/pci/pci-sysfs.c, driver_override_show; drivers/pci/iov.c, sriov_numvfs_show).
+    """
+    listed = [(address, _attributes(host, address)) for address in addresses]
+    locked = [
+        f"{SYS_PCI_DEVICES}/{address}/{name}"
+        for address, present in listed
+        for name in ("driver_override", "sriov_numvfs")
+        if name in present
+    ]
+    answers = host.read_guarded(locked)
+    indices: dict[str, dict[str, int]] = {}
+    found = []
+    for address, present in listed:
+        function = _read_function(host, address, present, answers)
+        if function is None:
+            continue
+        if function.physfn is not None:
+            if function.physfn not in indices:
+                indices[function.physfn] = read_vf_indices(host, function.physfn)
+            function = replace(function, vf_index=indices[function.physfn].get(address))
+        found.append(function)
+    return tuple(found)
+
+
+def _attributes(host: Host, address: str) -> frozenset[str]:
+    """The names in a function's directory: one listing spares a dozen failing opens."""
+    try:
+        return frozenset(host.tree.listdir(f"{SYS_PCI_DEVICES}/{address}"))
+    except OSError:
+        return frozenset()
+
+
+def _read_function(
+    host: Host, address: str, present: frozenset[str], answers: Mapping[str, str | None]
+) -> PciFunction | None:
     base = f"{SYS_PCI_DEVICES}/{address}"
-    identity = read_identity(host, address)
+    text = host.read(f"{base}/uevent")
     path = host.realpath(base)
-    if identity is None or path is None:
+    if text is None or path is None:
         return None
-    boot_vga = host.read_int(f"{base}/boot_vga")
-    group = host.linkname(f"{base}/iommu_group")
-    override = host.read(f"{base}/driver_override")
-    numa_node = host.read_int(f"{base}/numa_node")
-    physfn = host.linkname(f"{base}/physfn")
-    revision = host.read(f"{base}/revision")
+    identity = parse_identity(address, text)
+
+    def read(name: str) -> str | None:
+        return host.read(f"{base}/{name}") if name in present else None
+
+    def number(name: str) -> int | None:
+        return host.read_int(f"{base}/{name}") if name in present else None
+
+    def link(name: str) -> str | None:
+        return host.linkname(f"{base}/{name}") if name in present else None
+
+    group, physfn, revision = link("iommu_group"), link("physfn"), read("revision")
+    override, numa_node = answers.get(f"{base}/driver_override"), number("numa_node")
     return PciFunction(
         address=identity.address,
         vendor=identity.vendor,
@@ -221,52 +274,65 @@ def read_function(host: Host, address: str) -> PciFunction | None:
         subsystem_vendor=identity.subsystem_vendor,
         subsystem_device=identity.subsystem_device,
         class_code=identity.class_code,
-        driver=identity.driver or host.linkname(f"{base}/driver"),
+        driver=identity.driver or link("driver"),
         path=path,
         revision=None if revision is None else revision.removeprefix("0x"),
         driver_override=None if override in (None, "", "(null)") else override,
         iommu_group=int(group) if group is not None and group.isdecimal() else None,
         numa_node=None if numa_node is None or numa_node < 0 else numa_node,
-        boot_vga=None if boot_vga is None else bool(boot_vga),
-        sriov=_read_sriov(host, base),
+        boot_vga=_flag(number("boot_vga")),
+        sriov=_sriov(number, answers.get(f"{base}/sriov_numvfs")),
         physfn=physfn,
-        vf_index=None if physfn is None else _vf_index(host, address, physfn),
-        reset_methods=tuple((host.read(f"{base}/reset_method") or "").split()),
-        regions=parse_resource(host.read(f"{base}/resource") or ""),
-        link=_read_link(host, base),
+        vf_index=None,
+        reset_methods=tuple((read("reset_method") or "").split()),
+        regions=parse_resource(read("resource") or ""),
+        link=_link(read, number),
+        modalias=parse_uevent(text).get("MODALIAS"),
+        power_state=read("power_state"),
+        d3cold_allowed=_flag(number("d3cold_allowed")),
+        iommu=link("iommu"),
     )
 
 
-def _read_link(host: Host, base: str) -> Link | None:
-    width = host.read_int(f"{base}/max_link_width")
+def _flag(value: int | None) -> bool | None:
+    return None if value is None else bool(value)
+
+
+def _link(read: Callable[[str], str | None], number: Callable[[str], int | None]) -> Link | None:
+    width = number("max_link_width")
     if width is None:
         return None
     return Link(
-        speed_gts=parse_speed(host.read(f"{base}/current_link_speed")),
-        width=host.read_int(f"{base}/current_link_width"),
-        max_speed_gts=parse_speed(host.read(f"{base}/max_link_speed")),
-        max_width=width,
+        speed_gts=parse_speed(read("current_link_speed")),
+        width=_lanes(number("current_link_width")),
+        max_speed_gts=parse_speed(read("max_link_speed")),
+        max_width=_lanes(width),
     )
 
 
-def _read_sriov(host: Host, base: str) -> Sriov | None:
-    total = host.read_int(f"{base}/sriov_totalvfs")
+def _lanes(width: int | None) -> int | None:
+    """A link's width; 0 and 255 are the kernel's "not known" (include/linux/pci.h)."""
+    return None if width in (0, 255) else width
+
+
+def _sriov(number: Callable[[str], int | None], num_vfs: str | None) -> Sriov | None:
+    total = number("sriov_totalvfs")
     if total is None:
         return None
-    numvfs = f"{base}/sriov_numvfs"
-    answer = host.read_guarded([numvfs])[numvfs]
-    autoprobe = host.read_int(f"{base}/sriov_drivers_autoprobe")
     return Sriov(
         total_vfs=total,
-        num_vfs=int(answer) if answer is not None and answer.isdecimal() else None,
-        autoprobe=None if autoprobe is None else bool(autoprobe),
+        num_vfs=int(num_vfs) if num_vfs is not None and num_vfs.isdecimal() else None,
+        autoprobe=_flag(number("sriov_drivers_autoprobe")),
     )
 
 
-def _vf_index(host: Host, address: str, physfn: str) -> int | None:
+def read_vf_indices(host: Host, physfn: str) -> dict[str, int]:
+    """The index of each VF of a physical function by the VF's address (its `virtfnN` links)."""
     base = f"{SYS_PCI_DEVICES}/{physfn}"
+    indices = {}
     for name in host.listdir(base):
         number = name.removeprefix("virtfn")
-        if number != name and number.isdecimal() and host.linkname(f"{base}/{name}") == address:
-            return int(number)
-    return None
+        address = host.linkname(f"{base}/{name}") if number.isdecimal() else None
+        if number != name and address is not None:
+            indices[address] = int(number)
+    return indices

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vfiotool.host import SYS_PCI_DEVICES, Host
+from vfiotool.pci import read_vf_indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +24,13 @@ class VirtualFunction:
 
 def read_vfs(host: Host, pf: str) -> tuple[VirtualFunction, ...]:
     """The enabled VFs of a physical function, by index; empty for any other device."""
-    base = f"{SYS_PCI_DEVICES}/{pf}"
     found = []
-    for name in host.listdir(base):
-        number = name.removeprefix("virtfn")
-        address = host.linkname(f"{base}/{name}") if number.isdecimal() else None
-        if number == name or address is None:
-            continue
+    for address, index in read_vf_indices(host, pf).items():
         group = host.linkname(f"{SYS_PCI_DEVICES}/{address}/iommu_group")
         found.append(
             VirtualFunction(
                 pf=pf,
-                index=int(number),
+                index=index,
                 address=address,
                 driver=host.linkname(f"{SYS_PCI_DEVICES}/{address}/driver"),
                 iommu_group=int(group) if group is not None and group.isdecimal() else None,
