@@ -1,0 +1,108 @@
+"""`vfiotool snapshot FILE` and `vfiotool snapshot diff A B`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from vfiotool.cli import render
+from vfiotool.errors import UsageError
+from vfiotool.host import Host
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("snapshot")(snapshot)
+
+
+def snapshot(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE | diff", help="Where to write, or `diff`.")],
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="[A B]", help="With diff: two snapshots or roots.")
+    ] = None,
+    anonymize: Annotated[
+        bool,
+        typer.Option(
+            "--anonymize", help="Replace serial numbers, MACs, host names, UUIDs, IP addresses."
+        ),
+    ] = False,
+    machine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The machine's name, for the header.")
+    ] = None,
+    date: Annotated[
+        bool, typer.Option(help="Note the time of capture; without it, captures are reproducible.")
+    ] = True,
+) -> None:
+    """Capture this host in one file that --root opens anywhere; or compare two captures.
+
+    FILE ending in .txt is plain, diffable text; .xz and everything else is packed.
+    """
+    if file == "diff":
+        if others is None or len(others) != 2:
+            raise UsageError(
+                "snapshot diff takes two snapshots", hint="vfiotool snapshot diff BEFORE AFTER"
+            )
+        _diff(context, *others)
+        return
+    if others:
+        raise UsageError("snapshot takes one file", hint="vfiotool snapshot FILE")
+    _capture(context, file, anonymize=anonymize, machine=machine, date=date)
+
+
+def _capture(
+    context: typer.Context, file: str, *, anonymize: bool, machine: str | None, date: bool
+) -> None:
+    from vfiotool.snapshot import capture, save
+
+    header = {} if machine is None else {"machine": machine}
+    if date:
+        now = datetime.datetime.now(datetime.UTC)
+        header["taken"] = now.isoformat(timespec="seconds")
+    found = capture(render.host(context), probes(), header=header)
+    if anonymize:
+        from vfiotool.snapshot_anonymize import anonymized
+
+        found = anonymized(found)
+    save(found, file)
+    functions = sum(name.endswith("/config") for name in found.files)
+    payload: dict[str, object] = {
+        "file": file,
+        "size_bytes": os.path.getsize(file),
+        "files": len(found.files),
+        "links": len(found.links),
+        "functions": functions,
+        "anonymized": anonymize,
+    }
+    if render.state(context).json:
+        render.emit(payload)
+        return
+    render.say(
+        f"{file}: {functions} PCI functions, {len(found.files)} files, {len(found.links)} links, "
+        f"{payload['size_bytes']} bytes"
+    )
+    render.say(f"  open it anywhere: vfiotool --root {file} groups")
+
+
+def probes() -> list[Callable[[Host], object]]:
+    """What the reading commands read a host with: each is run once while a snapshot is taken."""
+    from vfiotool.inventory import read_inventory
+    from vfiotool.names import read_names
+
+    return [read_inventory, read_names]
+
+
+def _diff(context: typer.Context, before: str, after: str) -> None:
+    from vfiotool.snapshot_diff import compare, load_any
+
+    changes = compare(load_any(before), load_any(after))
+    if render.state(context).json:
+        render.emit({"changes": [change.as_json() for change in changes]})
+        return
+    for change in changes:
+        for line in change.lines():
+            print(render.escape(line))

@@ -1,0 +1,198 @@
+"""A tree that remembers what was read from it: the mechanism behind `vfiotool snapshot`.
+
+Whatever a command reads while it runs on a `RecordingHost` is in the snapshot afterwards, with
+the answers that it got. So the command gives the same from the snapshot, by construction.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable
+
+from vfiotool.host import DEV, PROC, READ_DEADLINE_S, Host, Tree
+from vfiotool.snapshot_text import MAX_FILE_BYTES, NOT_CAPTURED
+
+_HOPS = 40
+# Links that mean another file to each process: recorded as if they were directories.
+_OPAQUE = frozenset({f"{PROC}/self", f"{PROC}/net", f"{PROC}/thread-self"})
+_OPEN_FILES = re.compile(rf"{PROC}/[0-9]+/fd(/[0-9]+)?")
+# Nodes that every process has open, and that say nothing of a device.
+_COMMON_NODES = re.compile(
+    rf"{DEV}/(null|zero|full|u?random|tty.*|pts(/.*)?|ptmx|console|kmsg|fuse|shm/.*|log|rtc.*)"
+    rf"( \(deleted\))?"
+)
+_HELD = re.compile(rf"{DEV}/.*|anon_inode:.*(vfio|iommu).*")
+
+
+class RecordingTree:
+    """Passes every question on to `inner` and keeps the answer, under the path without links.
+
+    What was answered once is answered the same again, so that all commands see one host.
+    """
+
+    def __init__(self, inner: Tree) -> None:
+        self.inner = inner
+        self.files: dict[str, bytes | int] = {}
+        self.links: dict[str, str] = {}
+        self.directories: set[str] = set()
+        self._known: dict[str, str | None] = {}
+        self._names: dict[str, list[str]] = {}
+
+    def real(self, path: str, *, follow_last: bool = True) -> str:
+        """The path with its links followed; each link on the way is recorded."""
+        pending = [part for part in reversed(path.split("/")) if part]
+        done, hops = "", 0
+        while pending:
+            part = pending.pop()
+            if part == ".":
+                continue
+            if part == "..":
+                done = done.rpartition("/")[0]
+                continue
+            step = f"{done}/{part}"
+            target = self._link(step) if pending or follow_last else None
+            if target is None:
+                done = step
+                continue
+            hops += 1
+            if hops > _HOPS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            if target.startswith("/"):
+                done = ""
+            pending.extend(piece for piece in reversed(target.split("/")) if piece)
+        return done or "/"
+
+    def _link(self, path: str) -> str | None:
+        """The target if `path` is a link; remembered, since directories are passed often."""
+        if path in _OPAQUE:
+            return None
+        if path in self._known:
+            return self._known[path]
+        target: str | None
+        try:
+            target = self.inner.readlink(path)
+        except OSError:
+            target = None
+        self._known[path] = target
+        if target is not None and not _OPEN_FILES.fullmatch(path):
+            self.links[path] = target
+        return target
+
+    def read(self, path: str) -> bytes:
+        real = self.real(path)
+        content = self.files.get(real)
+        if content is None or content == NOT_CAPTURED:
+            content = self._read(path)
+            if content not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+                self.files[real] = content
+        if isinstance(content, int):
+            raise OSError(content, os.strerror(content), path)
+        return content
+
+    def _read(self, path: str) -> bytes | int:
+        try:
+            data = self.inner.read(path)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return data if len(data) <= MAX_FILE_BYTES else errno.EFBIG
+
+    def listdir(self, path: str) -> list[str]:
+        real = self.real(path)
+        if real not in self._names:
+            self._names[real] = self.inner.listdir(path)
+            self.directories.add(real)
+            # Other people's processes and nodes are no part of the answer.
+            if real not in (PROC, DEV) and not _OPEN_FILES.fullmatch(real):
+                for name in self._names[real]:
+                    self.note(f"{real}/{name}" if real != "/" else f"/{name}")
+        return list(self._names[real])
+
+    def note(self, path: str) -> None:
+        """Record that there is something at `path`, without its content."""
+        if path in self.files or self._link(path) is not None:
+            return
+        if self.inner.isdir(path):
+            self.directories.add(path)
+        else:
+            self.files[path] = NOT_CAPTURED
+
+    def readlink(self, path: str) -> str:
+        real = self.real(path, follow_last=False)
+        target = self._link(real)
+        if target is None:
+            # Asked again only for its errno.
+            target = self.inner.readlink(path)
+        if _OPEN_FILES.fullmatch(real) and _HELD.fullmatch(target):
+            if not _COMMON_NODES.fullmatch(target):
+                self.links[real] = target
+        elif not _OPEN_FILES.fullmatch(real):
+            self.note_target(real)
+        return target
+
+    def note_target(self, link: str) -> None:
+        """Record that a link leads somewhere, where it does."""
+        try:
+            real = self.real(link)
+        except OSError:
+            return
+        if self.inner.exists(real):
+            self.note(real)
+
+    def exists(self, path: str) -> bool:
+        found = self.inner.exists(path)
+        if found:
+            self.note(self.real(path))
+        return found
+
+    def isdir(self, path: str) -> bool:
+        found = self.inner.isdir(path)
+        if found or self.inner.exists(path):
+            self.note(self.real(path))
+        return found
+
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    def load_module(self, name: str, timeout_s: float) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
+
+    def drop_bystanders(self) -> None:
+        """Forget processes that hold no device's node: their names are nobody's business."""
+        holders = {path.split("/")[2] for path in self.links if _OPEN_FILES.fullmatch(path)}
+        process = re.compile(rf"{PROC}/([0-9]+)(/.*)?")
+
+        def kept(path: str) -> bool:
+            match = process.fullmatch(path)
+            return match is None or match.group(1) in holders
+
+        self.files = {path: content for path, content in self.files.items() if kept(path)}
+        self.links = {path: target for path, target in self.links.items() if kept(path)}
+        self.directories = {path for path in self.directories if kept(path)}
+
+
+class RecordingHost(Host):
+    """A host whose readings are kept in `recording`."""
+
+    def __init__(self, inner: Host) -> None:
+        self.recording = RecordingTree(inner.tree)
+        self.inner = inner
+        super().__init__(self.recording, live=inner.live, name=inner.name)
+
+    def read_guarded(
+        self, paths: Iterable[str], timeout_s: float = READ_DEADLINE_S
+    ) -> dict[str, str | None]:
+        found = {}
+        for path, text in self.inner.read_guarded(paths, timeout_s).items():
+            real = self.recording.real(path)
+            known = self.recording.files.get(real)
+            if isinstance(known, bytes):
+                found[path] = self.read(path)
+                continue
+            found[path] = text
+            if text is not None:
+                self.recording.files[real] = text.encode() + b"\n"
+            elif self.inner.exists(path):
+                self.recording.files[real] = errno.ETIMEDOUT
+        return found
