@@ -1,0 +1,392 @@
+"""The executor: run a plan under its locks, verify each step, undo all of it if one fails.
+
+What ends well is committed; what fails is rolled back in exact reverse and raises the failure;
+what hangs, or cannot be rolled back, raises Stuck and stays in the journal for `recover`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vfiotool.change.bind_step import BindDriver
+from vfiotool.change.journal import Journal, Record, Transaction, started_at
+from vfiotool.change.locks import held, lock_keys
+from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
+from vfiotool.change.state import device_nodes, read_binding, read_holders
+from vfiotool.change.step import Step
+from vfiotool.change.steps import not_done
+from vfiotool.change.vf_steps import SetVfCount
+from vfiotool.errors import KernelError, NotFound, Refused, Stuck, VfiotoolError
+from vfiotool.host import WRITE_DEADLINE_S, Host, read_only_root
+from vfiotool.sriov import read_vfs
+
+LOCK_DEADLINE_S = 60.0
+_REPLANS = 8
+_ROLL_BACK_TRIES = 3
+
+Progress = Callable[[int, int, Step], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a change did: its steps, and its number in the journal (None if there were none)."""
+
+    steps: tuple[Step, ...]
+    transaction: int | None
+
+
+@dataclass
+class _Door:
+    """The journalled door of one transaction."""
+
+    host: Host
+    transaction: Transaction
+    timeout_s: float
+    number: int = 0
+
+    def write(self, path: str, data: str) -> None:
+        self.transaction.note_write(self.host, self.number, path, data)
+        self.host.write(path, data, self.timeout_s)
+
+    def load_module(self, name: str) -> None:
+        self.transaction.note("module", n=self.number, name=name)
+        self.host.load_module(name, self.timeout_s)
+
+
+def change(
+    host: Host,
+    journal: Journal,
+    title: str,
+    make: Callable[[], tuple[Step, ...]],
+    *,
+    timeout_s: float = WRITE_DEADLINE_S,
+    progress: Progress | None = None,
+    undoes: int | None = None,
+) -> Outcome:
+    """Plan with `make` under the locks that the plan needs, and run it.
+
+    `timeout_s` is the deadline of each write. Raises UsageError on a root that is not the running
+    host; Refused, NotFound, KernelError, NotPermitted or Unsupported with everything rolled back;
+    Stuck where it could not be.
+    """
+    if not host.live:
+        raise read_only_root(host.name)
+    steps = make()
+    for _ in range(_REPLANS):
+        if not steps:
+            return Outcome((), None)
+        keys = lock_keys(host, steps)
+        with held(journal.locks, keys, LOCK_DEADLINE_S):
+            steps = make()
+            if not steps:
+                return Outcome((), None)
+            if set(lock_keys(host, steps)) <= set(keys):
+                _refuse_unfinished(journal, keys)
+                number = _run_all(host, journal, title, steps, keys, timeout_s, progress, undoes)
+                return Outcome(steps, number)
+    raise KernelError(
+        "the host kept changing while the change was planned", hint="try again", errno_name="EAGAIN"
+    )
+
+
+def _refuse_unfinished(journal: Journal, keys: tuple[str, ...]) -> None:
+    record = journal.abandoned_on(keys)
+    if record is not None:
+        raise Stuck(
+            f"an earlier change of this device was not finished ({record.number}: {record.title})",
+            hint="vfiotool recover",
+        )
+
+
+def _run_all(
+    host: Host,
+    journal: Journal,
+    title: str,
+    steps: tuple[Step, ...],
+    keys: tuple[str, ...],
+    timeout_s: float,
+    progress: Progress | None,
+    undoes: int | None,
+) -> int:
+    transaction = journal.begin(title, steps, keys, undoes)
+    door = _Door(host, transaction, timeout_s)
+    started = 0
+    try:
+        remember_origins(journal, steps)
+        for number, step in enumerate(steps, 1):
+            if progress is not None:
+                progress(number, len(steps), step)
+            step.check(host)
+            started = number
+            _run_step(door, number, step)
+        _verify_all(host, steps)
+    except Stuck as error:
+        raise _left_stuck(host, transaction, steps[max(started, 1) - 1], error) from error
+    except BaseException as error:
+        _roll_back(door, steps, range(started, 0, -1), error)
+        forget_origins(host, journal, steps)
+        transaction.end("rolled-back", str(error))
+        raise
+    forget_origins(host, journal, steps)
+    transaction.end("committed")
+    return transaction.number
+
+
+def _run_step(door: _Door, number: int, step: Step) -> None:
+    door.number = number
+    door.transaction.note("step", n=number)
+    step.run(door)
+    if not step.holds(door.host):
+        raise not_done(step)
+    door.transaction.note("done", n=number)
+
+
+def _verify_all(host: Host, steps: tuple[Step, ...]) -> None:
+    """Read every goal back once more: a neighbour may have undone an early step meanwhile."""
+    last: dict[tuple[type, str, str], Step] = {}
+    for step in steps:
+        if isinstance(step, SetVfCount):
+            # The VFs that stood before it are gone, and with them what was set on them.
+            vfs = {vf.address for vf in read_vfs(host, step.pf)}
+            last = {key: old for key, old in last.items() if _survives(host, old, vfs)}
+        last[_facet(step)] = step
+    for step in last.values():
+        if not step.holds(host):
+            raise not_done(step)
+
+
+def _survives(host: Host, step: Step, vfs: set[str]) -> bool:
+    return step.target not in vfs and step.present(host)
+
+
+def _facet(step: Step) -> tuple[type, str, str]:
+    attribute = step.attribute if isinstance(step, SetMdevAttribute) else ""
+    return type(step), step.target, attribute
+
+
+def _roll_back(door: _Door, steps: tuple[Step, ...], numbers: range, cause: BaseException) -> None:
+    """Undo the steps of those numbers, in that order. Raises Stuck if one cannot be undone."""
+    for number in numbers:
+        door.number = number
+        door.transaction.note("undoing", n=number)
+        try:
+            _undo_step(door, steps[number - 1])
+        except VfiotoolError as error:
+            text = f"{cause}; then undoing step {number} failed: {error.message}"
+            stuck = Stuck(text, errno_name=error.errno_name)
+            raise _left_stuck(door.host, door.transaction, steps[number - 1], stuck) from error
+        door.transaction.note("undone", n=number)
+
+
+def _undo_step(door: _Door, step: Step) -> None:
+    inverse = step.inverse()
+    if inverse is None:
+        return
+    for left in reversed(range(_ROLL_BACK_TRIES)):
+        if not inverse.present(door.host):
+            # Unplugged, or destroyed with its physical function's VFs: nothing to put back.
+            return
+        try:
+            inverse.run(door)
+            if inverse.holds(door.host):
+                return
+            raise not_done(inverse)
+        except Stuck:
+            raise
+        except VfiotoolError:
+            if not left:
+                raise
+
+
+def _left_stuck(host: Host, transaction: Transaction, step: Step, error: Stuck) -> Stuck:
+    """Journal that the change is stuck, and say who holds the device."""
+    holders = read_holders(host, nodes_of(host, step))
+    names = ", ".join(f"process {pid} ({name})" for pid, name in holders)
+    message = f"{error.message}; held by {names}" if holders else error.message
+    transaction.note("stuck", message=message, holders=[pid for pid, _ in holders])
+    transaction.leave()
+    ending = f"end process {', '.join(str(pid) for pid, _ in holders)}, then: " if holders else ""
+    return Stuck(
+        f"{step.target} is half done: {message}",
+        hint=f"{ending}vfiotool recover",
+        device=step.target,
+        errno_name=error.errno_name,
+    )
+
+
+def nodes_of(host: Host, step: Step) -> tuple[str, ...]:
+    """The device nodes whose open files can hold the step up."""
+    if isinstance(step, BindDriver):
+        return device_nodes(host, step.bus, step.address)
+    if isinstance(step, SetMdev | SetMdevAttribute):
+        return device_nodes(host, "mdev", step.uuid)
+    if isinstance(step, SetVfCount):
+        vfs = [vf.address for vf in read_vfs(host, step.pf)]
+        return tuple(node for name in (step.pf, *vfs) for node in device_nodes(host, "pci", name))
+    return ()
+
+
+def remember_origins(journal: Journal, steps: tuple[Step, ...]) -> None:
+    """Record where each device stands that is about to be taken from its usual driver."""
+    for step in steps:
+        if isinstance(step, BindDriver) and step.after.taken and not step.before.taken:
+            journal.remember(step.bus, step.address, step.identity, step.before)
+
+
+def forget_origins(host: Host, journal: Journal, steps: tuple[Step, ...]) -> None:
+    """Drop the records of devices that are not taken (any more) or not there."""
+    for step in steps:
+        if not isinstance(step, BindDriver):
+            continue
+        try:
+            taken = read_binding(host, step.bus, step.address).taken
+        except NotFound:
+            taken = False
+        if not taken:
+            journal.forget(step.bus, step.address)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What `recover` made of one transaction: `finished`, `undone`, `stuck` or `in progress`."""
+
+    number: int
+    title: str
+    result: str
+    detail: str | None = None
+
+
+def recover(
+    host: Host, journal: Journal, *, timeout_s: float = WRITE_DEADLINE_S, finish: bool | None = None
+) -> tuple[Recovered, ...]:
+    """Finish or undo every change that a crash, a kill or a held device left half done.
+
+    By default a stuck change is finished (its user still wants it, and nothing failed), anything
+    else undone; `finish` decides otherwise. What is still held is reported as `stuck`, at most
+    `timeout_s` after the call; it raises nothing for it.
+    """
+    if not host.live:
+        raise read_only_root(host.name)
+    results = []
+    # Latest first: an earlier change may be what a later one built on.
+    for record, transaction in reversed(journal.unfinished()):
+        if transaction is None:
+            detail = f"process {record.pid} works on it"
+            results.append(Recovered(record.number, record.title, "in progress", detail))
+            continue
+        with held(journal.locks, record.keys, LOCK_DEADLINE_S):
+            results.append(_recover_one(host, journal, record, transaction, timeout_s, finish))
+    return tuple(results)
+
+
+def _recover_one(
+    host: Host,
+    journal: Journal,
+    record: Record,
+    transaction: Transaction,
+    timeout_s: float,
+    finish: bool | None,
+) -> Recovered:
+    door = _Door(host, transaction, timeout_s)
+    if record.outcome is not None:
+        transaction.end(record.outcome, record.error)
+        return Recovered(record.number, record.title, _RESULT[record.outcome])
+    try:
+        _await_writer(host, record, timeout_s)
+        forward = record.stuck is not None and not record.undoing if finish is None else finish
+        outcome, error = "rolled-back", None
+        if forward:
+            outcome, error = _finish(door, record)
+        if outcome == "rolled-back":
+            # Undoing a step that never ran writes nothing, so a failed finish undoes them all.
+            last = len(record.steps) if forward else max(record.started, default=0)
+            cause = KernelError(error or "undone by recover")
+            _roll_back(door, record.steps, range(last, 0, -1), cause)
+    except Stuck as stuck:
+        if stuck.hint is None or "half done" not in stuck.message:
+            at = max(record.started, default=1) - 1
+            stuck = _left_stuck(host, transaction, record.steps[at], stuck)
+        return Recovered(record.number, record.title, "stuck", stuck.message)
+    forget_origins(host, journal, record.steps)
+    transaction.end(outcome, error)
+    return Recovered(record.number, record.title, _RESULT[outcome], error)
+
+
+_RESULT = {"committed": "finished", "rolled-back": "undone"}
+
+
+def _finish(door: _Door, record: Record) -> tuple[str, str | None]:
+    """Run what is left of a transaction; the outcome, and why if it cannot be finished."""
+    try:
+        first = max(record.started, default=1)
+        for number in range(first, len(record.steps) + 1):
+            step = record.steps[number - 1]
+            if number > first:
+                step.check(door.host)
+            _run_step(door, number, step)
+        _verify_all(door.host, record.steps)
+    except Stuck:
+        raise
+    except VfiotoolError as error:
+        return "rolled-back", error.message
+    return "committed", None
+
+
+def _await_writer(host: Host, record: Record, timeout_s: float) -> None:
+    """Wait for a write that an earlier process left in the kernel. Raises Stuck if it stays."""
+    if record.writer is None:
+        return
+    pid, since = record.writer
+    deadline = time.monotonic() + timeout_s
+    while started_at(host, pid) == since and _alive(host, pid):
+        if time.monotonic() > deadline:
+            raise Stuck(f"its last write is still in the kernel, in process {pid}")
+        time.sleep(0.02)
+
+
+def _alive(host: Host, pid: int) -> bool:
+    from vfiotool.host import PROC
+
+    stat = host.read(f"{PROC}/{pid}/stat")
+    return stat is not None and stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def undo(
+    host: Host,
+    journal: Journal,
+    *,
+    timeout_s: float = WRITE_DEADLINE_S,
+    progress: Progress | None = None,
+) -> Record:
+    """Take back the last change of this boot that stands. Returns its record.
+
+    Raises NotFound if there is none, and Refused if the host has been changed since.
+    """
+    record = last_standing(journal.history())
+    steps = tuple(
+        inverse for step in reversed(record.steps) if (inverse := step.inverse()) is not None
+    )
+    change(
+        host,
+        journal,
+        f"undo {record.number}: {record.title}",
+        lambda: steps,
+        timeout_s=timeout_s,
+        progress=progress,
+        undoes=record.number,
+    )
+    return record
+
+
+def last_standing(history: list[Record]) -> Record:
+    """The latest committed change that is neither undone nor itself an undoing."""
+    undone = {record.undoes for record in history if record.outcome == "committed"}
+    for record in reversed(history):
+        if record.outcome == "committed" and record.undoes is None and record.number not in undone:
+            return record
+    raise NotFound("there is no change of this boot to undo", hint="vfiotool history lists them")
+
+
+__all__ = ["Outcome", "Progress", "Recovered", "Refused", "change", "recover", "undo"]

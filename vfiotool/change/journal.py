@@ -1,0 +1,295 @@
+"""The journal: every change's intent, recorded before the kernel hears of it.
+
+One file a transaction in `RUN/BOOT-ID/`, JSON lines, each synced before the write that it
+announces. `NNNNNN.open` is a transaction in progress, locked by the process that works on it;
+one that is open and not locked was left by a crash or is stuck, and `recover` takes it up. When
+it ends it is renamed to `NNNNNN.done`. A torn last line is what a crash leaves and is ignored:
+what it announced has not been done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vfiotool.change.folder import Folder
+from vfiotool.change.locks import held, try_lock
+from vfiotool.change.state import Binding, Identity
+from vfiotool.change.step import Step
+from vfiotool.change.steps import step_from_json, step_to_json
+from vfiotool.errors import KernelError
+from vfiotool.host import PROC, Host
+
+RUN_FOLDER = "/run/vfiotool"
+KEPT = 1000
+_OPEN, _DONE = ".open", ".done"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One transaction as its file tells it.
+
+    `outcome` is `committed`, `rolled-back`, or None while it is open; `stuck` is the message of
+    the write that did not return. `started`, `done` and `undone` hold step numbers from 1.
+    """
+
+    number: int
+    at: float
+    title: str
+    pid: int
+    keys: tuple[str, ...]
+    steps: tuple[Step, ...]
+    undoes: int | None
+    outcome: str | None
+    error: str | None
+    stuck: str | None
+    undoing: bool
+    started: frozenset[int]
+    done: frozenset[int]
+    undone: frozenset[int]
+    writer: tuple[int, str] | None
+
+
+@dataclass
+class _Draft:
+    head: dict[str, Any]
+    outcome: str | None = None
+    error: str | None = None
+    stuck: str | None = None
+    undoing: bool = False
+    started: set[int] = field(default_factory=set)
+    done: set[int] = field(default_factory=set)
+    undone: set[int] = field(default_factory=set)
+    writer: tuple[int, str] | None = None
+
+
+def parse_record(data: bytes) -> Record | None:
+    """A transaction from its file's bytes, or None if not even its first line is whole.
+
+    Raises KernelError for a whole line that is no record: that is damage, not a crash.
+    """
+    lines = data.split(b"\n")[:-1]
+    draft: _Draft | None = None
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            kind = entry["t"]
+            if draft is None:
+                draft = _Draft(entry)
+            else:
+                _take_entry(draft, kind, entry)
+        except (ValueError, KeyError, TypeError) as error:
+            raise KernelError(
+                f"the journal is damaged at line {number}: {error}",
+                hint="look at the host by hand; history and recover cannot read this entry",
+            ) from error
+    return None if draft is None else _finish(draft)
+
+
+def _take_entry(draft: _Draft, kind: str, entry: dict[str, Any]) -> None:
+    if kind == "step":
+        draft.started.add(entry["n"])
+    elif kind == "done":
+        draft.done.add(entry["n"])
+    elif kind == "undoing":
+        draft.undoing = True
+    elif kind == "undone":
+        draft.undone.add(entry["n"])
+    elif kind == "write":
+        draft.writer = (entry["writer"], entry["since"]) if entry["writer"] else None
+    elif kind == "stuck":
+        draft.stuck = entry["message"]
+    elif kind == "end":
+        draft.outcome, draft.error = entry["outcome"], entry["error"]
+
+
+def _finish(draft: _Draft) -> Record:
+    head = draft.head
+    return Record(
+        number=head["number"],
+        at=head["at"],
+        title=head["title"],
+        pid=head["pid"],
+        keys=tuple(head["keys"]),
+        steps=tuple(step_from_json(step) for step in head["steps"]),
+        undoes=head["undoes"],
+        outcome=draft.outcome,
+        error=draft.error,
+        stuck=draft.stuck,
+        undoing=draft.undoing,
+        started=frozenset(draft.started),
+        done=frozenset(draft.done),
+        undone=frozenset(draft.undone),
+        writer=draft.writer,
+    )
+
+
+class Transaction:
+    """An open journal file, locked by this process. `close` it with its outcome."""
+
+    def __init__(self, folder: Folder, number: int, descriptor: int) -> None:
+        self.number = number
+        self._folder = folder
+        self._descriptor = descriptor
+
+    def note(self, kind: str, **values: object) -> None:
+        """Append one entry; it is on the medium when this returns."""
+        line = json.dumps({"t": kind, **values}, separators=(",", ":")) + "\n"
+        os.write(self._descriptor, line.encode())
+        os.fsync(self._descriptor)
+
+    def note_write(self, host: Host, step: int, path: str, data: str) -> None:
+        """Announce a write and the process that will do it."""
+        pid = host.writer_pid()
+        since = None if pid is None else started_at(host, pid)
+        self.note("write", n=step, path=path, data=data, writer=pid, since=since)
+
+    def end(self, outcome: str, error: str | None = None) -> None:
+        """Close with `committed` or `rolled-back`."""
+        self.note("end", outcome=outcome, error=error)
+        name = f"{self.number:06d}"
+        self._folder.rename(name + _OPEN, name + _DONE)
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of it as it is: `recover` will find it."""
+        os.close(self._descriptor)
+
+
+def started_at(host: Host, pid: int) -> str | None:
+    """A process's start time in clock ticks, which with its id names it for ever (proc(5))."""
+    stat = host.read(f"{PROC}/{pid}/stat")
+    return None if stat is None else stat.rpartition(")")[2].split()[19]
+
+
+class Journal:
+    """The journal of one boot of one host, and the locks and origins beside it.
+
+    Raises Refused for a folder that is not safely this user's, NotPermitted without the right to
+    make it.
+    """
+
+    def __init__(self, host: Host, run_folder: str = RUN_FOLDER) -> None:
+        self._root = Folder(run_folder)
+        self.locks = self._root.sub("locks")
+        self._boot = self._root.sub(f"boot-{host.boot_id() or 'unknown'}")
+        self._origins = self._boot.sub("origins")
+
+    def begin(
+        self, title: str, steps: tuple[Step, ...], keys: Iterable[str], undoes: int | None = None
+    ) -> Transaction:
+        """A new transaction, recorded with all its steps before the first of them runs."""
+        scratch = f"new.{os.getpid()}.{time.monotonic_ns()}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        descriptor = self._boot.open(scratch, flags)
+        # Locked before it has its name, so that no `recover` mistakes it for an abandoned one.
+        try_lock(descriptor)
+        with held(self.locks, ["journal"], 30.0):
+            numbers = self._numbers()
+            number = max((number for number, _ in numbers), default=0) + 1
+            transaction = Transaction(self._boot, number, descriptor)
+            transaction.note(
+                "begin",
+                number=number,
+                at=time.time(),
+                title=title,
+                pid=os.getpid(),
+                keys=list(keys),
+                undoes=undoes,
+                steps=[step_to_json(step) for step in steps],
+            )
+            self._boot.rename(scratch, f"{number:06d}{_OPEN}")
+            done = [number for number, name in numbers if name.endswith(_DONE)]
+            for old in done[:-KEPT]:
+                self._boot.remove(f"{old:06d}{_DONE}")
+        return transaction
+
+    def _numbers(self) -> list[tuple[int, str]]:
+        return [
+            (int(name[:6]), name)
+            for name in self._boot.names()
+            if name.endswith((_OPEN, _DONE)) and name[:-5].isdecimal()
+        ]
+
+    def history(self) -> list[Record]:
+        """All transactions of this boot, oldest first."""
+        found = []
+        for _, name in self._numbers():
+            data = self._boot.read(name)
+            record = None if data is None else parse_record(data)
+            if record is not None:
+                found.append(record)
+        return found
+
+    def unfinished(self, keys: set[str] | None = None) -> list[tuple[Record, Transaction | None]]:
+        """The open transactions, each with its file locked, or None while a process works on it.
+
+        With `keys`, only those that need one of these locks. The caller `end`s or `leave`s those
+        that it got.
+        """
+        found = []
+        for number, name in self._numbers():
+            if not name.endswith(_OPEN):
+                continue
+            if keys is not None and not self._touches(name, keys):
+                continue
+            try:
+                descriptor = self._boot.open(name, os.O_RDWR | os.O_APPEND)
+            except FileNotFoundError:
+                continue
+            locked = try_lock(descriptor)
+            data = self._boot.read(name)
+            record = None if data is None else parse_record(data)
+            if record is None or not locked:
+                os.close(descriptor)
+            if record is None:
+                continue
+            if locked:
+                _cut_torn_line(descriptor, data or b"")
+            transaction = Transaction(self._boot, number, descriptor) if locked else None
+            found.append((record, transaction))
+        return found
+
+    def _touches(self, name: str, keys: set[str]) -> bool:
+        data = self._boot.read(name)
+        record = None if data is None else parse_record(data)
+        return record is not None and bool(keys & set(record.keys))
+
+    def abandoned_on(self, keys: Iterable[str]) -> Record | None:
+        """A transaction on one of `keys` that nobody works on; call it with the keys held."""
+        wanted = set(keys)
+        hit = None
+        for record, transaction in self.unfinished(wanted):
+            if transaction is not None:
+                transaction.leave()
+                hit = record
+        return hit
+
+    def origin(self, bus: str, name: str, identity: Identity) -> Binding | None:
+        """The binding that a device had before vfiotool took it away, if it is that device."""
+        data = self._origins.read(f"{bus}-{name}")
+        if data is None:
+            return None
+        entry = json.loads(data)
+        if Identity(**entry["identity"]).differs_from(identity):
+            return None
+        return Binding(**entry["binding"])
+
+    def remember(self, bus: str, name: str, identity: Identity, binding: Binding) -> None:
+        """Keep a device's binding until `forget`, over any number of further changes."""
+        entry = {"identity": asdict(identity), "binding": asdict(binding)}
+        self._origins.replace(f"{bus}-{name}", json.dumps(entry).encode())
+
+    def forget(self, bus: str, name: str) -> None:
+        self._origins.remove(f"{bus}-{name}")
+
+
+def _cut_torn_line(descriptor: int, data: bytes) -> None:
+    """Drop what a crash left of a last line, so that the next entry starts a line of its own."""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.ftruncate(descriptor, whole)

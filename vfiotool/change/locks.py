@@ -1,0 +1,93 @@
+"""Which locks a plan needs, and holding them.
+
+A lock is a flock(2) on a file of the state folder: it dies with its process, and the writing
+children do not inherit it. All are taken in one fixed order, the sorted one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from vfiotool.change.bind_step import BindDriver
+from vfiotool.change.folder import Folder
+from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
+from vfiotool.change.state import BUSES, read_mdev_place
+from vfiotool.change.step import Step
+from vfiotool.change.vf_steps import SetMsixCount, SetVgpuType
+from vfiotool.errors import KernelError
+from vfiotool.host import SYS_PCI_DEVICES, Host
+
+
+def lock_keys(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
+    """The names of all locks that the steps need, in the order in which they are taken.
+
+    A device needs its own, its group's and, if it is a VF, its physical function's; an mdev its
+    own and its parent's.
+    """
+    keys: set[str] = set()
+    for step in steps:
+        if isinstance(step, BindDriver):
+            keys |= _device_keys(host, step.bus, step.address)
+        elif isinstance(step, SetMdev):
+            keys |= {f"mdev-{step.uuid}", f"device-{step.parent}"}
+        elif isinstance(step, SetMdevAttribute):
+            place = read_mdev_place(host, step.uuid)
+            keys.add(f"mdev-{step.uuid}")
+            if place is not None:
+                keys.add(f"device-{place[0]}")
+        elif isinstance(step, SetMsixCount | SetVgpuType):
+            keys |= _device_keys(host, "pci", step.vf)
+        elif step.inverse() is not None:
+            keys |= _device_keys(host, "pci", step.target)
+    return tuple(sorted(keys))
+
+
+def _device_keys(host: Host, bus: str, name: str) -> set[str]:
+    base = f"{BUSES[bus].devices}/{name}"
+    keys = {f"device-{name}"}
+    group = host.linkname(f"{base}/iommu_group")
+    if group is not None:
+        keys.add(f"group-{group}")
+    physfn = host.linkname(f"{SYS_PCI_DEVICES}/{name}/physfn")
+    if physfn is not None:
+        keys.add(f"device-{physfn}")
+    return keys
+
+
+@contextmanager
+def held(folder: Folder, keys: Iterable[str], timeout_s: float) -> Iterator[None]:
+    """Hold all `keys`. Raises KernelError if another vfiotool keeps one for `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    with ExitStack() as stack:
+        for key in sorted(keys):
+            descriptor = folder.open(key, os.O_RDWR | os.O_CREAT)
+            stack.callback(os.close, descriptor)
+            _take(descriptor, key, deadline, timeout_s)
+        yield
+
+
+def _take(descriptor: int, key: str, deadline: float, timeout_s: float) -> None:
+    pause = 0.001
+    while not try_lock(descriptor):
+        if time.monotonic() > deadline:
+            raise KernelError(
+                f"another vfiotool has been changing {key.replace('-', ' ', 1)} for over "
+                f"{timeout_s:g} s",
+                hint="wait for it, or see: vfiotool history",
+                errno_name="EBUSY",
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take the exclusive lock of an open file, unless another holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,132 @@
+"""What every step is: a frozen value with two ends, and the door that it runs through.
+
+Running a step *converges* the target on the state after from wherever it stands, so the same
+code runs it, undoes it (the inverse is the step with its ends exchanged) and recovers it after a
+crash at any write. `check` re-checks the device's identity and that it stands at one of the two
+ends; `run` writes through the door and reads each write back; `holds` tells whether the goal is
+reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from vfiotool.change.state import Identity, gone, read_pci_identity
+from vfiotool.errors import KernelError, Refused
+from vfiotool.host import Host
+
+
+class Door(Protocol):
+    """What a step runs through. Each call is journalled before it reaches the kernel."""
+
+    host: Host
+
+    def write(self, path: str, data: str) -> None: ...
+    def load_module(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """Base of all steps; see the module for what each method promises."""
+
+    verb: ClassVar[str]
+    nested: ClassVar[dict[str, type]] = {}
+
+    @property
+    def target(self) -> str:
+        raise NotImplementedError
+
+    def ends(self) -> tuple[object, object]:
+        """The states before and after, as the contract's `from` and `to`: text, number or None."""
+        raise NotImplementedError
+
+    def undo_text(self) -> str | None:
+        """What undoing it does, for people; None if nothing has to be undone."""
+        raise NotImplementedError
+
+    def inverse(self) -> Step | None:
+        raise NotImplementedError
+
+    def present(self, host: Host) -> bool:
+        """Whether the target exists: what is gone needs no roll-back."""
+        raise NotImplementedError
+
+    def check(self, host: Host) -> None:
+        """Raise Refused or NotFound if the target is another device or stands at neither end."""
+        raise NotImplementedError
+
+    def run(self, door: Door) -> None:
+        """Converge on the state after. Raises KernelError, NotPermitted, NotFound or Stuck."""
+        raise NotImplementedError
+
+    def holds(self, host: Host) -> bool:
+        raise NotImplementedError
+
+
+def drifted(target: str, found: object, before: object, after: object) -> Refused:
+    return Refused(
+        f"{target} is at {found}, where {before} or {after} was expected: it has been changed "
+        "meanwhile",
+        hint="plan again; nothing was written to it",
+        device=target,
+    )
+
+
+def check_identity(host: Host, address: str, identity: Identity) -> None:
+    difference = identity.differs_from(read_pci_identity(host, address))
+    if difference:
+        raise Refused(
+            f"{address} is another device now: {difference}",
+            hint="plan again; nothing was written to it",
+            device=address,
+        )
+
+
+@dataclass(frozen=True)
+class SetAttribute(Step):
+    """Base of the steps that set one sysfs attribute of a device and read it back."""
+
+    @property
+    def path(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def values(self) -> tuple[str, str]:
+        """The texts before and after."""
+        raise NotImplementedError
+
+    def ends(self) -> tuple[object, object]:
+        return self.values
+
+    def undo_text(self) -> str | None:
+        return f"set {self.values[0]}"
+
+    def present(self, host: Host) -> bool:
+        return host.exists(self.path)
+
+    def check(self, host: Host) -> None:
+        found = self._read(host)
+        if found not in self.values:
+            raise drifted(f"{self.target} {self.path.rpartition('/')[2]}", found, *self.values)
+
+    def holds(self, host: Host) -> bool:
+        return self._read(host) == self.values[1]
+
+    def run(self, door: Door) -> None:
+        if self._read(door.host) == self.values[1]:
+            return
+        door.write(self.path, self.values[1])
+        found = self._read(door.host)
+        if found != self.values[1]:
+            name = self.path.rpartition("/")[2]
+            raise KernelError(
+                f"{self.target}: {name} reads {found!r} after {self.values[1]!r} was written",
+                device=self.target,
+            )
+
+    def _read(self, host: Host) -> str:
+        text = host.read_guarded([self.path])[self.path]
+        if text is None:
+            raise gone(f"{self.target} {self.path.rpartition('/')[2]}")
+        return text
