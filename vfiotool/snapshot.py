@@ -111,7 +111,7 @@ RULES: tuple[str, ...] = (
     "/etc/mdevctl.d/*/*",
 )
 # Reading these can wait for a lock that a user of the device holds.
-_GUARDED = ("sriov_numvfs",)
+_GUARDED = ("sriov_numvfs", "driver_override")
 # The content is not wanted: presence says it all, or it belongs to the firmware's maker.
 _PRESENCE = (host.SYS_FIRMWARE_ACPI_TABLES, host.DEV)
 _PRESENCE_NAMES = ("rom",)
@@ -122,24 +122,22 @@ def capture(
     probes: Iterable[Probe] = (),
     *,
     header: Mapping[str, str] | None = None,
-    extra: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
     """Read a host into a snapshot.
 
     `probes` are run on the recording host in turn: what they read is captured too. What a probe
-    raises is not caught, except OSError. `extra` adds files that the kernel does not show as
-    such (rtnetlink's addresses). The header gets `tool` and `kernel` besides `header`.
+    raises is not caught, except OSError. The header gets `tool` and `kernel` besides `header`.
     """
     recorder = RecordingHost(source)
     tree = recorder.recording
-    for rule in RULES:
-        for path in expand(source.tree, rule):
-            _take(recorder, path)
+    paths = [path for rule in RULES for path in expand(source.tree, rule)]
+    recorder.read_guarded(path for path in paths if path.endswith(_GUARDED))
+    for path in paths:
+        _take(recorder, path)
     for probe in probes:
         with suppress(OSError):
             probe(recorder)
-    tree.drop_bystanders()
-    files = {**tree.files, **(extra or {})}
+    files = dict(tree.files)
     reduce_tables(files)
     release = source.read(host.PROC_OSRELEASE)
     own = {"tool": f"vfiotool {__version__}", **({"kernel": release} if release else {})}
@@ -191,9 +189,7 @@ def _take(recorder: RecordingHost, path: str) -> None:
     name = path.rpartition("/")[2]
     if tree.inner.isdir(path) or path.startswith(_PRESENCE) or name in _PRESENCE_NAMES:
         tree.exists(path)
-    elif name in _GUARDED:
-        recorder.read_guarded([path])
-    else:
+    elif name not in _GUARDED:
         recorder.read(path)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterable
 
 from vfiotool.host import DEV, PROC, READ_DEADLINE_S, Host, Tree
@@ -17,13 +16,6 @@ from vfiotool.snapshot_text import MAX_FILE_BYTES, NOT_CAPTURED
 _HOPS = 40
 # Links that mean another file to each process: recorded as if they were directories.
 _OPAQUE = frozenset({f"{PROC}/self", f"{PROC}/net", f"{PROC}/thread-self"})
-_OPEN_FILES = re.compile(rf"{PROC}/[0-9]+/fd(/[0-9]+)?")
-# Nodes that every process has open, and that say nothing of a device.
-_COMMON_NODES = re.compile(
-    rf"{DEV}/(null|zero|full|u?random|tty.*|pts(/.*)?|ptmx|console|kmsg|fuse|shm/.*|log|rtc.*)"
-    rf"( \(deleted\))?"
-)
-_HELD = re.compile(rf"{DEV}/.*|anon_inode:.*(vfio|iommu).*")
 
 
 class RecordingTree:
@@ -76,7 +68,7 @@ class RecordingTree:
         except OSError:
             target = None
         self._known[path] = target
-        if target is not None and not _OPEN_FILES.fullmatch(path):
+        if target is not None:
             self.links[path] = target
         return target
 
@@ -104,7 +96,7 @@ class RecordingTree:
             self._names[real] = self.inner.listdir(path)
             self.directories.add(real)
             # Other people's processes and nodes are no part of the answer.
-            if real not in (PROC, DEV) and not _OPEN_FILES.fullmatch(real):
+            if real not in (PROC, DEV):
                 for name in self._names[real]:
                     self.note(f"{real}/{name}" if real != "/" else f"/{name}")
         return list(self._names[real])
@@ -124,11 +116,7 @@ class RecordingTree:
         if target is None:
             # Asked again only for its errno.
             target = self.inner.readlink(path)
-        if _OPEN_FILES.fullmatch(real) and _HELD.fullmatch(target):
-            if not _COMMON_NODES.fullmatch(target):
-                self.links[real] = target
-        elif not _OPEN_FILES.fullmatch(real):
-            self.note_target(real)
+        self.note_target(real)
         return target
 
     def note_target(self, link: str) -> None:
@@ -158,19 +146,6 @@ class RecordingTree:
     def load_module(self, name: str, timeout_s: float) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
 
-    def drop_bystanders(self) -> None:
-        """Forget processes that hold no device's node: their names are nobody's business."""
-        holders = {path.split("/")[2] for path in self.links if _OPEN_FILES.fullmatch(path)}
-        process = re.compile(rf"{PROC}/([0-9]+)(/.*)?")
-
-        def kept(path: str) -> bool:
-            match = process.fullmatch(path)
-            return match is None or match.group(1) in holders
-
-        self.files = {path: content for path, content in self.files.items() if kept(path)}
-        self.links = {path: target for path, target in self.links.items() if kept(path)}
-        self.directories = {path for path in self.directories if kept(path)}
-
 
 class RecordingHost(Host):
     """A host whose readings are kept in `recording`."""
@@ -183,16 +158,23 @@ class RecordingHost(Host):
     def read_guarded(
         self, paths: Iterable[str], timeout_s: float = READ_DEADLINE_S
     ) -> dict[str, str | None]:
-        found = {}
-        for path, text in self.inner.read_guarded(paths, timeout_s).items():
+        wanted = list(paths)
+        known = self.recording.files
+        asked = [
+            path
+            for path in wanted
+            if known.get(self.recording.real(path), NOT_CAPTURED) == NOT_CAPTURED
+        ]
+        for path, text in self.inner.read_guarded(asked, timeout_s).items():
             real = self.recording.real(path)
-            known = self.recording.files.get(real)
-            if isinstance(known, bytes):
-                found[path] = self.read(path)
-                continue
-            found[path] = text
             if text is not None:
                 self.recording.files[real] = text.encode() + b"\n"
             elif self.inner.exists(path):
                 self.recording.files[real] = errno.ETIMEDOUT
-        return found
+        # What is not known now is absent or hangs: it must not be read again.
+        return {
+            path: self.read(path)
+            if isinstance(known.get(self.recording.real(path)), bytes)
+            else None
+            for path in wanted
+        }
