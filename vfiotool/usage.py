@@ -1,0 +1,92 @@
+"""Who uses a device: mounts, swap, volumes, networks, displays, open files, enabled VFs.
+
+Losing someone's disk or network is the one unforgivable bug, so this module errs on the side of
+finding a user, and says what it could not see. All of it is reading.
+"""
+
+from __future__ import annotations
+
+from vfiotool.host import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
+from vfiotool.inventory import Inventory
+from vfiotool.iommu import is_vfio_driver
+from vfiotool.pci import PciFunction, read_function
+from vfiotool.sriov import read_vfs
+from vfiotool.usage_blocker import Blocker, Usage
+from vfiotool.usage_display import display_usage
+from vfiotool.usage_network import network_usage
+from vfiotool.usage_nodes import node_usage
+from vfiotool.usage_storage import own_disks, stack_on, storage_usage
+
+__all__ = ["Blocker", "Usage", "blockers", "survey"]
+
+
+def blockers(host: Host, address: str, inventory: Inventory | None = None) -> tuple[Blocker, ...]:
+    """What uses a function or mdev now; empty if nothing does. See `survey`."""
+    return survey(host, address, inventory).blockers
+
+
+def survey(host: Host, address: str, inventory: Inventory | None = None) -> Usage:
+    """Everything that uses one PCI function (by full address) or mdev (by UUID).
+
+    A device that is gone, or on no driver, has no users. `inventory` saves reading the function
+    again; usage itself is always read anew.
+    """
+    function = inventory.by_address.get(address) if inventory is not None else None
+    if function is None:
+        function = read_function(host, address)
+    if function is None:
+        path = host.realpath(f"{SYS_MDEV_DEVICES}/{address}")
+        return Usage((), ()) if path is None else _mdev_usage(host, address, path)
+    parts = [
+        _vf_usage(host, function),
+        storage_usage(host, address, function.path),
+        network_usage(host, function),
+        display_usage(host, function),
+        _mdev_children(host, function),
+    ]
+    disks = own_disks(host, function.path)
+    layers = {layer.name for layer in stack_on(host, disks)} if disks else set()
+    parts.append(node_usage(host, address, function.path, layers, function.iommu_group))
+    return _join(parts)
+
+
+def _join(parts: list[Usage]) -> Usage:
+    found = dict.fromkeys(blocker for part in parts for blocker in part.blockers)
+    unseen = dict.fromkeys(text for part in parts for text in part.unseen)
+    return Usage(tuple(found), tuple(unseen))
+
+
+def _mdev_usage(host: Host, uuid: str, path: str) -> Usage:
+    group = host.linkname(f"{SYS_MDEV_DEVICES}/{uuid}/iommu_group")
+    number = int(group) if group is not None and group.isdecimal() else None
+    return node_usage(host, uuid, path, set(), number)
+
+
+def _vf_usage(host: Host, function: PciFunction) -> Usage:
+    """A PF with VFs: unbinding it takes all of them away, and vfio-pci refuses it."""
+    vfs = read_vfs(host, function.address)
+    if not vfs or function.sriov is None:
+        return Usage((), ())
+    users = [
+        f"{vf.address} ({vf.driver}{', a VM may hold it' if is_vfio_driver(vf.driver) else ''})"
+        for vf in vfs
+        if vf.driver is not None
+    ]
+    detail = f"{len(vfs)} VFs are enabled"
+    if users:
+        detail += f"; on drivers: {', '.join(users)}"
+    evidence = f"{SYS_PCI_DEVICES}/{function.address}/sriov_numvfs is {len(vfs)}"
+    blocker = Blocker("vfs-enabled", function.address, function.address, detail, evidence)
+    return Usage((blocker,), ())
+
+
+def _mdev_children(host: Host, function: PciFunction) -> Usage:
+    """Mediated devices made from this function go away with its driver."""
+    found = []
+    for uuid in host.listdir(SYS_MDEV_DEVICES):
+        path = host.realpath(f"{SYS_MDEV_DEVICES}/{uuid}") or ""
+        if path.startswith(function.path + "/"):
+            detail = f"the mediated device {uuid} is made from it"
+            evidence = f"{SYS_MDEV_DEVICES}/{uuid}"
+            found.append(Blocker("mdev-children", function.address, uuid, detail, evidence))
+    return Usage(tuple(found), ())

@@ -1,0 +1,83 @@
+"""What a user of a device is called, and which parts of a host belong to one function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vfiotool.host import SYS_BLOCK, SYS_NET, Host
+from vfiotool.pci import Address
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """One reason why a device cannot be handed over.
+
+    `kind` is one of CONTRACT's; `device` the PCI address or mdev UUID that has the problem;
+    `subject` what exactly is in use (a mount point, a swap area, an interface, a node), by which
+    a policy can allow it; `detail` a sentence; `evidence` where one can check it.
+    """
+
+    kind: str
+    device: str
+    subject: str
+    detail: str
+    evidence: str
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "device": self.device,
+            "subject": self.subject,
+            "detail": self.detail,
+            "evidence": self.evidence,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Everything that uses a device, and what could not be seen while looking."""
+
+    blockers: tuple[Blocker, ...]
+    unseen: tuple[str, ...]
+
+
+def is_part_of(path: str, device: str) -> bool:
+    """Whether the device at `device` belongs to the function at `path` itself.
+
+    Both are paths below /sys. A bridge's subtree holds other functions: those are not its parts.
+    """
+    if device == path:
+        return True
+    if not device.startswith(path + "/"):
+        return False
+    rest = device[len(path) + 1 :].split("/")
+    return not any(Address.is_address(piece) for piece in rest)
+
+
+def block_paths(host: Host) -> dict[str, str]:
+    """All block devices, partitions included: kernel name -> path below /sys."""
+    return _class_paths(host, SYS_BLOCK)
+
+
+def net_paths(host: Host) -> dict[str, str]:
+    """The interfaces of this network namespace: name -> path below /sys."""
+    return _class_paths(host, SYS_NET)
+
+
+def _class_paths(host: Host, folder: str) -> dict[str, str]:
+    links = ((name, host.readlink(f"{folder}/{name}")) for name in host.listdir(folder))
+    found = ((name, host.realpath(f"{folder}/{name}")) for name, link in links if link)
+    return {name: path for name, path in found if path is not None}
+
+
+def observed_lines(host: Host, name: str) -> tuple[list[list[str]], list[str]]:
+    """An observation's lines, split at tabs, and what it says could not be seen."""
+    lines = []
+    unseen = []
+    for line in (host.read(name) or "").splitlines():
+        fields = line.split("\t")
+        if fields[0] == "!":
+            unseen.append(" ".join(fields[1:]))
+        else:
+            lines.append(fields)
+    return lines, unseen
