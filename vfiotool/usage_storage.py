@@ -34,6 +34,8 @@ _DM_KINDS = {
     "VDO": "VDO volume",
 }
 _MAX_LAYERS = 4096
+# The attribute that holds `major:minor` (Documentation/ABI/stable/sysfs-block).
+_NUMBER = "dev"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ def stack_on(host: Host, names: Iterable[str]) -> tuple[Layer, ...]:
                 found[upper] = (*found[name], upper)
                 queue.append(upper)
     return tuple(
-        Layer(name, host.read(f"{SYS_BLOCK}/{name}/dev"), chain) for name, chain in found.items()
+        Layer(name, host.read(f"{SYS_BLOCK}/{name}/{_NUMBER}"), chain)
+        for name, chain in found.items()
     )
 
 
