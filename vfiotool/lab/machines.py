@@ -6,7 +6,7 @@ devices (channel, 9p shares) are functions of slot 1e on the root bus, a group o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vfiotool.errors import NotFound
@@ -49,13 +49,12 @@ class Machine:
     memory_mib: int = 1024
 
 
-def device(model: str, *, optional: bool = False, **properties: str) -> Device:
-    """A Device; `_` in a property's name stands for itself, a trailing one is dropped."""
-    pairs = tuple((key.rstrip("_").replace("__", "-"), text) for key, text in properties.items())
-    return Device(model, pairs, optional)
+def device(model: str, **properties: str) -> Device:
+    """A Device every QEMU has, from its properties."""
+    return Device(model, tuple(properties.items()))
 
 
-def root_port(number: int, **more: str) -> Device:
+def root_port(number: int) -> Device:
     """A PCIe root port `rp<number>` in slot 0x10 + number of the root bus."""
     return device(
         "pcie-root-port",
@@ -63,7 +62,6 @@ def root_port(number: int, **more: str) -> Device:
         bus="pcie.0",
         addr=f"{0x10 + number:#x}",
         chassis=str(number),
-        **more,
     )
 
 
@@ -91,7 +89,9 @@ NVME_SRIOV = (
 )
 IGB = (
     root_port(2),
-    device("igb", optional=True, id="igb0", bus="rp2", netdev="net0", mac="52:54:00:00:02:00"),
+    replace(
+        device("igb", id="igb0", bus="rp2", netdev="net0", mac="52:54:00:00:02:00"), optional=True
+    ),
 )
 SHARED_GROUP = (
     root_port(4),

@@ -9,6 +9,7 @@ import json
 import select
 import socket
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from vfiotool.errors import KernelError
@@ -26,15 +27,16 @@ class Qmp:
     def close(self) -> None:
         self._stream.close()
 
-    def command(self, name: str, *, limit_s: float = 30.0, **arguments: object) -> Any:
+    def command(
+        self, name: str, arguments: Mapping[str, object] | None = None, *, limit_s: float = 30.0
+    ) -> Any:
         """Run `name` and return what it returns; KernelError with QEMU's words if it refuses."""
         end = time.monotonic() + limit_s
         if not self._ready:
             self._next(end)  # the greeting
             self._exchange("qmp_capabilities", {}, end)
             self._ready = True
-        # QMP's keys may hold dashes, Python's not.
-        return self._exchange(name, {k.replace("_", "-"): v for k, v in arguments.items()}, end)
+        return self._exchange(name, arguments or {}, end)
 
     def wait_event(self, name: str, *, limit_s: float = 30.0, **data: object) -> dict[str, Any]:
         """The next event `name` whose data holds these items; KernelError when none comes."""
@@ -51,15 +53,15 @@ class Qmp:
 
     def device_add(self, driver: str, *, id: str, bus: str, **properties: object) -> None:
         """Plug a device in, e.g. into the empty hotplug port `rp9`; the guest notices later."""
-        self.command("device_add", driver=driver, id=id, bus=bus, **properties)
+        self.command("device_add", {"driver": driver, "id": id, "bus": bus, **properties})
 
     def device_del(self, id: str, *, limit_s: float = 30.0) -> None:
         """Ask the guest to let a device go, and wait until it has."""
-        self.command("device_del", id=id)
+        self.command("device_del", {"id": id})
         self.wait_event("DEVICE_DELETED", limit_s=limit_s, device=id)
 
-    def _exchange(self, name: str, arguments: dict[str, object], end: float) -> Any:
-        request = {"execute": name, "arguments": arguments}
+    def _exchange(self, name: str, arguments: Mapping[str, object], end: float) -> Any:
+        request = {"execute": name, "arguments": dict(arguments)}
         self._stream.sendall(json.dumps(request).encode() + b"\n")
         while True:
             message = self._next(end)

@@ -1,0 +1,46 @@
+"""The summary's last lines: what the tests inside guests came to, and why some were skipped."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import pytest
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tallies: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons: dict[str, set[str]] = defaultdict(set)
+    skips: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) != "call":
+                continue
+            for name, tally in getattr(report, "user_properties", []):
+                if name == "guest":
+                    _add(tally, tallies, reasons, skips)
+    if not tallies:
+        return
+    terminalreporter.section("tests inside guests")
+    for kernel, tally in sorted(tallies.items()):
+        counts = ", ".join(f"{tally[word]} {word}" for word in ("passed", "failed", "skipped"))
+        terminalreporter.write_line(f"kernel {kernel}: {counts} in {tally['seconds']} s of tests")
+    for reason, count in skips.most_common():
+        where = ", ".join(sorted(reasons[reason]))
+        terminalreporter.write_line(f"  skipped {count} on {where}: {reason}")
+
+
+def _add(
+    tally: dict[str, Any],
+    tallies: dict[str, Counter[str]],
+    reasons: dict[str, set[str]],
+    skips: Counter[str],
+) -> None:
+    counts = tallies[tally["kernel"]]
+    counts["passed"] += tally["passed"]
+    counts["failed"] += tally["failed"]
+    counts["skipped"] += len(tally["skipped"])
+    counts["seconds"] += round(tally["seconds"])
+    for reason in tally["skipped"]:
+        skips[reason] += 1
+        reasons[reason].add(f"{tally['kernel']}/{tally['machine']}")
