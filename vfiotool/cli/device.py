@@ -1,0 +1,298 @@
+"""`device info|read|write|reset|dump` and `demo`: drive a VFIO device from the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vfiotool.cli.render import emit, host, say, state
+from vfiotool.errors import UsageError
+
+if TYPE_CHECKING:
+    from vfiotool.vfio import Device
+
+_WIDTHS = (1, 2, 4, 8)
+# The PCI regions by the names that people use for them; lspci's "Region n" is BAR n.
+_REGION_NAMES = {**{f"bar{n}": n for n in range(6)}, "rom": 6, "config": 7, "vga": 8}
+
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        "--backend", metavar="NAME", help="auto, iommufd, type1; noiommu only when asked for."
+    ),
+]
+TraceOption = Annotated[
+    str | None,
+    typer.Option("--trace", metavar="FILE", help="Record every access there, as JSON lines."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="PCI address or mdev UUID.")]
+RegionArgument = Annotated[
+    str, typer.Argument(metavar="REGION", help="A number, or bar0 … bar5, rom, config.")
+]
+WidthOption = Annotated[int, typer.Option("--width", metavar="1|2|4|8", help="Bytes an access.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this area."""
+    group = typer.Typer(no_args_is_help=True, help="Drive a VFIO device from user space.")
+    group.command("info")(info)
+    group.command("read")(read)
+    group.command("write", context_settings={"ignore_unknown_options": True})(write)
+    group.command("reset")(reset)
+    group.command("dump")(dump)
+    app.add_typer(group, name="device")
+    app.command("demo")(demo)
+
+
+@contextmanager
+def opened(
+    context: typer.Context, name: str, backend: str, trace: str | None = None
+) -> Iterator[Device]:
+    """The device, opened for the time of the block, with its trace if one is wanted."""
+    from vfiotool.vfio import Device, Trace
+
+    with ExitStack() as stack:
+        record = None
+        if trace is not None:
+            try:
+                output = sys.stderr if trace == "-" else open(trace, "w")  # noqa: SIM115
+            except OSError as error:
+                raise UsageError(f"{trace} cannot be written: {error.strerror}") from error
+            if output is not sys.stderr:
+                stack.enter_context(output)
+            record = Trace(output)
+        target = host(context)
+        yield stack.enter_context(Device.open(name, backend=backend, host=target, trace=record))
+
+
+def region_number(text: str) -> int:
+    """A region by number or by name. Raises UsageError."""
+    if text.lower() in _REGION_NAMES:
+        return _REGION_NAMES[text.lower()]
+    return number(text, "a region")
+
+
+def number(text: str, what: str) -> int:
+    """A number in decimal, or with 0x in hexadecimal. Raises UsageError."""
+    try:
+        value = int(text, 0)
+    except ValueError:
+        raise UsageError(
+            f"{text[:80]!r} is not {what}: give a number, 0x for hexadecimal"
+        ) from None
+    if value < 0:
+        raise UsageError(f"{text[:80]!r} is not {what}: it is negative")
+    return value
+
+
+def _wants_json(context: typer.Context, as_json: bool) -> bool:
+    return as_json or state(context).json
+
+
+def info(
+    context: typer.Context,
+    device: DeviceArgument,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the regions, interrupts and features that the kernel offers for a device."""
+    with opened(context, device, backend) as opened_device:
+        found = _describe(opened_device)
+    if _wants_json(context, as_json):
+        emit(found)
+        return
+    print(f"{found['device']}  {', '.join(found['kinds'])}  through {found['backend']}")
+    for region in found["regions"]:
+        areas = ", ".join(f"{area['offset']:#x}+{area['size']:#x}" for area in region["mmap"])
+        flags = " ".join(region["flags"])
+        mapped = f"  mappable {areas}" if areas else ""
+        print(f"  region {region['index']}  {region['size']:#x} bytes  {flags}{mapped}")
+    for irq in found["irqs"]:
+        print(f"  {irq['name']}  {irq['count']}  {' '.join(irq['flags'])}")
+    print(f"  reset: {'yes' if found['reset'] else 'no'}")
+    offered = [name for name, offers in found["features"].items() if offers]
+    print(f"  features: {', '.join(offered) or 'none'}")
+
+
+def _describe(device: Device) -> dict[str, Any]:
+    from vfiotool.vfio.irq import NAMES
+
+    return {
+        "device": device.name,
+        "backend": device.backend,
+        "kinds": list(device.info.kinds),
+        "regions": [
+            {
+                "index": region.index,
+                "size": region.size,
+                "flags": list(region.flags),
+                "mmap": [{"offset": area.offset, "size": area.size} for area in region.areas],
+                "type": region.type,
+                "subtype": region.subtype,
+                "msix_mappable": region.msix_mappable,
+            }
+            for region in device.regions
+            if region is not None and region.size
+        ],
+        "irqs": [
+            {
+                "index": irq.index,
+                "name": NAMES.get(irq.index, f"irq {irq.index}"),
+                "count": irq.count,
+                "flags": list(irq.flags),
+            }
+            for irq in device.irqs.infos
+            if irq is not None and irq.count
+        ],
+        "reset": device.info.has_reset,
+        "features": device.features(),
+    }
+
+
+def read(
+    context: typer.Context,
+    device: DeviceArgument,
+    region: RegionArgument,
+    offset: Annotated[str, typer.Argument(metavar="OFFSET")],
+    width: WidthOption = 4,
+    count: Annotated[int, typer.Option("--count", metavar="N", help="Registers in a row.")] = 1,
+    backend: BackendOption = "auto",
+    trace: TraceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read registers of a region, each in one access of exactly --width bytes."""
+    index, start = region_number(region), number(offset, "an offset")
+    if width not in _WIDTHS or count < 1:
+        raise UsageError("--width is 1, 2, 4 or 8, --count at least 1")
+    with opened(context, device, backend, trace) as opened_device:
+        source = opened_device.region(index)
+        values = [source.read(start + width * i, width) for i in range(count)]
+        name = opened_device.name
+    if _wants_json(context, as_json):
+        emit({"device": name, "region": index, "offset": start, "width": width, "values": values})
+        return
+    row = max(1, 16 // width)
+    for i in range(0, count, row):
+        shown = " ".join(f"{value:0{2 * width}x}" for value in values[i : i + row])
+        print(f"{start + width * i:08x}  {shown}")
+
+
+def write(
+    context: typer.Context,
+    device: DeviceArgument,
+    region: RegionArgument,
+    offset: Annotated[str, typer.Argument(metavar="OFFSET")],
+    value: Annotated[str, typer.Argument(metavar="VALUE")],
+    width: WidthOption = 4,
+    backend: BackendOption = "auto",
+    trace: TraceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one register of a region, in one access of exactly --width bytes."""
+    index, start = region_number(region), number(offset, "an offset")
+    stored = number(value, "a value")
+    if width not in _WIDTHS:
+        raise UsageError("--width is 1, 2, 4 or 8")
+    with opened(context, device, backend, trace) as opened_device:
+        opened_device.region(index).write(start, stored, width)
+        name = opened_device.name
+    if _wants_json(context, as_json):
+        emit({"device": name, "region": index, "offset": start, "width": width, "values": [stored]})
+
+
+def reset(
+    context: typer.Context,
+    device: DeviceArgument,
+    hot: Annotated[
+        bool, typer.Option("--hot", help="Reset the whole slot or bus, if all on it is ours.")
+    ] = False,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Reset a device: by itself, or with --hot together with all on its slot or bus."""
+    with opened(context, device, backend) as opened_device:
+        name = opened_device.name
+        if hot:
+            also = [entry.address for entry in opened_device.hot_reset()]
+        else:
+            opened_device.reset()
+            also = [name]
+    if _wants_json(context, as_json):
+        emit({"device": name, "reset": also, "hot": hot})
+    else:
+        say(f"reset: {', '.join(also)}")
+
+
+def dump(
+    context: typer.Context,
+    driver: Annotated[str, typer.Argument(metavar="DRIVER", help="Whose registers: edu, …")],
+    device: DeviceArgument,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Print a device's registers, decoded as its driver declares them."""
+    from vfiotool.drivers import register_map
+
+    with opened(context, device, backend) as opened_device:
+        found = list(register_map(driver, opened_device).dump())
+        name = opened_device.name
+    if _wants_json(context, as_json):
+        registers = [
+            {
+                "name": register.name,
+                "offset": register.offset,
+                "width": register.width,
+                "value": value,
+                "fields": fields,
+            }
+            for register, value, fields in found
+        ]
+        emit({"device": name, "driver": driver, "registers": registers})
+        return
+    for register, value, fields in found:
+        decoded = "  ".join(f"{key}={bits:#x}" for key, bits in fields.items())
+        shown = f"{value:0{2 * register.width}x}"
+        print(f"{register.offset:06x}  {register.name:<24} {shown:>16}  {decoded}".rstrip())
+
+
+def demo(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="edu, pci_testdev or mtty.")],
+    device: DeviceArgument,
+    backend: BackendOption = "auto",
+    trace: TraceOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Run a driver of vfiotool's on a device and print each check; fails when one fails."""
+    from vfiotool.drivers import demo as find_demo
+
+    run = find_demo(name)
+    checks = []
+    with opened(context, device, backend, trace) as opened_device:
+        for check in run(opened_device):
+            checks.append(check)
+            if not _wants_json(context, as_json):
+                print(
+                    f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}", flush=True
+                )
+        used, shown = opened_device.backend, opened_device.name
+    passed = bool(checks) and all(check.passed for check in checks)
+    if _wants_json(context, as_json):
+        emit(
+            {
+                "demo": name,
+                "device": shown,
+                "backend": used,
+                "passed": passed,
+                "checks": [
+                    {"name": check.name, "passed": check.passed, "detail": check.detail}
+                    for check in checks
+                ],
+            }
+        )
+    return 0 if passed else 5

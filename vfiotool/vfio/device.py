@@ -1,0 +1,370 @@
+"""A device opened through VFIO: what it is, its regions, interrupts and memory, its end.
+
+`Device.open` gives a context manager that leaves the device quiet, whatever happened: what the
+driver registered with `on_close` (quiesce), bus mastering off, interrupts off, mappings gone,
+DMA unmapped, then the device, its group and its container closed, in this order.
+Source: Documentation/driver-api/vfio.rst, <linux/vfio.h>; PCI Local Bus Specification 3.0, 6.2.2.
+"""
+
+from __future__ import annotations
+
+import struct
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vfiotool.errors import KernelError, Unsupported, UsageError
+from vfiotool.host import Host
+from vfiotool.vfio import native
+from vfiotool.vfio.backend import AddressSpace, open_space
+from vfiotool.vfio.caps import (
+    IRQ_FLAGS,
+    IrqInfo,
+    RegionInfo,
+    names,
+    parse_device,
+    parse_region,
+)
+from vfiotool.vfio.irq import Interrupts
+from vfiotool.vfio.region import Mapping, Region
+from vfiotool.vfio.target import find
+from vfiotool.vfio.trace import Trace
+
+CONFIG_REGION = 7
+_COMMAND = 0x04
+_COMMAND_IO = 1 << 0
+_COMMAND_MEMORY = 1 << 1
+_COMMAND_MASTER = 1 << 2
+# Device-specific regions come after the nine fixed ones; no driver has near as many.
+_REGION_LIMIT = 256
+_IRQ_LIMIT = 64
+
+FEATURE_GET = 1 << 16
+FEATURE_SET = 1 << 17
+FEATURE_PROBE = 1 << 18
+FEATURES = {
+    0: "vf-token",
+    1: "migration",
+    2: "migration-state",
+    3: "low-power-entry",
+    4: "low-power-entry-with-wakeup",
+    5: "low-power-exit",
+    6: "dma-logging-start",
+    7: "dma-logging-stop",
+    8: "dma-logging-report",
+    9: "migration-data-size",
+    10: "bus-master",
+    11: "dma-buf",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dependent:
+    """A function that a hot reset takes along: `address`, and its IOMMU group (type1) or the id
+    of its device in this space (iommufd: 0 ours without being open, -1 somebody else's)."""
+
+    address: str
+    owner: int
+
+
+class Config(Region):
+    """Configuration space. A write to COMMAND is followed by what it means for mappings."""
+
+    def write(self, offset: int, value: int, width: int) -> None:
+        """As `Region.write`."""
+        super().write(offset, value, width)
+        if offset <= _COMMAND < offset + width:
+            self.device.follow_command()
+
+
+class Device:
+    """An open device. Make one with `Device.open`; all errors are VfiotoolError."""
+
+    def __init__(
+        self,
+        space: AddressSpace,
+        name: str,
+        *,
+        owns_space: bool = False,
+        trace: Trace | None = None,
+        vf_token: str | None = None,
+    ) -> None:
+        self.space = space
+        self.trace = trace
+        self.mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
+        self._owns_space = owns_space
+        self._quiesce: list[Callable[[], object]] = []
+        self._closed = False
+        self._regions: dict[int, Region] = {}
+        self.attachment = space.attach(find(name, space.host), vf_token)
+        self.target = self.attachment.target
+        self.name = self.target.name
+        if trace is not None:
+            trace.device = self.name
+        try:
+            self._learn()
+        except BaseException:
+            space.detach(self.attachment)
+            raise
+        space.closers.append(self.close)
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        backend: str = "auto",
+        space: AddressSpace | None = None,
+        host: Host | None = None,
+        trace: Trace | None = None,
+        vf_token: str | None = None,
+    ) -> Device:
+        """Open the device called `name` (PCI address or mdev UUID), in `space` if one is given,
+        otherwise in a space of its own over `backend` ("auto", "iommufd", "type1", "noiommu").
+        `vf_token` is the UUID that the user-space driver of its PF has set, where there is one.
+
+        Raises NotFound, Refused (exit 4: not on a VFIO driver, or its group is not viable; the
+        hint is the command), NotPermitted, Unsupported, and KernelError with EBUSY when it is
+        open elsewhere.
+        """
+        if space is not None:
+            return cls(space, name, trace=trace, vf_token=vf_token)
+        host = host or Host.local()
+        own = open_space(find(name, host), backend, host)
+        try:
+            return cls(own, name, owns_space=True, trace=trace, vf_token=vf_token)
+        except BaseException:
+            own.close()
+            raise
+
+    def _learn(self) -> None:
+        descriptor = self.attachment.descriptor
+        self.info = parse_device(native.device_info(descriptor, self.name))
+        regions: list[RegionInfo | None] = []
+        for index in range(min(self.info.num_regions, _REGION_LIMIT)):
+            raw = native.region_info(descriptor, index, self.name)
+            regions.append(None if raw is None else parse_region(raw, index))
+        irqs: list[IrqInfo | None] = []
+        for index in range(min(self.info.num_irqs, _IRQ_LIMIT)):
+            found = native.irq_info(descriptor, index)
+            irqs.append(
+                None if found is None else IrqInfo(index, found[1], names(found[0], IRQ_FLAGS))
+            )
+        self.regions = tuple(regions)
+        self.irqs = Interrupts(self, irqs, self.trace)
+        # Attaching may have narrowed what can be mapped.
+        self.dma = self.space.dma
+        self.dma.trace = self.dma.trace or self.trace
+        self.dma.refresh()
+
+    @property
+    def backend(self) -> str:
+        """ "type1", "iommufd" or "noiommu"."""
+        return self.space.name
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def descriptor(self) -> int:
+        """The device's file. Raises UsageError once it is closed, and in a child process."""
+        self.refuse_closed()
+        return self.attachment.descriptor
+
+    def refuse_closed(self) -> None:
+        """Raises UsageError once the device is closed, and in a child process."""
+        self.space.refuse_child()
+        if self._closed:
+            raise UsageError(f"{self.name} is closed")
+
+    def region(self, index: int) -> Region:
+        """The region `index`: 0 to 5 are the BARs, 6 the ROM, 7 configuration space. Raises
+        UsageError where the device has none."""
+        self.refuse_closed()
+        if index not in self._regions:
+            info = self.regions[index] if 0 <= index < len(self.regions) else None
+            if info is None or not info.size:
+                present = [entry.index for entry in self.regions if entry and entry.size]
+                raise UsageError(
+                    f"{self.name} has no region {index}",
+                    hint=f"it has {', '.join(map(str, present)) or 'none'}",
+                    device=self.name,
+                )
+            kind = Config if index == CONFIG_REGION and self.info.is_pci else Region
+            self._regions[index] = kind(self, info, self.trace)
+        return self._regions[index]
+
+    @property
+    def config(self) -> Region:
+        """PCI configuration space. Raises Unsupported for a device that is not PCI."""
+        if not self.info.is_pci:
+            raise Unsupported(f"{self.name} is no PCI device: it has no configuration space")
+        return self.region(CONFIG_REGION)
+
+    @property
+    def command(self) -> int:
+        """The COMMAND register."""
+        return self.config.read16(_COMMAND)
+
+    @property
+    def memory_decode(self) -> bool:
+        """Whether the device answers to its memory BARs now; always true beyond PCI."""
+        return not self.info.is_pci or bool(self.command & _COMMAND_MEMORY)
+
+    def require_memory_decode(self) -> None:
+        """Raises UsageError if a mapped access would be a bus error now."""
+        if not self.memory_decode:
+            raise UsageError(
+                f"{self.name} does not decode memory (COMMAND, Memory Space Enable is off)",
+                hint="set it first: device.set_memory_decode(True)",
+                device=self.name,
+            )
+
+    def set_memory_decode(self, on: bool) -> None:
+        """Turn Memory Space Enable on or off; while it is off mapped accesses are refused."""
+        self._set_command(_COMMAND_MEMORY, on)
+
+    def follow_command(self) -> None:
+        """Allow or refuse mapped accesses as COMMAND stands; called after each write to it."""
+        blocked = not self.memory_decode
+        for mapping in list(self.mappings):
+            mapping._block(blocked)
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether the device may start DMA and send MSIs (COMMAND, Bus Master Enable)."""
+        return self.info.is_pci and bool(self.command & _COMMAND_MASTER)
+
+    def set_bus_master(self, on: bool) -> None:
+        """Turn Bus Master Enable on or off. It is off after open and after a reset. Raises
+        KernelError where a PCI device does not take it."""
+        if not self.info.is_pci:
+            return
+        self._set_command(_COMMAND_MASTER, on)
+        if self.target.bus == "pci" and self.bus_master != on:
+            raise KernelError(f"{self.name} does not take Bus Master Enable", device=self.name)
+
+    def _set_command(self, bit: int, on: bool) -> None:
+        old = self.command
+        new = old | bit if on else old & ~bit
+        if new != old:
+            self.config.write16(_COMMAND, new)
+
+    def reset(self) -> None:
+        """Reset the device by itself (FLR and its kind). Bus mastering is off afterwards; its
+        interrupts are armed again. Raises Unsupported where it has no such reset."""
+        self.refuse_closed()
+        if not self.info.has_reset:
+            raise Unsupported(
+                f"{self.name} has no reset of its own",
+                hint="a hot reset of its bus may be possible: it takes other devices along",
+                device=self.name,
+            )
+        native.device_reset(self.descriptor, self.name)
+        if self.trace is not None:
+            self.trace.record("reset")
+        self.set_bus_master(False)
+        self.follow_command()
+        self.irqs.rearm()
+
+    def hot_reset_dependents(self) -> list[Dependent]:
+        """The functions that a hot reset takes along, this one included. Raises KernelError
+        (ENODEV) where neither slot nor bus can be reset."""
+        raw = native.hot_reset_info(self.descriptor, self.name)
+        _, _, count = struct.unpack_from("=III", raw)
+        found = []
+        for index in range(min(count, (len(raw) - 12) // 8)):
+            owner, segment, bus, devfn = struct.unpack_from("=iHBB", raw, 12 + 8 * index)
+            address = f"{segment:04x}:{bus:02x}:{devfn >> 3:02x}.{devfn & 7}"
+            found.append(Dependent(address, owner))
+        return found
+
+    def hot_reset(self) -> list[Dependent]:
+        """Reset the slot or bus of the device; returns what was reset.
+
+        Every function concerned must be opened in this space (type1: its group). Raises Refused
+        through the kernel's own check: KernelError EINVAL or EPERM names the dependents.
+        """
+        dependents = self.hot_reset_dependents()
+        groups = sorted(
+            {entry.group for entry in self.space.attachments if entry.group is not None}
+        )
+        try:
+            native.hot_reset(self.descriptor, groups, self.name)
+        except Exception as error:
+            listed = ", ".join(entry.address for entry in dependents)
+            raise KernelError(
+                f"{error}: it would reset {listed}",
+                hint="open all of them in one address space first",
+                device=self.name,
+                errno_name=getattr(error, "errno_name", None),
+            ) from error
+        self.follow_command()
+        self.irqs.rearm()
+        return dependents
+
+    def features(self) -> dict[str, bool]:
+        """Which VFIO device features the kernel offers for this device, by probing each."""
+        return {
+            name: native.feature(self.descriptor, number | FEATURE_PROBE)[0] >= 0
+            for number, name in FEATURES.items()
+        }
+
+    def feature(self, number: int, operation: int, data: bytes = b"") -> bytes:
+        """VFIO_DEVICE_FEATURE: `operation` is FEATURE_GET or FEATURE_SET, `data` goes in and
+        comes back. Raises Unsupported where the kernel or the device has no such feature."""
+        result, answer = native.feature(self.descriptor, number | operation, data)
+        if result < 0:
+            name = FEATURES.get(number, str(number))
+            failure = native.failed(result, f"feature {name} of {self.name}", device=self.name)
+            if failure.errno_name == "ENOTTY":
+                raise Unsupported(f"{self.name} has no feature {name}", device=self.name)
+            raise failure
+        return answer
+
+    def on_close(self, quiesce: Callable[[], object]) -> None:
+        """Call `quiesce` first of all when the device is closed; the last registered goes first."""
+        self._quiesce.append(quiesce)
+
+    def close(self) -> None:
+        """Leave the device quiet and let go of it. Closing twice is nothing.
+
+        Each step is done whatever became of the one before; the first error is raised at the end.
+        """
+        if self._closed:
+            return
+        if self.space.generation != native.fork_generation():
+            self._closed = True
+            return
+        steps: list[Callable[[], object]] = [*reversed(self._quiesce), self._master_off]
+        steps += [self.irqs.close]
+        steps += [mapping.close for mapping in list(self.mappings)]
+        if self._owns_space:
+            steps.append(self.dma.close)
+        steps += [self._detach]
+        if self._owns_space:
+            steps.append(self.space.close)
+        first: BaseException | None = None
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def _master_off(self) -> None:
+        if self.info.is_pci and not self.space.closed:
+            self.set_bus_master(False)
+
+    def _detach(self) -> None:
+        self._closed = True
+        self.space.closers.remove(self.close)
+        self.space.detach(self.attachment)
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

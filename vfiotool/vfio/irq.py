@@ -1,0 +1,293 @@
+"""Interrupts as eventfds: assigned, waited for, awaited, masked, triggered, taken away.
+
+A PCI device uses one of INTx, MSI and MSI-X at a time; ERR and REQ are the kernel's own messages
+and independent of them. Source: VFIO_DEVICE_SET_IRQS in <linux/vfio.h>.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from vfiotool.errors import KernelError, Unsupported, UsageError
+from vfiotool.vfio import native
+from vfiotool.vfio.caps import IrqInfo
+
+if TYPE_CHECKING:
+    from vfiotool.vfio.device import Device
+    from vfiotool.vfio.trace import Trace
+
+INTX, MSI, MSIX, ERR, REQ = range(5)
+NAMES = {INTX: "intx", MSI: "msi", MSIX: "msix", ERR: "err", REQ: "req"}
+_ACTION_MASK = 1 << 3
+_ACTION_UNMASK = 1 << 4
+_ACTION_TRIGGER = 1 << 5
+
+
+class Interrupt:
+    """One interrupt. `descriptor` is its eventfd, readable when it has fired."""
+
+    def __init__(self, owner: InterruptSet, vector: int, descriptor: int) -> None:
+        self.owner = owner
+        self.vector = vector
+        self.descriptor = descriptor
+
+    def fileno(self) -> int:
+        """The eventfd, for `select` and its kind."""
+        return self.descriptor
+
+    def wait(self, timeout_s: float | None = None, *, spin_s: float = 0.0) -> int:
+        """How often it fired since the last wait, at least 1; 0 when `timeout_s` seconds passed
+        without. Spins for `spin_s` seconds before it blocks. None waits without limit."""
+        self.owner.refuse_closed()
+        count = native.eventfd_wait(self.descriptor, timeout_s, round(spin_s * 1e9))
+        self._record(count)
+        return count
+
+    async def wait_async(self, timeout_s: float | None = None) -> int:
+        """As `wait`, for asyncio."""
+        self.owner.refuse_closed()
+        count = native.eventfd_wait(self.descriptor, 0.0)
+        if not count:
+            loop = asyncio.get_running_loop()
+            fired: asyncio.Future[None] = loop.create_future()
+            loop.add_reader(
+                self.descriptor, lambda: None if fired.done() else fired.set_result(None)
+            )
+            try:
+                await asyncio.wait_for(fired, timeout_s)
+            except TimeoutError:
+                return 0
+            finally:
+                loop.remove_reader(self.descriptor)
+            count = native.eventfd_wait(self.descriptor, 0.0)
+        self._record(count)
+        return count
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """Yields the number of firings each time there are any, until the set is closed."""
+        while not self.owner.closed:
+            if count := await self.wait_async():
+                yield count
+
+    def trigger(self) -> None:
+        """Let the kernel signal the eventfd as if the device had: a self-test without hardware."""
+        self.owner.act(_ACTION_TRIGGER, self.vector, "trigger")
+
+    def mask(self) -> None:
+        """Hold it back (INTx). Raises Unsupported where it cannot be masked."""
+        self.owner.act(_ACTION_MASK, self.vector, "mask")
+
+    def unmask(self) -> None:
+        """Let it through again. INTx is masked by the kernel whenever it fires: acknowledge the
+        device first, then unmask."""
+        self.owner.act(_ACTION_UNMASK, self.vector, "unmask")
+
+    def _record(self, count: int) -> None:
+        trace = self.owner.trace
+        if count and trace is not None:
+            trace.record("irq", index=self.owner.info.index, vector=self.vector, count=count)
+
+
+class InterruptSet:
+    """The interrupts of one index that are on: a sequence of `Interrupt`, by vector."""
+
+    def __init__(
+        self, owner: Interrupts, info: IrqInfo, count: int, trace: Trace | None = None
+    ) -> None:
+        self.owner = owner
+        self.info = info
+        self.trace = trace
+        self.closed = False
+        self.vectors: list[Interrupt] = []
+        self._unmask_fd = -1
+        try:
+            for vector in range(count):
+                self.vectors.append(Interrupt(self, vector, native.eventfd()))
+            self._assign(0, [interrupt.descriptor for interrupt in self.vectors])
+        except BaseException:
+            self._close_eventfds()
+            raise
+        if trace is not None:
+            trace.record("irq-on", index=info.index, count=count)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def __getitem__(self, vector: int) -> Interrupt:
+        return self.vectors[vector]
+
+    @property
+    def name(self) -> str:
+        return NAMES.get(self.info.index, f"index {self.info.index}")
+
+    def refuse_closed(self) -> None:
+        if self.closed:
+            raise UsageError(f"{self.name} of {self.owner.device.name} is off")
+        self.owner.device.space.refuse_child()
+
+    def _assign(self, start: int, descriptors: Sequence[int]) -> None:
+        device = self.owner.device
+        result = native.irq_assign(device.descriptor, self.info.index, start, descriptors)
+        operation = f"turn on {len(descriptors)} {self.name} of {device.name}"
+        if result > 0:
+            raise KernelError(f"{operation}: there are only {result} vectors", device=device.name)
+        native.check(result, operation, device=device.name)
+
+    def act(self, action: int, vector: int, verb: str) -> None:
+        """Mask, unmask or trigger one vector."""
+        self.refuse_closed()
+        if action != _ACTION_TRIGGER and "maskable" not in self.info.flags:
+            raise Unsupported(f"{self.name} of {self.owner.device.name} cannot be masked")
+        result = native.irq_action(self.owner.device.descriptor, self.info.index, vector, 1, action)
+        native.check(result, f"{verb} {self.name} {vector} of {self.owner.device.name}")
+
+    def add(self, count: int = 1) -> None:
+        """Turn on further vectors (MSI-X). Where the kernel cannot add to those in use
+        (`noresize`), all are turned off and on again, and what fires in between is lost."""
+        self.refuse_closed()
+        old = len(self.vectors)
+        fresh = [Interrupt(self, old + i, native.eventfd()) for i in range(count)]
+        self.vectors += fresh
+        try:
+            if old + count > self.info.count:
+                raise UsageError(f"{self.owner.device.name} has {self.info.count} {self.name}")
+            if "noresize" in self.info.flags:
+                self._off()
+                self._assign(0, [interrupt.descriptor for interrupt in self.vectors])
+            else:
+                self._assign(old, [interrupt.descriptor for interrupt in fresh])
+        except BaseException:
+            del self.vectors[old:]
+            for interrupt in fresh:
+                native.close(interrupt.descriptor)
+            raise
+
+    def unmask_by_eventfd(self) -> int:
+        """An eventfd that unmasks INTx whenever it is written. Closed with the set."""
+        self.refuse_closed()
+        if self._unmask_fd < 0:
+            descriptor = native.eventfd()
+            result = native.irq_unmask_fd(self.owner.device.descriptor, self.info.index, descriptor)
+            if result < 0:
+                native.close(descriptor)
+                raise native.failed(
+                    result,
+                    f"unmask {self.name} by eventfd",
+                    device=self.owner.device.name,
+                )
+            self._unmask_fd = descriptor
+        return self._unmask_fd
+
+    def rearm(self) -> None:
+        """Assign the eventfds again: a reset of the device takes them away."""
+        self.refuse_closed()
+        self._off()
+        self._assign(0, [interrupt.descriptor for interrupt in self.vectors])
+
+    def _off(self) -> int:
+        return native.irq_action(
+            self.owner.device.descriptor, self.info.index, 0, 0, _ACTION_TRIGGER
+        )
+
+    def close(self) -> None:
+        """Turn the index off and close its eventfds. Closing twice is nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self.owner.forget(self)
+        result = 0
+        if not self.owner.device.space.closed:
+            result = self._off()
+        self._close_eventfds()
+        if self.trace is not None:
+            self.trace.record("irq-off", index=self.info.index)
+        native.check(result, f"turn off {self.name} of {self.owner.device.name}")
+
+    def _close_eventfds(self) -> None:
+        for interrupt in self.vectors:
+            native.close(interrupt.descriptor)
+        if self._unmask_fd >= 0:
+            native.close(self._unmask_fd)
+            self._unmask_fd = -1
+
+    def __enter__(self) -> InterruptSet:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Interrupts:
+    """What a device can signal, and the sets that are on."""
+
+    def __init__(
+        self, device: Device, infos: Sequence[IrqInfo | None], trace: Trace | None = None
+    ) -> None:
+        self.device = device
+        self.infos = tuple(infos)
+        self.trace = trace
+        self.active: dict[int, InterruptSet] = {}
+
+    def enable(self, index: int, count: int) -> InterruptSet:
+        """Turn on the first `count` interrupts of an index.
+
+        Raises Unsupported where the device has none, UsageError for more than it has or while
+        another kind is on.
+        """
+        self.device.refuse_closed()
+        info = self.infos[index] if 0 <= index < len(self.infos) else None
+        name = NAMES.get(index, f"index {index}")
+        if info is None or not info.count:
+            raise Unsupported(f"{self.device.name} has no {name}", device=self.device.name)
+        if not 0 < count <= info.count:
+            raise UsageError(f"{self.device.name} has {info.count} {name}, not {count}")
+        exclusive = self.device.info.is_pci and index <= MSIX
+        for active in self.active:
+            if active == index or (exclusive and active <= MSIX):
+                raise UsageError(
+                    f"{NAMES.get(active, active)} of {self.device.name} is on: one kind at a time",
+                    hint="close it before another is turned on",
+                )
+        self.active[index] = InterruptSet(self, info, count, self.trace)
+        return self.active[index]
+
+    def intx(self) -> Interrupt:
+        """The INTx pin. It is masked by the kernel when it fires; see `Interrupt.unmask`."""
+        return self.enable(INTX, 1)[0]
+
+    def msi(self, count: int = 1) -> InterruptSet:
+        """`count` MSI vectors."""
+        return self.enable(MSI, count)
+
+    def msix(self, count: int = 1) -> InterruptSet:
+        """`count` MSI-X vectors; `InterruptSet.add` turns on more."""
+        return self.enable(MSIX, count)
+
+    def error(self) -> Interrupt:
+        """Uncorrectable errors of a PCIe device (AER)."""
+        return self.enable(ERR, 1)[0]
+
+    def request(self) -> Interrupt:
+        """The kernel asks for the device back (hot unplug, unbind): close it soon."""
+        return self.enable(REQ, 1)[0]
+
+    def forget(self, interrupts: InterruptSet) -> None:
+        self.active = {k: v for k, v in self.active.items() if v is not interrupts}
+
+    def rearm(self) -> None:
+        """Assign all eventfds again, as after a reset."""
+        for interrupts in self.active.values():
+            interrupts.rearm()
+
+    def close(self) -> None:
+        """Turn everything off; the first error is raised after the last was tried."""
+        first: BaseException | None = None
+        for interrupts in list(self.active.values()):
+            try:
+                interrupts.close()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first

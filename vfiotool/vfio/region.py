@@ -1,0 +1,337 @@
+"""A device's regions: exact-width access through the device's file, and mappings of them.
+
+`Region` works for every region, I/O ports and mediated devices too, at the price of a system call
+an access. `Mapping` is the fast way to memory BARs: its accessors are C methods that do one
+volatile load or store each, check bounds, alignment and life, and give errors instead of faults.
+Offsets are bytes from the region's start; values are unsigned; PCI's byte order is little-endian.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from vfiotool.errors import KernelError, UsageError, VfiotoolError
+from vfiotool.vfio import native
+from vfiotool.vfio.caps import Area, RegionInfo
+
+if TYPE_CHECKING:
+    from vfiotool.vfio.device import Device
+    from vfiotool.vfio.trace import Trace
+
+_FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+class Registers(Protocol):
+    """What `Region` and `Mapping` have in common: enough to drive a device's registers."""
+
+    def read8(self, offset: int, /) -> int: ...
+    def read16(self, offset: int, /) -> int: ...
+    def read32(self, offset: int, /) -> int: ...
+    def read64(self, offset: int, /) -> int: ...
+    def write8(self, offset: int, value: int, /) -> None: ...
+    def write16(self, offset: int, value: int, /) -> None: ...
+    def write32(self, offset: int, value: int, /) -> None: ...
+    def write64(self, offset: int, value: int, /) -> None: ...
+    def poll(
+        self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4
+    ) -> int: ...
+
+
+def timed_out(what: str, value: int, timeout_s: float) -> VfiotoolError:
+    """The error of a register that did not come to the value waited for."""
+    return KernelError(
+        f"{what} did not come to the value waited for in {timeout_s:g} s; it is {value:#x}",
+        errno_name="ETIMEDOUT",
+    )
+
+
+class Region:
+    """One region of a device, reached through its file. Errors: UsageError for what the region
+    does not hold or allow, KernelError (EIO) for memory or I/O decode that is off."""
+
+    def __init__(self, device: Device, info: RegionInfo, trace: Trace | None = None) -> None:
+        self.device = device
+        self.info = info
+        self.trace = trace
+
+    @property
+    def index(self) -> int:
+        return self.info.index
+
+    @property
+    def size(self) -> int:
+        return self.info.size
+
+    def _position(self, offset: int, length: int, write: bool) -> int:
+        info = self.info
+        if offset < 0 or length < 0 or offset + length > info.size:
+            raise UsageError(
+                f"region {info.index} of {self.device.name} holds {info.size} bytes: "
+                f"{length} at {offset:#x} lie outside it"
+            )
+        if not (info.writable if write else info.readable):
+            raise UsageError(
+                f"region {info.index} of {self.device.name} cannot be "
+                f"{'written' if write else 'read'}"
+            )
+        return info.position + offset
+
+    def _what(self, offset: int, width: int) -> str:
+        return f"{self.device.name} region {self.info.index} at {offset:#x}, {width} bytes"
+
+    def read(self, offset: int, width: int) -> int:
+        """The register of `width` (1, 2, 4, 8) bytes at `offset`, in one access."""
+        if width not in _FORMATS or offset % width:
+            raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
+        position = self._position(offset, width, write=False)
+        descriptor = self.device.descriptor
+        value = native.region_read(descriptor, position, width, self._what(offset, width))
+        if self.trace is not None:
+            self.trace.record(
+                "read", region=self.info.index, offset=offset, width=width, value=value
+            )
+        return value
+
+    def write(self, offset: int, value: int, width: int) -> None:
+        """Store `value` into the register of `width` bytes at `offset`, in one access."""
+        if width not in _FORMATS or offset % width:
+            raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
+        if not 0 <= value < 1 << 8 * width:
+            raise UsageError(f"{value:#x} does not fit {width} bytes")
+        position = self._position(offset, width, write=True)
+        descriptor = self.device.descriptor
+        native.region_write(descriptor, position, width, value, self._what(offset, width))
+        if self.trace is not None:
+            self.trace.record(
+                "write", region=self.info.index, offset=offset, width=width, value=value
+            )
+
+    def read8(self, offset: int, /) -> int:
+        return self.read(offset, 1)
+
+    def read16(self, offset: int, /) -> int:
+        return self.read(offset, 2)
+
+    def read32(self, offset: int, /) -> int:
+        return self.read(offset, 4)
+
+    def read64(self, offset: int, /) -> int:
+        return self.read(offset, 8)
+
+    def write8(self, offset: int, value: int, /) -> None:
+        self.write(offset, value, 1)
+
+    def write16(self, offset: int, value: int, /) -> None:
+        self.write(offset, value, 2)
+
+    def write32(self, offset: int, value: int, /) -> None:
+        self.write(offset, value, 4)
+
+    def write64(self, offset: int, value: int, /) -> None:
+        self.write(offset, value, 8)
+
+    def read_bytes(self, offset: int, length: int) -> bytes:
+        """`length` bytes, in whatever widths the kernel chooses: for memory, not for registers."""
+        position = self._position(offset, length, write=False)
+        buffer = bytearray(length)
+        if length:
+            what = self._what(offset, length)
+            native.region_copy_out(self.device.descriptor, position, buffer, what)
+        if self.trace is not None:
+            self.trace.record("copy-out", region=self.info.index, offset=offset, length=length)
+        return bytes(buffer)
+
+    def write_bytes(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """The counterpart of `read_bytes`."""
+        length = memoryview(data).nbytes
+        position = self._position(offset, length, write=True)
+        if length:
+            what = self._what(offset, length)
+            native.region_copy_in(self.device.descriptor, position, data, what)
+        if self.trace is not None:
+            self.trace.record("copy-in", region=self.info.index, offset=offset, length=length)
+
+    def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
+        """Read the register until `value & mask == wanted`; returns the value. Raises
+        KernelError (ETIMEDOUT) after `timeout_s` seconds."""
+        end = time.monotonic() + timeout_s
+        pause = 1e-5
+        while True:
+            value = self.read(offset, width)
+            if value & mask == wanted:
+                return value
+            if time.monotonic() >= end:
+                raise timed_out(self._what(offset, width), value, timeout_s)
+            time.sleep(pause)
+            pause = min(2 * pause, 1e-3)
+
+    def map(
+        self, offset: int | None = None, size: int | None = None, *, alignment: int = 0
+    ) -> Mapping:
+        """Map `size` bytes from `offset` on; without them the first area that can be mapped.
+
+        `alignment` (a power of two) aligns the mapping's address with the BAR's, so that the
+        kernel can use large pages: give 2 MiB or 1 GiB for BARs at least that large. Raises
+        UsageError where the region, or this part of it, cannot be mapped (`region.info.areas`
+        tells which can), and where the device does not decode memory.
+        """
+        info = self.info
+        if not info.areas:
+            raise UsageError(
+                f"region {info.index} of {self.device.name} cannot be mapped",
+                hint="use its read and write methods instead of a mapping",
+            )
+        area = _area(info, offset, size)
+        self.device.require_memory_decode()
+        access = native.WINDOW_READ * info.readable | native.WINDOW_WRITE * info.writable
+        kind = Mapping if self.trace is None else TracedMapping
+        return kind(self, area, access, alignment)
+
+
+def _area(info: RegionInfo, offset: int | None, size: int | None) -> Area:
+    if offset is None and size is None:
+        return info.areas[0]
+    start = offset or 0
+    for area in info.areas:
+        end = area.offset + area.size
+        if area.offset <= start and start + (size or 1) <= end:
+            return Area(start, size or end - start)
+    listed = ", ".join(f"{area.offset:#x}+{area.size:#x}" for area in info.areas)
+    raise UsageError(f"region {info.index} can be mapped at {listed} only, not at {start:#x}")
+
+
+class Mapping(native.Window):
+    """A mapped part of a region.
+
+    `read8` … `write64`, `address`, `start`, `size` and `closed` are C (`cext/mmio_module.c`). A
+    read is followed by a read barrier, a write preceded by a write barrier. Each refused access
+    raises UsageError: outside the mapping, not aligned, value too large, after `close`, with the
+    device's memory decode off, in a child process.
+    """
+
+    def __init__(self, region: Region, area: Area, access: int, alignment: int) -> None:
+        self.region = region
+        self.description = f"region {region.info.index} of {region.device.name}"
+        position = region.info.position + area.offset
+        try:
+            super().__init__(
+                region.device.descriptor, position, area.offset, area.size, access, alignment
+            )
+        except OSError as error:
+            raise native.failed(
+                -(error.errno or 0), f"map {self.description}", device=region.device.name
+            ) from error
+        region.device.mappings.add(self)
+
+    def read_into(self, offset: int, buffer: Any, *, width: int = 4, fifo: bool = False) -> None:
+        """Fill a writable buffer with registers of `width` bytes from `offset` on, in order; with
+        `fifo` from the one register at `offset`, again and again."""
+        self._read_into(offset, buffer, width, fifo)
+
+    def write_from(self, offset: int, buffer: Any, *, width: int = 4, fifo: bool = False) -> None:
+        """The counterpart of `read_into`."""
+        self._write_from(offset, buffer, width, fifo)
+
+    def read_many(self, offset: int, count: int, *, width: int = 4) -> memoryview[int]:
+        """`count` registers of `width` bytes in a row, as a memoryview of numbers."""
+        buffer = bytearray(max(count, 0) * width)
+        self._read_into(offset, buffer, width, False)
+        return memoryview(buffer).cast(_FORMATS[width])
+
+    def read32_many(self, offset: int, count: int) -> memoryview[int]:
+        """`count` 32-bit registers in a row."""
+        return self.read_many(offset, count)
+
+    def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
+        """Read the register until `value & mask == wanted`; returns the value.
+
+        Runs in C without the interpreter's lock. Raises KernelError (ETIMEDOUT) after `timeout_s`
+        seconds.
+        """
+        found, value = self._poll_until(offset, width, mask, wanted, round(timeout_s * 1e9))
+        if not found:
+            raise timed_out(f"{self.description} at {offset:#x}", value, timeout_s)
+        return value
+
+    def check(self) -> None:
+        """Ask the device whether it decodes memory now, and refuse accesses until it does."""
+        self._block(not self.region.device.memory_decode)
+
+    def close(self) -> None:
+        """Unmap. Closing twice is nothing; raises UsageError while another thread polls."""
+        self._close()
+        self.region.device.mappings.discard(self)
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _traced_read(width: int) -> Callable[[TracedMapping, int], int]:
+    plain = getattr(Mapping, f"read{8 * width}")
+
+    def read(self: TracedMapping, offset: int, /) -> int:
+        value: int = plain(self, offset)
+        self.trace.record("read", region=self.region.index, offset=offset, width=width, value=value)
+        return value
+
+    return read
+
+
+def _traced_write(width: int) -> Callable[[TracedMapping, int, int], None]:
+    plain = getattr(Mapping, f"write{8 * width}")
+
+    def write(self: TracedMapping, offset: int, value: int, /) -> None:
+        plain(self, offset, value)
+        self.trace.record(
+            "write", region=self.region.index, offset=offset, width=width, value=value
+        )
+
+    return write
+
+
+class TracedMapping(Mapping):
+    """A mapping that records each access; taken when the device was opened with a trace."""
+
+    def __init__(self, region: Region, area: Area, access: int, alignment: int) -> None:
+        super().__init__(region, area, access, alignment)
+        assert region.trace is not None
+        self.trace = region.trace
+
+    read8 = _traced_read(1)
+    read16 = _traced_read(2)
+    read32 = _traced_read(4)
+    read64 = _traced_read(8)
+    write8 = _traced_write(1)
+    write16 = _traced_write(2)
+    write32 = _traced_write(4)
+    write64 = _traced_write(8)
+
+    def _read_into(self, offset: int, buffer: Any, width: int, fifo: bool, /) -> None:
+        super()._read_into(offset, buffer, width, fifo)
+        self._bulk("copy-out", offset, buffer)
+
+    def _write_from(self, offset: int, buffer: Any, width: int, fifo: bool, /) -> None:
+        super()._write_from(offset, buffer, width, fifo)
+        self._bulk("copy-in", offset, buffer)
+
+    def _bulk(self, event: str, offset: int, buffer: Any) -> None:
+        length = memoryview(buffer).nbytes
+        self.trace.record(event, region=self.region.index, offset=offset, length=length)
+
+    def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
+        value = super().poll(offset, mask, wanted, timeout_s, width=width)
+        self.trace.record(
+            "poll",
+            region=self.region.index,
+            offset=offset,
+            width=width,
+            mask=mask,
+            wanted=wanted,
+            value=value,
+        )
+        return value

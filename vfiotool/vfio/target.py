@@ -1,0 +1,100 @@
+"""From a device's name to what opens it: its group, its character device, its driver.
+
+Source: Documentation/driver-api/vfio.rst ("VFIO Usage Example", "IOMMUFD and VFIO cdev").
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vfiotool.errors import NotFound, Refused, UsageError, VfiotoolError
+from vfiotool.host import (
+    DEV_VFIO,
+    SYS_IOMMU_GROUPS,
+    SYS_MDEV_DEVICES,
+    SYS_PCI_DEVICES,
+    Host,
+)
+from vfiotool.pci import Address
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
+# What a device on one of the other buses is called there: no path, no dots alone.
+_BUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device as the host names it.
+
+    `name` is what VFIO_GROUP_GET_DEVICE_FD takes. `group_node` and `cdev_node` are device nodes,
+    None where the host shows none. `noiommu` tells a group that has no IOMMU behind it.
+    """
+
+    name: str
+    bus: str
+    path: str
+    driver: str | None
+    group: str | None
+    group_node: str | None
+    cdev_node: str | None
+    noiommu: bool
+
+
+def find(name: str, host: Host) -> Target:
+    """The device called `name`: a PCI address (`0000:00:02.0`, `00:02.0`) or an mdev's UUID.
+
+    Raises UsageError for a name that is neither, NotFound where the host has no such device.
+    """
+    if Address.is_address(name):
+        official = str(Address.parse(name))
+        return _target(official, "pci", f"{SYS_PCI_DEVICES}/{official}", host)
+    if _UUID.fullmatch(name):
+        official = name.lower()
+        return _target(official, "mdev", f"{SYS_MDEV_DEVICES}/{official}", host)
+    raise UsageError(
+        f"{name[:80]!r} is neither a PCI address nor the UUID of a mediated device",
+        hint="write it as 0000:05:01.0 or as 36 characters; vfiotool devices lists them",
+    )
+
+
+def _target(name: str, bus: str, path: str, host: Host) -> Target:
+    if not host.exists(path):
+        raise NotFound(
+            f"{name}: there is no such {bus} device",
+            hint="vfiotool devices" if bus == "pci" else "vfiotool mdev list",
+            device=name,
+        )
+    group = host.linkname(f"{path}/iommu_group")
+    noiommu = group is not None and host.read(f"{SYS_IOMMU_GROUPS}/{group}/name") == "vfio-noiommu"
+    node = None if group is None else f"{DEV_VFIO}/{'noiommu-' if noiommu else ''}{group}"
+    cdevs = [entry for entry in host.listdir(f"{path}/vfio-dev") if _BUS_NAME.fullmatch(entry)]
+    cdev = f"{DEV_VFIO}/devices/{cdevs[0]}" if cdevs else None
+    return Target(
+        name=name,
+        bus=bus,
+        path=path,
+        driver=host.linkname(f"{path}/driver"),
+        group=group,
+        group_node=node if node and host.exists(node) else None,
+        cdev_node=cdev if cdev and host.exists(cdev) else None,
+        noiommu=noiommu,
+    )
+
+
+def not_on_vfio(target: Target) -> VfiotoolError:
+    """Why a device without a VFIO node cannot be opened, and the command that changes it.
+
+    Always `Refused` (exit code 4): to drive a device from here while the host does would hurt.
+    """
+    if target.driver is None:
+        reason = f"{target.name} is on no driver"
+    else:
+        reason = f"{target.name} is on driver {target.driver}, which is not a VFIO driver"
+    if target.group is None:
+        return Refused(
+            f"{reason} and in no IOMMU group",
+            hint="vfiotool doctor",
+            device=target.name,
+        )
+    return Refused(reason, hint=f"vfiotool bind {target.name}", device=target.name)
