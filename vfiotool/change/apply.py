@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.journal import Journal, Record, Transaction, started_at
@@ -19,8 +20,11 @@ from vfiotool.change.step import Step
 from vfiotool.change.steps import not_done
 from vfiotool.change.vf_steps import SetVfCount
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, VfiotoolError
-from vfiotool.host import WRITE_DEADLINE_S, Host, read_only_root
+from vfiotool.host import PROC, WRITE_DEADLINE_S, Host, read_only_root
 from vfiotool.sriov import read_vfs
+
+if TYPE_CHECKING:
+    from vfiotool.netlink import Message, Request
 
 LOCK_DEADLINE_S = 60.0
 _REPLANS = 8
@@ -53,6 +57,10 @@ class _Door:
     def load_module(self, name: str) -> None:
         self.transaction.note("module", n=self.number, name=name)
         self.host.load_module(name, self.timeout_s)
+
+    def netlink(self, request: Request) -> list[Message]:
+        self.transaction.note("netlink", n=self.number, what=request.what)
+        return self.host.netlink(request, self.timeout_s)
 
 
 def change(
@@ -347,8 +355,6 @@ def _await_writer(host: Host, record: Record, timeout_s: float) -> None:
 
 
 def _alive(host: Host, pid: int) -> bool:
-    from vfiotool.host import PROC
-
     stat = host.read(f"{PROC}/{pid}/stat")
     return stat is not None and stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 

@@ -21,7 +21,7 @@ from vfiotool.change.locks import held, try_lock
 from vfiotool.change.state import Binding, Identity
 from vfiotool.change.step import Step
 from vfiotool.change.steps import step_from_json, step_to_json
-from vfiotool.errors import KernelError
+from vfiotool.errors import KernelError, NotPermitted, Refused
 from vfiotool.host import PROC, Host
 
 RUN_FOLDER = "/run/vfiotool"
@@ -178,6 +178,16 @@ class Journal:
         self.locks = self._root.sub("locks")
         self._boot = self._root.sub(f"boot-{host.boot_id() or 'unknown'}")
         self._origins = self._boot.sub("origins")
+
+    @classmethod
+    def existing(cls, host: Host, run_folder: str = RUN_FOLDER) -> Journal | None:
+        """The journal if there is one that this user may open: a dry run makes none."""
+        if not os.path.isdir(run_folder):
+            return None
+        try:
+            return cls(host, run_folder)
+        except (NotPermitted, Refused):
+            return None
 
     def begin(
         self, title: str, steps: tuple[Step, ...], keys: Iterable[str], undoes: int | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vfiotool.errors import NotFound, Stuck
 from vfiotool.host import (
+    DEV_VFIO,
     PROC,
     SYS_MDEV_DEVICES,
     SYS_PCI_DEVICES,
@@ -187,8 +188,6 @@ def driver_registered(host: Host, bus: str, driver: str) -> bool:
 
 def device_nodes(host: Host, bus: str, name: str) -> tuple[str, ...]:
     """The VFIO nodes that hold a device while they are open: group node and device cdev."""
-    from vfiotool.host import DEV_VFIO
-
     base = f"{SYS_MDEV_DEVICES if bus == 'mdev' else BUSES[bus].devices}/{name}"
     nodes = []
     group = host.linkname(f"{base}/iommu_group")

@@ -10,11 +10,14 @@ reached.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from vfiotool.change.state import Identity, gone, read_pci_identity
 from vfiotool.errors import KernelError, Refused
 from vfiotool.host import Host
+
+if TYPE_CHECKING:
+    from vfiotool.netlink import Message, Request
 
 
 class Door(Protocol):
@@ -24,6 +27,7 @@ class Door(Protocol):
 
     def write(self, path: str, data: str) -> None: ...
     def load_module(self, name: str) -> None: ...
+    def netlink(self, request: Request) -> list[Message]: ...
 
 
 @dataclass(frozen=True)

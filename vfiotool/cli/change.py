@@ -1,0 +1,329 @@
+"""`bind`, `release`, `vf`, `mdev`: one-step plans through the journalled door."""
+
+from __future__ import annotations
+
+import uuid as uuids
+from typing import Annotated
+
+import typer
+
+from vfiotool.change.facts import read_facts
+from vfiotool.change.journal import Journal
+from vfiotool.change.plan import (
+    plan_bind,
+    plan_mdev_create,
+    plan_mdev_remove,
+    plan_release,
+    plan_vf_count,
+)
+from vfiotool.change.state import read_binding
+from vfiotool.change.step import Step
+from vfiotool.cli import render
+from vfiotool.cli.changing import (
+    DEADLINE_S,
+    Allow,
+    Changed,
+    DryRun,
+    Timeout,
+    perform,
+    print_line,
+    print_steps,
+)
+from vfiotool.errors import NotFound, Unsupported
+from vfiotool.host import SYS_PCI_DEVICES, Host
+from vfiotool.iommu import IommuGroup, read_group
+from vfiotool.mdev import read_mdev_types, read_mdevs
+from vfiotool.pci import Address, list_addresses
+from vfiotool.sriov import read_vfs
+
+_Devices = Annotated[list[str], typer.Argument(metavar="DEVICE", help="As 0000:05:01.0.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this area's commands."""
+    app.command(help="Give devices to a VFIO driver (or another, or none).")(bind)
+    app.command(help="Give devices back to the driver they had before.")(release)
+    vf = typer.Typer(help="SR-IOV virtual functions.", no_args_is_help=True)
+    vf.command("list", help="List the enabled VFs.")(vf_list)
+    vf.command("set", help="Set how many VFs a physical function has.")(vf_set)
+    app.add_typer(vf, name="vf")
+    mdev = typer.Typer(help="Mediated devices.", no_args_is_help=True)
+    mdev.command("types", help="List the types that parents offer.")(mdev_types)
+    mdev.command("list", help="List the mediated devices.")(mdev_list)
+    mdev.command("create", help="Make a mediated device.")(mdev_create)
+    mdev.command("remove", help="Remove a mediated device.")(mdev_remove)
+    app.add_typer(mdev, name="mdev")
+
+
+def resolve(host: Host, text: str) -> str:
+    """The address of the one device that a selector names."""
+    from vfiotool.cli.inspect import resolve as resolve_selector
+
+    return resolve_selector(host, text)
+
+
+def bind(
+    context: typer.Context,
+    devices: _Devices,
+    driver: Annotated[
+        str | None,
+        typer.Option(help="The driver; the best VFIO driver if left out; none parks the device."),
+    ] = None,
+    whole_group: Annotated[
+        bool, typer.Option("--whole-group", help="Take the group's other endpoints along.")
+    ] = False,
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    host = render.host(context)
+    addresses = [resolve(host, text) for text in devices]
+
+    def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
+        facts = read_facts(host, addresses, journal, whole_groups=whole_group)
+        return plan_bind(facts, addresses, driver, whole_group=whole_group)
+
+    title = f"bind {' '.join(addresses)}" + (f" to {driver}" if driver else "")
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    touched = list(dict.fromkeys([*addresses, *_bound(done)]))
+    _report(context, host, done, touched)
+    return 0
+
+
+def release(
+    context: typer.Context,
+    devices: _Devices,
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    host = render.host(context)
+    addresses = [resolve(host, text) for text in devices]
+
+    def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
+        return plan_release(read_facts(host, addresses, journal), addresses)
+
+    title = f"release {' '.join(addresses)}"
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    _report(context, host, done, addresses)
+    return 0
+
+
+def _bound(done: Changed) -> list[str]:
+    return [step.target for step in done.steps if step.verb == "bind-driver"]
+
+
+def _report(context: typer.Context, host: Host, done: Changed, addresses: list[str]) -> None:
+    """What became of the devices, and which of their groups still cannot be used."""
+    if done.dry:
+        show_plan(context, done)
+        return
+    rows = []
+    for address in addresses:
+        binding = read_binding(host, "pci", address)
+        link = host.linkname(f"{SYS_PCI_DEVICES}/{address}/iommu_group")
+        number = int(link) if link is not None and link.isdecimal() else None
+        rows.append((address, binding, number))
+    groups = {number: read_group(host, number) for _, _, number in rows if number is not None}
+    if render.state(context).json:
+        listed = [
+            {
+                "address": address,
+                "driver": binding.driver,
+                "driver_override": binding.override,
+                "iommu_group": number,
+                "viable": None if number is None else _viable(groups[number]),
+            }
+            for address, binding, number in rows
+        ]
+        render.emit({**done.as_json(), "devices": listed})
+    else:
+        for address, binding, number in rows:
+            where = "no IOMMU group" if number is None else f"group {number}"
+            print_line(f"{address}: {binding} ({where})")
+    for group in groups.values():
+        taken = {address for address, binding, _ in rows if binding.taken}
+        if group is not None and not group.viable:
+            _warn_not_viable(group, taken)
+
+
+def _viable(group: IommuGroup | None) -> bool | None:
+    return None if group is None else group.viable
+
+
+def _warn_not_viable(group: IommuGroup, taken: set[str]) -> None:
+    named = sorted(member.address for member in group.devices if member.address in taken)
+    if not named:
+        return
+    way = [member for member in group.devices if member.role == "host"]
+    others = ", ".join(f"{member.address} ({member.driver})" for member in way)
+    render.say(f"vfiotool: group {group.id} is not viable yet: {others} in the way")
+    render.say(f"  vfiotool bind {named[0]} --whole-group")
+
+
+def show_plan(context: typer.Context, done: Changed) -> None:
+    """The steps of a dry run, as JSON or for people."""
+    if render.state(context).json:
+        payload = done.as_json()
+        payload.pop("transaction")
+        render.emit(payload)
+    elif done.steps:
+        print_steps(done.steps)
+    else:
+        print_line("nothing to do")
+
+
+def vf_list(
+    context: typer.Context,
+    pf: Annotated[str | None, typer.Argument(metavar="PF", help="Only this one's.")] = None,
+) -> int:
+    host = render.host(context)
+    if pf is None:
+        functions = list_addresses(host)
+    else:
+        functions = [resolve(host, pf)]
+        base = f"{SYS_PCI_DEVICES}/{functions[0]}"
+        if not host.exists(base):
+            raise NotFound(
+                f"no PCI function {functions[0]}",
+                hint="vfiotool devices lists them",
+                device=functions[0],
+            )
+        if not host.exists(f"{base}/sriov_totalvfs"):
+            raise Unsupported(
+                f"{functions[0]} has no SR-IOV capability that the kernel would drive",
+                hint="vfiotool devices --json tells which have",
+                device=functions[0],
+            )
+    vfs = [vf for address in functions for vf in read_vfs(host, address)]
+    if render.state(context).json:
+        keys = ("pf", "index", "address", "driver", "iommu_group")
+        render.emit({"vfs": [{key: getattr(vf, key) for key in keys} for vf in vfs]})
+        return 0
+    for vf in vfs:
+        group = "none" if vf.iommu_group is None else vf.iommu_group
+        print_line(
+            f"{vf.pf} vf {vf.index}: {vf.address}  {vf.driver or 'no driver'}  group {group}"
+        )
+    return 0
+
+
+def vf_set(
+    context: typer.Context,
+    pf: Annotated[str, typer.Argument(metavar="PF", help="The physical function.")],
+    count: Annotated[int, typer.Argument(metavar="COUNT", help="How many VFs; 0 removes all.")],
+    autoprobe: Annotated[
+        bool | None,
+        typer.Option(help="Offer the new VFs to host drivers; as the kernel is set if left out."),
+    ] = None,
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    host = render.host(context)
+    address = resolve(host, pf)
+
+    def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
+        facts = read_facts(host, [address], journal)
+        return plan_vf_count(facts, address, count, autoprobe=autoprobe)
+
+    title = f"vf set {address} {count}"
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    if dry_run:
+        show_plan(context, done)
+        return 0
+    vfs = read_vfs(host, address)
+    if render.state(context).json:
+        listed = [
+            {
+                "pf": vf.pf,
+                "index": vf.index,
+                "address": vf.address,
+                "driver": vf.driver,
+                "iommu_group": vf.iommu_group,
+            }
+            for vf in vfs
+        ]
+        render.emit({**done.as_json(), "vfs": listed})
+        return 0
+    print_line(f"{address}: {len(vfs)} VFs")
+    for vf in vfs:
+        print_line(f"  vf {vf.index}: {vf.address}  {vf.driver or 'no driver'}")
+    return 0
+
+
+def mdev_types(context: typer.Context) -> int:
+    types = read_mdev_types(render.host(context))
+    keys = ("parent", "type", "name", "device_api", "available_instances", "description")
+    if render.state(context).json:
+        render.emit({"types": [{key: getattr(kind, key) for key in keys} for kind in types]})
+        return 0
+    for kind in types:
+        left = "?" if kind.available_instances is None else kind.available_instances
+        print_line(f"{kind.parent}  {kind.type}  {kind.name or ''}  {left} left")
+    return 0
+
+
+def mdev_list(context: typer.Context) -> int:
+    mdevs = read_mdevs(render.host(context))
+    keys = ("uuid", "parent", "type", "iommu_group")
+    if render.state(context).json:
+        render.emit({"mdevs": [{key: getattr(mdev, key) for key in keys} for mdev in mdevs]})
+        return 0
+    for mdev in mdevs:
+        print_line(f"{mdev.uuid}  {mdev.parent}  {mdev.type}  group {mdev.iommu_group}")
+    return 0
+
+
+def mdev_create(
+    context: typer.Context,
+    parent: Annotated[str, typer.Argument(metavar="PARENT", help="As mdev types names it.")],
+    kind: Annotated[str, typer.Argument(metavar="TYPE", help="As mdev types names it.")],
+    uuid: Annotated[
+        str | None, typer.Option(metavar="U", help="Its UUID; a random one if left out.")
+    ] = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    host = render.host(context)
+    wanted = uuid or str(uuids.uuid4())
+    if Address.is_address(parent):
+        parent = str(Address.parse(parent))
+
+    def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
+        return plan_mdev_create(read_mdev_types(host), read_mdevs(host), parent, kind, wanted)
+
+    title = f"mdev create {parent} {kind} {wanted}"
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout)
+    if dry_run:
+        show_plan(context, done)
+        return 0
+    found = next((mdev for mdev in read_mdevs(host) if mdev.uuid == wanted.lower()), None)
+    group = None if found is None else found.iommu_group
+    if render.state(context).json:
+        entry = {"uuid": wanted.lower(), "parent": parent, "type": kind, "iommu_group": group}
+        render.emit({**done.as_json(), "mdevs": [entry]})
+    else:
+        print_line(f"{wanted.lower()}: {parent}/{kind} (group {group})")
+    return 0
+
+
+def mdev_remove(
+    context: typer.Context,
+    uuid: Annotated[str, typer.Argument(metavar="UUID", help="As mdev list names it.")],
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
+        return plan_mdev_remove(read_mdevs(host), uuid)
+
+    title = f"mdev remove {uuid}"
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    if dry_run:
+        show_plan(context, done)
+    elif render.state(context).json:
+        render.emit(done.as_json())
+    else:
+        print_line(f"{uuid.lower()}: removed")
+    return 0

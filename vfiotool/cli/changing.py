@@ -1,0 +1,111 @@
+"""What all changing commands share: the options, the guard, the run, and what they print."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from vfiotool.change.apply import Outcome, Progress, change
+from vfiotool.change.guard import Allowance, refuse_hurtful
+from vfiotool.change.journal import Journal
+from vfiotool.change.step import Step
+from vfiotool.change.steps import steps_as_json
+from vfiotool.cli import render
+from vfiotool.errors import UsageError
+from vfiotool.host import WRITE_DEADLINE_S, Host, read_only_root
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps; touch nothing.")]
+Timeout = Annotated[
+    float,
+    typer.Option("--timeout", metavar="SECONDS", help="Deadline of each write to the kernel."),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="KIND:WHAT", help="Cut off this one use (repeatable)."),
+]
+DEADLINE_S = WRITE_DEADLINE_S
+_QUIET_S = 1.0
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a changing command did, or with a dry run would do."""
+
+    steps: tuple[Step, ...]
+    transaction: int | None
+    dry: bool
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "steps": steps_as_json(self.steps),
+            "in_sync": not self.steps or not self.dry,
+            "transaction": self.transaction,
+        }
+
+
+def perform(
+    context: typer.Context,
+    title: str,
+    make: Callable[[Host, Journal | None], tuple[Step, ...]],
+    *,
+    dry_run: bool,
+    timeout_s: float,
+    allow: list[str] | None = None,
+) -> Changed:
+    """Plan, refuse what would hurt, and run; or just plan. Raises what `change` raises."""
+    if not timeout_s > 0:
+        raise UsageError(f"--timeout {timeout_s:g} is no deadline", hint="give seconds above 0")
+    host = render.host(context)
+    allowed = [Allowance.parse(text) for text in allow or []]
+    if dry_run:
+        steps = make(host, Journal.existing(host) if host.live else None)
+        refuse_hurtful(host, steps, allowed)
+        return Changed(steps, None, dry=True)
+    if not host.live:
+        raise read_only_root(host.name)
+    journal = Journal(host)
+
+    def guarded() -> tuple[Step, ...]:
+        steps = make(host, journal)
+        refuse_hurtful(host, steps, allowed)
+        return steps
+
+    outcome: Outcome = change(
+        host, journal, title, guarded, timeout_s=timeout_s, progress=progress_line()
+    )
+    return Changed(outcome.steps, outcome.transaction, dry=False)
+
+
+def progress_line() -> Progress | None:
+    """Says on a terminal which step runs, once a change takes longer than a second."""
+    if not sys.stderr.isatty():
+        return None
+    begun = time.monotonic()
+
+    def show(number: int, total: int, step: Step) -> None:
+        if time.monotonic() - begun > _QUIET_S:
+            render.say(f"step {number} of {total}: {step.verb} {step.target}")
+
+    return show
+
+
+def print_steps(steps: tuple[Step, ...]) -> None:
+    """The steps as people read them, one a line, with what undoes each."""
+    for number, step in enumerate(steps, 1):
+        before, after = step.ends()
+        line = f"{number}. {step.verb} {step.target}: {_word(before)} -> {_word(after)}"
+        undo = step.undo_text()
+        print_line(f"{line}   (undo: {undo})" if undo else line)
+
+
+def _word(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def print_line(text: str) -> None:
+    sys.stdout.write(render.escape(text) + "\n")
