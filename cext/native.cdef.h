@@ -58,3 +58,103 @@ int vt_irq_action(int device, uint32_t index, uint32_t start, uint32_t count, ui
 int vt_irq_unmask_fd(int device, uint32_t index, int32_t fd);
 int vt_eventfd(void);
 int vt_eventfd_wait(int fd, int timeout_ms, uint64_t spin_ns, uint64_t *signals);
+
+/* nvme_queue.h */
+struct vt_nvme_queue;
+
+struct vt_nvme_layout {
+        uint64_t submission;
+        uint64_t completion;
+        uint64_t tail_doorbell;
+        uint64_t head_doorbell;
+        uint64_t tail_shadow;
+        uint64_t head_shadow;
+        uint64_t tail_event;
+        uint64_t head_event;
+        uint64_t lists;
+        uint64_t lists_iova;
+        uint32_t sq_entries;
+        uint32_t cq_entries;
+        uint32_t page_size;
+        uint32_t id;
+        uint32_t lazy;
+};
+
+struct vt_nvme_io {
+        uint64_t tag;
+        uint64_t lba;
+        uint64_t iova;
+        uint32_t bytes;
+        uint32_t blocks;
+        uint32_t nsid;
+        uint16_t control;
+        uint8_t opcode;
+        uint8_t reserved;
+};
+
+struct vt_nvme_done {
+        uint64_t tag;
+        uint64_t latency_ns;
+        uint32_t result;
+        uint16_t status;
+        uint16_t cid;
+};
+
+struct vt_nvme_counters {
+        uint64_t submitted, completed, failed;
+        uint64_t tail_writes, head_writes;
+        uint32_t in_flight, depth;
+};
+
+int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queue);
+
+int vt_nvme_stop(struct vt_nvme_queue *queue);
+void vt_nvme_free(struct vt_nvme_queue *queue);
+
+void vt_nvme_halt(struct vt_nvme_queue *queue);
+
+int vt_nvme_submit(struct vt_nvme_queue *queue, const struct vt_nvme_io *ios, uint32_t count);
+
+int vt_nvme_submit_many(struct vt_nvme_queue *queue, const struct vt_nvme_io *pattern,
+                        const uint64_t *lbas, const uint64_t *tags, uint32_t count,
+                        uint64_t stride, uint64_t slots);
+
+int vt_nvme_submit_raw(struct vt_nvme_queue *queue, const void *command, uint64_t tag);
+
+int vt_nvme_poll(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_t room,
+                 uint32_t least, uint64_t timeout_ns);
+
+int vt_nvme_poll_tags(struct vt_nvme_queue *queue, uint64_t *tags, uint32_t room, uint32_t least,
+                      uint64_t timeout_ns, uint32_t *failed);
+
+void vt_nvme_count(const struct vt_nvme_queue *queue, struct vt_nvme_counters *counters);
+
+/* nvme_load.h */
+#define VT_NVME_BUCKETS 1920
+
+struct vt_nvme_job {
+        uint64_t first_lba, span;
+        uint64_t iova, stride;
+        uint64_t runtime_ns, limit;
+        uint64_t seed;
+        uint32_t depth, batch;
+        uint32_t blocks, bytes, nsid;
+        uint32_t random;
+        uint32_t read_percent;
+        uint32_t reserved;
+};
+
+struct vt_nvme_report {
+        uint64_t reads, writes, failed;
+        uint64_t elapsed_ns, latency_min_ns, latency_max_ns, latency_sum_ns;
+        uint64_t tail_writes, head_writes;
+        uint32_t first_status;
+        uint32_t reserved;
+        uint64_t histogram[VT_NVME_BUCKETS];
+};
+
+int vt_nvme_run(struct vt_nvme_queue *queue, const struct vt_nvme_job *job,
+                struct vt_nvme_report *report);
+
+uint64_t vt_nvme_bucket_floor(uint32_t bucket);
+uint32_t vt_nvme_bucket(uint64_t nanoseconds);
