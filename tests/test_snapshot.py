@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vfiotool.cli.app import main
@@ -133,7 +133,7 @@ NAMES = (
 CONTENT = st.binary(max_size=200) | st.text(max_size=80).map(lambda t: t.encode("utf-8", "replace"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(NAMES, CONTENT | st.integers(1, 600), max_size=6),
     st.dictionaries(NAMES, NAMES, max_size=3),
@@ -152,6 +152,7 @@ def test_every_tree_survives_the_text_form(
     assert "/dev/empty" in back.directories and back.cut_off is None
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=100))
 def test_escaping_is_undone_and_leaves_one_printable_line(data: bytes) -> None:
     text = escape(data)
@@ -262,7 +263,7 @@ def test_links_in_a_snapshot_lead_nowhere_outside_of_it() -> None:
             memory.read(f"/sys/bus/pci/devices/{name}/hostname")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_damaged_text_is_refused_or_read_and_never_crashes(data: st.DataObject) -> None:
     text = bytearray(format_snapshot(capture(small_host(), [read_inventory])).encode())

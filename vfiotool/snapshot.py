@@ -69,13 +69,15 @@ RULES: tuple[str, ...] = (
     f"{host.SYS_VDPA_DRIVERS}/*",
     f"{host.SYS_BLOCK}/*",
     f"{host.SYS_BLOCK}/*/{{dev,size,ro,removable,partition,uevent,device,subsystem,hidden,"
-    "wwid,uuid,nguid,eui}",
+    "serial,wwid,uuid,nguid,eui}",
     f"{host.SYS_BLOCK}/*/{{holders,slaves,bcache}}/*",
     f"{host.SYS_BLOCK}/*/dm/{{name,uuid}}",
     f"{host.SYS_BLOCK}/*/md/{{level,array_state,raid_disks}}",
     f"{host.SYS_BLOCK}/*/loop/backing_file",
     f"{_SYS}/class/nvme/*",
     f"{_SYS}/class/nvme/*/{{dev,serial,model,firmware_rev,subsysnqn,transport,state,address,cntlid}}",
+    f"{host.SYS_NVME_SUBSYSTEM}/*",
+    f"{host.SYS_NVME_SUBSYSTEM}/*/{{nvme*,subsysnqn,model,serial,firmware_rev}}",
     f"{host.SYS_NET}/*",
     f"{host.SYS_NET}/*/{{address,operstate,carrier,flags,ifindex,iflink,type,mtu,master,device,"
     "uevent,subsystem,dev_id,dev_port,phys_port_name,upper_*,lower_*,bridge,bonding,brif,brport}",
