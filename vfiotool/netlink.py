@@ -280,15 +280,14 @@ def send(request: Request, timeout_s: float = TIMEOUT_S) -> list[Message]:
         return channel.request(request.type, request.payload, request.flags, request.what)
 
 
-def resolve_family(channel: Socket, name: str) -> int:
-    """A generic-netlink family's number. Raises Unsupported if the kernel has no such family."""
+def family_request(name: str) -> Request:
+    """The request that asks for a generic-netlink family's number; `family_of` reads the answer."""
     payload = generic(_CTRL_CMD_GETFAMILY, 1, string(_CTRL_ATTR_FAMILY_NAME, name))
-    try:
-        answers = channel.request(_GENL_ID_CTRL, payload, 0, f"look up netlink family {name}")
-    except KernelError as error:
-        if error.errno_name != "ENOENT":
-            raise
-        answers = []
+    return Request(NETLINK_GENERIC, _GENL_ID_CTRL, payload, 0, f"look up netlink family {name}")
+
+
+def family_of(answers: list[Message], name: str) -> int:
+    """The number in the answers to `family_request`. Raises Unsupported if there is none."""
     for message in answers:
         number = as_int(parse_generic(message)[1].get(_CTRL_ATTR_FAMILY_ID))
         if number is not None:
@@ -298,6 +297,18 @@ def resolve_family(channel: Socket, name: str) -> int:
         hint=f"load the module that brings it: modprobe {name}",
         errno_name="ENOENT",
     )
+
+
+def resolve_family(channel: Socket, name: str) -> int:
+    """A generic-netlink family's number. Raises Unsupported if the kernel has no such family."""
+    request = family_request(name)
+    try:
+        answers = channel.request(request.type, request.payload, request.flags, request.what)
+    except KernelError as error:
+        if error.errno_name != "ENOENT":
+            raise
+        answers = []
+    return family_of(answers, name)
 
 
 def _failure(what: str, number: int, words: str | None) -> VfiotoolError:
