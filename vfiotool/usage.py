@@ -76,7 +76,9 @@ def _vf_usage(host: Host, function: PciFunction) -> Usage:
     if users:
         detail += f"; on drivers: {', '.join(users)}"
     evidence = f"{SYS_PCI_DEVICES}/{function.address}/sriov_numvfs is {len(vfs)}"
-    blocker = Blocker("vfs-enabled", function.address, function.address, detail, evidence)
+    address = function.address
+    remedy = f"vfiotool vf set {address} 0"
+    blocker = Blocker("vfs-enabled", address, address, detail, evidence, remedy)
     return Usage((blocker,), ())
 
 
@@ -88,5 +90,6 @@ def _mdev_children(host: Host, function: PciFunction) -> Usage:
         if path.startswith(function.path + "/"):
             detail = f"the mediated device {uuid} is made from it"
             evidence = f"{SYS_MDEV_DEVICES}/{uuid}"
-            found.append(Blocker("mdev-children", function.address, uuid, detail, evidence))
+            remedy = f"vfiotool mdev remove {uuid}"
+            found.append(Blocker("mdev-children", function.address, uuid, detail, evidence, remedy))
     return Usage(tuple(found), ())

@@ -14,7 +14,8 @@ class Blocker:
 
     `kind` is one of CONTRACT's; `device` the PCI address or mdev UUID that has the problem;
     `subject` what exactly is in use (a mount point, a swap area, an interface, a node), by which
-    a policy can allow it; `detail` a sentence; `evidence` where one can check it.
+    a policy can allow it; `detail` a sentence; `evidence` where one can check it; `remedy` a
+    command that ends the use, where there is one.
     """
 
     kind: str
@@ -22,6 +23,7 @@ class Blocker:
     subject: str
     detail: str
     evidence: str
+    remedy: str | None = None
 
     def as_json(self) -> dict[str, object]:
         return {

@@ -85,7 +85,8 @@ def _frame_buffers(host: Host, function: PciFunction) -> list[Blocker]:
             continue
         detail = f"the kernel's console may draw on its frame buffer {name}"
         evidence = f"{SYS_GRAPHICS}/{name}, {console}/bind is 1"
-        found.append(Blocker("display", function.address, name, detail, evidence))
+        remedy = f"echo 0 > {console}/bind"
+        found.append(Blocker("display", function.address, name, detail, evidence, remedy))
     return found
 
 

@@ -10,6 +10,7 @@ columns of the route tables.
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from collections.abc import Iterable
 
 from vfiotool.host import (
@@ -93,10 +94,12 @@ def _memberships(
         if upper == master:
             detail = f"{name} is a port of the {kind} {upper}"
             evidence = f"{SYS_NET}/{name}/master leads to {upper}"
+            remedy = f"ip link set {shlex.quote(name)} nomaster"
         else:
             detail = f"the {kind} {upper} stands on {name}"
             evidence = f"{SYS_NET}/{name}/upper_{upper}"
-        found.append(Blocker("bridge-or-bond", address, upper, detail, evidence))
+            remedy = f"ip link delete {shlex.quote(upper)}"
+        found.append(Blocker("bridge-or-bond", address, upper, detail, evidence, remedy))
     return found
 
 
@@ -140,7 +143,11 @@ def _routes(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> l
         if facts:
             through = "" if len(chain) == 1 else f" (over {' > '.join(chain[:-1])})"
             detail = f"{name}{through} {', '.join(facts)}"
-            found.append(Blocker("route", address, name, detail, "; ".join(evidence)))
+            # The end of one's own session is nothing to type blindly.
+            remedy = None
+            if "SSH_CONNECTION" not in evidence:
+                remedy = f"ip address flush dev {shlex.quote(name)}"
+            found.append(Blocker("route", address, name, detail, "; ".join(evidence), remedy))
     return found
 
 
@@ -238,5 +245,6 @@ def _other_namespaces(host: Host, function: PciFunction) -> tuple[list[Blocker],
         if cidrs:
             detail += f" with {cidrs.replace(',', ', ')}"
         evidence = f"{PROC}/{pid}/ns/net"
-        found.append(Blocker("route", function.address, name, detail, evidence))
+        remedy = f"nsenter --target {pid} --net ip link set {shlex.quote(name)} netns 1"
+        found.append(Blocker("route", function.address, name, detail, evidence, remedy))
     return found, unseen

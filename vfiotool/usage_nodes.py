@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 
 from vfiotool.host import DEV, DEV_VFIO, OPEN_NODES, PROC_NVIDIA, SYS_BLOCK, Host
@@ -37,6 +38,7 @@ def node_usage(
             node,
             f"{node} is open in {', '.join(who)}",
             "; ".join(f"{one} has {node} open" for one in who),
+            f"fuser --verbose {shlex.quote(node)}",
         )
         for node, who in sorted(holders.items())
     ]

@@ -7,6 +7,7 @@ drivers/nvme/host/multipath.c for the names of native multipath.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -184,7 +185,13 @@ def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
         mount.point,
         f"{_chain(layer)} is mounted on {mount.point} ({mount.type}){where}",
         f"{PROC}/{mount.pid}/mountinfo: {mount.number} {mount.point} from {mount.source}",
+        _unmount(mount),
     )
+
+
+def _unmount(mount: Mount) -> str:
+    command = f"umount {shlex.quote(mount.point)}"
+    return command if mount.pid == "self" else f"nsenter --target {mount.pid} --mount {command}"
 
 
 def _multi_device(host: Host, names: Iterable[str]) -> dict[str, str]:
@@ -228,7 +235,8 @@ def _swapped(
             layer = None if mount is None else numbers.get(mount.number)
         if layer is not None:
             detail = f"{_chain(layer)} holds the swap area {area}"
-            found.append(Blocker("swap", address, area, detail, f"{PROC_SWAPS}: {area}"))
+            remedy = f"swapoff {shlex.quote(area)}"
+            found.append(Blocker("swap", address, area, detail, f"{PROC_SWAPS}: {area}", remedy))
     return found
 
 
@@ -250,7 +258,26 @@ def _member(host: Host, address: str, layer: Layer) -> Blocker:
         upper,
         f"{_chain(layer, -1)} is part of {describe(host, upper)}",
         f"{SYS_BLOCK}/{lower}/holders/{upper}",
+        _take_down(host, upper),
     )
+
+
+def _take_down(host: Host, name: str) -> str | None:
+    """The command that takes a stacked device apart, by the tool that made it."""
+    base = f"{SYS_BLOCK}/{name}"
+    label = host.read(f"{base}/dm/name")
+    if label is not None:
+        kind = (host.read(f"{base}/dm/uuid") or "").partition("-")[0]
+        command = {"CRYPT": "cryptsetup close", "mpath": "multipath -f"}.get(kind)
+        if kind == "LVM":
+            # A volume group's name and a volume's are joined by one dash, their own are doubled.
+            group, _, volume = label.replace("--", "\0").partition("-")
+            target = f"{group}/{volume}".replace("\0", "-")
+            return f"lvchange --activate n {shlex.quote(target)}"
+        return f"{command or 'dmsetup remove'} {shlex.quote(label)}"
+    if host.isdir(f"{base}/md"):
+        return f"mdadm --stop {DEV}/{name}"
+    return f"echo 1 > {base}/bcache/stop" if host.isdir(f"{base}/bcache") else None
 
 
 def describe(host: Host, name: str) -> str:
@@ -282,7 +309,9 @@ def _pool_members(host: Host, address: str, layers: tuple[Layer, ...]) -> list[B
         if keys.get("ID_FS_TYPE") == "zfs_member" and pool in pools:
             detail = f"{_chain(layer)} is part of the ZFS pool {pool}"
             evidence = f"{PROC}/spl/kstat/zfs/{pool}, {record}"
-            found.append(Blocker("storage-member", address, pool or "", detail, evidence))
+            remedy = f"zpool export {shlex.quote(pool or '')}"
+            member = Blocker("storage-member", address, pool or "", detail, evidence, remedy)
+            found.append(member)
     return found
 
 
