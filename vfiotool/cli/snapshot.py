@@ -93,7 +93,24 @@ def probes() -> list[Callable[[Host], object]]:
     from vfiotool.inventory import read_inventory
     from vfiotool.names import read_names
 
-    return [read_inventory, read_names]
+    return [read_inventory, read_names, _ask_who_uses_what, _ask_for_serials]
+
+
+def _ask_who_uses_what(host: Host) -> None:
+    from vfiotool.mdev import read_mdevs
+    from vfiotool.pci import list_addresses
+    from vfiotool.usage import survey
+
+    for device in (*list_addresses(host), *(mdev.uuid for mdev in read_mdevs(host))):
+        survey(host, device)
+
+
+def _ask_for_serials(host: Host) -> None:
+    from vfiotool.pci import list_addresses
+    from vfiotool.selector_serial import serials_of
+
+    for address in list_addresses(host):
+        serials_of(host, address)
 
 
 def _diff(context: typer.Context, before: str, after: str) -> None:
