@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-
 from guest_runs import GuestRuns, Outcome, Place, places
 
 CASES = places()

@@ -263,13 +263,15 @@ class Guest:
         sink: Sink | None = None,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        terminal: tuple[int, int] | None = None,
     ) -> Completed:
         """Run `command` in the guest and wait for its end.
 
-        With `merge` stderr goes where stdout goes, in order. `sink` is given each piece of output
-        (Kind.OUTPUT or Kind.ERROR) as it arrives, and then Completed holds none. Raises NotFound
-        when there is no such program or folder, GuestTimeout after `timeout_s` (the command is
-        killed, the guest lives on), GuestLost when the guest ends first.
+        With `terminal` (rows, columns) it has one, and everything is its output. With `merge`
+        stderr goes where stdout goes, in order. `sink` is given each piece of output (Kind.OUTPUT
+        or Kind.ERROR) as it arrives, and then Completed holds none. Raises NotFound when there is
+        no such program or folder, GuestTimeout after `timeout_s` (the command is killed, the
+        guest lives on), GuestLost when the guest ends first.
         """
         number = self._next_number
         self._next_number += 1
@@ -286,11 +288,12 @@ class Guest:
                 cwd=str(cwd or self.cwd),
                 env={**self.environment(), **(env or {})},
                 merge=merge,
-                terminal=None,
+                terminal=terminal,
             )
             if input:
                 self.channel.input(number, input)
-            self.channel.close_input(number)
+            if terminal is None:
+                self.channel.close_input(number)
             code = self._follow(number, command, sink or collect, deadline)
             if code is None:
                 self._kill(number, command, sink or collect)
