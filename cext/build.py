@@ -24,6 +24,8 @@ HEADERS = (
     "mmio.h",
     "nvme_queue.h",
     "nvme_load.h",
+    "gfx.h",
+    "migration.h",
 )
 
 # What cffi generates is not ours to make free of warnings.

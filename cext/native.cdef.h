@@ -125,7 +125,7 @@ int vt_nvme_poll(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_
                  uint32_t least, uint64_t timeout_ns);
 
 int vt_nvme_poll_tags(struct vt_nvme_queue *queue, uint64_t *tags, uint32_t room, uint32_t least,
-                      uint64_t timeout_ns, uint32_t *failed);
+                      uint64_t timeout_ns, uint32_t *status);
 
 void vt_nvme_count(const struct vt_nvme_queue *queue, struct vt_nvme_counters *counters);
 
@@ -158,3 +158,20 @@ int vt_nvme_run(struct vt_nvme_queue *queue, const struct vt_nvme_job *job,
 
 uint64_t vt_nvme_bucket_floor(uint32_t bucket);
 uint32_t vt_nvme_bucket(uint64_t nanoseconds);
+
+/* gfx.h */
+struct vt_gfx_plane {
+        uint32_t argsz, flags, plane_type, drm_format;
+        uint64_t drm_format_modifier;
+        uint32_t width, height, stride, size;
+        uint32_t x_pos, y_pos, x_hot, y_hot;
+        uint32_t where;
+        uint32_t reserved;
+};
+int vt_gfx_plane(int device, uint32_t flags, uint32_t plane_type, struct vt_gfx_plane *plane);
+int vt_gfx_dmabuf(int device, uint32_t id);
+
+/* migration.h */
+int vt_precopy_info(int data, uint64_t *initial_bytes, uint64_t *dirty_bytes);
+int64_t vt_data_read(int data, void *buffer, uint64_t length);
+int64_t vt_data_write(int data, const void *buffer, uint64_t length);

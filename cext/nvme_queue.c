@@ -308,14 +308,14 @@ int vt_nvme_poll(struct vt_nvme_queue *q, struct vt_nvme_done *done, uint32_t ro
 }
 
 int vt_nvme_poll_tags(struct vt_nvme_queue *q, uint64_t *tags, uint32_t room, uint32_t least,
-		      uint64_t timeout_ns, uint32_t *failed)
+		      uint64_t timeout_ns, uint32_t *status)
 {
 	uint64_t deadline = timeout_ns ? deadline_after(timeout_ns) : 0, started;
 	struct vt_nvme_done done;
 	uint32_t count = 0;
 	int result = vt_nvme_enter(q);
 
-	*failed = 0;
+	*status = 0;
 	if (result)
 		return result;
 	if (least > room)
@@ -327,7 +327,7 @@ int vt_nvme_poll_tags(struct vt_nvme_queue *q, uint64_t *tags, uint32_t room, ui
 				break;
 			q->free_cids[q->depth - q->in_flight - 1] = done.cid;
 			tags[count] = done.tag;
-			*failed += done.status != 0;
+			*status = *status ? *status : done.status;
 		}
 	} while (!result && count < least && q->in_flight && timeout_ns && await(q, deadline));
 	tell_head(q);

@@ -84,9 +84,9 @@ int vt_nvme_submit_raw(struct vt_nvme_queue *queue, const void *command, uint64_
  * no command: the controller has gone mad and must be reset. */
 int vt_nvme_poll(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_t room,
 		 uint32_t least, uint64_t timeout_ns);
-/* The same where only tags matter; `failed` counts the commands that failed. */
+/* The same where only tags matter; `status` is that of the first command that failed, or 0. */
 int vt_nvme_poll_tags(struct vt_nvme_queue *queue, uint64_t *tags, uint32_t room, uint32_t least,
-		      uint64_t timeout_ns, uint32_t *failed);
+		      uint64_t timeout_ns, uint32_t *status);
 
 void vt_nvme_count(const struct vt_nvme_queue *queue, struct vt_nvme_counters *counters);
 

@@ -31,7 +31,7 @@ except ImportError as _missing:  # pragma: no cover - a broken installation
         hint="install vfiotool with a C compiler at hand: pip install .",
     ) from _missing
 
-__all__ = ["Window", "fork_generation"]
+__all__ = ["Window", "ffi", "fork_generation", "lib"]
 
 WINDOW_READ = 1
 WINDOW_WRITE = 2
