@@ -71,7 +71,7 @@ def _word(bar: Registers, offset: int) -> int:
 
 
 def demo(device: Device) -> Iterator[Check]:
-    """Each test of both BARs: as many writes counted as were made, or none where QEMU takes them."""
+    """Each test of both BARs: every write counted, or none where QEMU takes them."""
     testdev = PciTestdev(device)
     for kind, bar in (("memory", testdev.memory), ("ports", testdev.ports)):
         for number in range(_TESTS):

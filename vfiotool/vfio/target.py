@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from vfiotool.errors import NotFound, Refused, UsageError, VfiotoolError
 from vfiotool.host import (
     DEV_VFIO,
-    SYS_IOMMU_GROUPS,
     SYS_MDEV_DEVICES,
     SYS_PCI_DEVICES,
     Host,
@@ -66,8 +65,11 @@ def _target(name: str, bus: str, path: str, host: Host) -> Target:
             device=name,
         )
     group = host.linkname(f"{path}/iommu_group")
-    noiommu = group is not None and host.read(f"{SYS_IOMMU_GROUPS}/{group}/name") == "vfio-noiommu"
-    node = None if group is None else f"{DEV_VFIO}/{'noiommu-' if noiommu else ''}{group}"
+    node = f"{DEV_VFIO}/{group}"
+    # The group's name does not tell: the kernel calls mdevs' groups "vfio-noiommu" too.
+    noiommu = not host.exists(node) and host.exists(f"{DEV_VFIO}/noiommu-{group}")
+    if noiommu:
+        node = f"{DEV_VFIO}/noiommu-{group}"
     cdevs = [entry for entry in host.listdir(f"{path}/vfio-dev") if _BUS_NAME.fullmatch(entry)]
     cdev = f"{DEV_VFIO}/devices/{cdevs[0]}" if cdevs else None
     return Target(
@@ -76,7 +78,7 @@ def _target(name: str, bus: str, path: str, host: Host) -> Target:
         path=path,
         driver=host.linkname(f"{path}/driver"),
         group=group,
-        group_node=node if node and host.exists(node) else None,
+        group_node=node if group is not None and host.exists(node) else None,
         cdev_node=cdev if cdev and host.exists(cdev) else None,
         noiommu=noiommu,
     )

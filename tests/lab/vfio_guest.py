@@ -1,0 +1,63 @@
+"""What the VFIO tests in guests share: devices put on vfio-pci by hand, mdevs made, backends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+EDU = "0000:00:01.0"
+TESTDEV = "0000:00:02.0"
+PCI = Path("/sys/bus/pci/devices")
+MDEV_PARENTS = Path("/sys/class/mdev_bus")
+
+# The interfaces of this kernel: every test of the library runs over each.
+BACKENDS = ("type1", "iommufd") if Path("/dev/iommu").exists() else ("type1",)
+
+
+def bind_vfio(address: str) -> None:
+    """Put a device on vfio-pci with plain sysfs writes; nothing to do if it is there."""
+    subprocess.run(["modprobe", "-a", "vfio-pci", "vfio_iommu_type1"], check=False)
+    device = PCI / address
+    (device / "driver_override").write_text("vfio-pci")
+    driver = device / "driver"
+    if driver.exists() and driver.resolve().name != "vfio-pci":
+        (driver / "unbind").write_text(address)
+    if not driver.exists():
+        (PCI.parent / "drivers_probe").write_text(address)
+    assert driver.resolve().name == "vfio-pci"
+
+
+@contextlib.contextmanager
+def mdev(parent: str, kind: str) -> Iterator[str]:
+    """A mediated device of the type `kind` on `parent`, for the time of the block: its UUID."""
+    subprocess.run(["modprobe", "-a", parent, "vfio_iommu_type1"], check=True)
+    name = str(uuid.uuid4())
+    types = MDEV_PARENTS / parent / "mdev_supported_types"
+    (types / kind / "create").write_text(name)
+    try:
+        yield name
+    finally:
+        (Path("/sys/bus/mdev/devices") / name / "remove").write_text("1")
+
+
+def open_descriptors() -> dict[str, str]:
+    """What this process holds open, but for the directory that is read to learn it."""
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{entry}")
+            if not target.startswith("/proc/"):
+                found[entry] = target
+    return found
+
+
+def status_kib(field: str) -> int:
+    """A line of /proc/self/status in KiB: VmLck, VmPin, VmRSS."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    return 0
