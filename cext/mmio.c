@@ -36,10 +36,10 @@ int vt_window_map(struct vt_window *window, int fd, uint64_t position, uint64_t 
 			 (access & VT_WINDOW_WRITE ? PROT_WRITE : 0);
 	void *reserved;
 
-	if (alignment < page)
-		alignment = page;
 	if (!size || (alignment & (alignment - 1)) || position % page)
 		return -EINVAL;
+	if (alignment < page)
+		alignment = page;
 	/* The kernel can use large pages where virtual and physical address agree modulo their
 	 * size; the region offset agrees with the physical address, so `position` gives the phase. */
 	phase = position & (alignment - 1);

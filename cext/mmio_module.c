@@ -241,6 +241,12 @@ static PyObject *is_closed(Window *self, void *unused)
 	return PyBool_FromLong(!self->window.reserved);
 }
 
+static PyObject *get_polling(Window *self, void *unused)
+{
+	(void)unused;
+	return PyLong_FromSsize_t(self->polling);
+}
+
 static PyObject *get_start(Window *self, void *unused)
 {
 	(void)unused;
@@ -312,6 +318,7 @@ static PyMethodDef window_methods[] = {
 
 static PyGetSetDef window_attributes[] = {
 	{ "closed", (getter)is_closed, NULL, NULL, NULL },
+	{ "polling", (getter)get_polling, NULL, NULL, NULL },
 	{ "start", (getter)get_start, NULL, NULL, NULL },
 	{ "size", (getter)get_size, NULL, NULL, NULL },
 	{ NULL, NULL, NULL, NULL, NULL },
