@@ -6,7 +6,9 @@ finding a user, and says what it could not see. All of it is reading.
 
 from __future__ import annotations
 
-from vfiotool.host import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
+from dataclasses import dataclass
+
+from vfiotool.host import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, SYS_VDPA_DEVICES, Host
 from vfiotool.inventory import Inventory
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.pci import PciFunction, read_function
@@ -21,12 +23,12 @@ __all__ = ["Blocker", "Usage", "blockers", "survey"]
 
 
 def blockers(host: Host, address: str, inventory: Inventory | None = None) -> tuple[Blocker, ...]:
-    """What uses a function or mdev now; empty if nothing does. See `survey`."""
+    """What uses a function, mdev or vDPA device now; empty if nothing does. See `survey`."""
     return survey(host, address, inventory).blockers
 
 
 def survey(host: Host, address: str, inventory: Inventory | None = None) -> Usage:
-    """Everything that uses one PCI function (by full address) or mdev (by UUID).
+    """Everything that uses a PCI function (by full address), mdev (UUID) or vDPA device (name).
 
     A device that is gone, or on no driver, has no users. `inventory` saves reading the function
     again; usage itself is always read anew.
@@ -36,7 +38,10 @@ def survey(host: Host, address: str, inventory: Inventory | None = None) -> Usag
         function = read_function(host, address)
     if function is None:
         path = host.realpath(f"{SYS_MDEV_DEVICES}/{address}")
-        return Usage((), ()) if path is None else _mdev_usage(host, address, path)
+        if path is not None:
+            return _mdev_usage(host, address, path)
+        path = host.realpath(f"{SYS_VDPA_DEVICES}/{address}")
+        return Usage((), ()) if path is None else _vdpa_usage(host, address, path)
     parts = [
         _vf_usage(host, function),
         storage_usage(host, address, function.path),
@@ -60,6 +65,26 @@ def _mdev_usage(host: Host, uuid: str, path: str) -> Usage:
     group = host.linkname(f"{SYS_MDEV_DEVICES}/{uuid}/iommu_group")
     number = int(group) if group is not None and group.isdecimal() else None
     return node_usage(host, uuid, path, set(), number)
+
+
+@dataclass(frozen=True)
+class _Vdpa:
+    address: str
+    path: str
+    class_code: str | None = None
+
+
+def _vdpa_usage(host: Host, name: str, path: str) -> Usage:
+    """What the host does with the disk or interface of virtio_vdpa, who has vhost_vdpa's node."""
+    disks = own_disks(host, path)
+    layers = {layer.name for layer in stack_on(host, disks)} if disks else set()
+    return _join(
+        [
+            storage_usage(host, name, path),
+            network_usage(host, _Vdpa(name, path)),
+            node_usage(host, name, path, layers, None),
+        ]
+    )
 
 
 def _vf_usage(host: Host, function: PciFunction) -> Usage:

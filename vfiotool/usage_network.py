@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import shlex
 from collections.abc import Iterable
+from typing import Protocol
 
 from vfiotool.host import (
     NET_ADDRESSES,
@@ -23,7 +24,7 @@ from vfiotool.host import (
     SYS_NET,
     Host,
 )
-from vfiotool.pci import PciFunction, parse_uevent
+from vfiotool.pci import parse_uevent
 from vfiotool.usage_blocker import Blocker, Usage, is_part_of, net_paths, observed_lines
 
 # include/uapi/linux/route.h, ipv6_route.h
@@ -35,7 +36,18 @@ _RTF_LOCAL = 0x80000000
 _MAX_UPPERS = 1024
 
 
-def network_usage(host: Host, function: PciFunction) -> Usage:
+class Placed(Protocol):
+    """A device and its place in sysfs: a PCI function, or a vDPA device (which has no class)."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def class_code(self) -> str | None: ...
+
+
+def network_usage(host: Host, function: Placed) -> Usage:
     """The interfaces of the function that are in use, each with what it carries."""
     own = own_interfaces(host, function.path)
     found: list[Blocker] = []
@@ -234,7 +246,7 @@ def _route_text(target: str, prefix: int, gateway: str, flags: int) -> str:
     return f"{text} via {gateway}" if flags & _RTF_GATEWAY else text
 
 
-def _other_namespaces(host: Host, function: PciFunction) -> tuple[list[Blocker], list[str]]:
+def _other_namespaces(host: Host, function: Placed) -> tuple[list[Blocker], list[str]]:
     lines, unseen = observed_lines(host, NET_NAMESPACES)
     found = []
     for fields in lines:
