@@ -165,17 +165,23 @@ def expand(tree: Tree, pattern: str) -> Iterator[str]:
                 names = sorted(tree.listdir(path))
             except OSError:
                 continue
-            grown += [f"{path}/{name}" for name in names if _matches(name, part)]
+            literal, patterns = _choices(part)
+            grown += [
+                f"{path}/{name}"
+                for name in names
+                if name in literal or any(fnmatchcase(name, pattern) for pattern in patterns)
+            ]
         found = grown
     yield from found
 
 
-def _matches(name: str, part: str) -> bool:
-    if "{" not in part:
-        return fnmatchcase(name, part)
-    before, _, rest = part.partition("{")
+def _choices(part: str) -> tuple[frozenset[str], tuple[str, ...]]:
+    """A pattern's choices: plain names, and those that want matching."""
+    before, brace, rest = part.partition("{")
     middle, _, after = rest.partition("}")
-    return any(fnmatchcase(name, before + choice + after) for choice in middle.split(","))
+    choices = [before + choice + after for choice in middle.split(",")] if brace else [part]
+    wild = tuple(choice for choice in choices if "*" in choice or "?" in choice)
+    return frozenset(choices) - set(wild), wild
 
 
 def _take(recorder: RecordingHost, path: str) -> None:

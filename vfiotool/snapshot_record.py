@@ -31,9 +31,22 @@ class RecordingTree:
         self.directories: set[str] = set()
         self._known: dict[str, str | None] = {}
         self._names: dict[str, list[str]] = {}
+        self._folders: dict[str, str] = {}
 
     def real(self, path: str, *, follow_last: bool = True) -> str:
         """The path with its links followed; each link on the way is recorded."""
+        folder, _, name = path.rpartition("/")
+        if name in ("", ".", ".."):
+            return self._follow(path, follow_last)
+        base = self._folders.get(folder)
+        if base is None:
+            base = self._folders[folder] = self._follow(folder, True).rstrip("/")
+        step = f"{base}/{name}"
+        if not follow_last or self._link(step) is None:
+            return step
+        return self._follow(step, True)
+
+    def _follow(self, path: str, follow_last: bool) -> str:
         pending = [part for part in reversed(path.split("/")) if part]
         done, hops = "", 0
         while pending:
