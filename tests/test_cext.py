@@ -1,0 +1,83 @@
+"""The C library's own tests under the sanitizers, and what the built extension promises."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vfiotool.vfio import native
+
+CEXT = Path(__file__).resolve().parent.parent / "cext"
+SOURCES = ("ioctl", "vfio", "dma", "iommufd", "irq", "mmio")
+WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_c_tests_pass_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "native_test"
+    command = ["gcc", *WARNINGS, "-O1", "-g", "-fno-sanitize-recover=all"]
+    command += ["-fsanitize=address,undefined", "-DVT_FAULT_INJECTION", "-Wl,--wrap=ioctl"]
+    command += [f"-I{CEXT}", "-o", str(program), str(CEXT / "tests" / "native_test.c")]
+    command += [str(CEXT / f"{name}.c") for name in SOURCES] + ["-lpthread"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_symbol_that_python_sees_begins_with_vt() -> None:
+    declared = re.sub(r"/\*.*?\*/", "", (CEXT / "native.cdef.h").read_text(), flags=re.DOTALL)
+    functions = re.findall(r"\b(\w+)\(", declared)
+    assert functions
+    assert [name for name in functions if not name.startswith("vt_")] == []
+
+
+def test_ioctl_is_called_through_one_function() -> None:
+    """Otherwise fault injection would miss it."""
+    callers = [
+        path.name
+        for path in CEXT.glob("*.c")
+        if re.search(r"(?<![\w_])ioctl\(", path.read_text()) and path.name != "ioctl.c"
+    ]
+    assert callers == []
+
+
+def test_the_shipped_build_has_no_fault_injection() -> None:
+    assert native.fault_set(1, errno.EIO) == -errno.ENOSYS
+    descriptor = native.eventfd()
+    native.close(descriptor)
+
+
+def test_extensions_keep_to_the_stable_abi() -> None:
+    package = Path(native.__file__).parent.parent
+    assert sorted(path.name for path in package.glob("_*.so")) == [
+        "_mmio.abi3.so",
+        "_native.abi3.so",
+    ]
+
+
+def test_an_error_of_the_kernel_names_operation_object_and_errno() -> None:
+    result = native.open_node("/proc/self/no-such-node")
+    failure = native.failed(result, "open a node", device="0000:00:02.0", hint="try again")
+    assert failure.message == "open a node: No such file or directory (ENOENT)"
+    assert (failure.device, failure.hint, failure.errno_name) == (
+        "0000:00:02.0",
+        "try again",
+        "ENOENT",
+    )
+    assert native.failed(-errno.EACCES, "open").exit_code == 7
+    assert native.failed(-errno.EBUSY, "open").exit_code == 5
+
+
+def test_importing_the_library_needs_neither_typer_nor_rich() -> None:
+    code = (
+        "import sys, vfiotool.vfio; print(sorted({'typer', 'rich', 'pyudev'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
