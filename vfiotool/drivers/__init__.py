@@ -18,6 +18,7 @@ DEMOS = {
     "edu": "vfiotool.drivers.edu",
     "pci_testdev": "vfiotool.drivers.pci_testdev",
     "mtty": "vfiotool.drivers.mtty",
+    "nvme": "vfiotool.drivers.nvme",
 }
 
 
