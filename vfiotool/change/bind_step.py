@@ -44,6 +44,8 @@ class BindDriver(Step):
     after: Binding
     identity: Identity = UNKNOWN
     bus: str = "pci"
+    # A VF that this plan makes or destroys: where it stands when the step runs is no drift.
+    fresh: bool = False
 
     @property
     def target(self) -> str:
@@ -70,7 +72,9 @@ class BindDriver(Step):
         if self.bus == "pci":
             check_identity(host, self.address, self.identity)
         found = read_binding(host, self.bus, self.address)
-        if self.before.driver != ANY and found not in (self.before, self.after):
+        if self.fresh or self.before.driver == ANY:
+            return
+        if found not in (self.before, self.after):
             raise drifted(self.address, found, self.before, self.after)
 
     def holds(self, host: Host) -> bool:
@@ -123,7 +127,15 @@ class BindDriver(Step):
         bound = read_binding(door.host, self.bus, self.address).driver
         if bound is None:
             # drivers_probe succeeds even if nothing bound; `bind` tells why.
-            door.write(f"{BUSES[self.bus].drivers}/{driver}/bind", self.address)
+            try:
+                door.write(f"{BUSES[self.bus].drivers}/{driver}/bind", self.address)
+            except KernelError as error:
+                raise KernelError(
+                    f"{self.address}: {driver} did not take it: {error.message}",
+                    hint="the kernel's log (dmesg) may tell more",
+                    device=self.address,
+                    errno_name=error.errno_name,
+                ) from error
             bound = read_binding(door.host, self.bus, self.address).driver
         if bound != driver:
             raise self._failed(f"{driver} did not take it (it has {bound or 'no driver'})")

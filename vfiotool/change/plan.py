@@ -153,10 +153,11 @@ def sriov_of(device: DeviceFacts) -> SriovFacts:
 
 def _park(facts: Facts, vf: str) -> list[Step]:
     device = facts.devices.get(vf)
-    if device is None or device.binding.driver is None:
+    if device is None:
         return []
-    goal = Binding(None, PARKED)
-    return [BindDriver(vf, device.binding, goal, device.identity)]
+    # One without a driver needs no parking, but undoing must leave it without one again.
+    goal = device.binding if device.binding.driver is None else Binding(None, PARKED)
+    return [BindDriver(vf, device.binding, goal, device.identity, fresh=True)]
 
 
 def plan_mdev_create(
