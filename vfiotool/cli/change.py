@@ -57,9 +57,9 @@ def register(app: typer.Typer) -> None:
 
 def resolve(host: Host, text: str) -> str:
     """The address of the one device that a selector names."""
-    from vfiotool.cli.inspect import resolve as resolve_selector
+    from vfiotool import selector
 
-    return resolve_selector(host, text)
+    return selector.resolve(host, text)
 
 
 def bind(
