@@ -142,14 +142,11 @@ def iommufd_kernel(target: Path) -> None:
             shutil.rmtree(partial / "install")
             for link in ("build", "source"):
                 (partial / "modules" / link).unlink(missing_ok=True)
+            # make's own depmod runs only where kmod is installed.
+            kernels.run_depmod(partial / "modules", release)
             origin = source.name.removesuffix(".deb").replace("%3a", ":")
-            kernels.store(partial, release, f"{origin}, fragment {fragment_digest()}")
+            kernels.store(partial, release, origin, key=kernels.fragment_key())
             shutil.copy(tree / ".config", partial / "config")
-
-
-def fragment_digest() -> str:
-    """The name of this version's configuration; a cached kernel of another one is built again."""
-    return digest((HERE / "kernel.fragment").read_bytes())
 
 
 def _configure(tree: Path, log: Path) -> None:

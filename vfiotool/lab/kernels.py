@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.lab import packages
-from vfiotool.lab.cache import cache_root, filled, locked, progress
+from vfiotool.lab.cache import cache_root, digest, filled, locked, progress
 
 DEFAULT = "6.12"
 DEBIAN = {"6.1": "linux-image-amd64", "6.12": "linux-image-6.12-amd64"}
@@ -63,6 +63,8 @@ def load(name: str) -> Kernel | None:
         stored = json.loads((place / "kernel.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    if name == "iommufd" and stored["key"] != fragment_key():
+        return None
     modules = place / "modules"
     return Kernel(
         name=name,
@@ -74,9 +76,17 @@ def load(name: str) -> Kernel | None:
     )
 
 
-def store(place: Path, release: str, origin: str, notes: tuple[str, ...] = ()) -> None:
+def fragment_key() -> str:
+    """Names the iommufd kernel's configuration; a cached kernel of another one is built again."""
+    return digest((Path(__file__).parent / "kernel.fragment").read_bytes())
+
+
+def store(
+    place: Path, release: str, origin: str, *, notes: tuple[str, ...] = (), key: str = ""
+) -> None:
     """Write the description that `load` reads."""
-    text = json.dumps({"release": release, "origin": origin, "notes": notes}, indent=1)
+    stored = {"release": release, "origin": origin, "notes": notes, "key": key}
+    text = json.dumps(stored, indent=1)
     (place / "kernel.json").write_text(text, encoding="utf-8")
 
 
@@ -192,7 +202,7 @@ def _fetch_debian(name: str) -> None:
         trim_modules(partial / "modules")
         notes = _add_samples(apt, name, release, partial / "modules")
         run_depmod(partial / "modules", release)
-        store(partial, release, origin, notes)
+        store(partial, release, origin, notes=notes)
 
 
 def _add_samples(apt: packages.Apt, name: str, release: str, modules: Path) -> tuple[str, ...]:

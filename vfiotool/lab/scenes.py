@@ -216,7 +216,7 @@ def drive_shared_group(stage: Stage) -> None:
     stage.run(f"vfiotool bind --whole-group {SHARED_TESTDEV}")
     for address in (SHARED_EDU, SHARED_TESTDEV):
         stage.check(f"the kernel has vfio-pci on {address}", driver_of(address) == "vfio-pci")
-    stage.run(f"vfiotool demo pci-testdev {SHARED_TESTDEV}")
+    stage.run(f"vfiotool demo pci_testdev {SHARED_TESTDEV}")
 
 
 def make_vfs(stage: Stage) -> None:
