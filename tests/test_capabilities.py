@@ -189,6 +189,12 @@ def test_a_device_that_does_not_answer_has_no_capabilities() -> None:
     assert space.problems == ("the device does not answer",)
 
 
+def test_a_virtual_functions_ids_are_all_ones_and_its_capabilities_are_read() -> None:
+    data = build([(0x10, PCIE_ENDPOINT)], vendor=0xFFFF, device=0xFFFF)
+    space = parse_config(bytes(data))
+    assert space.problems == () and space.find("pcie") is not None
+
+
 def test_a_truncated_capability_has_empty_fields_and_no_error() -> None:
     space = parse_config(bytes(build([(0x10, PCIE_ENDPOINT)])[:0x50]))
     express = only(space, "pcie")

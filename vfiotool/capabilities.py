@@ -135,8 +135,8 @@ def parse_config(data: bytes) -> ConfigSpace:
     problems: list[str] = []
     if len(data) < HEADER_BYTES:
         return ConfigSpace(len(data), False, None, (), ("shorter than a header",))
-    if data[:4] == b"\xff\xff\xff\xff":
-        # Surprise removal, or a device that no longer answers (7.5.1.1.1).
+    # The ids alone do not tell: a VF's are ffff by definition (SR-IOV 1.1, 3.4.1.1 and 3.4.1.2).
+    if data[:HEADER_BYTES] == b"\xff" * HEADER_BYTES:
         return ConfigSpace(len(data), False, None, (), ("the device does not answer",))
     header = decode_header(data)
     found = _walk_standard(data, header, problems)

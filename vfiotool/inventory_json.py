@@ -1,13 +1,17 @@
-"""The contract's JSON of functions (`devices`, `show`)."""
+"""The contract's JSON of functions (`devices`, `show`), with all that is known beyond it."""
 
 from __future__ import annotations
 
+from vfiotool.capabilities import Capability, ConfigSpace
+from vfiotool.capabilities_header import Header
+from vfiotool.capabilities_vpd import Vpd
+from vfiotool.inventory_details import Details
 from vfiotool.names import Names
 from vfiotool.pci import Link, PciFunction, Region, Sriov
 
 
-def function_as_json(function: PciFunction, names: Names) -> dict[str, object]:
-    """One function in the contract's shape; what the host does not tell is None."""
+def function_as_json(function: PciFunction, details: Details, names: Names) -> dict[str, object]:
+    """One function in the contract's shape and beyond; what the host does not tell is None."""
     known = names.lookup(
         function.vendor,
         function.device,
@@ -41,6 +45,64 @@ def function_as_json(function: PciFunction, names: Names) -> dict[str, object]:
         "link": _link(function.link),
         "power_state": function.power_state,
         "d3cold_allowed": function.d3cold_allowed,
+        "slot": details.slot,
+        "label": function.label,
+        "serial": None if details.config is None else details.config.serial,
+        "vfio_driver": details.vfio_driver,
+        "vfio_group_node": details.group_node,
+        "vfio_device_node": details.device_node,
+        "vfs": list(details.vfs),
+        "mdev_parent": details.mdev_parent,
+        "mdevs": list(details.mdevs),
+        "vdpas": list(details.vdpas),
+        "config": None if details.config is None else config_as_json(details.config),
+    }
+
+
+def config_as_json(space: ConfigSpace) -> dict[str, object]:
+    """Configuration space: `complete` is false where the reader was shown the header alone."""
+    return {
+        "size": space.size,
+        "complete": space.complete,
+        "problems": list(space.problems),
+        "header": None if space.header is None else _header(space.header),
+        "capabilities": [_capability(capability) for capability in space.capabilities],
+    }
+
+
+def vpd_as_json(vpd: Vpd) -> dict[str, object]:
+    """Vital Product Data: the fields by keyword."""
+    return {
+        "name": vpd.name,
+        "fields": dict(vpd.fields),
+        "checksum_ok": vpd.checksum_ok,
+        "problems": list(vpd.problems),
+    }
+
+
+def _header(header: Header) -> dict[str, object]:
+    return {
+        "layout": header.layout,
+        "multi_function": header.multi_function,
+        "command": header.command,
+        "status": header.status,
+        "cache_line_bytes": header.cache_line_bytes,
+        "latency_timer": header.latency_timer,
+        "interrupt_pin": header.interrupt_pin,
+        "interrupt_line": header.interrupt_line,
+        "bus": header.bus,
+        "bridge_control": header.bridge_control,
+    }
+
+
+def _capability(capability: Capability) -> dict[str, object]:
+    return {
+        "name": capability.name,
+        "id": f"{capability.id:04x}" if capability.extended else f"{capability.id:02x}",
+        "offset": capability.offset,
+        "extended": capability.extended,
+        "version": capability.version,
+        "fields": capability.fields,
     }
 
 

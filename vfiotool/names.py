@@ -7,7 +7,6 @@ host really has are ever parsed. Source of the format: pci.ids(5), https://pci-i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vfiotool.host import Host
@@ -99,14 +98,6 @@ class Names:
         block = self._block(head)
         subclass = self._name(f"\n\t{class_code[2:4]}  ", *block)
         return subclass or self._name(f"\n{head}  ", *block)
-
-    def excerpt(self, vendors: Iterable[str], class_codes: Iterable[str]) -> bytes:
-        """A pci.ids of just these vendors and base classes, so that a snapshot knows its names."""
-        heads = sorted(set(vendors)) + [
-            f"C {base}" for base in sorted({c[:2] for c in class_codes})
-        ]
-        blocks = (self._block(head) for head in heads)
-        return b"".join(self._table[begin + 1 : end + 1] for begin, end in blocks if begin >= 0)
 
     def _block(self, head: str) -> tuple[int, int]:
         """Where the block of a vendor or class begins and ends in the table; (-1, -1) if absent."""

@@ -113,7 +113,8 @@ class Sriov:
 class PciFunction(PciIdentity):
     """One function as sysfs's attributes show it; configuration space is `capabilities.py`'s.
 
-    `path` is its directory below `/sys/devices`; `iommu` the IOMMU that it sits behind (`dmar0`).
+    `path` is its directory below `/sys/devices`; `iommu` the IOMMU that it sits behind (`dmar0`);
+    `label` the firmware's name for it (Documentation/ABI/testing/sysfs-bus-pci, label).
     """
 
     path: str
@@ -132,6 +133,7 @@ class PciFunction(PciIdentity):
     power_state: str | None = None
     d3cold_allowed: bool | None = None
     iommu: str | None = None
+    label: str | None = None
 
 
 def parse_uevent(text: str) -> dict[str, str]:
@@ -291,6 +293,7 @@ def _read_function(
         power_state=read("power_state"),
         d3cold_allowed=_flag(number("d3cold_allowed")),
         iommu=link("iommu"),
+        label=read("label"),
     )
 
 

@@ -91,9 +91,10 @@ def _capture(
 def probes() -> list[Callable[[Host], object]]:
     """What the reading commands read a host with: each is run once while a snapshot is taken."""
     from vfiotool.inventory import read_inventory
+    from vfiotool.inventory_show import read_everything
     from vfiotool.names import read_names
 
-    return [read_inventory, read_names, _ask_who_uses_what, _ask_for_serials]
+    return [read_inventory, read_everything, read_names, _ask_who_uses_what, _ask_for_serials]
 
 
 def _ask_who_uses_what(host: Host) -> None:
