@@ -15,6 +15,7 @@ from vfiotool.change.importers.rules import (
     Rule,
     Value,
     address_name,
+    attribute_pair,
     check_name,
     driver_name,
     parent_name,
@@ -110,9 +111,9 @@ def _attributes(found: Findings, where: str, attrs: object) -> list[Value] | Non
             found.leave(where, json.dumps(item), "attrs is not a list of single pairs")
             return None
         [(name, value)] = item.items()
-        check_name(where, name)
-        if not isinstance(value, str):
-            found.leave(where, json.dumps(item), "the attribute's value is not a string")
+        pair, why = attribute_pair(where, name, value)
+        if pair is None:
+            found.leave(where, json.dumps(item), why)
             return None
-        pairs.append([name, value])
+        pairs.append(pair)
     return pairs

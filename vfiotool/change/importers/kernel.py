@@ -123,12 +123,12 @@ def _ids(found: Findings, where: str, driver: str, value: str) -> None:
             found.leave(where, item, "not vendor:device in hexadecimal")
             continue
         vendor, device, *narrower = [part.group(1).lower() for part in fields if part]
-        if any(text.strip("0") for text in narrower[2:]) or any(
-            text != _ANY for text in narrower[:2]
-        ):
+        subsystem = [text for text in narrower[:2] if text != _ANY]
+        if any(text.strip("0") for text in narrower[2:]) or len(subsystem) == 1:
             # Without its narrowing the rule would take devices that the source leaves alone.
-            found.leave(where, item, "narrowed by subsystem or class, which policies do not know")
-        elif _ANY in (vendor, device) or len(vendor) > 4 or len(device) > 4:
+            found.leave(where, item, "narrowed by class or half a subsystem id, unlike any rule")
+        elif any(text == _ANY or len(text) > 4 for text in (vendor, device, *subsystem)):
             found.leave(where, item, "matches any vendor or device")
         else:
-            found.device(where, {"id": f"{vendor:>04}:{device:>04}"}, driver)
+            name = ":".join(f"{text:>04}" for text in (vendor, device, *subsystem))
+            found.device(where, {"id": name}, driver)

@@ -14,6 +14,7 @@ from vfiotool.change.importers.rules import (
     Findings,
     Rule,
     Value,
+    attribute_pair,
     check_name,
     parent_name,
     uuid_name,
@@ -235,8 +236,11 @@ def _node_mdev(
     values: dict[str, Value] = {"parent": parent, "type": type_name, "uuid": uuid}
     attributes: list[Value] = []
     for item in capability.findall("attr"):
-        check_name(where, item.get("name", ""))
-        attributes.append([item.get("name", ""), item.get("value", "")])
+        pair, why = attribute_pair(where, item.get("name", ""), item.get("value", ""))
+        if pair is None:
+            found.leave(where, f"{uuid}: attribute {item.get('name')}", why)
+            return
+        attributes.append(pair)
     if attributes:
         values["attrs"] = attributes
     if _text(capability, "start") == "manual":

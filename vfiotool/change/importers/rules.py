@@ -15,7 +15,8 @@ from vfiotool.pci import Address
 
 Value = str | int | bool | Mapping[str, "Value"] | list["Value"]
 
-_DRIVER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
+_DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}", re.ASCII)
+_ATTRIBUTE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+-]{0,127}", re.ASCII)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
@@ -124,6 +125,22 @@ def address_name(where: str, name: str) -> str | None:
     """`name` as a full PCI address, None if it is none; as `driver_name`."""
     check_name(where, name)
     return str(Address.parse(name)) if Address.is_address(name) else None
+
+
+def attribute_pair(where: str, name: str, value: object) -> tuple[list[Value] | None, str]:
+    """An mdev's attribute as the policy's pair; or None and why it cannot be one.
+
+    Raises UsageError if the name leads out of the mdev's folder.
+    """
+    for part in name.split("/"):
+        check_name(where, part)
+    if not _ATTRIBUTE.fullmatch(name) or len(name) > 200:
+        return None, "not the name of an attribute"
+    if not isinstance(value, str):
+        return None, "the attribute's value is not a string"
+    if len(value) > 4095 or not value.isprintable():
+        return None, "the attribute's value is not one line of text"
+    return [name, value], ""
 
 
 def to_toml(rules: Iterable[Rule], origin: str) -> str:
