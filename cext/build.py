@@ -7,6 +7,9 @@ compiled against the real headers, and not committed. `vfiotool._mmio` is a type
 
 from __future__ import annotations
 
+import subprocess
+import sysconfig
+import tomllib
 from pathlib import Path
 
 from cffi import FFI
@@ -27,9 +30,6 @@ HEADERS = (
     "gfx.h",
     "migration.h",
 )
-
-# What cffi generates is not ours to make free of warnings.
-PREAMBLE = '#pragma GCC diagnostic ignored "-Wextra"\n#pragma GCC diagnostic ignored "-Wall"\n'
 
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 
@@ -55,3 +55,19 @@ class BuildExtensions(build_ext):
             interface().emit_c_code(str(generated))
             extension.sources = [*extension.sources, str(generated)]
         super().build_extension(extension)
+
+
+def build_with_fault_injection(folder: Path) -> Path:
+    """`vfiotool._native` for tests, in `folder`: any of its calls into the kernel can be made to
+    fail (`vt_fault_set`). Not optimised: it is built in guests too."""
+    root = HERE.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    native = next(entry for entry in settings["ext-modules"] if entry["name"] == "vfiotool._native")
+    generated = folder / "_native.c"
+    interface().emit_c_code(str(generated))
+    command = ["gcc", "-O0", "-shared", "-fPIC", "-DVT_FAULT_INJECTION", *FLAGS]
+    command += [f"-I{HERE}", f"-I{sysconfig.get_path('include')}", "-lpthread"]
+    command += ["-o", str(folder / "_native.abi3.so"), str(generated)]
+    command += [str(root / source) for source in native["sources"]]
+    subprocess.run(command, check=True)
+    return folder

@@ -62,7 +62,11 @@ def test_demo_passes_on_both_ports_and_on_a_single_one(backend: str, two_ports: 
     assert [check for check in checks if not check.passed] == []
 
 
-def test_intx_stays_masked_until_it_is_unmasked(backend: str, two_ports: str) -> None:
+def test_intx_stays_masked_until_it_is_unmasked(
+    backend: str, two_ports: str, lab_kernel: str
+) -> None:
+    if lab_kernel == "6.1":
+        pytest.skip("the mtty sample of Linux 6.1 claims to mask INTx and does not")
     with Device.open(two_ports, backend=backend) as device:
         port = SerialPort(device)
         pin = device.irqs.intx()
@@ -109,7 +113,8 @@ def test_device_commands_reach_the_serial_port(backend: str, two_ports: str) -> 
     info = json.loads(run("info", two_ports, "--json"))
     assert info["backend"] == backend
     assert info["reset"] is False
-    assert [irq["count"] for irq in info["irqs"]] == [1, 1]
+    # Linux 6.1's sample tells of a REQ interrupt as well.
+    assert [(irq["name"], irq["count"]) for irq in info["irqs"]][:2] == [("intx", 1), ("msi", 1)]
 
 
 def test_an_absent_uuid_is_not_found() -> None:

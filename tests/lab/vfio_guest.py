@@ -20,8 +20,10 @@ BACKENDS = ("type1", "iommufd") if Path("/dev/iommu").exists() else ("type1",)
 
 def bind_vfio(address: str) -> None:
     """Put a device on vfio-pci with plain sysfs writes; nothing to do if it is there."""
-    subprocess.run(["modprobe", "-a", "vfio-pci", "vfio_iommu_type1"], check=False)
     device = PCI / address
+    if (device / "driver").exists() and (device / "driver").resolve().name == "vfio-pci":
+        return
+    subprocess.run(["modprobe", "-a", "vfio-pci", "vfio_iommu_type1"], check=False)
     (device / "driver_override").write_text("vfio-pci")
     driver = device / "driver"
     if driver.exists() and driver.resolve().name != "vfio-pci":
