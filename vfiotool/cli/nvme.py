@@ -1,0 +1,312 @@
+"""`nvme identify|read|write|bench|virt-mgmt`: vfiotool's own NVMe driver on the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vfiotool.cli.device import BackendOption, DeviceArgument, JsonOption, opened
+from vfiotool.cli.render import emit, escape, say, state
+from vfiotool.errors import Refused, UsageError
+
+if TYPE_CHECKING:
+    from vfiotool.drivers.nvme import Controller
+    from vfiotool.drivers.nvme_bench import Job
+    from vfiotool.vfio.nvme_queue import LoadReport
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+NamespaceOption = Annotated[int, typer.Option("--nsid", metavar="N", help="The namespace.")]
+LbaOption = Annotated[int, typer.Option("--lba", metavar="N", help="The first block.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this area."""
+    group = typer.Typer(no_args_is_help=True, help="Drive an NVMe disk from user space.")
+    group.command("identify")(identify)
+    group.command("read")(read)
+    group.command("write")(write)
+    group.command("bench")(bench)
+    group.command("virt-mgmt")(virt_mgmt)
+    app.add_typer(group, name="nvme")
+
+
+@contextmanager
+def controlled(
+    context: typer.Context, device: str, backend: str, *, shadow_doorbells: bool = False
+) -> Iterator[Controller]:
+    """The controller, brought up for the time of the block."""
+    from vfiotool.drivers.nvme import Controller
+
+    with opened(context, device, backend) as opened_device:
+        yield Controller(opened_device, shadow_doorbells=shadow_doorbells)
+
+
+def size(text: str) -> int:
+    """A number of bytes: 512, 4k, 1M. Raises UsageError."""
+    digits = text.strip().rstrip("kKmMgGtT")
+    unit = text.strip()[len(digits) :].lower()
+    if not digits.isdecimal() or unit not in _UNITS:
+        raise UsageError(f"{text[:80]!r} is no size: write it as 512, 4k or 1M")
+    return int(digits) * _UNITS[unit]
+
+
+def _json(context: typer.Context, as_json: bool) -> bool:
+    return as_json or state(context).json
+
+
+def identify(
+    context: typer.Context,
+    device: DeviceArgument,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the controller and its namespaces are."""
+    with controlled(context, device, backend) as controller:
+        told = controller.identity
+        version = controller.registers.version.fields()
+        found: dict[str, Any] = {
+            "device": controller.device.name,
+            "backend": controller.device.backend,
+            "model": told.model,
+            "serial": told.serial,
+            "firmware": told.firmware,
+            "version": f"{version['major']}.{version['minor']}.{version['tertiary']}",
+            "controller_id": told.controller_id,
+            "max_transfer_bytes": controller.max_transfer,
+            "queue_pairs": controller.queue_limit,
+            "volatile_write_cache": told.volatile_write_cache,
+            "shadow_doorbells": told.doorbell_buffers,
+            "virtualization_management": told.virtualization,
+            "namespaces": [
+                {"nsid": disk.nsid, "blocks": disk.blocks, "block_bytes": disk.block_bytes}
+                for disk in map(controller.namespace, controller.namespaces())
+            ],
+        }
+    if _json(context, as_json):
+        emit(found)
+        return
+    print(escape(f"{found['model']}  serial {found['serial']}  firmware {found['firmware']}"))
+    print(
+        f"  NVMe {found['version']}, {found['queue_pairs']} queue pairs, "
+        f"{found['max_transfer_bytes']} bytes a command, through {found['backend']}"
+    )
+    for disk in found["namespaces"]:
+        total = disk["blocks"] * disk["block_bytes"]
+        print(
+            f"  namespace {disk['nsid']}: {disk['blocks']} blocks of {disk['block_bytes']}", end=""
+        )
+        print(f" ({total / (1 << 20):.1f} MiB)")
+
+
+def read(
+    context: typer.Context,
+    device: DeviceArgument,
+    output: Annotated[str, typer.Option("--output", metavar="FILE", help="Or - for stdout.")],
+    lba: LbaOption = 0,
+    blocks: Annotated[int, typer.Option("--blocks", metavar="N")] = 1,
+    nsid: NamespaceOption = 1,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Copy blocks of a namespace to a file."""
+    if blocks < 1 or lba < 0:
+        raise UsageError("--blocks is at least 1, --lba at least 0")
+    if output == "-" and _json(context, as_json):
+        raise UsageError("--json and the data cannot both go to standard output")
+    with controlled(context, device, backend) as controller:
+        disk = controller.namespace(nsid)
+        queue = controller.create_queue()
+        digest = hashlib.sha256()
+        step = max(1, (8 << 20) // disk.block_bytes)
+        with _output(output) as sink:
+            for start in range(lba, lba + blocks, step):
+                data = queue.read(disk, start, min(step, lba + blocks - start))
+                digest.update(data)
+                sink.write(data)
+        name = controller.device.name
+    if _json(context, as_json):
+        told = {"device": name, "nsid": nsid, "lba": lba, "blocks": blocks}
+        emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
+
+
+@contextmanager
+def _output(path: str) -> Iterator[Any]:
+    if path == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        file = open(path, "wb")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    with file:
+        yield file
+
+
+def write(
+    context: typer.Context,
+    device: DeviceArgument,
+    source: Annotated[Path, typer.Option("--input", metavar="FILE")],
+    lba: LbaOption = 0,
+    nsid: NamespaceOption = 1,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a file onto blocks of a namespace, and flush. What was there is gone."""
+    if lba < 0:
+        raise UsageError("--lba is at least 0")
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}") from error
+    with file, controlled(context, device, backend) as controller:
+        disk = controller.namespace(nsid)
+        length = source.stat().st_size
+        if length % disk.block_bytes or lba * disk.block_bytes + length > disk.size_bytes:
+            raise UsageError(
+                f"{source} has {length} bytes: not whole blocks of {disk.block_bytes}, or beyond "
+                f"the {disk.blocks} blocks of the namespace"
+            )
+        queue = controller.create_queue()
+        digest = hashlib.sha256()
+        at = lba
+        while data := file.read(8 << 20):
+            queue.write(disk, at, data)
+            digest.update(data)
+            at += len(data) // disk.block_bytes
+        queue.flush(disk)
+        name = controller.device.name
+    if _json(context, as_json):
+        told = {"device": name, "nsid": nsid, "lba": lba, "blocks": at - lba}
+        emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
+    else:
+        say(f"{at - lba} blocks written")
+
+
+def bench(
+    context: typer.Context,
+    device: DeviceArgument,
+    rw: Annotated[
+        str, typer.Option("--rw", help="read, write, rw, randread, randwrite or randrw.")
+    ] = "randread",
+    bs: Annotated[str, typer.Option("--bs", metavar="SIZE", help="Bytes a command.")] = "4k",
+    iodepth: Annotated[int, typer.Option("--iodepth", metavar="N", help="In flight a queue.")] = 1,
+    runtime: Annotated[float, typer.Option("--runtime", metavar="SECONDS")] = 5.0,
+    number: Annotated[
+        int, typer.Option("--number", metavar="N", help="End after N commands a queue.")
+    ] = 0,
+    queues: Annotated[int, typer.Option("--queues", metavar="N", help="Queue pairs.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", help="Send anew when N are done.")
+    ] = 1,
+    span: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="The part used; 0: all.")
+    ] = "0",
+    rwmixread: Annotated[int, typer.Option("--rwmixread", metavar="PERCENT")] = 50,
+    seed: Annotated[int, typer.Option("--seed", metavar="N")] = 1,
+    shadow: Annotated[
+        bool, typer.Option("--shadow-doorbells", help="Use them where the controller has them.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let a load that writes destroy what is there.")
+    ] = False,
+    nsid: NamespaceOption = 1,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a namespace in the manner of fio."""
+    from vfiotool.drivers import nvme_bench
+
+    if rw not in nvme_bench.PATTERNS:
+        raise UsageError(f"no pattern {rw[:40]!r}", hint=f"one of {', '.join(nvme_bench.PATTERNS)}")
+    job = nvme_bench.Job(
+        pattern=rw,
+        size_bytes=size(bs),
+        depth=iodepth,
+        queues=queues,
+        batch=batch,
+        runtime_s=0.0 if number else runtime,
+        limit=number,
+        span_bytes=size(span),
+        read_percent=rwmixread,
+        seed=seed,
+    )
+    if job.writes and not overwrite:
+        raise Refused(
+            f"--rw {rw} would overwrite what is on {device}",
+            hint="add --overwrite if nothing there is needed",
+            device=device,
+        )
+    with controlled(context, device, backend, shadow_doorbells=shadow) as controller:
+        report = nvme_bench.run(controller, controller.namespace(nsid), job)
+        told = {
+            "device": controller.device.name,
+            "backend": controller.device.backend,
+            "nsid": nsid,
+            "shadow_doorbells": shadow,
+        }
+    found = {**told, **nvme_bench.as_json(report, job)}
+    if _json(context, as_json):
+        emit(found)
+    else:
+        _show(report, job)
+
+
+def _show(report: LoadReport, job: Job) -> None:
+    from vfiotool.drivers.nvme_bench import PERCENTILES
+
+    for name, ios in (("read", report.reads), ("write", report.writes)):
+        if ios:
+            rate = ios / report.elapsed_s
+            print(f"{name}: {rate:,.0f} IOPS, {rate * job.size_bytes / (1 << 20):,.1f} MiB/s")
+    mean = report.latency_sum_ns / report.ios / 1000
+    print(
+        f"latency: min {report.latency_min_ns / 1000:.1f}, mean {mean:.1f}, "
+        f"max {report.latency_max_ns / 1000:.1f} µs"
+    )
+    steps = (f"p{p:g} {report.percentile_ns(p) / 1000:.1f}" for p in PERCENTILES)
+    print(f"         {', '.join(steps)} µs")
+    print(f"doorbell writes: {report.tail_writes} + {report.head_writes} for {report.ios} commands")
+
+
+def virt_mgmt(
+    context: typer.Context,
+    device: DeviceArgument,
+    controller_id: Annotated[
+        int | None, typer.Option("--controller", metavar="N", help="The VF's controller id.")
+    ] = None,
+    queues: Annotated[int, typer.Option("--queues", metavar="N", help="Admin included.")] = 2,
+    interrupts: Annotated[int, typer.Option("--interrupts", metavar="N")] = 1,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Give queues and interrupts to a VF of this PF; without --controller list its VFs."""
+    with controlled(context, device, backend) as controller:
+        if controller_id is not None:
+            controller.give(controller_id, queues, interrupts)
+        entries = controller.secondaries()
+        name = controller.device.name
+    if _json(context, as_json):
+        listed = [
+            {
+                "controller_id": entry.controller_id,
+                "vf_number": entry.vf_number,
+                "online": entry.online,
+                "queues": entry.queues,
+                "interrupts": entry.interrupts,
+            }
+            for entry in entries
+        ]
+        emit({"device": name, "secondary_controllers": listed})
+        return
+    for entry in entries:
+        shown = "online" if entry.online else "offline"
+        print(f"controller {entry.controller_id}  VF {entry.vf_number}  {shown}", end="")
+        print(f"  {entry.queues} queues  {entry.interrupts} interrupts")
