@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from vfiotool.cli import render
-from vfiotool.errors import UsageError
+from vfiotool.cli.groups import no_groups
+from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.host import Host
 
 
@@ -90,28 +92,36 @@ def _capture(
 
 def probes() -> list[Callable[[Host], object]]:
     """What the reading commands read a host with: each is run once while a snapshot is taken."""
-    from vfiotool.inventory import read_inventory
-    from vfiotool.inventory_show import read_everything
+    return [_ask_for_all, _ask_of_each_device]
+
+
+def _ask_for_all(host: Host) -> None:
+    from vfiotool.iommu import read_groups
+    from vfiotool.mdev import read_mdev_types
     from vfiotool.names import read_names
 
-    return [read_inventory, read_everything, read_names, _ask_who_uses_what, _ask_for_serials]
+    read_names(host)
+    read_groups(host)
+    read_mdev_types(host)
+    with suppress(VfiotoolError):
+        no_groups(host)
 
 
-def _ask_who_uses_what(host: Host) -> None:
-    from vfiotool.mdev import read_mdevs
-    from vfiotool.pci import list_addresses
-    from vfiotool.usage import survey
-
-    for device in (*list_addresses(host), *(mdev.uuid for mdev in read_mdevs(host))):
-        survey(host, device)
-
-
-def _ask_for_serials(host: Host) -> None:
-    from vfiotool.pci import list_addresses
+def _ask_of_each_device(host: Host) -> None:
+    """`show` and `why` of everything, and the serial numbers that selectors compare."""
+    from vfiotool.inventory import read_inventory
+    from vfiotool.inventory_show import read_shown
     from vfiotool.selector_serial import serials_of
+    from vfiotool.verdict import explain
 
-    for address in list_addresses(host):
-        serials_of(host, address)
+    inventory = read_inventory(host)
+    devices = [function.address for function in inventory.functions]
+    for device in (*devices, *(mdev.uuid for mdev in inventory.mdevs)):
+        # One that vanishes meanwhile is no reason to lose the rest.
+        with suppress(VfiotoolError):
+            read_shown(host, device)
+            explain(host, inventory, device)
+        serials_of(host, device)
 
 
 def _diff(context: typer.Context, before: str, after: str) -> None:
