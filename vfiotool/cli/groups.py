@@ -74,7 +74,7 @@ def no_groups(host: Host) -> Unsupported:
             "machine with intel_iommu=on"
         )
     return Unsupported(
-        f"{host.name} has no IOMMU groups: {reason}",
+        f"no IOMMU groups: {reason}",
         hint=f"{way}; or see everything work without an IOMMU: vfiotool lab demo",
     )
 
