@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
-from vfiotool.host import DEV, DEV_VFIO, OPEN_NODES, PROC_NVIDIA, SYS_BLOCK, Host
+from vfiotool.host import DEV, DEV_VFIO, OPEN_NODES, PROC_NVIDIA, Host
 from vfiotool.usage_blocker import Blocker, Usage, is_part_of, observed_lines
 
 
@@ -19,17 +19,14 @@ def node_usage(
     """
     lines, unseen = observed_lines(host, OPEN_NODES)
     own = _nodes_outside_sysfs(host, address, group)
-    volumes = {f"{SYS_BLOCK}/{name}" for name in disks}
+    # An NVMe namespace has a second, generic node (drivers/nvme/host/core.c, nvme_cdev_add).
+    volumes = {*disks, *(f"ng{name[4:]}" for name in disks if name.startswith("nvme"))}
     holders: dict[str, list[str]] = {}
     for fields in lines:
         if len(fields) != 4:
             continue
         pid, command, node, device = fields
-        if (
-            node in own
-            or is_part_of(path, device)
-            or f"{SYS_BLOCK}/{device.rpartition('/')[2]}" in volumes
-        ):
+        if node in own or is_part_of(path, device) or device.rpartition("/")[2] in volumes:
             holders.setdefault(node, []).append(f"pid {pid} ({command})")
     found = [
         Blocker(
