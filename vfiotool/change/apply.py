@@ -19,6 +19,7 @@ from vfiotool.change.state import device_nodes, read_binding, read_holders
 from vfiotool.change.step import Step
 from vfiotool.change.steps import not_done
 from vfiotool.change.vf_steps import SetVfCount
+from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, VfiotoolError
 from vfiotool.host import PROC, WRITE_DEADLINE_S, Host, read_only_root
 from vfiotool.sriov import read_vfs
@@ -158,15 +159,16 @@ def _verify_all(host: Host, steps: tuple[Step, ...]) -> None:
         if isinstance(step, SetVfCount):
             # The VFs that stood before it are gone, and with them what was set on them.
             vfs = {vf.address for vf in read_vfs(host, step.pf)}
-            last = {key: old for key, old in last.items() if _survives(host, old, vfs)}
+            last = {key: old for key, old in last.items() if _survives(host, old, step.pf, vfs)}
         last[_facet(step)] = step
     for step in last.values():
         if not step.holds(host):
             raise not_done(step)
 
 
-def _survives(host: Host, step: Step, vfs: set[str]) -> bool:
-    return step.target not in vfs and step.present(host)
+def _survives(host: Host, step: Step, pf: str, vfs: set[str]) -> bool:
+    of_vf = isinstance(step, SetVfProperty) and step.pf == pf
+    return not of_vf and step.target not in vfs and step.present(host)
 
 
 def _facet(step: Step) -> tuple[type, str, str]:

@@ -17,7 +17,9 @@ from vfiotool.change.folder import Folder
 from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
 from vfiotool.change.state import BUSES, read_mdev_place
 from vfiotool.change.step import Step
+from vfiotool.change.vdpa_steps import SetVdpa, SetVdpaAutoprobe
 from vfiotool.change.vf_steps import SetMsixCount, SetVgpuType
+from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import KernelError
 from vfiotool.host import SYS_PCI_DEVICES, Host
 
@@ -32,6 +34,10 @@ def lock_keys(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
     for step in steps:
         if isinstance(step, BindDriver):
             keys |= _device_keys(host, step.bus, step.address)
+        elif isinstance(step, SetVdpa):
+            keys |= {f"device-{step.name}", "vdpa"}
+        elif isinstance(step, SetVdpaAutoprobe):
+            keys.add("vdpa")
         elif isinstance(step, SetMdev):
             keys |= {f"mdev-{step.uuid}", f"device-{step.parent}"}
         elif isinstance(step, SetMdevAttribute):
@@ -41,6 +47,8 @@ def lock_keys(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
                 keys.add(f"device-{place[0]}")
         elif isinstance(step, SetMsixCount | SetVgpuType):
             keys |= _device_keys(host, "pci", step.vf)
+        elif isinstance(step, SetVfProperty):
+            keys |= _device_keys(host, "pci", step.pf)
         elif step.inverse() is not None:
             keys |= _device_keys(host, "pci", step.target)
     return tuple(sorted(keys))

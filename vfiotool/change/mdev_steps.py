@@ -69,7 +69,7 @@ class SetMdevAttribute(SetAttribute):
     verb: ClassVar[str] = "set-mdev-attribute"
     uuid: str
     attribute: str
-    before: str
+    before: str | None
     after: str
 
     @property
@@ -81,8 +81,8 @@ class SetMdevAttribute(SetAttribute):
         return f"{SYS_MDEV_DEVICES}/{self.uuid}/{self.attribute}"
 
     @property
-    def values(self) -> tuple[str, str]:
+    def values(self) -> tuple[str | None, str]:
         return self.before, self.after
 
-    def inverse(self) -> Step:
-        return replace(self, before=self.after, after=self.before)
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=value)

@@ -67,7 +67,7 @@ def plan_bind(
         if device.binding == goal:
             continue
         _refuse_unfit(facts, device, name)
-        steps += _load(facts, steps, goal.driver)
+        steps += load_steps(facts, steps, goal.driver)
         steps.append(BindDriver(address, device.binding, goal, device.identity))
     return tuple(steps)
 
@@ -89,7 +89,8 @@ def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
         )
 
 
-def _load(facts: Facts, steps: list[Step], driver: str | None) -> list[Step]:
+def load_steps(facts: Facts, steps: list[Step], driver: str | None) -> list[Step]:
+    """The step that loads a driver's module, unless it is registered or the plan loads it."""
     if driver is None or driver in facts.drivers:
         return []
     step = LoadModule(driver, driver)
@@ -109,7 +110,7 @@ def plan_release(facts: Facts, addresses: Iterable[str]) -> tuple[Step, ...]:
         origin = device.origin
         goal = Binding(ANY if origin is None else origin.driver, None)
         if origin is not None:
-            steps += _load(facts, steps, origin.driver)
+            steps += load_steps(facts, steps, origin.driver)
         steps.append(BindDriver(address, device.binding, goal, device.identity))
     return tuple(steps)
 
@@ -205,10 +206,12 @@ def plan_mdev_remove(mdevs: Iterable[Mdev], uuid: str) -> tuple[Step, ...]:
 __all__ = [
     "driver_name",
     "group_endpoints",
+    "load_steps",
     "plan_bind",
     "plan_mdev_create",
     "plan_mdev_remove",
     "plan_release",
     "plan_vf_count",
+    "sriov_of",
     "vf_address",
 ]

@@ -89,48 +89,60 @@ def check_identity(host: Host, address: str, identity: Identity) -> None:
 
 @dataclass(frozen=True)
 class SetAttribute(Step):
-    """Base of the steps that set one sysfs attribute of a device and read it back."""
+    """Base of the steps that set one sysfs attribute of a device and read it back.
+
+    The value before is None where the device is made by the same plan, or where the attribute
+    cannot be read: then nothing is put back, and what cannot be read is not verified either.
+    """
 
     @property
     def path(self) -> str:
         raise NotImplementedError
 
     @property
-    def values(self) -> tuple[str, str]:
+    def values(self) -> tuple[str | None, str]:
         """The texts before and after."""
         raise NotImplementedError
+
+    def turned(self, value: str) -> Step:
+        """The step that sets the value before."""
+        raise NotImplementedError
+
+    def inverse(self) -> Step | None:
+        before = self.values[0]
+        return None if before is None else self.turned(before)
 
     def ends(self) -> tuple[object, object]:
         return self.values
 
     def undo_text(self) -> str | None:
-        return f"set {self.values[0]}"
+        return None if self.values[0] is None else f"set {self.values[0]}"
 
     def present(self, host: Host) -> bool:
         return host.exists(self.path)
 
     def check(self, host: Host) -> None:
         found = self._read(host)
-        if found not in self.values:
+        if found is not None and None not in self.values and found not in self.values:
             raise drifted(f"{self.target} {self.path.rpartition('/')[2]}", found, *self.values)
 
     def holds(self, host: Host) -> bool:
-        return self._read(host) == self.values[1]
+        return self._read(host) in (self.values[1], None)
 
     def run(self, door: Door) -> None:
         if self._read(door.host) == self.values[1]:
             return
         door.write(self.path, self.values[1])
         found = self._read(door.host)
-        if found != self.values[1]:
+        if found not in (self.values[1], None):
             name = self.path.rpartition("/")[2]
             raise KernelError(
                 f"{self.target}: {name} reads {found!r} after {self.values[1]!r} was written",
                 device=self.target,
             )
 
-    def _read(self, host: Host) -> str:
+    def _read(self, host: Host) -> str | None:
         text = host.read_guarded([self.path])[self.path]
-        if text is None:
+        if text is None and not host.exists(self.path):
             raise gone(f"{self.target} {self.path.rpartition('/')[2]}")
         return text

@@ -8,7 +8,9 @@ from typing import Any
 from vfiotool.change.bind_step import BindDriver, LoadModule
 from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
 from vfiotool.change.step import Step
+from vfiotool.change.vdpa_steps import SetVdpa, SetVdpaAutoprobe
 from vfiotool.change.vf_steps import SetAutoprobe, SetMsixCount, SetVfCount, SetVgpuType
+from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import KernelError, VfiotoolError
 
 STEPS: dict[str, type[Step]] = {
@@ -18,10 +20,13 @@ STEPS: dict[str, type[Step]] = {
         LoadModule,
         SetVfCount,
         SetAutoprobe,
+        SetVfProperty,
         SetMsixCount,
         SetMdev,
         SetMdevAttribute,
         SetVgpuType,
+        SetVdpa,
+        SetVdpaAutoprobe,
     )
 }
 

@@ -96,11 +96,11 @@ class SetAutoprobe(SetAttribute):
         return f"{SYS_PCI_DEVICES}/{self.pf}/sriov_drivers_autoprobe"
 
     @property
-    def values(self) -> tuple[str, str]:
+    def values(self) -> tuple[str | None, str]:
         return str(int(self.before)), str(int(self.after))
 
-    def inverse(self) -> Step:
-        return replace(self, before=self.after, after=self.before)
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=value == "1")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SetMsixCount(SetAttribute):
 
     verb: ClassVar[str] = "set-msix-count"
     vf: str
-    before: int
+    before: int | None
     after: int
 
     @property
@@ -121,11 +121,11 @@ class SetMsixCount(SetAttribute):
         return f"{SYS_PCI_DEVICES}/{self.vf}/sriov_vf_msix_count"
 
     @property
-    def values(self) -> tuple[str, str]:
-        return str(self.before), str(self.after)
+    def values(self) -> tuple[str | None, str]:
+        return None if self.before is None else str(self.before), str(self.after)
 
-    def inverse(self) -> Step:
-        return replace(self, before=self.after, after=self.before)
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=int(value))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class SetVgpuType(SetAttribute):
 
     verb: ClassVar[str] = "set-vgpu-type"
     vf: str
-    before: int
+    before: int | None
     after: int
 
     @property
@@ -146,8 +146,8 @@ class SetVgpuType(SetAttribute):
         return f"{SYS_PCI_DEVICES}/{self.vf}/nvidia/current_vgpu_type"
 
     @property
-    def values(self) -> tuple[str, str]:
-        return str(self.before), str(self.after)
+    def values(self) -> tuple[str | None, str]:
+        return None if self.before is None else str(self.before), str(self.after)
 
-    def inverse(self) -> Step:
-        return replace(self, before=self.after, after=self.before)
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=int(value))
