@@ -69,6 +69,34 @@ int vt_iommufd_unmap(int iommufd, uint32_t ioas, uint64_t iova, uint64_t *size)
 	return result;
 }
 
+int vt_iommufd_map_many(int iommufd, uint32_t ioas, const uint64_t *triples, uint32_t count,
+			uint32_t flags, uint32_t *done)
+{
+	for (*done = 0; *done < count; ++*done, triples += 3) {
+		int result =
+			vt_iommufd_map(iommufd, ioas, triples[0], triples[1], triples[2], flags);
+
+		if (result < 0)
+			return result;
+	}
+	return 0;
+}
+
+int vt_iommufd_unmap_many(int iommufd, uint32_t ioas, const uint64_t *pairs, uint32_t count,
+			  uint64_t *unmapped)
+{
+	*unmapped = 0;
+	for (; count; count--, pairs += 2) {
+		uint64_t size = pairs[1];
+		int result = vt_iommufd_unmap(iommufd, ioas, pairs[0], &size);
+
+		if (result < 0 && result != -ENOENT)
+			return result;
+		*unmapped += size;
+	}
+	return 0;
+}
+
 int vt_iommufd_dirty_hwpt(int iommufd, uint32_t devid, uint32_t ioas, uint32_t *hwpt)
 {
 	struct vt_hwpt_alloc request = {

@@ -15,6 +15,11 @@ int vt_iommufd_ranges(int iommufd, uint32_t ioas, uint64_t *ranges, uint32_t roo
 int vt_iommufd_map(int iommufd, uint32_t ioas, uint64_t address, uint64_t iova, uint64_t size,
 		   uint32_t flags);
 int vt_iommufd_unmap(int iommufd, uint32_t ioas, uint64_t iova, uint64_t *size);
+/* As vt_type1_map_many and vt_type1_unmap_many. */
+int vt_iommufd_map_many(int iommufd, uint32_t ioas, const uint64_t *triples, uint32_t count,
+			uint32_t flags, uint32_t *done);
+int vt_iommufd_unmap_many(int iommufd, uint32_t ioas, const uint64_t *pairs, uint32_t count,
+			  uint64_t *unmapped);
 /* A page table for device `devid` over `ioas` that records what devices write. */
 int vt_iommufd_dirty_hwpt(int iommufd, uint32_t devid, uint32_t ioas, uint32_t *hwpt);
 int vt_iommufd_dirty_track(int iommufd, uint32_t hwpt, int start);

@@ -30,6 +30,9 @@ int vt_region_copy_in(int device, uint64_t position, const void *buffer, uint64_
 /* dma.h */
 int vt_type1_map(int container, uint64_t address, uint64_t iova, uint64_t size, uint32_t flags);
 int vt_type1_unmap(int container, uint64_t iova, uint64_t *size, uint32_t flags);
+int vt_type1_map_many(int container, const uint64_t *triples, uint32_t count, uint32_t flags,
+                      uint32_t *done);
+int vt_type1_unmap_many(int container, const uint64_t *pairs, uint32_t count, uint64_t *unmapped);
 int vt_type1_dirty_track(int container, int start);
 int vt_type1_dirty_bitmap(int container, uint64_t iova, uint64_t size, uint64_t page_size,
                           void *bitmap, uint64_t bitmap_bytes);
@@ -44,6 +47,10 @@ int vt_iommufd_ranges(int iommufd, uint32_t ioas, uint64_t *ranges, uint32_t roo
 int vt_iommufd_map(int iommufd, uint32_t ioas, uint64_t address, uint64_t iova, uint64_t size,
                    uint32_t flags);
 int vt_iommufd_unmap(int iommufd, uint32_t ioas, uint64_t iova, uint64_t *size);
+int vt_iommufd_map_many(int iommufd, uint32_t ioas, const uint64_t *triples, uint32_t count,
+                        uint32_t flags, uint32_t *done);
+int vt_iommufd_unmap_many(int iommufd, uint32_t ioas, const uint64_t *pairs, uint32_t count,
+                          uint64_t *unmapped);
 int vt_iommufd_dirty_hwpt(int iommufd, uint32_t devid, uint32_t ioas, uint32_t *hwpt);
 int vt_iommufd_dirty_track(int iommufd, uint32_t hwpt, int start);
 int vt_iommufd_dirty_bitmap(int iommufd, uint32_t hwpt, uint64_t iova, uint64_t size,

@@ -13,7 +13,7 @@ import os
 import resource
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,14 @@ class AddressSpace(ABC):
     @abstractmethod
     def unmap(self, iova: int, size: int) -> int:
         """Take mappings away; returns the bytes that were mapped, which may be 0."""
+
+    @abstractmethod
+    def map_many(self, triples: Sequence[tuple[int, int, int]], *, read: bool, write: bool) -> None:
+        """`map` for each (address, iova, size), in one call of C. All are mapped or none."""
+
+    @abstractmethod
+    def unmap_many(self, pairs: Sequence[tuple[int, int]]) -> int:
+        """`unmap` for each (iova, size), in one call of C; returns the bytes that were mapped."""
 
     @abstractmethod
     def unmap_all(self) -> int:

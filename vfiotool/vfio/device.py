@@ -340,7 +340,8 @@ class Device:
         steps: list[Callable[[], object]] = [*reversed(self._quiesce), self._master_off]
         steps += [self.irqs.close]
         steps += [mapping.close for mapping in list(self.mappings)]
-        if self._owns_space:
+        if self.space.attachments == [self.attachment]:
+            # A container loses its mappings with its last group.
             steps.append(self.dma.close)
         steps += [self._detach]
         if self._owns_space:

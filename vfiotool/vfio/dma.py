@@ -135,7 +135,10 @@ def _memory(size: int, pages: str, shared: bool) -> mmap.mmap:
 
 
 class Dma:
-    """The buffers of an address space, shared by its devices."""
+    """The buffers of an address space, shared by its devices.
+
+    Buffers live as long as a device is in the space: when the last one is closed, so are they.
+    """
 
     def __init__(self, space: AddressSpace, trace: Trace | None = None) -> None:
         self.space = space
@@ -163,7 +166,8 @@ class Dma:
 
         `limit_bits` is the width of address that the device can emit; `align` the alignment of
         the I/O address, a power of two; `iova` fixes it. `read` and `write` are the device's
-        rights. `pages` is "normal", "2M" or "1G"; `shared` takes it from a memfd.
+        rights (Intel's page tables cannot forbid reading what may be written). `pages` is
+        "normal", "2M" or "1G"; `shared` takes it from a memfd.
         Raises UsageError, KernelError (no address, no memory, not lockable: the hint says how
         much is missing), Unsupported (no such pages).
         """
@@ -193,6 +197,35 @@ class Dma:
         if self.trace is not None:
             self.trace.record("dma-map", iova=place, size=size, read=read, write=write)
         return buffer
+
+    def alloc_many(
+        self, count: int, size: int, *, limit_bits: int = 64, read: bool = True, write: bool = True
+    ) -> list[DmaBuffer]:
+        """`count` buffers of `size` bytes each, mapped in one call of C; all of them or none.
+        Otherwise as `alloc`."""
+        self.space.refuse_closed()
+        if count < 0 or size <= 0 or not (read or write):
+            raise UsageError(f"{count} DMA buffers of {size} bytes")
+        size = -(-size // PAGE) * PAGE
+        made: list[DmaBuffer] = []
+        try:
+            for _ in range(count):
+                memory = _memory(size, "normal", False)
+                made.append(DmaBuffer(self, memory, size, self._place(size, 0, limit_bits, None)))
+                native.memory_dont_fork(made[-1].address, size)
+            triples = [(buffer.address, buffer.iova, size) for buffer in made]
+            self.space.map_many(triples, read=read, write=write)
+        except BaseException:
+            for buffer in made:
+                buffer.close()
+                self.iovas.free(buffer.iova)
+            raise
+        for buffer in made:
+            buffer._mapped = True
+            self.buffers[buffer.iova] = buffer
+            if self.trace is not None:
+                self.trace.record("dma-map", iova=buffer.iova, size=size, read=read, write=write)
+        return made
 
     def _place(self, size: int, align: int, limit_bits: int, iova: int | None) -> int:
         if iova is None:

@@ -7,6 +7,7 @@ Documentation/driver-api/vfio.rst; <linux/iommufd.h>.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 from vfiotool.errors import KernelError, Refused, Unsupported
 from vfiotool.host import DEV_IOMMU, Host
@@ -94,6 +95,17 @@ class IommufdSpace(AddressSpace):
             # Nothing there, or a part of a mapping: iommufd says the same of both.
             return 0
         return native.check(result, f"unmap {size} bytes at I/O address {iova:#x}")
+
+    def map_many(self, triples: Sequence[tuple[int, int, int]], *, read: bool, write: bool) -> None:
+        result, done = native.ioas_map_many(self.iommufd, self.ioas, triples, read | write << 1)
+        if result < 0:
+            self.unmap_many([(iova, size) for _, iova, size in triples[:done]])
+            address, iova, size = triples[done]
+            raise map_failure(result, address, iova, size, self.host, per_user=True)
+
+    def unmap_many(self, pairs: Sequence[tuple[int, int]]) -> int:
+        result = native.ioas_unmap_many(self.iommufd, self.ioas, pairs)
+        return native.check(result, f"unmap {len(pairs)} ranges")
 
     def unmap_all(self) -> int:
         result = native.ioas_unmap(self.iommufd, self.ioas, 0, (1 << 64) - 1)

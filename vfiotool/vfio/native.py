@@ -248,6 +248,26 @@ def type1_unmap(container: int, iova: int, size: int, *, everything: bool = Fals
     return int(result) if result < 0 else int(length[0])
 
 
+def _flat(rows: Sequence[tuple[int, ...]]) -> Any:
+    return ffi.new("uint64_t[]", [number for row in rows for number in row])
+
+
+def type1_map_many(
+    container: int, triples: Sequence[tuple[int, int, int]], flags: int
+) -> tuple[int, int]:
+    """As `type1_map` for each (address, iova, size): (0 or a negative errno, how many were)."""
+    done = ffi.new("uint32_t *")
+    result = lib.vt_type1_map_many(container, _flat(triples), len(triples), flags, done)
+    return int(result), int(done[0])
+
+
+def type1_unmap_many(container: int, pairs: Sequence[tuple[int, int]]) -> int:
+    """As `type1_unmap` for each (iova, size): all bytes unmapped, or a negative errno."""
+    total = ffi.new("uint64_t *")
+    result = lib.vt_type1_unmap_many(container, _flat(pairs), len(pairs), total)
+    return int(result) if result < 0 else int(total[0])
+
+
 def type1_dirty_track(container: int, start: bool) -> int:
     return int(lib.vt_type1_dirty_track(container, start))
 
@@ -301,6 +321,22 @@ def ioas_unmap(iommufd: int, ioas: int, iova: int, size: int) -> int:
     length = ffi.new("uint64_t *", size)
     result = lib.vt_iommufd_unmap(iommufd, ioas, iova, length)
     return int(result) if result < 0 else int(length[0])
+
+
+def ioas_map_many(
+    iommufd: int, ioas: int, triples: Sequence[tuple[int, int, int]], flags: int
+) -> tuple[int, int]:
+    """As `type1_map_many`."""
+    done = ffi.new("uint32_t *")
+    result = lib.vt_iommufd_map_many(iommufd, ioas, _flat(triples), len(triples), flags, done)
+    return int(result), int(done[0])
+
+
+def ioas_unmap_many(iommufd: int, ioas: int, pairs: Sequence[tuple[int, int]]) -> int:
+    """As `type1_unmap_many`; places where nothing is mapped count nothing."""
+    total = ffi.new("uint64_t *")
+    result = lib.vt_iommufd_unmap_many(iommufd, ioas, _flat(pairs), len(pairs), total)
+    return int(result) if result < 0 else int(total[0])
 
 
 def dirty_hwpt(iommufd: int, devid: int, ioas: int) -> int:

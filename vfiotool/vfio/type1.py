@@ -7,6 +7,7 @@ with another IOMMU model and cannot map anything.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 from vfiotool.errors import KernelError, Refused, Unsupported
 from vfiotool.host import Host
@@ -155,6 +156,17 @@ class Type1Space(AddressSpace):
                 errno_name="EINVAL",
             )
         return native.check(result, f"unmap {size} bytes at I/O address {iova:#x}")
+
+    def map_many(self, triples: Sequence[tuple[int, int, int]], *, read: bool, write: bool) -> None:
+        result, done = native.type1_map_many(self.container, triples, read | write << 1)
+        if result < 0:
+            self.unmap_many([(iova, size) for _, iova, size in triples[:done]])
+            address, iova, size = triples[done]
+            raise map_failure(result, address, iova, size, self.host, per_user=False)
+
+    def unmap_many(self, pairs: Sequence[tuple[int, int]]) -> int:
+        result = native.type1_unmap_many(self.container, pairs)
+        return native.check(result, f"unmap {len(pairs)} ranges")
 
     def unmap_all(self) -> int:
         if native.container_check(self.container, _UNMAP_ALL):
