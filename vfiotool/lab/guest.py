@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from vfiotool.errors import NotFound, Unsupported, VfiotoolError
 from vfiotool.lab import image, kernels, machines, packages, qemu
@@ -24,7 +24,7 @@ from vfiotool.lab.cache import progress
 from vfiotool.lab.channel import Channel, ChannelClosed, Kind
 from vfiotool.lab.qmp import Qmp
 
-BOOT_LIMIT_S = 90.0
+BOOT_LIMIT_S = 120.0
 # Folders of the root that a guest has a file system of its own on.
 MASKED = ("tmp", "run", "dev", "proc", "sys")
 KERNEL_ARGUMENTS = (
@@ -92,15 +92,18 @@ Sink = Callable[[Kind, bytes], None]
 class Guest:
     """A guest, from `with Guest(...)` to the end of the block. Not for use by several threads.
 
+    Keywords beside machine and kernel are the fields of `Options`. The guest ends with the thread
+    that started it, at the latest.
+
     Starting raises NotFound for an unknown machine or kernel, Unsupported where this machine
     lacks something, GuestLost when the guest does not come up within its limit.
     """
 
     def __init__(
-        self, machine: str = machines.DEFAULT, kernel: str = kernels.DEFAULT, **options: object
+        self, machine: str = machines.DEFAULT, kernel: str = kernels.DEFAULT, **options: Any
     ) -> None:
         self.machine = machines.find(machine)
-        self.options = Options(**options)  # type: ignore[arg-type]
+        self.options = Options(**options)
         self.kernel = kernels.prepare(kernel)
         self.qemu = qemu.find()
         self.accelerator = qemu.accelerator(self.qemu, self.kernel.image)
@@ -334,12 +337,15 @@ class Guest:
         return self._process is not None and self._process.poll() is None
 
     def console_tail(self, lines: int = 15) -> str:
-        """The last lines of the guest's console."""
+        """The last lines of the guest's console, and before them the panic if it named one."""
         try:
             text = self.console.read_bytes().decode(errors="replace")
         except OSError:
             return ""
-        return "\n".join(text.replace("\r", "").rstrip().splitlines()[-lines:])
+        everything = text.replace("\r", "").rstrip().splitlines()
+        earlier, tail = everything[:-lines], everything[-lines:]
+        panic = [line for line in earlier if "Kernel panic" in line or "BUG: " in line]
+        return "\n".join([*panic[:3], *tail])
 
     def lost(self, what: str) -> GuestLost:
         """The error for a guest that `what` happened to, with all that is known of its end."""

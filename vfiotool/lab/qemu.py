@@ -19,6 +19,7 @@ from vfiotool.lab import packages
 from vfiotool.lab.cache import cache_root, digest, locked, progress
 
 PROGRAM = "qemu-system-x86_64"
+KVM_NODE = Path("/dev/kvm")
 KVM_TRIAL_S = 15.0
 
 
@@ -118,9 +119,9 @@ def accelerator(qemu: Qemu, image: Path) -> Accelerator:
     The device node alone says little: it can exist and hang for ever. The answer is remembered
     until this machine boots again.
     """
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        absent = "may not be opened" if os.path.exists("/dev/kvm") else "is not there"
-        return Accelerator("tcg", f"/dev/kvm {absent}")
+    if not os.access(KVM_NODE, os.R_OK | os.W_OK):
+        absent = "may not be opened" if KVM_NODE.exists() else "is not there"
+        return Accelerator("tcg", f"{KVM_NODE} {absent}")
     store = cache_root() / "kvm.json"
     this_boot = boot_id()
     with locked("kvm"):
@@ -164,9 +165,10 @@ def _try_kvm(qemu: Qemu, image: Path) -> tuple[bool, str]:
                 if child.poll() is not None:
                     assert child.stderr is not None
                     words = child.stderr.read().decode(errors="replace").strip()
-                    return False, f"KVM's trial boot failed ({words.splitlines()[-1:]})"
+                    last = words.rpartition("\n")[2] or f"exit code {child.returncode}"
+                    return False, f"KVM's trial boot failed: {last}"
                 time.sleep(0.05)
-            return False, f"/dev/kvm exists, but a trial boot hung for {KVM_TRIAL_S:.0f} s"
+            return False, f"{KVM_NODE} exists, but a trial boot hung for {KVM_TRIAL_S:g} s"
         finally:
             child.kill()
             child.communicate()

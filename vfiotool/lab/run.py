@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vfiotool.lab import kernels, machines
 from vfiotool.lab.guest import Guest, Sink
@@ -25,7 +26,7 @@ def run(
     timeout_s: float | None = 600.0,
     capture: bool = True,
     sink: Sink | None = None,
-    **options: object,
+    **options: Any,
 ) -> Result:
     """Boot a guest, run `command` in it from the current folder, end the guest.
 
