@@ -166,7 +166,7 @@ class Guest:
         except ChannelClosed:
             raise self.lost("ended while it booted") from None
         if frame is None:
-            raise self.lost(f"did not come up within {self.options.boot_limit_s:.0f} s")
+            raise self.lost(f"did not come up within {self.options.boot_limit_s:g} s")
 
     def describe(self) -> str:
         """Kernel, machine and accelerator in one line, with the reason for the last."""
