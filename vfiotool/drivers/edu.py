@@ -56,6 +56,10 @@ class Edu:
         self.registers = EduRegisters(device.region(0).map())
         if device.config.read32(0) != VENDOR_DEVICE:
             raise UsageError(f"{device.name} is not an edu device", device=device.name)
+        # A driver that was killed may have left a transfer running, and edu has no reset: with
+        # bus mastering still off it ends without touching memory.
+        self.wait_idle()
+        self.registers.interrupt_acknowledge.write(self.registers.interrupt_status.read())
         self.interrupt: Interrupt = device.irqs.msi()[0]
         device.set_bus_master(True)
         device.on_close(self.wait_idle)
