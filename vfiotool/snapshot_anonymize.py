@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from vfiotool.host import PROC, PROC_MOUNTINFO, PROC_ROUTE, PROC_ROUTE6
+from vfiotool.host import MOUNTS, PROC, PROC_CMDLINE, PROC_MOUNTINFO, PROC_ROUTE, PROC_ROUTE6
 from vfiotool.snapshot_mask import Mask
 from vfiotool.snapshot_text import NOT_CAPTURED, Snapshot
 
@@ -22,7 +22,10 @@ _KNOWN_BYTES = frozenset({"config", "vpd", "DMAR", "IVRS"})
 # Host names that say nothing, and would hit the distribution's own name.
 _COMMON_NAMES = frozenset({"localhost", "debian", "linux", "fedora", "ubuntu", "host", "none"})
 _MIN_SECRET = 6
-_SERVER = re.compile(r"(?<= - )(\S+ )(//)?([A-Za-z0-9][A-Za-z0-9.-]*)(?=:/|/)", re.MULTILINE)
+# A server in a mount's source, or the one that the root is mounted from.
+_SERVER = re.compile(
+    r"(?: - \S+ (?:[^ @/]+@)?(?://|(?=[A-Za-z0-9.-]+:/))|nfsroot=)([A-Za-z0-9][A-Za-z0-9.-]*)"
+)
 _CAP_DSN = 0x0003
 
 
@@ -50,21 +53,33 @@ class _Scrubber:
             if isinstance(content, bytes)
             for secret in _secrets_in(path, content)
         }
-        if self.hostname:
-            new = f"host-{self.mask.digest('host', self.hostname.encode(), 3).hex()}"
-            self.secrets[self.hostname] = new
+        names = {*self._servers(), *([self.hostname] if self.hostname else [])}
+        for name in names:
+            new = f"host-{self.mask.digest('host', name.encode(), 3).hex()}"
+            self.secrets[name] = new
             # Device-mapper doubles the dashes of a volume group's name.
-            self.secrets.setdefault(self.hostname.replace("-", "--"), new.replace("-", "--"))
+            self.secrets.setdefault(name.replace("-", "--"), new.replace("-", "--"))
         known = sorted(self.secrets, key=len, reverse=True)
-        words = "|".join(
-            re.escape(word) for word in known if len(word) >= _MIN_SECRET or word == self.hostname
-        )
+        # A short serial number would hit what only looks like it.
+        long_enough = (word for word in known if len(word) >= _MIN_SECRET or word in names)
+        words = "|".join(re.escape(word) for word in long_enough)
         self.pattern = re.compile(rf"(?<![0-9A-Za-z])(?:{words})(?![0-9A-Za-z])") if words else None
 
     def _hostname(self) -> str | None:
         content = self.files.get(_HOSTNAME)
         name = content.decode("utf-8", "replace").strip() if isinstance(content, bytes) else ""
         return name if len(name) > 2 and name not in _COMMON_NAMES else None
+
+    def _servers(self) -> set[str]:
+        texts = (self.files.get(path) for path in (PROC_MOUNTINFO, MOUNTS, PROC_CMDLINE))
+        found = {
+            name
+            for text in texts
+            if isinstance(text, bytes)
+            for name in _SERVER.findall(text.decode("utf-8", "replace"))
+        }
+        # An address is replaced as such.
+        return {name for name in found if not re.fullmatch(r"[0-9.]+", name)}
 
     def _stand_in(self, secret: str) -> str:
         # `nvme.`, `eui.`, `naa.`, `t10.`: the kind of name, not a part of it.
@@ -93,8 +108,6 @@ class _Scrubber:
             text = re.sub(r"\b[0-9A-F]{8}\b", self._route_word, text)
         elif path == PROC_ROUTE6:
             text = re.sub(r"\b[0-9a-f]{32}\b", self._route6_word, text)
-        elif path == PROC_MOUNTINFO:
-            text = _SERVER.sub(self._server, text)
         elif name == "os-release":
             return content
         elif path == _HOSTNAME:
@@ -113,13 +126,6 @@ class _Scrubber:
 
     def _route6_word(self, match: re.Match[str]) -> str:
         return self.mask.ipv6(bytes.fromhex(match[0])).hex()
-
-    def _server(self, match: re.Match[str]) -> str:
-        name = match[3]
-        if re.fullmatch(r"[0-9.]+", name):
-            return match[0]
-        new = f"host-{self.mask.digest('host', name.encode(), 3).hex()}"
-        return f"{match[1]}{match[2] or ''}{new}"
 
     def _vpd(self, content: bytes) -> bytes:
         return _scrub_vpd(content, self.mask)

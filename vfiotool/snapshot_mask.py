@@ -12,8 +12,10 @@ from hashlib import sha256
 from ipaddress import AddressValueError, IPv6Address
 
 UUID = re.compile(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b")
+# PXE writes `BOOTIF=01-` and the address with dashes.
 _MAC = re.compile(
-    r"(?<![0-9a-fA-F:])[0-9a-fA-F]{2}([:-])(?:[0-9a-fA-F]{2}\1){4}[0-9a-fA-F]{2}(?![0-9a-fA-F:])"
+    r"(?<![0-9a-fA-F:-])(01-)?([0-9a-fA-F]{2}([:-])(?:[0-9a-fA-F]{2}\3){4}[0-9a-fA-F]{2})"
+    r"(?![0-9a-fA-F:-])"
 )
 _BARE_MAC = re.compile(r"\b(enx|wlx|wwx|ibx)([0-9a-f]{12})\b")
 _IPV4 = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9]|\.[0-9])")
@@ -119,7 +121,7 @@ class Mask:
     def text(self, text: str) -> str:
         """All UUIDs, MACs and IP addresses in a text replaced."""
         text = UUID.sub(lambda match: self.uuid(match[0]), text)
-        text = _MAC.sub(lambda match: self.mac(match[0]), text)
+        text = _MAC.sub(lambda match: (match[1] or "") + self.mac(match[2]), text)
         text = _BARE_MAC.sub(lambda match: match[1] + self.mac(match[2]), text)
         text = _LVM_OR_LUKS.sub(lambda match: match[1] + self.shape(match[2]), text)
         text = _IPV6.sub(lambda match: self._ipv6_text(match[0]), text)
