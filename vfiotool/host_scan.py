@@ -11,6 +11,7 @@ why: without root much is hidden, and an answer must say so.
     open-nodes          pid, command, node, the device's path below /sys
     mounts              pid (or `self`), a line of its mountinfo
     block-claim/NAME    `claimed`, `free`, or `unknown` and an errno
+    other-tools         tool, file, device, setting (host_claims.py)
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from vfiotool.host import (
     NET_CALLER,
     NET_NAMESPACES,
     OPEN_NODES,
+    OTHER_TOOLS,
     PROC,
     READ_DEADLINE_S,
 )
 from vfiotool.host_child import abandon, leave_parent
+from vfiotool.host_claims import claims
 
 _SYS_DEV = "/sys/dev"
 _SYS_BUS = "/sys/bus"
@@ -44,8 +47,13 @@ _PCI_FILE = re.compile(r"(/sys/devices/pci.*)/(resource\d\w*|config|rom)")
 _NODE = re.compile(r".*(/dev/.+?)( \(deleted\))?")
 
 
-def observe(path: str) -> bytes:
-    """The observation of that name, made now. Raises FileNotFoundError for an unknown name."""
+def observe(path: str, root: str = "") -> bytes:
+    """The observation of that name, made now. Raises FileNotFoundError for an unknown name.
+
+    `root` counts for `other-tools` alone, whose files any tree can hold.
+    """
+    if path == OTHER_TOOLS:
+        return claims(root).encode("utf-8", "backslashreplace")
     if path.startswith(BLOCK_CLAIM + "/"):
         text = block_claim(path.removeprefix(BLOCK_CLAIM + "/"))
     else:
