@@ -124,6 +124,8 @@ def format_snapshot(snapshot: Snapshot) -> str:
         prefix = "" if path == "/" else path
         for name in sorted(sections[path]):
             lines += _entry_lines(snapshot, name, f"{prefix}/{name}")
+    if not sections:
+        lines.append("")
     lines.append(f"[end {len(lines)}]")
     return "\n".join(lines) + "\n"
 
