@@ -19,11 +19,16 @@ from vfiotool.errors import Stuck, UsageError, from_oserror
 
 # Importing typing would take a third of the time that `groups` takes to list a small host.
 TYPE_CHECKING = False
+# Importing typing would take a third of the time that `groups` takes to list a small host.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Protocol
     from typing import Protocol
 
     from vfiotool.host_child import DoorChild
     from vfiotool.netlink import Message, Request
+else:
+    Protocol = object
 else:
     Protocol = object
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.mdev_steps import SetMdev
 from vfiotool.change.step import Step
+from vfiotool.change.vdpa_steps import SetVdpa
 from vfiotool.errors import Refused, UsageError
 from vfiotool.host import Host
 from vfiotool.iommu import is_vfio_driver
@@ -41,10 +42,12 @@ def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
     """Every use of the host that these steps would cut off, each once."""
     found: dict[Blocker, None] = {}
     for step in steps:
-        if isinstance(step, BindDriver) and step.bus == "pci" and _takes_away(step):
+        if isinstance(step, BindDriver) and _takes_away(step):
             found.update(dict.fromkeys(blockers(host, step.address)))
         elif isinstance(step, SetMdev) and not step.exists:
             found.update(dict.fromkeys(blockers(host, step.uuid)))
+        elif isinstance(step, SetVdpa) and not step.exists:
+            found.update(dict.fromkeys(blockers(host, step.name)))
     return tuple(blocker for blocker in found if blocker.kind not in HARMLESS)
 
 

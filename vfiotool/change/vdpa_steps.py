@@ -1,13 +1,13 @@
-"""The step on vDPA devices: make one on a parent, or remove it (include/uapi/linux/vdpa.h)."""
+"""Steps on vDPA devices: make one on a parent, or remove it (include/uapi/linux/vdpa.h)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.step import Door, Step
+from vfiotool.change.step import Door, SetAttribute, Step
 from vfiotool.errors import KernelError
-from vfiotool.host import Host
+from vfiotool.host import SYS_VDPA_AUTOPROBE, Host
 from vfiotool.vdpa import (
     VdpaSettings,
     delete_request,
@@ -76,3 +76,31 @@ class SetVdpa(Step):
             raise KernelError(
                 f"{self.name} was not {done} though the kernel took the request", device=self.name
             )
+
+
+@dataclass(frozen=True)
+class SetVdpaAutoprobe(SetAttribute):
+    """Whether new vDPA devices are offered to drivers at once (the bus's drivers_autoprobe).
+
+    It is off while a device is made for a virtual machine: else the host would take it first, and
+    look for partitions on the disk of a guest.
+    """
+
+    verb: ClassVar[str] = "set-vdpa-autoprobe"
+    before: bool
+    after: bool
+
+    @property
+    def target(self) -> str:
+        return "vdpa"
+
+    @property
+    def path(self) -> str:
+        return SYS_VDPA_AUTOPROBE
+
+    @property
+    def values(self) -> tuple[str, str]:
+        return str(int(self.before)), str(int(self.after))
+
+    def inverse(self) -> Step:
+        return replace(self, before=self.after, after=self.before)

@@ -130,10 +130,9 @@ def _run_fast(arguments: list[str]) -> int | None:
             ids.append(argument)
         elif argument not in ("groups", "--json", "--debug"):
             return None
-    from vfiotool.cli.groups import run_groups
-    from vfiotool.cli.render import open_host
+    from vfiotool.cli.groups import open_lean, run_groups
 
-    return run_groups(open_host(root), [int(text) for text in ids], as_json="--json" in arguments)
+    return run_groups(open_lean(root), [int(text) for text in ids], as_json="--json" in arguments)
 
 
 def _run_typer(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
+from vfiotool.cli.halves import in_halves
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.host import SYS_FIRMWARE_ACPI_TABLES, Host
 from vfiotool.iommu_scan import GroupScan, list_groups, parse_windows
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from vfiotool.iommu_scan import Facts
 
-_BATCH = 512
 # What a role means for the operator; the words for `host` name what has to happen.
 _ROLES = {
     "vfio": "ready for user space",
@@ -56,6 +56,17 @@ def run_groups(host: Host, ids: Sequence[int], as_json: bool) -> int:
     return 0
 
 
+def open_lean(root: str | None) -> Host:
+    """The host of `--root`, as `render.open_host`; a plain directory without its imports."""
+    if root is None:
+        return Host.local()
+    if os.path.isdir(f"{root}/sys"):
+        return Host.at(root)
+    from vfiotool.cli.render import open_host
+
+    return open_host(root)
+
+
 def no_groups(host: Host) -> Unsupported:
     """Why there is nothing to pass through here, and the way out."""
     try:
@@ -79,19 +90,16 @@ def no_groups(host: Host) -> Unsupported:
     )
 
 
-def print_json(host: Host, groups: Iterable[int]) -> None:
-    """The contract's `groups` object, one group a line, written as it is read."""
+def print_json(host: Host, groups: Sequence[int]) -> None:
+    """The contract's `groups` object, one group a line."""
     write = sys.stdout.write
     write('{"format_version": "1.0", "groups": [')
     separator = "\n"
-    lines: list[str] = []
-    for line in _json_lines(host, groups):
-        lines.append(line)
-        if len(lines) == _BATCH:
-            write(separator + ",\n".join(lines))
+    for text in in_halves(host, groups, lambda part: ",\n".join(_json_lines(host, part))):
+        if text:
+            write(separator + text)
             separator = ",\n"
-            lines.clear()
-    write((separator + ",\n".join(lines) if lines else "") + "\n]}\n")
+    write("\n]}\n")
 
 
 def _json_lines(host: Host, groups: Iterable[int]) -> Iterable[str]:
@@ -114,14 +122,16 @@ def _json_lines(host: Host, groups: Iterable[int]) -> Iterable[str]:
                 viable = "false"
             devices.append(f'{{"address": {quote(name)}, {part}')
         domain = scan.attribute(group, "type")
-        if domain not in types:
-            types[domain] = _text_json(domain, quote)
+        kind = types.get(domain)
+        if kind is None:
+            kind = types[domain] = _text_json(domain, quote)
         reserved = scan.attribute(group, "reserved_regions")
-        if reserved not in windows:
-            windows[reserved] = _windows_json(reserved, quote)
+        window = windows.get(reserved)
+        if window is None:
+            window = windows[reserved] = _windows_json(reserved, quote)
         yield (
-            f'{{"id": {group}, "type": {types[domain]}, "viable": {viable}, '
-            f'"reserved_regions": {windows[reserved]}, "devices": [{", ".join(devices)}]}}'
+            f'{{"id": {group}, "type": {kind}, "viable": {viable}, '
+            f'"reserved_regions": {window}, "devices": [{", ".join(devices)}]}}'
         )
 
 
