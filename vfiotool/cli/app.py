@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "vdpa": "vdpa",
     "import": "boot",
     "boot": "boot",
+    "vm": "vm",
     "device": "device",
     "demo": "device",
     "nvme": "nvme",

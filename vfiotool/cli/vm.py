@@ -1,0 +1,101 @@
+"""`vm check|qemu|libvirt|cloud-hypervisor`: hand devices to a virtual machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from vfiotool.cli import render
+from vfiotool.host import Host
+from vfiotool.inventory import Inventory, read_inventory
+from vfiotool.selector import resolve
+from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
+
+_Devices = Annotated[list[str], typer.Argument(metavar="DEVICE…", help="PCI functions or mdevs.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this area's commands."""
+    area = typer.Typer(help="Hand devices to a virtual machine.", no_args_is_help=True)
+    area.command("check", help="Say whether a VM can open the devices now.")(check)
+    area.command("qemu", help="Print the options for a q35 machine of QEMU.")(qemu_options)
+    area.command("libvirt", help="Print libvirt's hostdev elements.")(libvirt_elements)
+    area.command("cloud-hypervisor", help="Print cloud-hypervisor's options.")(ch_options)
+    app.add_typer(area, name="vm")
+
+
+def check(context: typer.Context, devices: _Devices) -> int:
+    host, inventory, chosen = _chosen(context, devices)
+    found = [item for device in chosen for item in preflight.findings(host, inventory, device)]
+    if render.state(context).json:
+        payload = {"ready": not found, "findings": [finding.as_json() for finding in found]}
+        render.emit(payload)
+        return 1 if found else 0
+    for device in chosen:
+        own = [finding for finding in found if finding.device == device.name]
+        sys.stdout.write(f"{device.name}  {'not ready' if own else 'ready'}\n")
+        for finding in own:
+            sys.stdout.write(render.escape(f"  {finding.kind}  {finding.detail}\n"))
+            sys.stdout.write(render.escape(f"    {finding.next}\n"))
+    return 1 if found else 0
+
+
+def qemu_options(
+    context: typer.Context,
+    devices: _Devices,
+    iommufd: Annotated[
+        bool, typer.Option("--iommufd", help="Use iommufd (QEMU 8.2 or newer).")
+    ] = False,
+    vf_token: Annotated[
+        str | None, typer.Option(metavar="UUID", help="The token of a PF that is on vfio-pci.")
+    ] = None,
+) -> int:
+    chosen = _ready(context, devices)
+    _print_words(context, qemu.arguments(chosen, iommufd=iommufd, vf_token=vf_token))
+    return 0
+
+
+def libvirt_elements(context: typer.Context, devices: _Devices) -> int:
+    text = libvirt.hostdevs(_ready(context, devices))
+    if render.state(context).json:
+        render.emit({"xml": text})
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+def ch_options(context: typer.Context, devices: _Devices) -> int:
+    _print_words(context, cloud_hypervisor.arguments(_ready(context, devices)))
+    return 0
+
+
+def _chosen(
+    context: typer.Context, names: list[str]
+) -> tuple[Host, Inventory, list[preflight.Handed]]:
+    host = render.host(context)
+    inventory = read_inventory(host)
+    unique = dict.fromkeys(resolve(host, name) for name in names)
+    return host, inventory, [preflight.handed(inventory, name) for name in unique]
+
+
+def _ready(context: typer.Context, names: list[str]) -> list[preflight.Handed]:
+    """The devices; on the running host only if a VM could open each of them now."""
+    host, inventory, chosen = _chosen(context, names)
+    if host.live:
+        preflight.require_ready(host, inventory, chosen)
+    return chosen
+
+
+def _print_words(context: typer.Context, words: list[str]) -> None:
+    """An option a line, each ready to be pasted into a shell."""
+    if render.state(context).json:
+        render.emit({"arguments": words})
+        return
+    lines = " ".join(
+        f"\\\n  {shlex.quote(word)}" if word.startswith("-") else shlex.quote(word)
+        for word in words
+    )
+    sys.stdout.write(lines.removeprefix("\\\n") + "\n")

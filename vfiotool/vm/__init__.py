@@ -1,0 +1,1 @@
+"""Handing devices to virtual machines: is it ready, and what does each hypervisor want to read."""

@@ -1,0 +1,137 @@
+"""Is a device ready to be opened by a virtual machine, and what is missing if not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vfiotool.errors import NotFound, Refused
+from vfiotool.host import DEV_IOMMU, DEV_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
+from vfiotool.inventory import Inventory
+from vfiotool.iommu import is_vfio_driver
+from vfiotool.pci import Address, PciFunction
+from vfiotool.usage import blockers
+
+
+@dataclass(frozen=True)
+class Handed:
+    """One device as a hypervisor is told of it.
+
+    `path` is its sysfs path as hypervisors take it (`sysfsdev=`); `model` is the mdev type's
+    `device_api` (`vfio-pci`, `vfio-ccw`, `vfio-ap`), and `vfio-pci` for every PCI function.
+    """
+
+    name: str
+    path: str
+    model: str
+    iommu_group: int | None
+    function: PciFunction | None
+
+    @property
+    def is_mdev(self) -> bool:
+        return self.function is None
+
+    @property
+    def address(self) -> Address:
+        """The PCI address. Raises ValueError for an mdev, which has none on the host."""
+        if self.function is None:
+            raise ValueError(f"{self.name} is a mediated device")
+        return Address.parse(self.name)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that stands between a device and a VM, with the command that removes it."""
+
+    device: str
+    kind: str
+    detail: str
+    next: str
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "device": self.device,
+            "kind": self.kind,
+            "detail": self.detail,
+            "next": self.next,
+        }
+
+
+def handed(inventory: Inventory, name: str) -> Handed:
+    """The device of that address or UUID. Raises NotFound if the host has none."""
+    function = inventory.by_address.get(name)
+    if function is not None:
+        path = f"{SYS_PCI_DEVICES}/{name}"
+        return Handed(name, path, "vfio-pci", function.iommu_group, function)
+    for mdev in inventory.mdevs:
+        if mdev.uuid == name:
+            api = next(
+                (
+                    kind.device_api
+                    for kind in inventory.mdev_types
+                    if (kind.parent, kind.type) == (mdev.parent, mdev.type)
+                ),
+                None,
+            )
+            path = f"{SYS_MDEV_DEVICES}/{name}"
+            return Handed(name, path, api or "vfio-pci", mdev.iommu_group, None)
+    raise NotFound(
+        f"no device {name} on this host", hint="vfiotool devices lists them", device=name
+    )
+
+
+def findings(host: Host, inventory: Inventory, device: Handed) -> tuple[Finding, ...]:
+    """What keeps a VM from opening the device now; empty if nothing does. Reads only."""
+    found = []
+    if device.iommu_group is None:
+        found.append(_finding(device, "no-iommu", "it is in no IOMMU group", "vfiotool why {}"))
+    if device.function is not None and not _on_vfio(device.function):
+        driver = device.function.driver or "no driver"
+        text = f"it is on {driver}, not on a VFIO driver"
+        found.append(_finding(device, "not-bound", text, "vfiotool bind {}"))
+    group = inventory.by_group.get(device.iommu_group) if device.iommu_group is not None else None
+    if group is not None and not group.viable:
+        others = [m.address for m in group.devices if m.role == "host" and m.address != device.name]
+        if others:
+            text = f"group {group.id} is not viable: {', '.join(others)} on host drivers"
+            command = "vfiotool bind {} --whole-group"
+            found.append(_finding(device, "group-not-viable", text, command))
+    if device.is_mdev or (device.function is not None and _on_vfio(device.function)):
+        found += [
+            Finding(device.name, "held", blocker.detail, f"ps -fp {_pid(blocker.evidence)}")
+            for blocker in blockers(host, device.name, inventory)
+            if blocker.kind == "open-file"
+        ]
+        node = f"{DEV_VFIO}/{device.iommu_group}"
+        if host.live and device.iommu_group is not None and not host.exists(node):
+            text = f"{node} does not exist"
+            found.append(_finding(device, "no-node", text, "vfiotool why {}"))
+    return tuple(found)
+
+
+def require_ready(host: Host, inventory: Inventory, devices: list[Handed]) -> None:
+    """Raise Refused with the first finding of the first device that is not ready."""
+    for device in devices:
+        for finding in findings(host, inventory, device):
+            raise Refused(
+                f"{device.name} cannot be handed to a VM yet: {finding.detail}",
+                hint=finding.next,
+                device=device.name,
+            )
+
+
+def has_iommufd(host: Host) -> bool:
+    """Whether the host offers iommufd (Documentation/userspace-api/iommufd.rst)."""
+    return host.exists(DEV_IOMMU)
+
+
+def _on_vfio(function: PciFunction) -> bool:
+    return function.driver is not None and is_vfio_driver(function.driver)
+
+
+def _finding(device: Handed, kind: str, detail: str, command: str) -> Finding:
+    return Finding(device.name, kind, detail, command.format(device.name))
+
+
+def _pid(evidence: str) -> str:
+    words = evidence.split()
+    return words[words.index("pid") + 1] if "pid" in words[:-1] else "PID"

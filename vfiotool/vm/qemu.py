@@ -1,0 +1,71 @@
+"""QEMU's options for VFIO devices (QEMU: docs/system/devices, `-device vfio-pci,help`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vfiotool.pci import Address
+from vfiotool.vm.preflight import Handed
+
+# Slots of the root bus for the root ports, counted down from the top of what q35 leaves free.
+_FIRST_SLOT = 0x1B
+
+
+def arguments(
+    devices: Sequence[Handed], *, iommufd: bool = False, vf_token: str | None = None
+) -> list[str]:
+    """The words to add to a q35 machine's command line, two for each option.
+
+    Each slot of the host becomes one PCIe root port, so that the functions of one card (a GPU and
+    its audio) stay functions of one device in the guest. `iommufd` adds the object that the
+    devices then share; it needs QEMU 8.2 or newer.
+    """
+    words = ["-object", "iommufd,id=iommufd0"] if iommufd else []
+    ports: dict[str, list[Handed]] = {}
+    for device in devices:
+        ports.setdefault(_slot_of(device), []).append(device)
+    for number, members in enumerate(ports.values()):
+        port = f"vfio-rp{number}"
+        chassis, slot = number + 100, _FIRST_SLOT - number // 8
+        place = f"addr={slot:#x}.{number % 8}" + (",multifunction=on" if number % 8 == 0 else "")
+        words += ["-device", f"pcie-root-port,id={port},bus=pcie.0,chassis={chassis},{place}"]
+        functions = _functions(members)
+        for device, function in zip(members, functions, strict=True):
+            words += ["-device", _device(device, port, function, len(members) > 1, iommufd)]
+            if vf_token is not None and device.function is not None and device.function.physfn:
+                words[-1] += f",vf-token={vf_token}"
+    return words
+
+
+def _slot_of(device: Handed) -> str:
+    # Each VF has a slot of its own: its functions are not those of one card.
+    if device.function is None or device.function.physfn is not None:
+        return device.name
+    return device.name.rpartition(".")[0]
+
+
+def _functions(members: Sequence[Handed]) -> list[int]:
+    """Function numbers in the guest; those of the host where one of them is 0, as it must be."""
+    if len(members) == 1:
+        return [0]
+    own = [device.address.function for device in members]
+    return own if 0 in own else list(range(len(members)))
+
+
+def _device(device: Handed, port: str, function: int, several: bool, iommufd: bool) -> str:
+    source = f"sysfsdev={device.path}" if device.is_mdev else f"host={device.name}"
+    parts = [device.model, source, f"id={_identifier(device.name)}", f"bus={port}"]
+    if several:
+        parts.append(f"addr=0x0.{function}")
+        if function == 0:
+            parts.append("multifunction=on")
+    if iommufd:
+        parts.append("iommufd=iommufd0")
+    return ",".join(parts)
+
+
+def _identifier(name: str) -> str:
+    """A QEMU id: letters, digits and -._ only, a letter first (QEMU: qom, id_wellformed)."""
+    if Address.is_address(name):
+        return "vfio-" + name.replace(":", "-")
+    return f"mdev-{name}"
