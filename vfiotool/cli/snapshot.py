@@ -92,10 +92,10 @@ def _capture(
 
 def probes() -> list[Callable[[Host], object]]:
     """What the reading commands read a host with: each is run once while a snapshot is taken."""
-    return [_ask_for_all, _ask_of_each_device]
+    return [_ask_for_tables, _ask_of_everything]
 
 
-def _ask_for_all(host: Host) -> None:
+def _ask_for_tables(host: Host) -> None:
     from vfiotool.iommu import read_groups
     from vfiotool.mdev import read_mdev_types
     from vfiotool.names import read_names
@@ -107,14 +107,16 @@ def _ask_for_all(host: Host) -> None:
         no_groups(host)
 
 
-def _ask_of_each_device(host: Host) -> None:
-    """`show` and `why` of everything, and the serial numbers that selectors compare."""
+def _ask_of_everything(host: Host) -> None:
+    """`doctor`, `show` and `why` of everything, and the serial numbers that selectors compare."""
+    from vfiotool.doctor import examine
     from vfiotool.inventory import read_inventory
     from vfiotool.inventory_show import read_shown
     from vfiotool.selector_serial import serials_of
     from vfiotool.verdict import explain
 
     inventory = read_inventory(host)
+    examine(host, inventory)
     devices = [function.address for function in inventory.functions]
     for device in (*devices, *(mdev.uuid for mdev in inventory.mdevs)):
         # One that vanishes meanwhile is no reason to lose the rest.
