@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from vfiotool.change.boot_texts import (
     udev_value,
     unit_files,
 )
+from vfiotool.change.plan import group_endpoints
 from vfiotool.change.policy import Match, Policy
-from vfiotool.errors import NotFound, Refused, Unsupported
+from vfiotool.change.policy_facts import read_policy_facts
+from vfiotool.errors import Refused, Unsupported
 from vfiotool.host import Host
 from vfiotool.pci import list_addresses, read_identity
-from vfiotool.selector import resolve_all
 
 WAIT_S = 10
 _BUILDERS = (
@@ -105,25 +106,6 @@ def refuse_foreign_places(paths: Iterable[str]) -> None:
                 )
 
 
-def matched(host: Host, match: Match) -> tuple[str, ...]:
-    """The addresses that a policy's match names on this host now; none is no error."""
-    texts = [match.address] if match.address else []
-    for key in ("id", "serial", "slot", "path"):
-        value = getattr(match, key)
-        if value is not None:
-            texts.append(f"{key}:{value}")
-    if match.pf is not None:
-        texts.append(f"vf:{match.pf}/{match.index}")
-    found: set[str] | None = None
-    for text in texts:
-        try:
-            named = set(resolve_all(host, text))
-        except NotFound:
-            return ()
-        found = named if found is None else found & named
-    return tuple(sorted(found or ()))
-
-
 def late_rules(host: Host, policy: Policy) -> tuple[LateRule, ...]:
     """The events after which the policy has to be applied again."""
     rules = [LateRule(_match_keys(host, rule.match)) for rule in policy.devices]
@@ -157,16 +139,18 @@ def _match_keys(host: Host, match: Match) -> tuple[str, ...]:
 
 def early_of(host: Host, policy: Policy) -> Early:
     """What the early variant can do for the policy's device rules on this host."""
+    found = read_policy_facts(host, replace(policy, sriov=(), mdevs=(), vdpas=()))
     wanted: dict[str, str] = {}
     ids = []
-    for rule in policy.devices:
-        driver = rule.driver or "vfio-pci"
-        for address in matched(host, rule.match):
-            wanted[address] = driver
-        whole = {name: getattr(rule.match, name) for name in rule.match.__dataclass_fields__}
-        alone = [name for name, value in whole.items() if value is not None] == ["id"]
-        if alone and driver == "vfio-pci" and rule.match.id and rule.match.id.count(":") == 1:
-            ids.append(rule.match.id)
+    for rule, names in zip(policy.devices, found.devices, strict=True):
+        for name in names:
+            if name not in found.facts.devices:
+                continue
+            chosen = group_endpoints(found.facts, name) if rule.group == "whole" else (name,)
+            for address in chosen:
+                wanted[address] = rule.driver or found.facts.device(address).best_driver
+        if rule.match == Match(id=rule.match.id) and rule.driver in (None, "vfio-pci"):
+            ids += [rule.match.id] if rule.match.id and rule.match.id.count(":") == 1 else []
     read = (read_identity(host, address) for address in list_addresses(host))
     functions = [function for function in read if function is not None]
     modaliases = read_modaliases(host, wanted)

@@ -1,0 +1,199 @@
+"""`vdpa parents|list|add|remove|bind`: vDPA devices, over generic netlink and their bus."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vfiotool.change.journal import Journal
+from vfiotool.change.step import Step
+from vfiotool.change.vdpa_plan import (
+    plan_vdpa_add,
+    plan_vdpa_bind,
+    plan_vdpa_remove,
+    read_vdpa_facts,
+)
+from vfiotool.cli import render
+from vfiotool.cli.changing import (
+    DEADLINE_S,
+    Allow,
+    Changed,
+    DryRun,
+    Timeout,
+    perform,
+    print_line,
+    print_steps,
+)
+from vfiotool.errors import UsageError
+from vfiotool.host import Host
+from vfiotool.vdpa import VdpaDevice, VdpaParent, VdpaSettings, read_devices, read_parents
+
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="As vdpa list names it.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this area's commands."""
+    vdpa = typer.Typer(help="vDPA devices.", no_args_is_help=True)
+    vdpa.command("parents", help="List what vDPA devices can be made on.")(parents)
+    vdpa.command("list", help="List the vDPA devices.")(devices)
+    vdpa.command("add", help="Make a vDPA device.")(add)
+    vdpa.command("remove", help="Remove a vDPA device.")(remove)
+    vdpa.command("bind", help="Give a vDPA device to a virtual machine, or to this host.")(bind)
+    app.add_typer(vdpa, name="vdpa")
+
+
+def parent_as_json(parent: VdpaParent) -> dict[str, object]:
+    return {
+        "name": parent.name,
+        "bus": parent.bus,
+        "device": parent.device,
+        "classes": list(parent.classes),
+        "max_vqs": parent.max_vqs,
+        "features": list(parent.features),
+    }
+
+
+def device_as_json(device: VdpaDevice) -> dict[str, object]:
+    negotiated = device.negotiated_features
+    return {
+        "name": device.name,
+        "parent": device.parent,
+        "type": device.type,
+        "vendor": device.vendor,
+        "max_vqs": device.max_vqs,
+        "min_vq_size": device.min_vq_size,
+        "max_vq_size": device.max_vq_size,
+        "driver": device.driver,
+        "driver_override": device.driver_override,
+        "node": device.node,
+        "interfaces": list(device.interfaces),
+        "features": list(device.features),
+        "negotiated_features": None if negotiated is None else list(negotiated),
+        "config": device.config,
+    }
+
+
+def parents(context: typer.Context) -> int:
+    host = render.host(context)
+    found = read_parents(host)
+    if render.state(context).json:
+        render.emit({"parents": [parent_as_json(parent) for parent in found]})
+        return 0
+    for parent in found:
+        print_line(f"{parent.name}  {', '.join(parent.classes)}  at most {parent.max_vqs} queues")
+    if not found:
+        render.say(
+            "vfiotool: no vDPA parents"
+            if host.live
+            else "vfiotool: only a running host tells its vDPA parents (netlink)"
+        )
+    return 0
+
+
+def devices(context: typer.Context) -> int:
+    found = read_devices(render.host(context))
+    if render.state(context).json:
+        render.emit({"vdpas": [device_as_json(device) for device in found]})
+        return 0
+    for device in found:
+        place = device.node or ", ".join(device.interfaces) or "no node"
+        parts = [
+            device.name,
+            device.type or "?",
+            f"on {device.parent or '?'}",
+            device.driver or "no driver",
+            place,
+        ]
+        print_line("  ".join(parts))
+    return 0
+
+
+def add(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A new name, such as vdpa0.")],
+    parent: Annotated[str, typer.Argument(metavar="PARENT", help="As vdpa parents names it.")],
+    driver: Annotated[
+        str | None, typer.Option(help="vhost_vdpa or virtio_vdpa; the kernel's choice if left out.")
+    ] = None,
+    mac: Annotated[str | None, typer.Option(help="MAC address of a network device.")] = None,
+    mtu: Annotated[int | None, typer.Option(help="MTU of a network device.")] = None,
+    max_vqp: Annotated[
+        int | None, typer.Option("--max-vqp", help="Queue pairs of a network device, at most.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(metavar="MASK", help="Virtio feature bits to offer, as 0x….")
+    ] = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    settings = VdpaSettings(mac, mtu, max_vqp, _mask(features))
+
+    def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
+        return plan_vdpa_add(read_vdpa_facts(host), name, parent, driver, settings)
+
+    title = f"vdpa add {name} {parent}"
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout)
+    return _report(context, done, name)
+
+
+def remove(
+    context: typer.Context,
+    name: _Name,
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
+        return plan_vdpa_remove(read_vdpa_facts(host), name)
+
+    title = f"vdpa remove {name}"
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    return _report(context, done, name, removed=True)
+
+
+def bind(
+    context: typer.Context,
+    name: _Name,
+    driver: Annotated[str, typer.Argument(metavar="DRIVER", help="vhost_vdpa or virtio_vdpa.")],
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
+        return plan_vdpa_bind(read_vdpa_facts(host), name, driver)
+
+    title = f"vdpa bind {name} {driver}"
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    return _report(context, done, name)
+
+
+def _mask(text: str | None) -> int | None:
+    try:
+        return None if text is None else int(text, 0)
+    except ValueError as error:
+        raise UsageError(f"--features {text!r} is not a number", hint="as 0x300000020") from error
+
+
+def _report(context: typer.Context, done: Changed, name: str, *, removed: bool = False) -> int:
+    as_json = render.state(context).json
+    if done.dry:
+        if as_json:
+            payload = done.as_json()
+            payload.pop("transaction")
+            render.emit(payload)
+        elif done.steps:
+            print_steps(done.steps)
+        else:
+            print_line("nothing to do")
+        return 0
+    found = [device for device in read_devices(render.host(context)) if device.name == name]
+    if as_json:
+        render.emit({**done.as_json(), "vdpas": [device_as_json(device) for device in found]})
+    elif removed:
+        print_line(f"{name}: removed")
+    else:
+        for device in found:
+            place = device.node or ", ".join(device.interfaces) or "no node"
+            print_line(f"{device.name}: {device.driver or 'no driver'} ({place})")
+    return 0
