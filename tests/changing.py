@@ -21,6 +21,7 @@ from vfiotool.change.plan import (
     plan_vf_count,
 )
 from vfiotool.change.step import Step
+from vfiotool.change.vfnet_step import read_settings
 from vfiotool.host import Host
 from vfiotool.mdev import read_mdev_types, read_mdevs
 
@@ -63,6 +64,7 @@ def furnished() -> FakeKernel:
         vf_ids="8086:10ca",
         offset=128,
         stride=2,
+        net=3,
     )
     kernel.add_function(STUBBORN, "1b36:0010", class_code="010802", driver="nvme", group=12)
     kernel.add_function(BRIDGE, "1b36:000e", class_code="060400", group=13)
@@ -99,9 +101,11 @@ def releasing(*addresses: str) -> Make:
 
 
 def counting(pf: str, count: int, autoprobe: bool | None = None) -> Make:
-    return lambda host, journal: plan_vf_count(
-        read_facts(host, [pf], journal), pf, count, autoprobe=autoprobe
-    )
+    def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
+        facts, settings = read_facts(host, [pf], journal), read_settings(host, pf) or ()
+        return plan_vf_count(facts, pf, count, autoprobe=autoprobe, settings=settings)
+
+    return make
 
 
 def creating(parent: str, kind: str, uuid: str = UUID) -> Make:

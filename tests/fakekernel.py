@@ -11,16 +11,21 @@ from __future__ import annotations
 import errno
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vfiotool.errors import KernelError, Stuck
 from vfiotool.host import Host, MemoryTree
 from vfiotool.iommu import is_vfio_driver
+from vfiotool.netlink import Message, Request, iterate_attributes, parse_attributes
+from vfiotool.netlink_route import VfSettings
 from vfiotool.pci import Address, parse_identity
 
 PCI = "/sys/bus/pci"
 BOOT = "3b4e8c52-1111-4222-8333-0123456789ab"
+RTM_SETLINK, IFLA_VFINFO_LIST = 19, 22
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\n?")
 
 ERRNOS = ("EBUSY", "ENODEV", "EIO", "EINVAL", "EACCES", "ENOENT", "ENOMEM")
@@ -69,6 +74,8 @@ class FakeKernel(MemoryTree):
         self.failing: dict[str, str] = {}
         self.writes: list[tuple[str, str]] = []
         self.before_write: Callable[[int, str, str], None] | None = None
+        self.interfaces: dict[int, str] = {}
+        self.vf_info: dict[tuple[str, int], VfSettings] = {}
         self._next_group = 100
         self._put(f"{PCI}/drivers_probe", b"")
         self._put("/sys/class/iommu/dmar0/x", b"")
@@ -100,6 +107,7 @@ class FakeKernel(MemoryTree):
         vf_ids: str | None = None,
         offset: int = 1,
         stride: int = 1,
+        net: int | None = None,
     ) -> None:
         base = f"/sys/devices/pci0000:00/{address}"
         vendor, device = ids.split(":")
@@ -122,6 +130,12 @@ class FakeKernel(MemoryTree):
             vf_vendor, vf_device = (vf_ids or ids).split(":")
             self._put(f"{base}/sriov_vf_device", f"{vf_device}\n".encode())
             self.vf_ids[address] = (vf_vendor, vf_device)
+        if net is not None:
+            self._put(f"{base}/net/eth{net}/ifindex", f"{net}\n".encode())
+            self._link(
+                f"/sys/class/net/eth{net}", f"../../devices/pci0000:00/{address}/net/eth{net}"
+            )
+            self.interfaces[net] = address
         if driver is not None:
             self._attach(address, driver)
 
@@ -406,6 +420,10 @@ class FakeKernel(MemoryTree):
         self._next_group += 1
         self._link(f"{self._real(address)}/physfn", f"../{pf}")
         self._link(f"{self._real(pf)}/virtfn{index}", f"../{address}")
+        if pf in self.interfaces.values():
+            # igb gives each new VF a random address; here it tells when the VF was made.
+            mac = f"52:00:00:{self._next_group:02x}:{index:02x}:00"
+            self.vf_info[pf, index] = VfSettings(index, mac, 0, 0, True, False, 0, 0, 0)
         if self.files[f"{self._real(pf)}/sriov_drivers_autoprobe"] == b"1\n":
             self._probe(address)
 
@@ -418,6 +436,44 @@ class FakeKernel(MemoryTree):
         self._remove(base)
         self._remove(f"{PCI}/devices/{address}")
         self._remove(f"{self._real(pf)}/virtfn{index}")
+        self.vf_info.pop((pf, index), None)
+
+    # Network settings of VFs
+
+    def vf_settings(self, ifindex: int) -> tuple[VfSettings, ...]:
+        """What RTM_GETLINK tells of an interface's VFs (the reader's side of `netlink`)."""
+        pf = self.interfaces[ifindex]
+        return tuple(self.vf_info[key] for key in sorted(self.vf_info) if key[0] == pf)
+
+    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        """RTM_SETLINK with a VF list (net/core/rtnetlink.c, do_setvfinfo); nothing else."""
+        assert request.type == RTM_SETLINK, "the fake kernel models RTM_SETLINK alone"
+        self.writes.append(("netlink", request.what))
+        number = len(self.writes)
+        if self.before_write is not None:
+            self.before_write(number, "netlink", request.what)
+        kind = self._fault(number, "netlink")
+        if kind in ERRNOS:
+            raise KernelError(f"{request.what}: {kind}", errno_name=kind)
+        if kind == "short":
+            raise KernelError(f"{request.what}: no answer")
+        if kind == "hang":
+            raise Stuck(f"{request.what}: no answer after {timeout_s:g} s")
+        if kind != "silent":
+            self._set_vf_info(request.payload)
+        return []
+
+    def _set_vf_info(self, payload: bytes) -> None:
+        (ifindex,) = struct.unpack_from("=i", payload, 4)
+        pf = self.interfaces[ifindex]
+        values = parse_attributes(payload[16:])
+        for _, entry in iterate_attributes(values[IFLA_VFINFO_LIST]):
+            for kind, data in iterate_attributes(entry):
+                (index,) = struct.unpack_from("=I", data)
+                if (pf, index) not in self.vf_info:
+                    raise KernelError(f"VF {index} of {pf}: no such VF", errno_name="EINVAL")
+                found = self.vf_info[pf, index]
+                self.vf_info[pf, index] = replace(found, **_vf_values(kind, data))
 
     # Mediated devices
 
@@ -467,14 +523,14 @@ class FakeKernel(MemoryTree):
 
     # What two hosts are compared by
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[Any, object]:
         """Everything that a change can change, but group numbers: those of VFs are not stable."""
-        return end_state(self.host())
+        return end_state(self.host()) | self.vf_info
 
 
-def end_state(host: Host) -> dict[str, object]:
+def end_state(host: Host) -> dict[Any, object]:
     """The facts of a host, fake or real, that changes change; group numbers are left out."""
-    state: dict[str, object] = {}
+    state: dict[Any, object] = {}
     for address in host.listdir(f"{PCI}/devices"):
         base = f"{PCI}/devices/{address}"
         names = ("driver_override", "sriov_numvfs", "sriov_drivers_autoprobe")
@@ -489,6 +545,19 @@ def end_state(host: Host) -> dict[str, object]:
         kind = host.linkname(f"{base}/mdev_type")
         state[uuid] = (place.split("/")[-2], kind, host.read(f"{base}/attr_level"))
     return state
+
+
+def _vf_values(kind: int, data: bytes) -> dict[str, Any]:
+    """The settings in one IFLA_VF_* attribute."""
+    if kind == 1:
+        return {"mac": data[4:10].hex(":")}
+    words = struct.unpack_from(f"={len(data) // 4}I", data)
+    if kind == 2:
+        return {"vlan": words[1], "qos": words[2]}
+    if kind == 6:
+        return {"min_rate_mbps": words[1], "max_rate_mbps": words[2]}
+    name = {4: "spoof_check", 9: "trust", 5: "link_state"}[kind]
+    return {name: words[1] if name == "link_state" else bool(words[1])}
 
 
 def _error(number: int, path: str) -> OSError:

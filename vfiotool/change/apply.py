@@ -373,19 +373,39 @@ def undo(
     Raises NotFound if there is none, and Refused if the host has been changed since.
     """
     record = last_standing(journal.history())
+    _take_back(host, journal, record, timeout_s, progress)
+    return record
+
+
+def undo_number(
+    host: Host, journal: Journal, number: int, *, timeout_s: float = WRITE_DEADLINE_S
+) -> None:
+    """Take back the committed change of that number. Raises as `undo` does."""
+    history = journal.history()
+    undone = {record.undoes for record in history if record.outcome == "committed"}
+    for record in history:
+        if record.number == number and record.outcome == "committed" and number not in undone:
+            _take_back(host, journal, record, timeout_s, None)
+            return
+    raise NotFound(f"change {number} does not stand (any more)", hint="vfiotool history")
+
+
+def _take_back(
+    host: Host, journal: Journal, record: Record, timeout_s: float, progress: Progress | None
+) -> None:
     steps = tuple(
         inverse for step in reversed(record.steps) if (inverse := step.inverse()) is not None
     )
+    title = f"undo {record.number}: {record.title}"
     change(
         host,
         journal,
-        f"undo {record.number}: {record.title}",
+        title,
         lambda: steps,
         timeout_s=timeout_s,
         progress=progress,
         undoes=record.number,
     )
-    return record
 
 
 def last_standing(history: list[Record]) -> Record:

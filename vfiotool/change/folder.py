@@ -25,7 +25,7 @@ def safe_name(name: str) -> str:
 class Folder:
     """A state folder held open. Raises Refused for one that another user could write to."""
 
-    descriptor: int
+    descriptor: int = -1
 
     def __init__(self, path: str, *, _parent: Folder | None = None, mode: int = 0o700) -> None:
         self.path = path
@@ -50,7 +50,7 @@ class Folder:
         facts = os.fstat(self.descriptor)
         if facts.st_uid != os.geteuid() or stat.S_IMODE(facts.st_mode) & 0o022:
             owner, found = facts.st_uid, stat.S_IMODE(facts.st_mode)
-            os.close(self.descriptor)
+            self.close()
             raise Refused(
                 f"{path} belongs to user {owner} with mode {found:o}: others could change it",
                 hint=f"chown and chmod it to user {os.geteuid()} and {mode:o}, or remove it",
@@ -121,4 +121,9 @@ class Folder:
             return
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()

@@ -174,10 +174,12 @@ class Journal:
     """
 
     def __init__(self, host: Host, run_folder: str = RUN_FOLDER) -> None:
+        self.run_folder = run_folder
         self._root = Folder(run_folder)
         self.locks = self._root.sub("locks")
         self._boot = self._root.sub(f"boot-{host.boot_id() or 'unknown'}")
         self._origins = self._boot.sub("origins")
+        self.pending = self._boot.sub("pending")
 
     @classmethod
     def existing(cls, host: Host, run_folder: str = RUN_FOLDER) -> Journal | None:

@@ -11,9 +11,11 @@ from vfiotool.change.mdev_steps import SetMdev
 from vfiotool.change.state import ANY, PARKED, Binding
 from vfiotool.change.step import Step
 from vfiotool.change.vf_steps import SetAutoprobe, SetVfCount
+from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.mdev import Mdev, MdevType
+from vfiotool.netlink_route import VfSettings
 
 _DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
@@ -116,11 +118,17 @@ def plan_release(facts: Facts, addresses: Iterable[str]) -> tuple[Step, ...]:
 
 
 def plan_vf_count(
-    facts: Facts, pf: str, count: int, *, autoprobe: bool | None = None
+    facts: Facts,
+    pf: str,
+    count: int,
+    *,
+    autoprobe: bool | None = None,
+    settings: Iterable[VfSettings] = (),
 ) -> tuple[Step, ...]:
     """Set a physical function's number of VFs; `autoprobe` False keeps host drivers off new ones.
 
-    VFs that will be destroyed let go of their drivers first, so that undoing gives them back.
+    VFs that will be destroyed let go of their drivers first, so that undoing gives them back;
+    `settings` are those VFs' addresses and VLANs, which undoing gives back too.
     Raises NotFound, Unsupported without SR-IOV, UsageError for a number that cannot be.
     """
     device = facts.device(pf)
@@ -131,7 +139,12 @@ def plan_vf_count(
         )
     if sriov.num == count:
         return ()
-    steps: list[Step] = [step for vf in sriov.vfs for step in _park(facts, vf)]
+    steps: list[Step] = [
+        SetVfProperty(pf, found.index, found, found, keep=True)
+        for found in settings
+        if found.index < sriov.num
+    ]
+    steps += [step for vf in sriov.vfs for step in _park(facts, vf)]
     quiet = autoprobe is not None and sriov.autoprobe is not None and autoprobe != sriov.autoprobe
     if quiet and autoprobe is not None and sriov.autoprobe is not None:
         steps.append(SetAutoprobe(pf, sriov.autoprobe, autoprobe))

@@ -127,13 +127,8 @@ def _plan_sriov(draft: _Draft, rule: SriovRule, pf: str) -> None:
     remade = sriov.num != rule.vfs
     # VFs that are given a driver must not be taken by the host's first.
     quiet = False if any(vf.driver for vf in rule.vf) or _named_vfs(draft, pf) else rule.autoprobe
-    if remade:
-        draft.steps += [
-            SetVfProperty(pf, found.index, found, found, keep=True)
-            for found in facts.settings.get(pf, ())
-            if found.index < sriov.num
-        ]
-    draft.steps += plan_vf_count(facts.facts, pf, rule.vfs, autoprobe=quiet)
+    settings = facts.settings.get(pf, ())
+    draft.steps += plan_vf_count(facts.facts, pf, rule.vfs, autoprobe=quiet, settings=settings)
     for vf in rule.vf:
         _plan_vf(draft, device, sriov, vf, remade)
 

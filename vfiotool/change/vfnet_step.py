@@ -88,15 +88,15 @@ class SetVfProperty(Step):
         if self.keep:
             return
         found = self._read(host)
-        if wanted_of(found, self.after) not in (self.after, self.before) and not self._mixed(found):
+        if not self._between(found):
             raise drifted(self.target, _words(found), _words(self.before), _words(self.after))
 
-    def _mixed(self, found: VfSettings) -> bool:
-        """Whether each setting is at one of its two ends: a change cut off half-way."""
+    def _between(self, found: VfSettings) -> bool:
+        """Whether each setting is at one of its ends; any will do where the first is unknown."""
         return all(
             getattr(found, name) in (getattr(self.before, name), getattr(self.after, name))
             for name in SETTINGS
-            if getattr(self.after, name) is not None
+            if getattr(self.before, name) is not None
         )
 
     def holds(self, host: Host) -> bool:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vfiotool import selector
 from vfiotool.change.facts import read_facts
 from vfiotool.change.journal import Journal
 from vfiotool.change.plan import (
@@ -18,6 +19,7 @@ from vfiotool.change.plan import (
 )
 from vfiotool.change.state import read_binding
 from vfiotool.change.step import Step
+from vfiotool.change.vfnet_step import read_settings
 from vfiotool.cli import render
 from vfiotool.cli.changing import (
     DEADLINE_S,
@@ -57,7 +59,6 @@ def register(app: typer.Typer) -> None:
 
 def resolve(host: Host, text: str) -> str:
     """The address of the one device that a selector names."""
-    from vfiotool import selector
 
     return selector.resolve(host, text)
 
@@ -225,7 +226,8 @@ def vf_set(
 
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
         facts = read_facts(host, [address], journal)
-        return plan_vf_count(facts, address, count, autoprobe=autoprobe)
+        settings = read_settings(host, address) or ()
+        return plan_vf_count(facts, address, count, autoprobe=autoprobe, settings=settings)
 
     title = f"vf set {address} {count}"
     done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)

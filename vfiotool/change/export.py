@@ -1,0 +1,86 @@
+"""The present state of a host as a policy: applying it there would change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vfiotool.change.facts import DeviceFacts, Facts
+from vfiotool.change.state import PARKED, Binding
+from vfiotool.errors import VfiotoolError
+from vfiotool.host import Host
+from vfiotool.mdev import Mdev, read_mdevs
+from vfiotool.pci import list_addresses
+
+
+def export_policy(host: Host) -> str:
+    """A policy's text: VFs, devices taken from their drivers, mdevs, vDPA devices."""
+    from vfiotool.change.facts import read_facts
+
+    facts = read_facts(host, list_addresses(host))
+    parts = ["version = 1\n", *_sriov_rules(facts), *_device_rules(facts)]
+    parts += _mdev_rules(read_mdevs(host))
+    parts += _vdpa_rules(host)
+    return "\n".join(parts)
+
+
+def _taken_driver(binding: Binding) -> str | None:
+    """The driver that a rule would name; None for a device on its usual driver."""
+    if binding.driver is None:
+        return "none" if binding.override == PARKED else None
+    return binding.driver if binding.driver == binding.override else None
+
+
+def _sriov_rules(facts: Facts) -> Iterable[str]:
+    for address in sorted(facts.devices):
+        sriov = facts.devices[address].sriov
+        if sriov is None or not sriov.num:
+            continue
+        lines = ["[[sriov]]", f'match = {{ address = "{address}" }}', f"vfs = {sriov.num}"]
+        rules = []
+        for index, vf in enumerate(sriov.vfs):
+            device = facts.devices.get(vf)
+            driver = None if device is None else _taken_driver(device.binding)
+            if driver is not None:
+                rules.append(f'{{ index = {index}, driver = "{driver}" }}')
+        if rules:
+            lines.append(f"vf = [ {', '.join(rules)} ]")
+        yield "\n".join(lines) + "\n"
+
+
+def _device_rules(facts: Facts) -> Iterable[str]:
+    for address in sorted(facts.devices):
+        device: DeviceFacts = facts.devices[address]
+        driver = _taken_driver(device.binding)
+        if driver is None or device.physfn is not None:
+            continue
+        ids = device.identity
+        known = f', id = "{ids.vendor}:{ids.device}"' if ids.vendor and ids.device else ""
+        yield (
+            f'[[device]]\nmatch = {{ address = "{address}"{known} }}\n'
+            f'expect = {{ count = 1 }}\ndriver = "{driver}"\n'
+        )
+
+
+def _mdev_rules(mdevs: Iterable[Mdev]) -> Iterable[str]:
+    for mdev in mdevs:
+        if mdev.parent is not None and mdev.type is not None:
+            yield (
+                f'[[mdev]]\nparent = "{mdev.parent}"\ntype = "{mdev.type}"\nuuid = "{mdev.uuid}"\n'
+            )
+
+
+def _vdpa_rules(host: Host) -> Iterable[str]:
+    from vfiotool.change.vdpa_plan import read_vdpa_facts
+
+    try:
+        devices = read_vdpa_facts(host).devices
+    except VfiotoolError:
+        # A kernel without vDPA has none to export.
+        return
+    for device in devices:
+        if device.parent is None:
+            continue
+        lines = ["[[vdpa]]", f'name = "{device.name}"', f'parent = "{device.parent}"']
+        if device.driver is not None:
+            lines.append(f'driver = "{device.driver}"')
+        yield "\n".join(lines) + "\n"
