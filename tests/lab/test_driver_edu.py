@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from math import factorial
 
 import pytest
 from vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors
 
+from vfiotool.cli.app import main
 from vfiotool.drivers.edu import ADDRESS_BITS, BUFFER_SIZE, Edu
 from vfiotool.errors import UsageError
 from vfiotool.vfio import Device
@@ -95,12 +94,12 @@ def test_closing_leaves_bus_mastering_off_and_no_descriptor_open() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_demo_command_passes_and_says_so_in_json(backend: str) -> None:
+def test_demo_command_passes_and_says_so_in_json(
+    backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     bind_vfio(EDU)
-    command = [sys.executable, "-m", "vfiotool", "demo", "edu", EDU, "--backend", backend, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    assert main(["demo", "edu", EDU, "--backend", backend, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert told["format_version"] == "1.0"
     assert told["backend"] == backend
     assert [check["name"] for check in told["checks"] if check["passed"]] == [

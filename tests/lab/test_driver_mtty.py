@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 from vfio_guest import BACKENDS, mdev
 
+from vfiotool.cli.app import main
 from vfiotool.drivers import demo
 from vfiotool.drivers.mtty import FIFO_BYTES, SerialPort
 from vfiotool.errors import NotFound, Unsupported, UsageError
@@ -93,12 +92,12 @@ def test_an_mdev_has_no_msix_and_one_kind_of_interrupt_at_a_time(
         device.irqs.intx()
 
 
-def test_device_commands_reach_the_serial_port(backend: str, two_ports: str) -> None:
+def test_device_commands_reach_the_serial_port(
+    backend: str, two_ports: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "vfiotool", "device", *arguments, "--backend", backend]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert main(["device", *arguments, "--backend", backend]) == 0
+        return capsys.readouterr().out
 
     run("write", two_ports, "0", "7", "0x5a", "--width", "1")
     told = json.loads(run("read", two_ports, "bar0", "7", "--width", "1", "--json"))

@@ -1,11 +1,13 @@
-"""`device info|read|write|reset|dump` and `demo`: drive a VFIO device from the command line."""
+"""`device info|read|write|reset|dump|trace` and `demo`: a VFIO device on the command line."""
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -45,6 +47,7 @@ def register(app: typer.Typer) -> None:
     group.command("write", context_settings={"ignore_unknown_options": True})(write)
     group.command("reset")(reset)
     group.command("dump")(dump)
+    group.command("trace")(trace_command)
     app.add_typer(group, name="device")
     app.command("demo")(demo)
 
@@ -258,6 +261,85 @@ def dump(
         decoded = "  ".join(f"{key}={bits:#x}" for key, bits in fields.items())
         shown = f"{value:0{2 * register.width}x}"
         print(f"{register.offset:06x}  {register.name:<24} {shown:>16}  {decoded}".rstrip())
+
+
+def trace_command(
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Made with --trace; - for stdin.")],
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="FILE", help="Tell where FILE differs.")
+    ] = None,
+    replay: Annotated[
+        str | None, typer.Option("--replay", metavar="DEVICE", help="Do it again on a device.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on showing what is appended.")
+    ] = False,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> int:
+    """Show a recorded trace, live with -f; compare two; replay one. 1 if they differ."""
+    from vfiotool.vfio.replay import Replay
+    from vfiotool.vfio.trace import differences, load
+
+    if compare is None and replay is None:
+        with _lines(file, follow) as lines:
+            for event in load(lines):
+                print(json.dumps(event) if _wants_json(context, as_json) else _shown(event))
+        return 0
+    with _lines(file, False) as lines:
+        events = list(load(lines))
+    if compare is not None:
+        with _lines(compare, False) as lines:
+            found = differences(events, load(lines))
+    else:
+        with opened(context, replay or "", backend) as device:
+            found = Replay(device).run(events)
+    if _wants_json(context, as_json):
+        emit({"events": len(events), "differences": found})
+    else:
+        print("\n".join(found) if found else f"{len(events)} events, no difference")
+    return 1 if found else 0
+
+
+@contextmanager
+def _lines(file: str, follow: bool) -> Iterator[Iterator[str]]:
+    """The lines of a file; with `follow` those too that are still to come, until Ctrl-C."""
+    if file == "-":
+        yield iter(sys.stdin)
+        return
+    try:
+        source = open(file)  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    with source:
+        yield _following(source) if follow else iter(source)
+
+
+def _following(source: TextIO) -> Iterator[str]:
+    held = ""
+    while True:
+        held += source.readline()
+        if held.endswith("\n"):
+            yield held
+            held = ""
+        else:
+            sys.stdout.flush()
+            time.sleep(0.1)
+
+
+def _shown(event: dict[str, object]) -> str:
+    """An event on one line: time, what, and its numbers in hexadecimal."""
+    rest = "  ".join(
+        f"{key}={value:#x}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{key}={value}"
+        for key, value in event.items()
+        if key not in ("t", "device", "event")
+    )
+    when = event.get("t")
+    stamp = f"{when:12.6f}" if isinstance(when, int | float) else " " * 12
+    return f"{stamp}  {event.get('event')!s:<9} {rest}"
 
 
 def demo(

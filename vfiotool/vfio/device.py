@@ -323,6 +323,14 @@ class Device:
             raise failure
         return answer
 
+    def low_power(self, on: bool) -> None:
+        """Let the kernel put the device to sleep until it is accessed again, or wake it. Mapped
+        accesses would be bus errors meanwhile: they are refused. Raises Unsupported where the
+        kernel has no such feature (before Linux 6.1)."""
+        self.feature(3 if on else 5, FEATURE_SET)
+        for mapping in list(self.mappings):
+            mapping._block(on)
+
     def on_close(self, quiesce: Callable[[], object]) -> None:
         """Call `quiesce` first of all when the device is closed; the last registered goes first."""
         self._quiesce.append(quiesce)
