@@ -70,11 +70,11 @@ class SmallHost:
         for holder in holders:
             self.link(f"{path}/holders/{holder}", f"/sys/devices/virtual/block/{holder}")
 
-    def nvme(self, address: str, disk: str, number: str, **more: str) -> str:
+    def nvme(self, address: str, disk: str, number: str, *, group: int | None = None) -> str:
         """An NVMe function with one namespace; the function's path."""
         path = self.function(
-            address, identity="1b36:0010", class_code="010802", driver="nvme", **more
-        )  # type: ignore[arg-type]
+            address, identity="1b36:0010", class_code="010802", driver="nvme", group=group
+        )
         self.block(disk, f"{path}/nvme/{disk[:-2]}/{disk}", number)
         return path
 
