@@ -75,3 +75,8 @@ def escape(text: str) -> str:
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def escape_line(text: str) -> str:
+    """As `escape`, newlines too: for a name that stands within a line or a table."""
+    return escape(text).replace("\n", "\\n")

@@ -183,7 +183,7 @@ class _Builder:
 def _as_rich(root: Node) -> Tree:
     from rich.tree import Tree
 
-    label = f"[bold]{render.escape(root.address)}[/bold]"
+    label = f"[bold]{render.escape_line(root.address)}[/bold]"
     if root.numa_node is not None:
         label += f"  NUMA node {root.numa_node}"
     branch = Tree(label, guide_style="bright_black")
@@ -197,7 +197,7 @@ def _grow(branch: Tree, children: Iterable[Node]) -> None:
         if child.kind != "vf" or len(vfs) <= _VFS_SHOWN:
             _grow(branch.add(_label(child)), child.children)
     if len(vfs) > _VFS_SHOWN:
-        branch.add(render.escape(summary_of(vfs)))
+        branch.add(render.escape_line(summary_of(vfs)))
 
 
 def summary_of(vfs: list[Node]) -> str:
@@ -217,7 +217,7 @@ def _label(node: Node) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
     if node.kind == "vf":
         text.append(f"VF {'?' if node.number is None else node.number}  ", "cyan")
-    text.append(render.escape(short(node.address)), "bold")
+    text.append(render.escape_line(short(node.address)), "bold")
     if node.group is not None:
         text.append(f"  group {node.group}", "cyan" if node.shared else "")
         if node.viable and node.kind != "bridge":
@@ -225,12 +225,12 @@ def _label(node: Node) -> Text:
         elif node.viable is False and node.shared:
             text.append(" ✗", "red")
     if node.kind != "mdev":
-        text.append(f"  {render.escape(node.driver or 'no driver')}", style)
+        text.append(f"  {render.escape_line(node.driver or 'no driver')}", style)
     if node.pci_id is not None:
         text.append(f"  {node.pci_id}", "bright_black")
     if node.name:
         text.append(
-            f"  {render.escape(node.name)}", "bright_black" if node.kind == "bridge" else ""
+            f"  {render.escape_line(node.name)}", "bright_black" if node.kind == "bridge" else ""
         )
     return text
 

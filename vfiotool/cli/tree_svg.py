@@ -184,7 +184,7 @@ def _text(
 ) -> str:
     """A line of text, cut to `room` pixels by the mean width of a letter."""
     letters = max(int(room / (size * (0.62 if mono else 0.56))), 3)
-    text = render.escape(text).replace("\n", " ")
+    text = render.escape_line(text)
     if len(text) > letters:
         text = text[: letters - 1] + "…"
     family = f' font-family="{_MONO}"' if mono else ""

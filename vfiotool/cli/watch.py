@@ -58,7 +58,7 @@ def watch(
 
 def as_line(event: Event, *, as_json: bool) -> str:
     """An event as one line of text or of NDJSON, without control characters."""
-    return json.dumps(event_as_json(event)) if as_json else render.escape(_text(event))
+    return json.dumps(event_as_json(event)) if as_json else render.escape_line(_text(event))
 
 
 def event_as_json(event: Event) -> dict[str, object]:
