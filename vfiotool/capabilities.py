@@ -129,6 +129,8 @@ def read_config(host: Host, address: str) -> ConfigSpace | None:
     return parse_config(data)
 
 
+# The VFs of a physical function often have the very same bytes there: decode those once.
+@lru_cache(maxsize=512)
 def parse_config(data: bytes) -> ConfigSpace:
     """Decode up to 4096 bytes of configuration space; never raises, whatever they hold."""
     data = data[:4096]
@@ -223,7 +225,7 @@ def _extended_capability(head: int, at: int, data: bytes, kind: int) -> Capabili
     return Capability(id_, at, True, head >> 16 & 0xF, name, title, fields)
 
 
-# A physical function's VFs share most of their capabilities byte for byte: decode those once.
+# Functions of one kind share most of their capabilities byte for byte.
 @lru_cache(maxsize=4096)
 def _decode(decoder: _Decoder, body: bytes) -> Fields:
     return decoder(body)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from json import JSONEncoder
+
 from vfiotool.capabilities import Capability, ConfigSpace
 from vfiotool.capabilities_header import Header
 from vfiotool.capabilities_vpd import Vpd
@@ -10,8 +12,37 @@ from vfiotool.names import Names
 from vfiotool.pci import Link, PciFunction, Region, Sriov
 
 
+class FunctionWriter:
+    """Writes one function after another as JSON text, encoding equal configuration spaces once."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self._encode = JSONEncoder().encode
+        # By identity: `parse_config` gives the same object for the same bytes, and the object is
+        # kept here so that no other can take its place.
+        self._known: dict[int, tuple[ConfigSpace, str]] = {}
+
+    def text(self, function: PciFunction, details: Details) -> str:
+        """`function_as_json` as text on one line."""
+        whole = self._encode(_facts(function, details, self._names))
+        return f'{whole[:-1]}, "config": {self._config(details.config)}}}'
+
+    def _config(self, space: ConfigSpace | None) -> str:
+        if space is None:
+            return "null"
+        known = self._known.get(id(space))
+        if known is None:
+            known = self._known[id(space)] = (space, self._encode(config_as_json(space)))
+        return known[1]
+
+
 def function_as_json(function: PciFunction, details: Details, names: Names) -> dict[str, object]:
     """One function in the contract's shape and beyond; what the host does not tell is None."""
+    config = None if details.config is None else config_as_json(details.config)
+    return {**_facts(function, details, names), "config": config}
+
+
+def _facts(function: PciFunction, details: Details, names: Names) -> dict[str, object]:
     known = names.lookup(
         function.vendor,
         function.device,
@@ -55,7 +86,6 @@ def function_as_json(function: PciFunction, details: Details, names: Names) -> d
         "mdev_parent": details.mdev_parent,
         "mdevs": list(details.mdevs),
         "vdpas": list(details.vdpas),
-        "config": None if details.config is None else config_as_json(details.config),
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vfiotool.errors import UsageError
@@ -22,6 +22,7 @@ _IORESOURCE_IO = 0x100
 _IORESOURCE_MEM = 0x200
 _IORESOURCE_PREFETCH = 0x2000
 _IORESOURCE_MEM_64 = 0x100000
+_UNSET = " 0x0000000000000000"
 # Six BARs and the expansion ROM; later lines are SR-IOV BARs and bridge windows.
 _OWN_RESOURCES = 7
 
@@ -143,7 +144,10 @@ def parse_uevent(text: str) -> dict[str, str]:
 
 def parse_identity(address: str, uevent: str) -> PciIdentity:
     """A function's identity from its `uevent` text (drivers/pci/pci-driver.c, pci_uevent)."""
-    keys = parse_uevent(uevent)
+    return _identity(address, parse_uevent(uevent))
+
+
+def _identity(address: str, keys: Mapping[str, str]) -> PciIdentity:
     vendor, device = parse_id_pair(keys.get("PCI_ID"))
     subsystem_vendor, subsystem_device = parse_id_pair(keys.get("PCI_SUBSYS_ID"))
     class_code = keys.get("PCI_CLASS")
@@ -161,7 +165,9 @@ def parse_identity(address: str, uevent: str) -> PciIdentity:
 def parse_resource(text: str) -> tuple[Region, ...]:
     """The BARs and ROM of a `resource` file; unset and malformed lines are passed over."""
     regions = []
-    for index, line in enumerate(text.splitlines()[:_OWN_RESOURCES]):
+    for index, line in enumerate(text.split("\n", _OWN_RESOURCES)[:_OWN_RESOURCES]):
+        if line.endswith(_UNSET):
+            continue
         try:
             start, end, flags = (int(word, 16) for word in line.split())
         except ValueError:
@@ -227,17 +233,8 @@ def read_functions(host: Host, addresses: Iterable[str]) -> tuple[PciFunction, .
     ]
     answers = host.read_guarded(locked)
     indices: dict[str, dict[str, int]] = {}
-    found = []
-    for address, present in listed:
-        function = _read_function(host, address, present, answers)
-        if function is None:
-            continue
-        if function.physfn is not None:
-            if function.physfn not in indices:
-                indices[function.physfn] = read_vf_indices(host, function.physfn)
-            function = replace(function, vf_index=indices[function.physfn].get(address))
-        found.append(function)
-    return tuple(found)
+    found = (_read_function(host, name, present, answers, indices) for name, present in listed)
+    return tuple(function for function in found if function is not None)
 
 
 def _attributes(host: Host, address: str) -> frozenset[str]:
@@ -249,14 +246,20 @@ def _attributes(host: Host, address: str) -> frozenset[str]:
 
 
 def _read_function(
-    host: Host, address: str, present: frozenset[str], answers: Mapping[str, str | None]
+    host: Host,
+    address: str,
+    present: frozenset[str],
+    answers: Mapping[str, str | None],
+    indices: dict[str, dict[str, int]],
 ) -> PciFunction | None:
+    """One function; `indices` keeps each physical function's VFs for the next of them."""
     base = f"{SYS_PCI_DEVICES}/{address}"
     text = host.read(f"{base}/uevent")
     path = host.realpath(base)
     if text is None or path is None:
         return None
-    identity = parse_identity(address, text)
+    keys = parse_uevent(text)
+    identity = _identity(address, keys)
 
     def read(name: str) -> str | None:
         return host.read(f"{base}/{name}") if name in present else None
@@ -267,7 +270,10 @@ def _read_function(
     def link(name: str) -> str | None:
         return host.linkname(f"{base}/{name}") if name in present else None
 
-    group, physfn, revision = link("iommu_group"), link("physfn"), read("revision")
+    physfn = link("physfn")
+    if physfn is not None and physfn not in indices:
+        indices[physfn] = read_vf_indices(host, physfn)
+    group, revision = link("iommu_group"), read("revision")
     override, numa_node = answers.get(f"{base}/driver_override"), number("numa_node")
     return PciFunction(
         address=identity.address,
@@ -285,11 +291,11 @@ def _read_function(
         boot_vga=_flag(number("boot_vga")),
         sriov=_sriov(number, answers.get(f"{base}/sriov_numvfs")),
         physfn=physfn,
-        vf_index=None,
+        vf_index=None if physfn is None else indices[physfn].get(address),
         reset_methods=tuple((read("reset_method") or "").split()),
         regions=parse_resource(read("resource") or ""),
         link=_link(read, number),
-        modalias=parse_uevent(text).get("MODALIAS"),
+        modalias=keys.get("MODALIAS"),
         power_state=read("power_state"),
         d3cold_allowed=_flag(number("d3cold_allowed")),
         iommu=link("iommu"),

@@ -199,7 +199,7 @@ def _pf_config(number: int, vfs: int) -> bytearray:
     return build(standard, extended, device=0x1592)
 
 
-def _vf_config() -> bytearray:
+def _vf_config(driver: str | None) -> bytearray:
     standard: list[Standard] = [(0x11, _MSIX), _express(0)]
     extended: list[Extended] = [
         (0x0001, 2, _AER),
@@ -207,7 +207,12 @@ def _vf_config() -> bytearray:
         (0x0017, 1, bytes(8)),
         (0x000D, 1, bytes(4)),
     ]
-    return build(standard, extended, vendor=0xFFFF, device=0xFFFF)
+    data = build(standard, extended, vendor=0xFFFF, device=0xFFFF)
+    # A driver turns its function's bus mastering on, and vfio-pci waits for a user to do so.
+    data[4] = {"iavf": 0x04, "vfio-pci": 0x00, None: 0x00}[driver]
+    if driver is None:
+        data[0x43] &= 0x7F
+    return data
 
 
 def _port_config(number: int) -> bytearray:
@@ -280,7 +285,7 @@ def _lay_network(maker: HostMaker, port: str, domain: int, bus: int, unit: int) 
             class_code=0x020000,
             driver=_DRIVERS[index % len(_DRIVERS)],
             group=maker.group(),
-            config=_vf_config(),
+            config=_vf_config(_DRIVERS[index % len(_DRIVERS)]),
             links={"physfn": f"../{names[0]}"},
         )
 

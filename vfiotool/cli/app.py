@@ -114,10 +114,11 @@ def _command_name(arguments: list[str]) -> str | None:
 
 
 def _run_fast(arguments: list[str]) -> int | None:
-    """`groups` without typer, where nothing but ids and the global options was given."""
-    if _command_name(arguments) != "groups":
+    """`groups` and `devices` without typer, given nothing but names and global options."""
+    command = _command_name(arguments)
+    if command not in ("groups", "devices"):
         return None
-    ids: list[str] = []
+    words: list[str] = []
     root: str | None = None
     pending = iter(arguments)
     for argument in pending:
@@ -127,13 +128,21 @@ def _run_fast(arguments: list[str]) -> int | None:
                 return None
         elif argument.startswith("--root="):
             root = argument.removeprefix("--root=")
-        elif argument.isdecimal():
-            ids.append(argument)
-        elif argument not in ("groups", "--json", "--debug"):
-            return None
+        elif argument.startswith("-"):
+            if argument not in ("--json", "--debug"):
+                return None
+        else:
+            words.append(argument)
+    names, as_json = words[1:], "--json" in arguments
     from vfiotool.cli.groups import open_lean, run_groups
 
-    return run_groups(open_lean(root), [int(text) for text in ids], as_json="--json" in arguments)
+    if command == "devices":
+        from vfiotool.cli.devices import run_devices
+
+        return run_devices(open_lean(root), names, as_json=as_json)
+    if not all(name.isdecimal() for name in names):
+        return None
+    return run_groups(open_lean(root), [int(name) for name in names], as_json=as_json)
 
 
 def _run_typer(arguments: list[str]) -> int:

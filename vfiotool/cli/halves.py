@@ -20,30 +20,35 @@ if TYPE_CHECKING:
 
 # Starting a process costs about as much as reading so many items.
 WORTH_IT = 256
+# So many are read in one go: more of them make it no faster and take more memory.
+_MOST = 2048
 _LENGTH_BYTES = 8
 
 
 def in_halves(
     host: Host, items: Sequence[Item], read: Callable[[Sequence[Item]], str]
 ) -> Iterator[str]:
-    """`read` of the items' first and second half, in this order; of all at once if they are few.
+    """`read` of one part of the items after another, in order; of all at once if they are few.
 
-    The second half is read in a child where the host is a tree of real files and there is a
-    processor for it. `read` must not change anything.
+    Every second part is read in a child where the host is a tree of real files and there is a
+    processor for it. `read` must not change anything and must return ASCII.
     """
-    middle = (len(items) + 1) // 2
     spread = len(items) >= WORTH_IT and hasattr(host.tree, "root")
     if not spread or len(os.sched_getaffinity(0)) < 2:
         yield read(items)
         return
-    child, pipe = _start(items[middle:], read)
-    try:
-        yield read(items[:middle])
-        answer = _collect(pipe)
-    finally:
-        os.close(pipe)
-        os.waitpid(child, 0)
-    yield read(items[middle:]) if answer is None else answer
+    pairs = -(-len(items) // (2 * _MOST))
+    size = -(-len(items) // (2 * pairs))
+    for begin in range(0, len(items), 2 * size):
+        here, there = items[begin : begin + size], items[begin + size : begin + 2 * size]
+        child, pipe = _start(there, read)
+        try:
+            yield read(here)
+            answer = _collect(pipe)
+        finally:
+            os.close(pipe)
+            os.waitpid(child, 0)
+        yield read(there) if answer is None else answer
 
 
 def _start(items: Sequence[Item], read: Callable[[Sequence[Item]], str]) -> tuple[int, int]:
@@ -53,7 +58,7 @@ def _start(items: Sequence[Item], read: Callable[[Sequence[Item]], str]) -> tupl
         # Whatever happens, the child must never run on in the parent's code.
         try:
             os.close(pipe)
-            data = read(items).encode("ascii", "backslashreplace")
+            data = read(items).encode("ascii")
             _send(writer, len(data).to_bytes(_LENGTH_BYTES, "little") + data)
         finally:
             os._exit(0)

@@ -13,7 +13,7 @@ from vfiotool.host import Host
 from vfiotool.inventory_show import ShownFunction, ShownMdev
 from vfiotool.iommu import IommuGroup, role_of
 from vfiotool.names import read_names
-from vfiotool.pci import Link, PciFunction, Region, list_addresses, read_functions
+from vfiotool.pci import Link, PciFunction, Region, read_functions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,11 +32,11 @@ _ROLES = {
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 
 
-def print_devices(host: Host, chosen: list[str] | None) -> None:
+def print_devices(host: Host, chosen: Iterable[str]) -> None:
     """One line a function: where it is, what it is, who has it."""
     names = read_names(host)
     rows = [("ADDRESS", "ID", "GROUP", "DRIVER", "NAME")]
-    for function in read_functions(host, list_addresses(host) if chosen is None else chosen):
+    for function in read_functions(host, chosen):
         known = names.lookup(function.vendor, function.device, class_code=function.class_code)
         parts = (known.vendor, known.device or known.class_name)
         rows.append(
