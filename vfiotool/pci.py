@@ -224,31 +224,22 @@ def read_functions(host: Host, addresses: Iterable[str]) -> tuple[PciFunction, .
     for all at once and with a deadline: it is None for a device that is stuck in an unbind
     (drivers/pci/pci-sysfs.c, driver_override_show; drivers/pci/iov.c, sriov_numvfs_show).
     """
-    listed = [(address, _attributes(host, address)) for address in addresses]
-    locked = [
-        f"{SYS_PCI_DEVICES}/{address}/{name}"
-        for address, present in listed
-        for name in ("driver_override", "sriov_numvfs")
-        if name in present
+    wanted = list(addresses)
+    totals = {name: host.read_int(f"{SYS_PCI_DEVICES}/{name}/sriov_totalvfs") for name in wanted}
+    locked = [f"{SYS_PCI_DEVICES}/{name}/driver_override" for name in wanted]
+    locked += [
+        f"{SYS_PCI_DEVICES}/{name}/sriov_numvfs" for name in wanted if totals[name] is not None
     ]
     answers = host.read_guarded(locked)
     indices: dict[str, dict[str, int]] = {}
-    found = (_read_function(host, name, present, answers, indices) for name, present in listed)
+    found = (_read_function(host, name, totals[name], answers, indices) for name in wanted)
     return tuple(function for function in found if function is not None)
-
-
-def _attributes(host: Host, address: str) -> frozenset[str]:
-    """The names in a function's directory: one listing spares a dozen failing opens."""
-    try:
-        return frozenset(host.tree.listdir(f"{SYS_PCI_DEVICES}/{address}"))
-    except OSError:
-        return frozenset()
 
 
 def _read_function(
     host: Host,
     address: str,
-    present: frozenset[str],
+    total_vfs: int | None,
     answers: Mapping[str, str | None],
     indices: dict[str, dict[str, int]],
 ) -> PciFunction | None:
@@ -262,14 +253,15 @@ def _read_function(
     identity = _identity(address, keys)
 
     def read(name: str) -> str | None:
-        return host.read(f"{base}/{name}") if name in present else None
+        return host.read(f"{base}/{name}")
 
     def number(name: str) -> int | None:
-        return host.read_int(f"{base}/{name}") if name in present else None
+        return host.read_int(f"{base}/{name}")
 
     def link(name: str) -> str | None:
-        return host.linkname(f"{base}/{name}") if name in present else None
+        return host.linkname(f"{base}/{name}")
 
+    is_display = (identity.class_code or "").startswith("03")
     physfn = link("physfn")
     if physfn is not None and physfn not in indices:
         indices[physfn] = read_vf_indices(host, physfn)
@@ -288,8 +280,8 @@ def _read_function(
         driver_override=None if override in (None, "", "(null)") else override,
         iommu_group=int(group) if group is not None and group.isdecimal() else None,
         numa_node=None if numa_node is None or numa_node < 0 else numa_node,
-        boot_vga=_flag(number("boot_vga")),
-        sriov=_sriov(number, answers.get(f"{base}/sriov_numvfs")),
+        boot_vga=_flag(number("boot_vga")) if is_display else None,
+        sriov=_sriov(number, total_vfs, answers.get(f"{base}/sriov_numvfs")),
         physfn=physfn,
         vf_index=None if physfn is None else indices[physfn].get(address),
         reset_methods=tuple((read("reset_method") or "").split()),
@@ -324,12 +316,13 @@ def _lanes(width: int | None) -> int | None:
     return None if width in (0, 255) else width
 
 
-def _sriov(number: Callable[[str], int | None], num_vfs: str | None) -> Sriov | None:
-    total = number("sriov_totalvfs")
-    if total is None:
+def _sriov(
+    number: Callable[[str], int | None], total_vfs: int | None, num_vfs: str | None
+) -> Sriov | None:
+    if total_vfs is None:
         return None
     return Sriov(
-        total_vfs=total,
+        total_vfs=total_vfs,
         num_vfs=int(num_vfs) if num_vfs is not None and num_vfs.isdecimal() else None,
         autoprobe=_flag(number("sriov_drivers_autoprobe")),
     )
