@@ -90,19 +90,28 @@ Make = Callable[[Host, Journal | None], tuple[Step, ...]]
 
 def binding(*addresses: str, driver: str | None = None, whole_group: bool = False) -> Make:
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
-        facts = read_facts(host, addresses, journal, whole_groups=whole_group)
+        facts = read_facts(
+            host,
+            addresses,
+            journal,
+            whole_groups=whole_group,
+            variants_wanted=driver is None,
+        )
         return plan_bind(facts, addresses, driver, whole_group=whole_group)
 
     return make
 
 
 def releasing(*addresses: str) -> Make:
-    return lambda host, journal: plan_release(read_facts(host, addresses, journal), addresses)
+    return lambda host, journal: plan_release(
+        read_facts(host, addresses, journal, variants_wanted=False), addresses
+    )
 
 
 def counting(pf: str, count: int, autoprobe: bool | None = None) -> Make:
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
-        facts, settings = read_facts(host, [pf], journal), read_settings(host, pf) or ()
+        facts = read_facts(host, [pf], journal, variants_wanted=False)
+        settings = read_settings(host, pf) or ()
         return plan_vf_count(facts, pf, count, autoprobe=autoprobe, settings=settings)
 
     return make

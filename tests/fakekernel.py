@@ -21,7 +21,7 @@ from vfiotool.host import Host, MemoryTree
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.netlink import Message, Request, iterate_attributes, parse_attributes
 from vfiotool.netlink_route import VfSettings
-from vfiotool.pci import Address, parse_identity
+from vfiotool.pci import Address, list_addresses, parse_identity, read_identity
 
 PCI = "/sys/bus/pci"
 BOOT = "3b4e8c52-1111-4222-8333-0123456789ab"
@@ -29,6 +29,12 @@ RTM_SETLINK, IFLA_VFINFO_LIST = 19, 22
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\n?")
 
 ERRNOS = ("EBUSY", "ENODEV", "EIO", "EINVAL", "EACCES", "ENOENT", "ENOMEM")
+# samples/vfio-mdev: how many units a parent has, and how many each type takes of them.
+SAMPLE_PARENTS: dict[str, tuple[int, dict[str, int]]] = {
+    "mtty": (24, {"mtty-1": 1, "mtty-2": 2}),
+    "mdpy": (4, {"mdpy-vga": 1, "mdpy-xga": 1, "mdpy-hd": 1}),
+    "mbochs": (256, {"mbochs-small": 4, "mbochs-medium": 16, "mbochs-large": 64}),
+}
 FAULTS = (*ERRNOS, "short", "silent", "partial", "hang")
 
 
@@ -294,11 +300,14 @@ class FakeKernel(MemoryTree):
         elif re.fullmatch(rf"{PCI}/drivers/[^/]+/(bind|unbind)", path):
             self._bind_or_unbind(path, name, target)
         elif name == "driver_override":
+            if len(text) >= 4095:
+                raise _error(errno.EINVAL, path)
             value = text.partition("\n")[0]
             self._put(f"{self._real(target)}/driver_override", f"{value or '(null)'}\n".encode())
         elif name == "sriov_numvfs":
             self._set_vfs(path, target, int(text), partial)
         elif name == "sriov_drivers_autoprobe":
+            # kstrtobool takes more words than these, and no others are written.
             if text.strip() not in ("0", "1"):
                 raise _error(errno.EINVAL, path)
             self._put(f"{self._real(target)}/{name}", f"{text.strip()}\n".encode())
@@ -513,8 +522,10 @@ class FakeKernel(MemoryTree):
         self._count_instances(parent)
 
     def _remove_mdev(self, path: str, uuid: str, text: str) -> None:
-        if text.strip() != "1":
+        if not text.strip().isdecimal():
             raise _error(errno.EINVAL, path)
+        if text.strip() == "0":
+            return
         real = self.resolve(f"/sys/bus/mdev/devices/{uuid}")
         self._leave_group(real, uuid)
         self._remove(real)
@@ -525,7 +536,46 @@ class FakeKernel(MemoryTree):
 
     def state(self) -> dict[Any, object]:
         """Everything that a change can change, but group numbers: those of VFs are not stable."""
-        return end_state(self.host()) | self.vf_info
+        levels = {path: data for path, data in self.files.items() if path.endswith("/attr_level")}
+        return end_state(self.host()) | self.vf_info | levels
+
+
+def mirror(host: Host) -> FakeKernel:
+    """A fake kernel with the functions, drivers and mdev parents of a real one."""
+    kernel = FakeKernel()
+    found = [(name, read_identity(host, name)) for name in list_addresses(host)]
+    names = host.listdir(f"{PCI}/drivers")
+    for driver in names:
+        bound = [one for _, one in found if one is not None and one.driver == driver]
+        kernel.add_driver(driver, [f"{one.vendor}:{one.device}" for one in bound])
+    if "igbvf" in kernel.drivers:
+        kernel.drivers["igbvf"].ids = frozenset(["8086:10ca"])
+    for address, one in found:
+        assert one is not None
+        base = f"{PCI}/devices/{address}"
+        group = host.linkname(f"{base}/iommu_group")
+        numbers = {
+            name: host.read_int(f"{base}/sriov_{name}") for name in ("totalvfs", "offset", "stride")
+        }
+        kernel.add_function(
+            address,
+            f"{one.vendor}:{one.device}",
+            class_code=one.class_code or "ff0000",
+            driver=one.driver,
+            group=None if group is None else int(group),
+            total_vfs=numbers["totalvfs"] or 0,
+            vf_ids=f"{one.vendor}:{host.read(f'{base}/sriov_vf_device')}",
+            offset=numbers["offset"] or 0,
+            stride=numbers["stride"] or 0,
+        )
+        if one.driver is not None and one.driver not in ("igb", "nvme"):
+            kernel.drivers[one.driver].sriov = False
+        override = host.read(f"{base}/driver_override")
+        kernel._put(f"/sys/devices/pci0000:00/{address}/driver_override", f"{override}\n".encode())
+    for parent in host.listdir("/sys/class/mdev_bus"):
+        if parent in SAMPLE_PARENTS:
+            kernel.add_parent(parent, *SAMPLE_PARENTS[parent])
+    return kernel
 
 
 def end_state(host: Host) -> dict[Any, object]:
@@ -543,7 +593,7 @@ def end_state(host: Host) -> dict[Any, object]:
         base = f"/sys/bus/mdev/devices/{uuid}"
         place = host.realpath(base) or ""
         kind = host.linkname(f"{base}/mdev_type")
-        state[uuid] = (place.split("/")[-2], kind, host.read(f"{base}/attr_level"))
+        state[uuid] = (place.split("/")[-2], kind)
     return state
 
 

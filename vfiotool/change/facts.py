@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from vfiotool.change.journal import Journal
 from vfiotool.change.state import (
@@ -25,6 +26,7 @@ from vfiotool.host import (
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
     Host,
+    Tree,
 )
 from vfiotool.pci import Address, parse_uevent
 from vfiotool.sriov import read_vfs
@@ -91,12 +93,14 @@ def read_facts(
     journal: Journal | None = None,
     *,
     whole_groups: bool = False,
+    variants_wanted: bool = True,
 ) -> Facts:
     """Facts of these functions, their VFs and, with `whole_groups`, all of their groups.
 
-    Functions that are not there are left out. Raises Stuck if a device's lock is held.
+    Functions that are not there are left out; without `variants_wanted` the best driver of all is
+    vfio-pci. Raises Stuck if a device's lock is held.
     """
-    variants = read_variants(host)
+    variants = read_variants(host) if variants_wanted else ()
     devices: dict[str, DeviceFacts] = {}
     members: dict[int, tuple[str, ...]] = {}
     pending = list(dict.fromkeys(addresses))
@@ -179,17 +183,21 @@ class Variant:
     driver: str
 
 
-def read_variants(host: Host) -> tuple[Variant, ...]:
-    """The VFIO drivers that the kernel's modules offer, most exact first.
+# Reading a megabyte of aliases is what planning a bind costs most: once a tree is enough.
+_VARIANTS: WeakKeyDictionary[Tree, tuple[Variant, ...]] = WeakKeyDictionary()
 
-    Source: include/linux/mod_devicetable.h, PCI_ID_F_VFIO_DRIVER_OVERRIDE; the aliases are those
-    that libvirt and driverctl's successors choose from.
+
+def read_variants(host: Host) -> tuple[Variant, ...]:
+    """The VFIO drivers that the kernel's modules offer, most exact first; read once a host.
+
+    Source: include/linux/mod_devicetable.h, PCI_ID_F_VFIO_DRIVER_OVERRIDE.
     """
-    release = host.read(PROC_OSRELEASE)
-    text = host.read(f"/lib/modules/{release}/modules.alias") if release else None
-    if text is None:
-        return ()
-    return parse_variants(text)
+    found = _VARIANTS.get(host.tree)
+    if found is None:
+        release = host.read(PROC_OSRELEASE)
+        text = host.read(f"/lib/modules/{release}/modules.alias") if release else None
+        found = _VARIANTS[host.tree] = parse_variants(text or "")
+    return found
 
 
 def parse_variants(text: str) -> tuple[Variant, ...]:

@@ -74,7 +74,20 @@ def plan_bind(
     return tuple(steps)
 
 
+def _refuse_with_vfs(device: DeviceFacts) -> None:
+    """A PF's driver takes the VFs away when it goes, and vfio-pci refuses a PF that has any."""
+    if device.sriov is None or not device.sriov.num:
+        return
+    raise Refused(
+        f"{device.address} has {device.sriov.num} VFs, which a change of its driver would destroy: "
+        f"{', '.join(device.sriov.vfs)}",
+        hint=f"vfiotool vf set {device.address} 0",
+        device=device.address,
+    )
+
+
 def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
+    _refuse_with_vfs(device)
     if device.is_bridge:
         raise Refused(
             f"{device.address} is a bridge: what lies behind it would be lost",
@@ -102,13 +115,15 @@ def load_steps(facts: Facts, steps: list[Step], driver: str | None) -> list[Step
 def plan_release(facts: Facts, addresses: Iterable[str]) -> tuple[Step, ...]:
     """Give each device back to the driver it had before, or to the kernel's choice.
 
-    A device that is not taken from its driver needs no step. Raises NotFound.
+    A device that is not taken from its driver needs no step. Raises NotFound, and Refused for a
+    PF whose VFs are enabled.
     """
     steps: list[Step] = []
     for address in dict.fromkeys(addresses):
         device = facts.device(address)
         if not device.binding.taken:
             continue
+        _refuse_with_vfs(device)
         origin = device.origin
         goal = Binding(ANY if origin is None else origin.driver, None)
         if origin is not None:

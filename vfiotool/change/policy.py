@@ -233,10 +233,11 @@ def read_policy(path: str) -> Policy:
         raise NotFound(f"there is no policy {path}", hint="vfiotool export prints one") from error
     except OSError as error:
         raise from_oserror(f"open the policy {path}", error) from error
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(descriptor)
+        raise UsageError(f"the policy {path} is no regular file")
     with os.fdopen(descriptor, "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise UsageError(f"the policy {path} is no regular file")
         if os.geteuid() == 0 and facts.st_mode & stat.S_IWOTH:
             raise Refused(
                 f"anybody can write to {path}, and root would follow it",
@@ -395,7 +396,7 @@ class _Reader:
         self.known(path, table, ("match", "expect", "vf", *_SRIOV))
         self.need(path, table, "vfs")
         values = self.take(path, table, _SRIOV)
-        rules = self.vf_rules(path, table, values.get("vfs", 0))
+        rules = self.vf_rules(path, table, values.get("vfs"))
         return SriovRule(
             match=self.match(path, table),
             count=self.count(path, table),
@@ -404,7 +405,7 @@ class _Reader:
             **{"vfs": 0, **values},
         )
 
-    def vf_rules(self, path: Path, table: dict[str, Any], vfs: int) -> tuple[VfRule, ...]:
+    def vf_rules(self, path: Path, table: dict[str, Any], vfs: int | None) -> tuple[VfRule, ...]:
         path = (*path, "vf")
         listed = table.get("vf", [])
         if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
@@ -417,7 +418,7 @@ class _Reader:
             self.need(here, entry, "index")
             values = self.take(here, entry, _VF)
             index = values.setdefault("index", 0)
-            if "vfs" in table and index >= vfs:
+            if vfs is not None and index >= vfs:
                 self.fault((*here, "index"), f"there is no VF {index} among {vfs} (from 0)")
             if any(rule.index == index for rule in rules):
                 self.fault((*here, "index"), f"VF {index} is there already")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vfiotool.change.bind_step import BindDriver, LoadModule
-from vfiotool.change.facts import DeviceFacts, SriovFacts, vf_address
+from vfiotool.change.facts import DeviceFacts, Facts, SriovFacts, vf_address
 from vfiotool.change.mdev_steps import SetMdevAttribute
 from vfiotool.change.plan import (
     group_endpoints,
@@ -195,6 +195,7 @@ def _plan_device(draft: _Draft, rule: DeviceRule, address: str) -> None:
     if rule.match.pf is not None:
         _plan_vf_rule(draft, rule, address)
         return
+    facts = _with_planned_vfs(draft, facts, address)
     chosen = group_endpoints(facts, address) if rule.group == "whole" else (address,)
     for name in chosen:
         driver = rule.driver or facts.device(name).best_driver
@@ -205,14 +206,34 @@ def _plan_device(draft: _Draft, rule: DeviceRule, address: str) -> None:
                 draft.steps.append(step)
 
 
-def _plan_vf_rule(draft: _Draft, rule: DeviceRule, address: str) -> None:
-    pf = draft.facts.facts.device(rule.match.pf or "")
-    sriov = sriov_of(pf)
-    counts = {
+def _with_planned_vfs(draft: _Draft, facts: Facts, address: str) -> Facts:
+    """The facts as they will be once the [[sriov]] rules have been followed."""
+    count = _planned_counts(draft).get(address)
+    device = facts.device(address)
+    if count is None or device.sriov is None:
+        return facts
+    if count:
+        raise UsageError(
+            f"{address} cannot change its driver and have {count} VFs",
+            hint="leave the physical function to its driver, or set vfs = 0",
+            device=address,
+        )
+    bare = replace(device, sriov=replace(device.sriov, num=0, vfs=()))
+    return replace(facts, devices={**facts.devices, address: bare})
+
+
+def _planned_counts(draft: _Draft) -> dict[str, int]:
+    return {
         name: entry.vfs
         for entry, names in zip(draft.policy.sriov, draft.facts.sriov, strict=True)
         for name in names
     }
+
+
+def _plan_vf_rule(draft: _Draft, rule: DeviceRule, address: str) -> None:
+    pf = draft.facts.facts.device(rule.match.pf or "")
+    sriov = sriov_of(pf)
+    counts = _planned_counts(draft)
     remade = counts.get(pf.address, sriov.num) != sriov.num
     driver = rule.driver or "vfio-pci"
     if _claim(draft, address, driver, rule.place):

@@ -81,7 +81,13 @@ def bind(
     addresses = [resolve(host, text) for text in devices]
 
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
-        facts = read_facts(host, addresses, journal, whole_groups=whole_group)
+        facts = read_facts(
+            host,
+            addresses,
+            journal,
+            whole_groups=whole_group,
+            variants_wanted=driver is None,
+        )
         return plan_bind(facts, addresses, driver, whole_group=whole_group)
 
     title = f"bind {' '.join(addresses)}" + (f" to {driver}" if driver else "")
@@ -102,7 +108,7 @@ def release(
     addresses = [resolve(host, text) for text in devices]
 
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
-        return plan_release(read_facts(host, addresses, journal), addresses)
+        return plan_release(read_facts(host, addresses, journal, variants_wanted=False), addresses)
 
     title = f"release {' '.join(addresses)}"
     done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
@@ -225,7 +231,7 @@ def vf_set(
     address = resolve(host, pf)
 
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
-        facts = read_facts(host, [address], journal)
+        facts = read_facts(host, [address], journal, variants_wanted=False)
         settings = read_settings(host, address) or ()
         return plan_vf_count(facts, address, count, autoprobe=autoprobe, settings=settings)
 

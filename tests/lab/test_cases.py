@@ -1,0 +1,83 @@
+"""The shared cases on a guest's kernel and on a fake one that mirrors it: the same results, the
+same end states. What the fake kernel teaches the other tests is true."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cases import CASES, run
+from tests.changing import EDU, NVME, run_folder
+from tests.fakekernel import FakeKernel, end_state, mirror
+from vfiotool.change.apply import recover
+from vfiotool.change.journal import Journal
+from vfiotool.host import Host
+from vfiotool.mdev import read_mdevs
+from vfiotool.pci import list_addresses
+
+MACHINE = "full"
+KERNELS = ("6.1", "6.12", "iommufd")
+
+
+def needs(name: str) -> str | None:
+    """What of the machine a case needs and this guest lacks."""
+    host = Host.local()
+    if "mdev" in name and not host.exists("/sys/class/mdev_bus/mtty"):
+        return "this guest has no sample mdev parents"
+    if "VF" in name and not host.exists("/sys/bus/pci/devices/0000:02:00.0/sriov_totalvfs"):
+        return "this QEMU has no igb"
+    return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drivers() -> None:
+    for module in ("vfio-pci", "igbvf"):
+        subprocess.run(["modprobe", module], check=False, capture_output=True)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host.local()
+    before = end_state(host)
+    yield host
+    restore(host)
+    assert end_state(host) == before
+
+
+def restore(host: Host) -> None:
+    """Bring the guest back by bare writes, so that one case does not depend on another."""
+    for mdev in read_mdevs(host):
+        host.write(f"/sys/bus/mdev/devices/{mdev.uuid}/remove", "1")
+    for address in ("0000:01:00.0", "0000:02:00.0"):
+        base = f"/sys/bus/pci/devices/{address}"
+        if host.read(f"{base}/sriov_numvfs") not in (None, "0"):
+            host.write(f"{base}/sriov_numvfs", "0")
+    for address in list_addresses(host):
+        base = f"/sys/bus/pci/devices/{address}"
+        if host.read(f"{base}/driver_override") != "(null)":
+            host.write(f"{base}/driver_override", "\n")
+        if host.linkname(f"{base}/driver") == "vfio-pci":
+            host.write("/sys/bus/pci/drivers/vfio-pci/unbind", address)
+        if host.linkname(f"{base}/driver") is None:
+            host.write("/sys/bus/pci/drivers_probe", address)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fake_kernel_does_as_this_kernel_does(name: str, host: Host) -> None:
+    missing = needs(name)
+    if missing:
+        pytest.skip(missing)
+    twin: FakeKernel = mirror(host)
+    assert end_state(twin.host()) == end_state(host)
+    with run_folder() as real_folder, run_folder() as fake_folder:
+        real = run(host, Journal(host, real_folder), CASES[name])
+        fake = run(twin.host(), Journal(twin.host(), fake_folder), CASES[name])
+        assert fake == real
+        assert end_state(twin.host()) == end_state(host)
+        assert recover(host, Journal(host, real_folder)) == ()
+
+
+def test_the_names_of_this_machine_are_those_of_the_cases() -> None:
+    assert {EDU, NVME} <= set(list_addresses(Host.local()))
