@@ -50,8 +50,7 @@ def test_ioctl_is_called_through_one_function() -> None:
 
 def test_the_shipped_build_has_no_fault_injection() -> None:
     assert native.fault_set(1, errno.EIO) == -errno.ENOSYS
-    descriptor = native.eventfd()
-    native.close(descriptor)
+    native.EventFd().close()
 
 
 def test_extensions_keep_to_the_stable_abi() -> None:

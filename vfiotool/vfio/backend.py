@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -153,6 +154,13 @@ class AddressSpace(ABC):
             self.detach(attachment)
         for descriptor in self._descriptors():
             native.close(descriptor)
+
+    def __del__(self) -> None:
+        if not getattr(self, "closed", True):
+            message = f"an address space over {self.name} was not closed"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
+            with contextlib.suppress(Exception):
+                self.close()
 
     def abandon(self) -> None:
         """In a child: let go of the parent's descriptors, and touch nothing else."""

@@ -28,10 +28,15 @@ _ACTION_TRIGGER = 1 << 5
 class Interrupt:
     """One interrupt. `descriptor` is its eventfd, readable when it has fired."""
 
-    def __init__(self, owner: InterruptSet, vector: int, descriptor: int) -> None:
+    def __init__(self, owner: InterruptSet, vector: int) -> None:
         self.owner = owner
         self.vector = vector
-        self.descriptor = descriptor
+        self.event = native.EventFd()
+
+    @property
+    def descriptor(self) -> int:
+        """The eventfd; -1 once the set is closed."""
+        return self.event.descriptor
 
     def fileno(self) -> int:
         """The eventfd, for `select` and its kind."""
@@ -41,14 +46,15 @@ class Interrupt:
         """How often it fired since the last wait, at least 1; 0 when `timeout_s` seconds passed
         without. Spins for `spin_s` seconds before it blocks. None waits without limit."""
         self.owner.refuse_closed()
-        count = native.eventfd_wait(self.descriptor, timeout_s, round(spin_s * 1e9))
-        self._record(count)
+        count = self.event.wait(timeout_s, round(spin_s * 1e9))
+        if self.owner.trace is not None:
+            self._record(count)
         return count
 
     async def wait_async(self, timeout_s: float | None = None) -> int:
         """As `wait`, for asyncio."""
         self.owner.refuse_closed()
-        count = native.eventfd_wait(self.descriptor, 0.0)
+        count = self.event.wait(0.0)
         if not count:
             loop = asyncio.get_running_loop()
             fired: asyncio.Future[None] = loop.create_future()
@@ -61,7 +67,7 @@ class Interrupt:
                 return 0
             finally:
                 loop.remove_reader(self.descriptor)
-            count = native.eventfd_wait(self.descriptor, 0.0)
+            count = self.event.wait(0.0)
         self._record(count)
         return count
 
@@ -101,10 +107,10 @@ class InterruptSet:
         self.trace = trace
         self.closed = False
         self.vectors: list[Interrupt] = []
-        self._unmask_fd = -1
+        self._unmask: native.EventFd | None = None
         try:
             for vector in range(count):
-                self.vectors.append(Interrupt(self, vector, native.eventfd()))
+                self.vectors.append(Interrupt(self, vector))
             self._assign(0, [interrupt.descriptor for interrupt in self.vectors])
         except BaseException:
             self._close_eventfds()
@@ -148,7 +154,7 @@ class InterruptSet:
         (`noresize`), all are turned off and on again, and what fires in between is lost."""
         self.refuse_closed()
         old = len(self.vectors)
-        fresh = [Interrupt(self, old + i, native.eventfd()) for i in range(count)]
+        fresh = [Interrupt(self, old + i) for i in range(count)]
         self.vectors += fresh
         try:
             if old + count > self.info.count:
@@ -161,24 +167,25 @@ class InterruptSet:
         except BaseException:
             del self.vectors[old:]
             for interrupt in fresh:
-                native.close(interrupt.descriptor)
+                interrupt.event.close()
             raise
 
     def unmask_by_eventfd(self) -> int:
         """An eventfd that unmasks INTx whenever it is written. Closed with the set."""
         self.refuse_closed()
-        if self._unmask_fd < 0:
-            descriptor = native.eventfd()
-            result = native.irq_unmask_fd(self.owner.device.descriptor, self.info.index, descriptor)
+        if self._unmask is None:
+            event = native.EventFd()
+            device = self.owner.device.descriptor
+            result = native.irq_unmask_fd(device, self.info.index, event.descriptor)
             if result < 0:
-                native.close(descriptor)
+                event.close()
                 raise native.failed(
                     result,
                     f"unmask {self.name} by eventfd",
                     device=self.owner.device.name,
                 )
-            self._unmask_fd = descriptor
-        return self._unmask_fd
+            self._unmask = event
+        return self._unmask.descriptor
 
     def rearm(self) -> None:
         """Assign the eventfds again: a reset of the device takes them away."""
@@ -207,10 +214,10 @@ class InterruptSet:
 
     def _close_eventfds(self) -> None:
         for interrupt in self.vectors:
-            native.close(interrupt.descriptor)
-        if self._unmask_fd >= 0:
-            native.close(self._unmask_fd)
-            self._unmask_fd = -1
+            interrupt.event.close()
+        if self._unmask is not None:
+            self._unmask.close()
+            self._unmask = None
 
     def __enter__(self) -> InterruptSet:
         return self

@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from vfiotool._mmio import Window, fork_generation, set_refusal
@@ -208,20 +209,22 @@ def feature(device: int, flags: int, data: bytes = b"") -> tuple[int, bytes]:
     return int(result), bytes(ffi.buffer(buffer, len(data))) if data else b""
 
 
-def region_read(device: int, position: int, width: int, what: str) -> int:
-    """One read of exactly `width` bytes at a file position."""
+def region_read(device: int, position: int, width: int, what: Callable[[], str]) -> int:
+    """One read of exactly `width` bytes at a file position; `what` names it for an error."""
     value = ffi.new("uint64_t *")
     result = lib.vt_region_read(device, position, width, value)
     if result < 0:
-        raise failed(result, f"read {what}")
+        raise failed(result, f"read {what()}")
     return int(value[0])
 
 
-def region_write(device: int, position: int, width: int, value: int, what: str) -> None:
+def region_write(
+    device: int, position: int, width: int, value: int, what: Callable[[], str]
+) -> None:
     """One write of exactly `width` bytes at a file position."""
     result = lib.vt_region_write(device, position, width, value)
     if result < 0:
-        raise failed(result, f"write {what}")
+        raise failed(result, f"write {what()}")
 
 
 def region_copy_out(device: int, position: int, buffer: Any, what: str) -> None:
@@ -390,30 +393,40 @@ def irq_unmask_fd(device: int, index: int, descriptor: int) -> int:
     return int(lib.vt_irq_unmask_fd(device, index, descriptor))
 
 
-def eventfd() -> int:
-    """A new eventfd: close-on-exec, not blocking, at zero."""
-    return check(lib.vt_eventfd(), "eventfd")
+class EventFd:
+    """An eventfd that an interrupt signals: close-on-exec, not blocking, at zero."""
 
+    __slots__ = ("_signals", "descriptor")
 
-def eventfd_wait(descriptor: int, timeout_s: float | None, spin_ns: int = 0) -> int:
-    """The signals taken from an eventfd, or 0 when `timeout_s` seconds have passed.
+    def __init__(self) -> None:
+        self.descriptor = check(lib.vt_eventfd(), "eventfd")
+        self._signals = ffi.new("uint64_t *")
 
-    None waits without limit. The interpreter's lock is released; Unix signals are handled.
-    """
-    signals = ffi.new("uint64_t *")
-    end = None if timeout_s is None else time.monotonic() + timeout_s
-    while True:
-        if end is None:
+    def wait(self, timeout_s: float | None, spin_ns: int = 0) -> int:
+        """The signals taken from it, or 0 when `timeout_s` seconds have passed.
+
+        None waits without limit. The interpreter's lock is released; Unix signals are handled.
+        """
+        if timeout_s is None:
             left_ms = -1
+            end = 0.0
         else:
-            left_ms = min(max(0, round((end - time.monotonic()) * 1000 + 0.499)), 1 << 30)
-        result = lib.vt_eventfd_wait(descriptor, left_ms, spin_ns, signals)
-        if result > 0:
-            return int(signals[0])
-        if result not in (0, -errno.EINTR):
-            raise failed(result, "wait for an interrupt")
-        if result == 0 and end is not None and time.monotonic() >= end:
-            return 0
+            left_ms = min(ceil(timeout_s * 1000), 1 << 30)
+            end = time.monotonic() + timeout_s
+        while True:
+            result = lib.vt_eventfd_wait(self.descriptor, left_ms, spin_ns, self._signals)
+            if result > 0:
+                return int(self._signals[0])
+            if result == 0 and left_ms >= 0:
+                return 0
+            if result not in (0, -errno.EINTR):
+                raise failed(result, "wait for an interrupt")
+            if left_ms >= 0:
+                left_ms = max(0, ceil((end - time.monotonic()) * 1000))
+
+    def close(self) -> None:
+        lib.vt_close(self.descriptor)
+        self.descriptor = -1
 
 
 def address_of(buffer: Any) -> int:

@@ -87,7 +87,7 @@ class Region:
             raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
         position = self._position(offset, width, write=False)
         descriptor = self.device.descriptor
-        value = native.region_read(descriptor, position, width, self._what(offset, width))
+        value = native.region_read(descriptor, position, width, lambda: self._what(offset, width))
         if self.trace is not None:
             self.trace.record(
                 "read", region=self.info.index, offset=offset, width=width, value=value
@@ -102,7 +102,7 @@ class Region:
             raise UsageError(f"{value:#x} does not fit {width} bytes")
         position = self._position(offset, width, write=True)
         descriptor = self.device.descriptor
-        native.region_write(descriptor, position, width, value, self._what(offset, width))
+        native.region_write(descriptor, position, width, value, lambda: self._what(offset, width))
         if self.trace is not None:
             self.trace.record(
                 "write", region=self.info.index, offset=offset, width=width, value=value
