@@ -45,7 +45,6 @@ class Machine:
     disks: tuple[Disk, ...] = ()
     networks: tuple[str, ...] = ()
     load: tuple[str, ...] = ()
-    vga: str = "none"
     memory_mib: int = 1024
 
 
@@ -182,8 +181,8 @@ _ALL = (
     Machine(
         "display",
         "a VGA display that the firmware boots on, and edu",
-        (EDU, EMPTY_PORT),
-        vga="std",
+        # Its slot is named: QEMU's own -vga would take slot 1 before the devices are placed.
+        (EDU, device("VGA", bus="pcie.0", addr="0x2"), EMPTY_PORT),
     ),
     Machine(
         "net",
@@ -250,7 +249,7 @@ def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[st
     `disk_files` gives the file of each disk by its id; `models` are the device models that this
     QEMU has: an optional device that it lacks is left out.
     """
-    result = ["-nodefaults", "-vga", machine.vga, *iommu_arguments(machine.iommu)]
+    result = ["-nodefaults", "-vga", "none", *iommu_arguments(machine.iommu)]
     for disk in machine.disks:
         file = disk_files[disk.id].replace(",", ",,")
         result += ["-drive", f"if=none,id={disk.id},format=raw,cache=unsafe,file={file}"]
