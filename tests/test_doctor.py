@@ -287,6 +287,8 @@ FILES = {
     "/etc/mdevctl.d/0000:00:02.0/broken": "{",
     "/etc/modprobe.d/gpu.conf": "# x\noptions vfio_pci ids=10de:2684,10DE:22BA:1:2 disable_vga=1\n",
     "/etc/libvirt/qemu/win.xml": LIBVIRT,
+    "/etc/vfiotool/boot/policy.toml": '[[device]]\nmatch = { address = "0000:03:00.0" }\n'
+    'driver = "vfio-pci"\n[[device]]\nmatch = { id = "10DE:2684" }\ndriver = "vfio-pci"\n',
     "/etc/libvirt/qemu/autostart/win.xml": LIBVIRT,
 }
 
@@ -314,6 +316,8 @@ def test_the_claims_of_all_tools_are_read(root: Path) -> None:
         ("mdevctl", f"mdev:{uuid}", "i915-GVTg_V5_4 of 0000:00:02.0, start=auto"),
         ("modprobe.d", "id:10de:2684", "vfio-pci ids="),
         ("modprobe.d", "id:10de:22ba", "vfio-pci ids="),
+        ("vfiotool", "pci:0000:03:00.0", "driver=vfio-pci"),
+        ("vfiotool", "id:10de:2684", "driver=vfio-pci"),
         ("libvirt", "pci:0000:03:00.0", "domain win, managed, started at boot"),
         ("libvirt", f"mdev:{uuid}", "domain win, started at boot"),
     }

@@ -153,6 +153,17 @@ def test_a_root_without_addresses_says_that_they_are_unseen(small: SmallHost) ->
     assert survey(small.host(), NIC).unseen == ("the addresses of the interfaces",)
 
 
+def test_a_pppoe_session_is_a_use(small: SmallHost) -> None:
+    small.network(NIC, "eth1")
+    small.file(
+        "/proc/net/pppoe",
+        "Id       Address              Device\n00000001 52:54:00:12:34:56    eth1",
+    )
+    (entry,) = blockers(small.host(), NIC)
+    assert (entry.kind, entry.subject) == ("route", "eth1")
+    assert entry.evidence == "/proc/net/pppoe names eth1"
+
+
 def test_virtio_interfaces_belong_to_their_function(small: SmallHost) -> None:
     path = small.function(NIC, class_code="020000", identity="1af4:1041", driver="virtio-pci")
     small.link("/sys/class/net/eth0", f"{path}/virtio1/net/eth0")
@@ -212,6 +223,13 @@ def test_a_kernel_console_on_a_serial_card_is_a_use(small: SmallHost) -> None:
     small.file("/sys/class/tty/console/active", "tty0 ttyS4")
     small.link("/sys/class/tty/ttyS4", f"{path}/tty/ttyS4")
     assert found(small, GPU) == [("console", "ttyS4")]
+
+
+def test_a_kernel_console_on_a_virtio_port_is_a_use(small: SmallHost) -> None:
+    path = small.function(GPU, class_code="078000", driver="virtio-pci")
+    small.file("/sys/class/tty/console/active", "tty0 hvc0")
+    small.link(f"{path}/virtio2/driver", "/sys/bus/virtio/drivers/virtio_console")
+    assert found(small, GPU) == [("console", "hvc0")]
 
 
 def test_open_nodes_are_named_with_every_process_that_holds_them(small: SmallHost) -> None:

@@ -172,6 +172,29 @@ def test_tables_of_other_users_are_reported_as_unseen(small: SmallHost) -> None:
     assert survey(small.host(), DISK).unseen == ("mount tables of 3 processes of other users",)
 
 
+def test_a_loop_device_over_a_disk_is_a_member_though_no_holder(small: SmallHost) -> None:
+    small.block("loop3", "/sys/devices/virtual/block/loop3", "7:3")
+    small.file("/sys/devices/virtual/block/loop3/loop/backing_file", "/dev/nvme0n1")
+    small.block("loop4", "/sys/devices/virtual/block/loop4", "7:4")
+    small.file("/sys/devices/virtual/block/loop4/loop/backing_file", "/var/nvme0n1")
+    small.mounts(mount("7:3", "/srv", "/dev/loop3"), mount("7:4", "/other", "/dev/loop4"))
+    mounted, member = blockers(small.host(), DISK)
+    assert mounted.detail.startswith("nvme0n1 > loop3 is mounted on /srv")
+    assert member.evidence == "/sys/class/block/loop3/loop/backing_file"
+    assert member.remedy == "losetup --detach /dev/loop3"
+
+
+def test_a_disk_exported_by_the_kernels_nvme_target_is_in_use(small: SmallHost) -> None:
+    base = "/sys/kernel/config/nvmet/subsystems/nqn.x/namespaces/1"
+    small.file(f"{base}/device_path", "/dev/nvme0n1")
+    small.file(f"{base}/enable", "0")
+    assert found(small) == []
+    small.file(f"{base}/enable", "1")
+    (entry,) = blockers(small.host(), DISK)
+    assert (entry.kind, entry.subject) == ("storage-member", "nqn.x")
+    assert entry.remedy == f"echo 0 > {base}/enable"
+
+
 def test_shared_folders_over_virtio_are_mounts_of_their_device() -> None:
     small = SmallHost()
     path = small.function(DISK, identity="1af4:1049", driver="virtio-pci")

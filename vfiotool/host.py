@@ -19,16 +19,11 @@ from vfiotool.errors import Stuck, UsageError, from_oserror
 
 # Importing typing would take a third of the time that `groups` takes to list a small host.
 TYPE_CHECKING = False
-# Importing typing would take a third of the time that `groups` takes to list a small host.
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
     from typing import Protocol
 
     from vfiotool.host_child import DoorChild
     from vfiotool.netlink import Message, Request
-else:
-    Protocol = object
 else:
     Protocol = object
 
@@ -56,6 +51,7 @@ SYS_DEVICES = "/sys/devices"
 SYS_NODES = "/sys/devices/system/node"
 SYS_FS_BTRFS = "/sys/fs/btrfs"
 SYS_FS_BCACHEFS = "/sys/fs/bcachefs"
+SYS_NVME_TARGETS = "/sys/kernel/config/nvmet/subsystems"
 SYS_NVME_SUBSYSTEM = "/sys/class/nvme-subsystem"
 SYS_TTY_CONSOLE = "/sys/class/tty/console/active"
 SYS_FIRMWARE_ACPI_TABLES = "/sys/firmware/acpi/tables"
@@ -70,6 +66,7 @@ PROC_NVIDIA = "/proc/driver/nvidia/gpus"
 PROC_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 PROC_OSRELEASE = "/proc/sys/kernel/osrelease"
 PROC_ROUTE = "/proc/net/route"
+PROC_PPPOE = "/proc/net/pppoe"
 PROC_ROUTE6 = "/proc/net/ipv6_route"
 DEV = "/dev"
 DEV_VFIO = "/dev/vfio"

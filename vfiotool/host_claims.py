@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterator
 
 _MAX_FILE_BYTES = 1 << 20
@@ -35,6 +36,7 @@ def claims(root: str) -> str:
         *_mdevctl(root),
         *_modprobe(root),
         *_libvirt(root),
+        *_own_policy(root),
     ]
     lines = ("\t".join(_plain(field) for field in claim) for claim in found)
     return "".join(f"{line}\n" for line in lines)
@@ -176,6 +178,22 @@ def _libvirt(root: str) -> Iterator[tuple[str, str, str, str]]:
             mdev = _MDEV_SOURCE.search(body)
             if mdev is not None:
                 yield "libvirt", path, f"mdev:{mdev[1].lower()}", setting
+
+
+def _own_policy(root: str) -> Iterator[tuple[str, str, str, str]]:
+    """What vfiotool itself applies at boot (change/boot_texts.py)."""
+    for path, text in _files(root, ("/etc/vfiotool/boot",), ".toml"):
+        try:
+            rules = tomllib.loads(text).get("device", [])
+            matches = [(rule["match"], rule.get("driver")) for rule in rules]
+            pairs = [(match, driver) for match, driver in matches if isinstance(match, dict)]
+        except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError):
+            continue
+        for match, driver in pairs:
+            for key, word in (("address", "pci"), ("id", "id")):
+                value = match.get(key)
+                if isinstance(value, str):
+                    yield "vfiotool", path, f"{word}:{value.lower()}", f"driver={driver}"
 
 
 def _plain(text: str) -> str:

@@ -113,8 +113,18 @@ def _serial_console(host: Host, function: PciFunction) -> list[Blocker]:
     for name in (host.read(SYS_TTY_CONSOLE) or "").split():
         base = SYS_TTY_CONSOLE.replace("console/active", name)
         path = host.realpath(base)
-        if path is not None and is_part_of(function.path, path):
+        # A virtio console's terminal is a virtual device: its function is told by the driver.
+        own = name.startswith("hvc") and _has_virtio_console(host, function.path)
+        if own or (path is not None and is_part_of(function.path, path)):
             detail = f"the kernel's console runs over {name}"
             evidence = f"{SYS_TTY_CONSOLE} names {name}"
             found.append(Blocker("console", function.address, name, detail, evidence))
     return found
+
+
+def _has_virtio_console(host: Host, path: str) -> bool:
+    return any(
+        host.linkname(f"{path}/{name}/driver") == "virtio_console"
+        for name in host.listdir(path)
+        if name.startswith("virtio")
+    )

@@ -19,6 +19,7 @@ from vfiotool.host import (
     NET_CALLER,
     NET_NAMESPACES,
     PROC,
+    PROC_PPPOE,
     PROC_ROUTE,
     PROC_ROUTE6,
     SYS_NET,
@@ -61,6 +62,7 @@ def network_usage(host: Host, function: Placed) -> Usage:
         ]
         carriers = {upper: chain for stack in stacks.values() for upper, chain in stack.items()}
         found += _routes(host, function.address, carriers)
+        found += _pppoe(host, function.address, carriers)
         elsewhere, unseen = _other_namespaces(host, function)
         found += elsewhere
         if host.read(NET_ADDRESSES) is None:
@@ -160,6 +162,18 @@ def _routes(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> l
             if "SSH_CONNECTION" not in evidence:
                 remedy = f"ip address flush dev {shlex.quote(name)}"
             found.append(Blocker("route", address, name, detail, "; ".join(evidence), remedy))
+    return found
+
+
+def _pppoe(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
+    """PPPoE sessions, whose interface carries no address and has no upper one."""
+    found = []
+    for line in (host.read(PROC_PPPOE) or "").splitlines()[1:]:
+        words = line.split()
+        if len(words) == 3 and words[2] in carriers:
+            detail = f"a PPPoE session with {words[1]} runs over {words[2]}"
+            evidence = f"{PROC_PPPOE} names {words[2]}"
+            found.append(Blocker("route", address, words[2], detail, evidence))
     return found
 
 

@@ -21,6 +21,7 @@ from vfiotool.host import (
     SYS_BLOCK,
     SYS_FS_BCACHEFS,
     SYS_FS_BTRFS,
+    SYS_NVME_TARGETS,
     Host,
 )
 from vfiotool.usage_blocker import Blocker, Usage, block_paths, is_part_of, observed_lines
@@ -79,11 +80,12 @@ def own_disks(host: Host, path: str) -> tuple[str, ...]:
 def stack_on(host: Host, names: Iterable[str]) -> tuple[Layer, ...]:
     """The devices of `names` and all that stands on them: partitions and holders, recursively."""
     paths = block_paths(host)
+    loops = _loops(host, paths)
     found: dict[str, tuple[str, ...]] = {name: (name,) for name in sorted(names)}
     queue = list(found)
     while queue and len(found) < _MAX_LAYERS:
         name = queue.pop(0)
-        above = host.listdir(f"{SYS_BLOCK}/{name}/holders")
+        above = host.listdir(f"{SYS_BLOCK}/{name}/holders") + loops.get(name, [])
         if name in paths and len(found[name]) > 1:
             inside = (
                 other for other, where in paths.items() if where.startswith(paths[name] + "/")
@@ -97,6 +99,17 @@ def stack_on(host: Host, names: Iterable[str]) -> tuple[Layer, ...]:
         Layer(name, host.read(f"{SYS_BLOCK}/{name}/{_NUMBER}"), chain)
         for name, chain in found.items()
     )
+
+
+def _loops(host: Host, names: Iterable[str]) -> dict[str, list[str]]:
+    """Block device -> the loop devices straight over it, which are no holders to the kernel."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        node = host.read(f"{SYS_BLOCK}/{name}/loop/backing_file") if name[:4] == "loop" else None
+        lower = None if node is None else block_name(host, node)
+        if lower is not None:
+            found.setdefault(lower, []).append(name)
+    return found
 
 
 def storage_usage(host: Host, address: str, path: str) -> Usage:
@@ -115,6 +128,7 @@ def storage_usage(host: Host, address: str, path: str) -> Usage:
             if layer.name not in own and len(layer.chain) > 1
         ]
         found += _pool_members(host, address, layers)
+        found += _exports(host, address, layers)
         if not found:
             claimed, unknown = _claimed(host, address, own)
             found += claimed
@@ -252,12 +266,16 @@ def _mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount | None:
 
 def _member(host: Host, address: str, layer: Layer) -> Blocker:
     upper, lower = layer.chain[-1], layer.chain[-2]
+    evidence = f"{SYS_BLOCK}/{lower}/holders/{upper}"
+    if not host.exists(evidence):
+        loop = f"{SYS_BLOCK}/{upper}/loop/backing_file"
+        evidence = loop if host.exists(loop) else f"{SYS_BLOCK}/{upper}"
     return Blocker(
         "storage-member",
         address,
         upper,
         f"{_chain(layer, -1)} is part of {describe(host, upper)}",
-        f"{SYS_BLOCK}/{lower}/holders/{upper}",
+        evidence,
         _take_down(host, upper),
     )
 
@@ -275,6 +293,8 @@ def _take_down(host: Host, name: str) -> str | None:
             target = f"{group}/{volume}".replace("\0", "-")
             return f"lvchange --activate n {shlex.quote(target)}"
         return f"{command or 'dmsetup remove'} {shlex.quote(label)}"
+    if host.exists(f"{base}/loop/backing_file"):
+        return f"losetup --detach {DEV}/{name}"
     if host.isdir(f"{base}/md"):
         return f"mdadm --stop {DEV}/{name}"
     return f"echo 1 > {base}/bcache/stop" if host.isdir(f"{base}/bcache") else None
@@ -291,6 +311,8 @@ def describe(host: Host, name: str) -> str:
     level = host.read(f"{base}/md/level")
     if level is not None:
         return f"{name} (MD {level})"
+    if host.exists(f"{base}/loop/backing_file"):
+        return f"{name} (loop device)"
     return f"{name} (bcache)" if host.isdir(f"{base}/bcache") else name
 
 
@@ -312,6 +334,24 @@ def _pool_members(host: Host, address: str, layers: tuple[Layer, ...]) -> list[B
             remedy = f"zpool export {shlex.quote(pool or '')}"
             member = Blocker("storage-member", address, pool or "", detail, evidence, remedy)
             found.append(member)
+    return found
+
+
+def _exports(host: Host, address: str, layers: tuple[Layer, ...]) -> list[Blocker]:
+    """Namespaces of the kernel's NVMe target, which opens a disk without claiming it."""
+    names = {layer.name: layer for layer in layers}
+    found = []
+    for system in host.listdir(SYS_NVME_TARGETS):
+        folder = f"{SYS_NVME_TARGETS}/{system}/namespaces"
+        for number in host.listdir(folder):
+            base = f"{folder}/{number}"
+            layer = names.get(block_name(host, host.read(f"{base}/device_path") or "") or "")
+            if layer is None or not host.read_int(f"{base}/enable"):
+                continue
+            detail = f"{_chain(layer)} is exported as namespace {number} of {system}"
+            remedy = f"echo 0 > {shlex.quote(base)}/enable"
+            evidence = f"{base}/device_path"
+            found.append(Blocker("storage-member", address, system, detail, evidence, remedy))
     return found
 
 

@@ -261,6 +261,38 @@ def test_a_raid_of_two_disks_blocks_both(clean: ExitStack, mount_point: Path) ->
         assert answer["next"][:2] == [f"umount '{mount_point}'", "mdadm --stop /dev/md7"]
 
 
+def test_a_loop_device_over_a_disk(clean: ExitStack, mount_point: Path) -> None:
+    need("loop", tools=("losetup",))
+    disk = disk_of(FIRST)
+    make_ext4(f"/dev/{disk}")
+    node = run("losetup", "--find", "--show", f"/dev/{disk}").strip()
+    clean.callback(run, "losetup", "--detach", node)
+    mount(clean, node, mount_point)
+    found = {entry["kind"]: entry for entry in why(FIRST)[1]["blockers"]}
+    assert set(found) == {"mounted", "storage-member"}
+    loop = Path(found["storage-member"]["evidence"])
+    assert loop.read_text().strip() == f"/dev/{disk}"
+
+
+def test_a_disk_exported_over_the_network(clean: ExitStack) -> None:
+    need("nvmet")
+    config = Path("/sys/kernel/config")
+    if not (config / "nvmet").is_dir():
+        run("mount", "-t", "configfs", "none", str(config))
+    system = config / "nvmet" / "subsystems" / "nqn.lab"
+    space = system / "namespaces" / "1"
+    system.mkdir()
+    clean.callback(system.rmdir)
+    space.mkdir()
+    clean.callback(space.rmdir)
+    (space / "device_path").write_text(f"/dev/{disk_of(FIRST)}")
+    assert_passable(FIRST)
+    (space / "enable").write_text("1")
+    clean.callback((space / "enable").write_text, "0")
+    (entry,) = blockers(FIRST, "storage-member")
+    assert (entry["subject"], entry["evidence"]) == ("nqn.lab", f"{space}/device_path")
+
+
 def test_btrfs_blocks_the_member_that_no_mount_table_names(
     clean: ExitStack, mount_point: Path
 ) -> None:
