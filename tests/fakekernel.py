@@ -19,7 +19,7 @@ from typing import Any
 from vfiotool.errors import KernelError, Stuck
 from vfiotool.host import Host, MemoryTree
 from vfiotool.iommu import is_vfio_driver
-from vfiotool.netlink import Message, Request, iterate_attributes, parse_attributes
+from vfiotool.netlink import NETLINK_GENERIC, Message, Request, iterate_attributes, parse_attributes
 from vfiotool.netlink_route import VfSettings
 from vfiotool.pci import Address, list_addresses, parse_identity, read_identity
 
@@ -68,6 +68,7 @@ class FakeKernel(MemoryTree):
     """See the module. `host()` is what code under test takes."""
 
     def __init__(self) -> None:
+        self._resolved: dict[tuple[str, bool], str] = {}
         super().__init__({"/proc/sys/kernel/random/boot_id": f"{BOOT}\n".encode()}, {})
         self.drivers: dict[str, Driver] = {}
         self.modules: dict[str, dict[str, Driver]] = {}
@@ -160,12 +161,21 @@ class FakeKernel(MemoryTree):
 
     # The tree
 
+    def resolve(self, path: str, *, follow_last: bool = True) -> str:
+        """As a tree does; remembered until a link changes, for the sweeps' sake."""
+        found = self._resolved.get((path, follow_last))
+        if found is None:
+            found = super().resolve(path, follow_last=follow_last)
+            self._resolved[path, follow_last] = found
+        return found
+
     def _put(self, path: str, data: bytes) -> None:
         self.files[path] = data
         self._adopt(path)
 
     def _link(self, path: str, target: str) -> None:
         self.links[path] = target
+        self._resolved.clear()
         self._adopt(path)
 
     def _remove(self, path: str) -> None:
@@ -173,7 +183,8 @@ class FakeKernel(MemoryTree):
             self._remove(f"{path}/{name}")
         self.children.pop(path, None)
         self.files.pop(path, None)
-        self.links.pop(path, None)
+        if self.links.pop(path, None) is not None:
+            self._resolved.clear()
         parent, _, name = path.rpartition("/")
         self.children.get(parent, set()).discard(name)
 
@@ -455,7 +466,9 @@ class FakeKernel(MemoryTree):
         return tuple(self.vf_info[key] for key in sorted(self.vf_info) if key[0] == pf)
 
     def netlink(self, request: Request, timeout_s: float) -> list[Message]:
-        """RTM_SETLINK with a VF list (net/core/rtnetlink.c, do_setvfinfo); nothing else."""
+        """RTM_SETLINK with a VF list (net/core/rtnetlink.c, do_setvfinfo); no generic family."""
+        if request.protocol == NETLINK_GENERIC:
+            raise KernelError(f"{request.what}: no such family", errno_name="ENOENT")
         assert request.type == RTM_SETLINK, "the fake kernel models RTM_SETLINK alone"
         self.writes.append(("netlink", request.what))
         number = len(self.writes)
