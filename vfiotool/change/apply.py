@@ -18,6 +18,7 @@ from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
 from vfiotool.change.state import device_nodes, read_binding, read_holders
 from vfiotool.change.step import Step
 from vfiotool.change.steps import not_done
+from vfiotool.change.vdpa_steps import SetVdpa
 from vfiotool.change.vf_steps import SetVfCount
 from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, VfiotoolError
@@ -160,6 +161,9 @@ def _verify_all(host: Host, steps: tuple[Step, ...]) -> None:
             # The VFs that stood before it are gone, and with them what was set on them.
             vfs = {vf.address for vf in read_vfs(host, step.pf)}
             last = {key: old for key, old in last.items() if _survives(host, old, step.pf, vfs)}
+        elif isinstance(step, SetVdpa) and not step.exists:
+            # The driver that it let go of before cannot be read any more.
+            last = {key: old for key, old in last.items() if old.target != step.name}
         last[_facet(step)] = step
     for step in last.values():
         if not step.holds(host):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vfiotool.change.bind_step import BindDriver, LoadModule
-from vfiotool.change.state import ANY, PARKED, Binding
+from vfiotool.change.state import ANY, Binding
 from vfiotool.change.step import Step
 from vfiotool.change.vdpa_steps import SetVdpa, SetVdpaAutoprobe
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
@@ -103,15 +102,10 @@ def plan_vdpa_add(
             features=settings.features,
         )
     ]
-    if wanted is not None:
-        steps = [
-            *_load(facts, wanted),
-            *([SetVdpaAutoprobe(True, False)] if facts.autoprobe else []),
-            *steps,
-            BindDriver(name, Binding(ANY, None), Binding(wanted, wanted), bus="vdpa"),
-            *([SetVdpaAutoprobe(False, True)] if facts.autoprobe else []),
-        ]
-    return tuple(steps)
+    if wanted is None:
+        return tuple(steps)
+    steps.append(BindDriver(name, Binding(ANY, None), Binding(wanted, wanted), bus="vdpa"))
+    return (*_load(facts, wanted), *_quiet(facts, steps))
 
 
 def _check_parent(facts: VdpaFacts, name: str, settings: VdpaSettings) -> None:
@@ -155,15 +149,18 @@ def plan_vdpa_remove(facts: VdpaFacts, name: str) -> tuple[Step, ...]:
         mtu=mtu if isinstance(mtu, int) else None,
         max_vqp=max_vqp if isinstance(max_vqp, int) else None,
     )
-    return (*_unbind(device), step)
+    steps: list[Step] = [step]
+    if device.driver is not None:
+        before = Binding(device.driver, device.driver_override)
+        steps.insert(0, BindDriver(name, before, Binding(None, None), bus="vdpa"))
+    # Undone in reverse: made again out of the host's sight, then bound as it was.
+    return _quiet(facts, steps)
 
 
-def _unbind(device: VdpaDevice) -> Iterable[Step]:
-    # Undone in reverse: made again, then bound again to the driver that it had.
-    if device.driver is None:
-        return ()
-    before = Binding(device.driver, device.driver_override)
-    return (BindDriver(device.name, before, Binding(None, PARKED), bus="vdpa"),)
+def _quiet(facts: VdpaFacts, steps: list[Step]) -> tuple[Step, ...]:
+    if not facts.autoprobe:
+        return tuple(steps)
+    return (SetVdpaAutoprobe(True, False), *steps, SetVdpaAutoprobe(False, True))
 
 
 def plan_vdpa_bind(facts: VdpaFacts, name: str, driver: str) -> tuple[Step, ...]:
