@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from blockers_guest import PCI, assert_passable, blockers, need, wait_for, why
+from blockers_guest import PCI, assert_passable, blockers, disk_of, need, run, wait_for, why
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")
@@ -50,19 +50,8 @@ def test_enabled_vfs_keep_their_function_in_use_until_they_are_gone(disk: str) -
 
 def test_a_mount_over_native_multipath_is_found(disk: str, tmp_path: Path) -> None:
     """With a subsystem of its own the namespace is not below the function in sysfs."""
-    from blockers_guest import run
-
     need("ext4", tools=("mkfs.ext4",))
-    controller = next((PCI / disk / "nvme").iterdir())
-    heads = [
-        path.name
-        for path in Path("/sys/class/block").glob("nvme*n1")
-        if controller.name in {link.name for link in path.resolve().parent.glob("nvme*")}
-        or path.resolve().is_relative_to(controller.resolve())
-    ]
-    assert len(heads) == 1
-    node = f"/dev/{heads[0]}"
-    wait_for(lambda: Path(node).exists(), node)
+    node = f"/dev/{disk_of(disk)}"
     run("mkfs.ext4", "-q", "-F", node)
     run("mount", node, str(tmp_path))
     try:
