@@ -11,6 +11,8 @@ Source: Documentation/core-api/kobject.rst (uevents), lib/kobject_uevent.c; driv
 from __future__ import annotations
 
 import errno
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -242,7 +244,8 @@ class Monitor:
         try:
             device = self._source.poll(timeout=timeout_s)
         except OSError as error:
-            if error.errno != errno.ENOBUFS:
+            # pyudev's poll tells of a socket's error without its number.
+            if (error.errno or self._socket_error()) != errno.ENOBUFS:
                 raise
             self._queue.append(Event("lost", None, None, time_s=now))
             self._queue.extend(replace(event, time_s=now) for event in self._state.compare())
@@ -253,6 +256,11 @@ class Monitor:
         if event is not None:
             self._queue.append(replace(event, time_s=time.time()))
         return True
+
+    def _socket_error(self) -> int:
+        """The socket's pending error, which is cleared by asking for it (socket(7), SO_ERROR)."""
+        with socket.socket(fileno=os.dup(self.fileno())) as handle:
+            return handle.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
 
 class _Properties(Mapping[str, str]):
