@@ -6,10 +6,12 @@ import errno
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_host import SmallHost
 
 from vfiotool.usage import blockers, survey
-from vfiotool.usage_blocker import is_part_of
+from vfiotool.usage_blocker import KINDS, is_part_of
 from vfiotool.usage_network import read_routes
 
 NIC = "0000:03:00.0"
@@ -314,6 +316,38 @@ def test_a_device_that_is_gone_has_no_users(small: SmallHost) -> None:
 )
 def test_a_functions_parts_end_where_the_next_function_begins(device: str, expected: bool) -> None:
     assert is_part_of("/sys/devices/a", device) is expected
+
+
+TABLES = (
+    "/proc/vfiotool/mounts",
+    "/proc/vfiotool/open-nodes",
+    "/proc/vfiotool/addresses",
+    "/proc/vfiotool/net-namespaces",
+    "/proc/vfiotool/caller",
+    "/proc/self/mountinfo",
+    "/proc/swaps",
+    "/proc/net/route",
+    "/proc/net/ipv6_route",
+    "/proc/net/pppoe",
+    "/proc/iomem",
+    "/sys/class/tty/console/active",
+    "/run/udev/data/b259:0",
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(TABLES), st.text(max_size=200), max_size=6))
+def test_no_text_in_a_table_stops_the_survey(texts: dict[str, str]) -> None:
+    small = SmallHost()
+    small.network(NIC, "eth1")
+    path = small.nvme(GPU, "nvme0n1", "259:0", group=1)
+    small.folders.add("/proc/spl/kstat/zfs/tank")
+    small.file(f"{path}/resource", "0x1000 0x1fff 0x200")
+    for name, text in texts.items():
+        small.files[name] = text.encode()
+    for address in (NIC, GPU):
+        for entry in survey(small.host(), address).blockers:
+            assert entry.kind in KINDS
 
 
 def test_the_live_observations_name_a_node_held_by_another_process(tmp_path: Path) -> None:

@@ -159,6 +159,20 @@ def test_functions_that_vfio_pci_refuses(
     assert verdict.next == ()
 
 
+def test_a_device_on_the_deny_list_is_passable_where_the_list_is_off(small: SmallHost) -> None:
+    small.function(EDU, group=3, identity="8086:37c8", class_code="0b4000")
+    small.file("/sys/module/vfio_pci/parameters/disable_denylist", "Y")
+    assert ask(small, EDU).passable
+
+
+def test_lockdown_is_a_note_and_no_blocker(small: SmallHost) -> None:
+    small.function(EDU, group=3)
+    small.file("/sys/kernel/security/lockdown", "none [integrity] confidentiality")
+    verdict = ask(small, EDU)
+    assert (verdict.passable, len(verdict.notes)) == (True, 1)
+    assert "locked down (integrity)" in verdict.notes[0]
+
+
 def test_a_host_bridge_is_an_endpoint_to_vfio(small: SmallHost) -> None:
     small.function(EDU, group=3, class_code="060000")
     assert ask(small, EDU).passable

@@ -7,12 +7,32 @@ from dataclasses import dataclass
 from vfiotool.host import SYS_BLOCK, SYS_NET, Host
 from vfiotool.pci import Address
 
+# Every kind of blocker, and what it says.
+KINDS = {
+    "mounted": "a file system on it is mounted",
+    "swap": "it holds swap space in use",
+    "storage-member": "it is part of a volume, an array, a pool, or exported",
+    "route": "an interface of it has addresses or routes, or lives in another namespace",
+    "bridge-or-bond": "an interface of it belongs to a bridge, a bond or the like",
+    "display": "it shows a picture",
+    "boot-vga": "the firmware's display, where the console is",
+    "console": "the kernel's console runs over it",
+    "open-file": "a process has a node of it open",
+    "vfs-enabled": "it has virtual functions enabled",
+    "mdev-children": "mediated devices are made from it",
+    "no-iommu": "no IOMMU translates for it",
+    "no-interrupt-remapping": "its interrupts are not isolated",
+    "reserved-direct": "the firmware demands direct memory access for it",
+    "group-member": "another device of its group is on a driver of the host",
+    "no-driver": "no VFIO driver takes it",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
     """One reason why a device cannot be handed over.
 
-    `kind` is one of CONTRACT's; `device` the PCI address or mdev UUID that has the problem;
+    `kind` is one of KINDS; `device` the PCI address or mdev UUID that has the problem;
     `subject` what exactly is in use (a mount point, a swap area, an interface, a node), by which
     a policy can allow it; `detail` a sentence; `evidence` where one can check it; `remedy` a
     command that ends the use, where there is one.

@@ -8,6 +8,7 @@ the host itself use it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from vfiotool.host import (
     SYS_FIRMWARE_ACPI_TABLES,
     SYS_IOMMU,
     SYS_IOMMU_GROUPS,
+    SYS_LOCKDOWN,
+    SYS_MODULE,
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
     Host,
@@ -98,6 +101,10 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
         blockers += survey(host, member[0], inventory).blockers
     if group is not None and len(group.devices) > 1:
         notes += [merger.reason for merger in find_mergers(host, function.address, function.path)]
+    lockdown = re.search(r"\[(\w+)\]", host.read(SYS_LOCKDOWN) or "")
+    if lockdown is not None and lockdown[1] != "none":
+        # No door of VFIO's asks for it (security/security.c, LOCKDOWN_PCI_ACCESS and its users).
+        notes.append(f"the kernel is locked down ({lockdown[1]}), which does not stop VFIO")
     on_vfio = function.driver is not None and is_vfio_driver(function.driver)
     found = tuple(dict.fromkeys(blockers))
     commands = [*_remedies(host, found, notes)]
@@ -202,7 +209,8 @@ def _driver_blockers(host: Host, function: PciFunction) -> list[Blocker]:
         detail = "it is a bridge, and vfio-pci takes devices only"
         evidence = f"{base}/class is {function.class_code}"
         return [Blocker("no-driver", address, address, detail, evidence)]
-    if f"{function.vendor}:{function.device}" in _DENIED:
+    allowed = host.read(f"{SYS_MODULE}/vfio_pci/parameters/disable_denylist") in ("Y", "1")
+    if f"{function.vendor}:{function.device}" in _DENIED and not allowed:
         detail = "vfio-pci refuses this device as unsafe (its deny list)"
         evidence = f"{base}/device, drivers/vfio/pci/vfio_pci.c vfio_pci_dev_in_denylist"
         return [Blocker("no-driver", address, address, detail, evidence)]
