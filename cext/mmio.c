@@ -113,10 +113,9 @@ enum vt_refusal vt_window_check(const struct vt_window *window, uint64_t offset,
 			(const volatile uint##bits##_t *)(window->base +                         \
 							  (offset - window->start));             \
 		char *to = out;                                                                  \
-		uint64_t stride = step ? 1 : 0;                                                  \
                                                                                                  \
-		for (uint64_t i = 0; i < count; i++, to += sizeof(uint##bits##_t)) {             \
-			uint##bits##_t value = swap_in(from[i * stride]);                        \
+		for (; count; count--, to += sizeof(uint##bits##_t), from += step) {             \
+			uint##bits##_t value = swap_in(*from);                                   \
 			memcpy(to, &value, sizeof(value));                                       \
 		}                                                                                \
 		vt_read_barrier();                                                               \
@@ -127,13 +126,12 @@ enum vt_refusal vt_window_check(const struct vt_window *window, uint64_t offset,
 		volatile uint##bits##_t *to =                                                    \
 			(volatile uint##bits##_t *)(window->base + (offset - window->start));    \
 		const char *from = in;                                                           \
-		uint64_t stride = step ? 1 : 0;                                                  \
                                                                                                  \
 		vt_write_barrier();                                                              \
-		for (uint64_t i = 0; i < count; i++, from += sizeof(uint##bits##_t)) {           \
+		for (; count; count--, from += sizeof(uint##bits##_t), to += step) {             \
 			uint##bits##_t value;                                                    \
 			memcpy(&value, from, sizeof(value));                                     \
-			to[i * stride] = swap_out(value);                                        \
+			*to = swap_out(value);                                                   \
 		}                                                                                \
 	}
 

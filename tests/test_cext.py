@@ -53,6 +53,17 @@ def test_the_shipped_build_has_no_fault_injection() -> None:
     native.EventFd().close()
 
 
+def test_the_test_build_has_it_and_is_made_once() -> None:
+    sys.path.insert(0, str(CEXT.parent))
+    from cext.build import build_with_fault_injection
+
+    built = build_with_fault_injection() / "_native.abi3.so"
+    made = built.stat().st_mtime_ns
+    assert build_with_fault_injection() == built.parent
+    assert built.stat().st_mtime_ns == made
+    assert b"fault_at" in built.read_bytes()
+
+
 def test_extensions_keep_to_the_stable_abi() -> None:
     package = Path(native.__file__).parent.parent
     assert sorted(path.name for path in package.glob("_*.so")) == [

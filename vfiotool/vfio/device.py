@@ -9,6 +9,7 @@ Source: Documentation/driver-api/vfio.rst, <linux/vfio.h>; PCI Local Bus Specifi
 from __future__ import annotations
 
 import struct
+import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -322,6 +323,11 @@ class Device:
                 raise Unsupported(f"{self.name} has no feature {name}", device=self.name)
             raise failure
         return answer
+
+    def set_vf_token(self, token: uuid.UUID) -> None:
+        """On a PF: the secret that whoever opens one of its VFs must give (`vf_token`). Only while
+        none is open. Raises Unsupported for what is no PF."""
+        self.feature(0, FEATURE_SET, token.bytes)
 
     def low_power(self, on: bool) -> None:
         """Let the kernel put the device to sleep until it is accessed again, or wake it. Mapped
