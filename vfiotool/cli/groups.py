@@ -184,7 +184,7 @@ def print_text(host: Host, groups: Iterable[int]) -> None:
             continue
         viable = all(facts[4] != "host" for _, facts in members)
         domain = scan.attribute(group, "type")
-        kind = "" if domain is None else f"  {_escape(domain.decode('utf-8', 'backslashreplace'))}"
+        kind = "" if domain is None else f"  {one_line(domain.decode('utf-8', 'backslashreplace'))}"
         state = _paint("viable", "32", colour) if viable else _paint("not viable", "33", colour)
         lines = [f"{_paint(f'group {group}', '1', colour)}{kind}  {state}"]
         width = max((len(name) for name, _ in members), default=0)
@@ -193,7 +193,9 @@ def print_text(host: Host, groups: Iterable[int]) -> None:
             identity = "" if vendor is None else f"{vendor}:{device}"
             title = known.device or known.class_name or ""
             what = _ROLES[role] if driver is None else f"{driver} ({_ROLES[role]})"
-            lines.append(_escape(f"  {name:<{width}}  {identity:<9}  {what:<34}  {title}".rstrip()))
+            lines.append(
+                one_line(f"  {name:<{width}}  {identity:<9}  {what:<34}  {title}".rstrip())
+            )
         sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -201,8 +203,8 @@ def _paint(text: str, code: str, colour: bool) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if colour else text
 
 
-def _escape(text: str) -> str:
-    """Control characters as escapes: names come from devices (see render.escape)."""
+def one_line(text: str) -> str:
+    """As render.escape, newlines too: a device's name must not begin a line of its own."""
     if text.isprintable():
         return text
     return "".join(

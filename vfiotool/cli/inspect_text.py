@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from vfiotool.cli import render
+from vfiotool.cli.groups import one_line
 from vfiotool.cli.inspect_capabilities import summary
 from vfiotool.host import Host
 from vfiotool.inventory_show import ShownFunction, ShownMdev
@@ -44,8 +45,8 @@ def print_devices(host: Host, chosen: Iterable[str]) -> None:
                 function.address,
                 f"{function.vendor}:{function.device}",
                 "-" if function.iommu_group is None else str(function.iommu_group),
-                render.escape(function.driver or "-"),
-                render.escape(" ".join(part for part in parts if part)),
+                one_line(function.driver or "-"),
+                one_line(" ".join(part for part in parts if part)),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -93,7 +94,7 @@ def _print_function(console: Console, shown: ShownFunction) -> None:
     console.print(
         Text.assemble(
             (function.address, "bold"),
-            f"  {render.escape(title)} [{function.vendor}:{function.device}]",
+            f"  {one_line(title)} [{function.vendor}:{function.device}]",
             f" rev {function.revision}",
         )
     )
@@ -181,16 +182,16 @@ def print_verdict(verdict: Verdict) -> None:
         answer = ("cannot be passed through yet", "bold red")
     console.print(Text.assemble((verdict.address, "bold"), " ", answer))
     for blocker in verdict.blockers:
-        line = Text.assemble((f"  {blocker.kind}", "red"), f"  {render.escape(blocker.detail)}")
+        line = Text.assemble((f"  {blocker.kind}", "red"), f"  {one_line(blocker.detail)}")
         console.print(line)
-        console.print(Text(f"      {render.escape(blocker.evidence)}", style="dim"))
+        console.print(Text(f"      {one_line(blocker.evidence)}", style="dim"))
     for note in verdict.notes:
-        console.print(Text(f"  note: {render.escape(note)}"))
+        console.print(Text(f"  note: {one_line(note)}"))
     _print_group(console, verdict.group)
     if verdict.next:
         console.print(Text("next", style="bold"))
     for command in verdict.next:
-        console.print(Text(f"  {render.escape(command)}", style="cyan"))
+        console.print(Text(f"  {one_line(command)}", style="cyan"))
 
 
 def _print_group(console: Console, group: IommuGroup | None) -> None:
@@ -203,7 +204,7 @@ def _print_group(console: Console, group: IommuGroup | None) -> None:
     for member in group.devices:
         what = _ROLES[member.role]
         text = f"  {member.address:<{width}}  {member.driver or '-'} ({what})"
-        console.print(Text(render.escape(text), style=_ROLE_STYLES[member.role]))
+        console.print(Text(one_line(text), style=_ROLE_STYLES[member.role]))
     for region in group.reserved_regions:
         console.print(
             Text(f"  reserved {region.start:#x}-{region.end:#x} {region.type}", style="dim")
@@ -213,7 +214,7 @@ def _print_group(console: Console, group: IommuGroup | None) -> None:
 def _facts(console: Console, facts: Iterable[tuple[str, object]]) -> None:
     for name, value in facts:
         if value is not None:
-            console.print(Text.assemble((f"  {name:<13}", "dim"), render.escape(str(value))))
+            console.print(Text.assemble((f"  {name:<13}", "dim"), one_line(str(value))))
 
 
 def _power(function: PciFunction) -> str | None:
