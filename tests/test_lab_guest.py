@@ -201,7 +201,7 @@ def test_guest_that_does_not_come_up_in_time_is_lost() -> None:
 
 
 def test_guest_whose_kernel_finds_no_root_ends_by_itself() -> None:
-    with pytest.raises(GuestLost, match=r"(?s)ended while it booted.*cannot mount"):
+    with pytest.raises(GuestLost, match=r"(?s)ended while it booted.*lab: cannot load"):
         run(["true"], kernel=KERNEL, kernel_arguments=("initcall_blacklist=init_v9fs",))
 
 

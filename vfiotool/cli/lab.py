@@ -54,7 +54,7 @@ def run_command(
     timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1)] = 600.0,
     share: ShareOption = None,
     memory: MemoryOption = None,
-    cpus: CpusOption = 2,
+    cpus: CpusOption = 1,
     append: AppendOption = None,
     quiet: Annotated[bool, typer.Option(help="Do not say what is booted.")] = False,
 ) -> int:
@@ -93,7 +93,7 @@ def shell_command(
     kernel: KernelOption = kernels.DEFAULT,
     share: ShareOption = None,
     memory: MemoryOption = None,
-    cpus: CpusOption = 2,
+    cpus: CpusOption = 1,
     append: AppendOption = None,
 ) -> int:
     """A shell in a guest on this terminal; the guest ends with it."""

@@ -11,7 +11,7 @@ from vfiotool.lab.channel import Kind
 from vfiotool.lab.guest import Guest
 
 MACHINE = "full"
-LIMIT_S = 600.0
+LIMIT_S = 1800.0
 
 
 def main(kernel: str) -> int:

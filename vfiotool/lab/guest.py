@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import os
 import shutil
@@ -24,7 +25,8 @@ from vfiotool.lab.cache import progress
 from vfiotool.lab.channel import Channel, ChannelClosed, Kind
 from vfiotool.lab.qmp import Qmp
 
-BOOT_LIMIT_S = 120.0
+BOOT_LIMIT_S = 180.0
+PACKAGE = Path(__file__).resolve().parents[1]
 # Folders of the root that a guest has a file system of its own on.
 MASKED = ("tmp", "run", "dev", "proc", "sys")
 KERNEL_ARGUMENTS = (
@@ -62,7 +64,7 @@ class Options:
     """
 
     memory_mib: int | None = None
-    vcpus: int = 2
+    vcpus: int = 1
     qemu_arguments: tuple[str, ...] = ()
     kernel_arguments: tuple[str, ...] = ()
     extra_drives: tuple[Path, ...] = ()
@@ -127,6 +129,8 @@ class Guest:
 
     def start(self) -> None:
         """Boot the guest and wait for its agent."""
+        # A guest that finds no compiled modules compiles them for each command anew.
+        compileall.compile_dir(str(PACKAGE), quiet=2)
         try:
             self._boot()
         except BaseException:
@@ -230,7 +234,7 @@ class Guest:
 
     def _settings(self, layer: Path | None) -> dict[str, str | Sequence[str]]:
         modules = self.kernel.modules
-        carried = [self.cwd, Path(sys.prefix), Path(__file__).resolve().parents[2]]
+        carried = [self.cwd, Path(sys.prefix), PACKAGE.parent]
         return {
             "LAYER": str(layer or ""),
             "RELEASE": self.kernel.release,
@@ -250,7 +254,6 @@ class Guest:
             "HOME": "/run/lab/home",
             "LANG": "C.UTF-8",
             "TERM": os.environ.get("TERM", "dumb"),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "VFIOTOOL_LAB_MACHINE": self.machine.name,
             "VFIOTOOL_LAB_KERNEL": self.kernel.name,
             **self.options.env,

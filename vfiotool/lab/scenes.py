@@ -26,7 +26,7 @@ SHARED_EDU = "0000:05:01.0"
 SHARED_TESTDEV = "0000:05:02.0"
 MOUNT_POINT = Path("/run/data")
 MDEV_UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
-COMMAND_LIMIT_S = 60
+COMMAND_LIMIT_S = 180
 
 BOLD, DIM, GREEN, RED, CYAN, PLAIN = (f"\x1b[{code}m" for code in (1, 2, 32, 31, 36, 0))
 
