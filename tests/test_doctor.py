@@ -358,6 +358,13 @@ def test_tools_that_agree_do_not_conflict(small: SmallHost) -> None:
     assert finding(small, "conflict").severity == "ok"
 
 
+def test_the_same_option_said_twice_is_no_conflict(small: SmallHost) -> None:
+    small.function(NIC, group=4, identity="10de:2684")
+    claimed(small, "modprobe.d\t/etc/modprobe.d/x.conf\tid:10de:2684\tvfio-pci ids=")
+    small.file("/proc/cmdline", "intel_iommu=on vfio-pci.ids=10de:2684")
+    assert finding(small, "conflict").severity == "ok"
+
+
 def test_claims_on_absent_devices_are_no_conflict(small: SmallHost) -> None:
     claimed(
         small,

@@ -23,6 +23,8 @@ _PAGES = {
     "vfiotool": SRIOV_PAGE,
 }
 _VF_TOOLS = {"NetworkManager", "systemd.link", "netplan"}
+# The same option of the same module, twice: said twice, not against each other.
+_ID_OPTIONS = {"modprobe.d", "kernel command line"}
 # A tool that binds at start, whatever another one wanted a second before.
 _BINDERS = {"driverctl", "modprobe.d", "kernel command line", "vfiotool"}
 
@@ -108,7 +110,7 @@ def _owns(function: PciFunction, paths: Iterable[str]) -> bool:
 def _clash(claims: list[Claim]) -> bool:
     """Several tools, unless it is only libvirt's domains taking turns or naming what is bound."""
     tools = {claim.tool for claim in claims}
-    if len(tools) < 2:
+    if len(tools) < 2 or tools <= _ID_OPTIONS:
         return False
     if tools <= _VF_TOOLS or len(tools & _BINDERS) > 1:
         return True

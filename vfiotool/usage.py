@@ -30,7 +30,7 @@ def blockers(host: Host, address: str, inventory: Inventory | None = None) -> tu
 def survey(host: Host, address: str, inventory: Inventory | None = None) -> Usage:
     """Everything that uses a PCI function (by full address), mdev (UUID) or vDPA device (name).
 
-    A device that is gone, or on no driver, has no users. `inventory` saves reading the function
+    A device that is gone has no users. `inventory` saves reading the function
     again; usage itself is always read anew.
     """
     function = inventory.by_address.get(address) if inventory is not None else None
