@@ -312,6 +312,7 @@ def test_a_device_that_is_gone_has_no_users(small: SmallHost) -> None:
         ("/sys/devices/a/nvme/nvme0", True),
         ("/sys/devices/ab", False),
         ("/sys/devices/a/0000:01:00.0/nvme/nvme0", False),
+        ("/sys/devices/a/pci10000:e0/10000:e0:01.0/10000:e1:00.0/nvme/nvme0", True),
     ],
 )
 def test_a_functions_parts_end_where_the_next_function_begins(device: str, expected: bool) -> None:

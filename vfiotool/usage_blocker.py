@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from vfiotool.host import SYS_BLOCK, SYS_NET, Host
 from vfiotool.pci import Address
+
+_HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 
 # Every kind of blocker, and what it says.
 KINDS = {
@@ -66,13 +69,17 @@ class Usage:
 def is_part_of(path: str, device: str) -> bool:
     """Whether the device at `device` belongs to the function at `path` itself.
 
-    Both are paths below /sys. A bridge's subtree holds other functions: those are not its parts.
+    Both are paths below /sys. A bridge's subtree holds other functions: those are not its parts,
+    they stay when its driver goes. A function that is a host bridge of a PCI domain of its own
+    (Intel's VMD) takes all of that domain with it (drivers/pci/controller/vmd.c, vmd_remove).
     """
     if device == path:
         return True
     if not device.startswith(path + "/"):
         return False
     rest = device[len(path) + 1 :].split("/")
+    if _HOST_BRIDGE.fullmatch(rest[0]):
+        return True
     return not any(Address.is_address(piece) for piece in rest)
 
 
