@@ -224,26 +224,40 @@ def read_functions(host: Host, addresses: Iterable[str]) -> tuple[PciFunction, .
     for all at once and with a deadline: it is None for a device that is stuck in an unbind
     (drivers/pci/pci-sysfs.c, driver_override_show; drivers/pci/iov.c, sriov_numvfs_show).
     """
-    wanted = list(addresses)
-    totals = {name: host.read_int(f"{SYS_PCI_DEVICES}/{name}/sriov_totalvfs") for name in wanted}
-    locked = [f"{SYS_PCI_DEVICES}/{name}/driver_override" for name in wanted]
-    locked += [
-        f"{SYS_PCI_DEVICES}/{name}/sriov_numvfs" for name in wanted if totals[name] is not None
-    ]
+    parents: dict[str, str | None] = {}
+    totals: dict[str, int | None] = {}
+    locked = []
+    for name in addresses:
+        base = f"{SYS_PCI_DEVICES}/{name}"
+        parents[name] = host.linkname(f"{base}/physfn")
+        # A VF has no VFs: an attribute less to look for on hosts that have thousands of them.
+        totals[name] = host.read_int(f"{base}/sriov_totalvfs") if parents[name] is None else None
+        locked.append(f"{base}/driver_override")
+        if totals[name] is not None:
+            locked.append(f"{base}/sriov_numvfs")
     answers = host.read_guarded(locked)
-    indices: dict[str, dict[str, int]] = {}
-    found = (_read_function(host, name, totals[name], answers, indices) for name in wanted)
-    return tuple(function for function in found if function is not None)
+    indices = {
+        parent: read_vf_indices(host, parent)
+        for parent in dict.fromkeys(parents.values())
+        if parent
+    }
+    found = []
+    for name, parent in parents.items():
+        index = None if parent is None else indices[parent].get(name)
+        function = _read_function(host, name, answers, totals[name], parent, index)
+        if function is not None:
+            found.append(function)
+    return tuple(found)
 
 
 def _read_function(
     host: Host,
     address: str,
-    total_vfs: int | None,
     answers: Mapping[str, str | None],
-    indices: dict[str, dict[str, int]],
+    total_vfs: int | None,
+    physfn: str | None,
+    vf_index: int | None,
 ) -> PciFunction | None:
-    """One function; `indices` keeps each physical function's VFs for the next of them."""
     base = f"{SYS_PCI_DEVICES}/{address}"
     text = host.read(f"{base}/uevent")
     path = host.realpath(base)
@@ -262,9 +276,6 @@ def _read_function(
         return host.linkname(f"{base}/{name}")
 
     is_display = (identity.class_code or "").startswith("03")
-    physfn = link("physfn")
-    if physfn is not None and physfn not in indices:
-        indices[physfn] = read_vf_indices(host, physfn)
     group, revision = link("iommu_group"), read("revision")
     override, numa_node = answers.get(f"{base}/driver_override"), number("numa_node")
     return PciFunction(
@@ -283,7 +294,7 @@ def _read_function(
         boot_vga=_flag(number("boot_vga")) if is_display else None,
         sriov=_sriov(number, total_vfs, answers.get(f"{base}/sriov_numvfs")),
         physfn=physfn,
-        vf_index=None if physfn is None else indices[physfn].get(address),
+        vf_index=vf_index,
         reset_methods=tuple((read("reset_method") or "").split()),
         regions=parse_resource(read("resource") or ""),
         link=_link(read, number),
@@ -291,7 +302,7 @@ def _read_function(
         power_state=read("power_state"),
         d3cold_allowed=_flag(number("d3cold_allowed")),
         iommu=link("iommu"),
-        label=read("label"),
+        label=read("label") if physfn is None else None,
     )
 
 
