@@ -135,7 +135,14 @@ def _run_all(
     except Stuck as error:
         raise _left_stuck(host, transaction, steps[max(started, 1) - 1], error) from error
     except BaseException as error:
-        _roll_back(door, steps, range(started, 0, -1), error)
+        try:
+            _roll_back(door, steps, range(started, 0, -1), error)
+        except Stuck:
+            raise
+        except BaseException:
+            # Interrupted once more: `recover` ends the roll-back, in this process or another.
+            transaction.leave()
+            raise
         forget_origins(host, journal, steps)
         transaction.end("rolled-back", str(error))
         raise

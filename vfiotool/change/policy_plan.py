@@ -71,7 +71,8 @@ def plan_policy(policy: Policy, facts: PolicyFacts, *, absent_ok: bool = False) 
     for device, names in zip(policy.devices, facts.devices, strict=True):
         with _rule(draft, device.place, ""):
             for address in names:
-                _refuse_unviable(draft, address)
+                if any(step.target == address for step in draft.steps):
+                    _refuse_unviable(draft, address)
     for mdev in policy.mdevs:
         with _rule(draft, mdev.place, f"[[mdev]] {mdev.uuid}"):
             _plan_mdev(draft, mdev)
