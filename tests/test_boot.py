@@ -41,7 +41,7 @@ from vfiotool.change.boot_texts import (
 )
 from vfiotool.change.policy import Policy, parse_policy
 from vfiotool.cli.app import main
-from vfiotool.errors import KernelError, Refused, Unsupported, UsageError
+from vfiotool.errors import Ambiguous, KernelError, Refused, Unsupported, UsageError
 from vfiotool.host import Host
 
 COMMAND = ("/opt/vfiotool/bin/vfiotool",)
@@ -357,6 +357,15 @@ def test_a_run_that_fails_is_rolled_back_and_recorded(kernel: FakeKernel) -> Non
         assert driver_of(host, EDU) is None and driver_of(host, STUBBORN) == "nvme"
         record = read_record(folder)
         assert record is not None and STUBBORN in record["error"]["message"]
+
+
+def test_a_policy_that_cannot_be_planned_is_recorded_too(kernel: FakeKernel) -> None:
+    rules = policy(device('id = "1b36:0010"', more="expect = { count = 5 }"))
+    with run_folder() as folder:
+        with pytest.raises(Ambiguous):
+            run_policy(kernel.host(), rules, run_folder=folder)
+        record = read_record(folder)
+        assert record is not None and "5 are expected" in record["error"]["message"]
 
 
 def test_an_absent_device_is_not_waited_for_for_ever(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ SYSTEMD_RUNS = "/run/systemd/system"
 # While udev handles events, drivers still come and make devices (systemd-udevd's own mark).
 UDEV_QUEUE = "/run/udev/queue"
 _IDLE_S = 2.0
-_POLL_S = 0.1
+_POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,25 @@ def run_policy(
     """
     journal = Journal(host, run_folder)
     _mark_started(run_folder)
-    waited = wait_for_devices(
-        lambda: bool(plan_present(host, policy, journal).absent), wait_s, queue=queue
-    )
     absent: tuple[str, ...] = ()
 
-    def make() -> tuple[Step, ...]:
+    def plan() -> tuple[Step, ...]:
         nonlocal absent
-        plan = plan_present(host, policy, journal)
-        absent = plan.absent
-        refuse_hurtful(host, plan.steps)
-        return plan.steps
+        found = plan_present(host, policy, journal)
+        absent = found.absent
+        return found.steps
+
+    def lacking() -> bool:
+        plan()
+        return bool(absent)
+
+    def make() -> tuple[Step, ...]:
+        steps = plan()
+        refuse_hurtful(host, steps)
+        return steps
 
     try:
+        waited = wait_for_devices(lacking, wait_s, queue=queue)
         outcome = change(host, journal, f"boot {policy.name}", make, timeout_s=timeout_s)
     except VfiotoolError as error:
         _record(run_folder, {"error": error.as_json()["error"], "absent": list(absent)})
