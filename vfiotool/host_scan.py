@@ -89,7 +89,7 @@ def open_nodes() -> str:
                 lines.add((pid, _command(pid), *found))
     text = [f"{pid}\t{command}\t{node}\t{device}" for pid, command, node, device in sorted(lines)]
     if hidden:
-        text.append(f"!\topen files of {hidden} processes of other users")
+        text.append(f"!\tthe open files of {hidden} processes that may not be looked into")
     return "".join(f"{line}\n" for line in text)
 
 
@@ -147,7 +147,7 @@ def mounts() -> str:
             seen.add(name)
             text += [f"{pid}\t{line}\n" for line in _mountinfo(str(pid))]
     if hidden:
-        text.append(f"!\tmount tables of {hidden} processes of other users\n")
+        text.append(f"!\tthe mount tables of {hidden} processes that may not be looked into\n")
     return "".join(text)
 
 
@@ -258,7 +258,9 @@ def net_namespaces() -> str:
         text.append(_ask_child(look, keep=descriptor) or "")
         os.close(descriptor)
     if hidden:
-        text.append(f"!\tnetwork namespaces of {hidden} processes of other users\n")
+        text.append(
+            f"!\tthe network namespaces of {hidden} processes that may not be looked into\n"
+        )
     return "".join(text)
 
 
