@@ -133,6 +133,8 @@ class IoQueue:
 
     def _move(self, opcode: int, disk: Namespace, lba: int, view: memoryview) -> None:
         """All of `view` through a bounce buffer, several chunks in flight."""
+        if self.controller.queues.get(self.number) is not self:
+            raise UsageError(f"queue {self.number} is closed")
         if self._bounce is None:
             self._bounce = self.controller.device.dma.alloc(_BOUNCE_CHUNK * _BOUNCE_PLACES)
         bounce = self._bounce
@@ -170,6 +172,20 @@ class IoQueue:
                 places.append(one.tag)
         if failure:
             raise failure
+
+    def drain(self, timeout_s: float = 2.0) -> None:
+        """Wait for what is in flight and forget its completions; what another thread runs is
+        halted first. Raises UsageError while that thread goes on."""
+        self.pair.halt()
+        end = time.monotonic() + timeout_s
+        while self.pair.in_flight and time.monotonic() < end:
+            try:
+                self.pair.poll(self.depth, end - time.monotonic())
+            except UsageError:
+                if time.monotonic() >= end:
+                    raise
+                self.pair.halt()
+                time.sleep(1e-3)
 
     def free_bounce(self) -> None:
         """Give back the buffer of `read` and `write`."""
