@@ -1,0 +1,126 @@
+"""What takes both sides of a guest: snapshots opened outside, devices unplugged from outside."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from reading import run
+
+from vfiotool.errors import VfiotoolError
+from vfiotool.lab import kernels, qemu
+from vfiotool.lab.guest import Guest
+
+pytestmark = pytest.mark.lab
+
+LIMIT_S = 300.0
+KERNEL = "6.12"
+
+# In the guest: a snapshot, then every reading command's JSON, into the shared folder.
+CAPTURE = """
+import json, sys
+sys.path.insert(0, "tests")
+from reading import reading_commands, run
+from vfiotool.host import Host
+folder = sys.argv[1]
+assert run(["snapshot", f"{folder}/host.gz"])[0] == 0
+found = {name: [command, *run(command)] for name, command in reading_commands(Host.local()).items()}
+open(f"{folder}/live.json", "w").write(json.dumps(found))
+"""
+
+# In the guest: list as fast as it goes until told to stop, and count what was seen.
+LISTING = """
+import json, os, sys
+sys.path.insert(0, "tests")
+from reading import run
+seen = {"with": 0, "without": 0, "codes": []}
+while not os.path.exists("/tmp/stop"):
+    for command in (["devices"], ["groups"], ["tree"], ["doctor"], ["snapshot", "/tmp/during.gz"]):
+        code, text = run(command)
+        if code not in (0, 1):
+            seen["codes"].append([command, code, text[:500]])
+        if command == ["devices"]:
+            there = any(d["address"] == sys.argv[1] for d in json.loads(text)["devices"])
+            seen["with" if there else "without"] += 1
+            open("/tmp/seen.tmp", "w").write(json.dumps(seen))
+            os.replace("/tmp/seen.tmp", "/tmp/seen")
+open("/tmp/done", "w").write(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def guest(shared: Path) -> Iterator[Guest]:
+    try:
+        kernels.prepare(KERNEL)
+        qemu.find()
+    except VfiotoolError as error:
+        pytest.skip(f"no lab here: {error.message}; {error.hint}")
+    with Guest("basic", KERNEL, share=(shared,), load=("vfio-pci",)) as running:
+        yield running
+
+
+def wait(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, f"waited {LIMIT_S:g} s for {what}"
+        time.sleep(0.2)
+
+
+def read(guest: Guest, path: str) -> str:
+    found = guest.exec(["cat", path])
+    return found.stdout.decode() if found.exit_code == 0 else ""
+
+
+def background(guest: Guest, script: str, *arguments: str) -> None:
+    """Start a command in the guest that outlives the call."""
+    words = " ".join(f"'{word}'" for word in arguments)
+    guest.exec(["sh", "-c", f"{script} {words} </dev/null &"])
+
+
+def test_a_snapshot_opened_outside_prints_what_the_guest_printed(
+    guest: Guest, shared: Path
+) -> None:
+    done = guest.exec(["python", "-c", CAPTURE, str(shared)], timeout_s=LIMIT_S)
+    assert done.exit_code == 0, done.stderr.decode()
+    live = json.loads((shared / "live.json").read_text())
+    assert {"groups", "devices", "doctor", "show/0000:00:01.0", "why/0000:00:01.0"} <= live.keys()
+    different = [
+        name
+        for name, (command, code, text) in live.items()
+        if list(run(command, str(shared / "host.gz"))) != [code, text]
+    ]
+    assert not different
+
+
+def test_a_device_unplugged_while_watching_and_listing_breaks_nothing(guest: Guest) -> None:
+    watch = "python -m vfiotool watch --json --timeout 600 >/tmp/events 2>/tmp/ready"
+    background(guest, watch)
+    wait(lambda: read(guest, "/tmp/ready"), "watch to be ready")
+    guest.qmp.device_add("edu", id="plugged", bus="rp9")
+    wait(lambda: '"add"' in read(guest, "/tmp/events"), "the device to be announced")
+    added = [json.loads(line) for line in read(guest, "/tmp/events").splitlines()]
+    address = next(event["device"] for event in added if event["id"] == "1234:11e8")
+
+    guest.exec(["sh", "-c", "cat > /tmp/listing.py"], input=LISTING.encode())
+    background(guest, "python /tmp/listing.py", address)
+    wait(lambda: '"with": 0' not in (read(guest, "/tmp/seen") or '"with": 0'), "a first listing")
+    guest.qmp.device_del("plugged", limit_s=LIMIT_S)
+    wait(lambda: '"without": 0' not in read(guest, "/tmp/seen"), "a listing without the device")
+    guest.exec(["touch", "/tmp/stop"])
+    wait(lambda: read(guest, "/tmp/done"), "the last listing to end")
+
+    seen = json.loads(read(guest, "/tmp/done"))
+    assert seen["codes"] == [] and seen["with"] > 0 and seen["without"] > 0
+    wait(lambda: '"remove"' in read(guest, "/tmp/events"), "the removal to be announced")
+    events = [json.loads(line) for line in read(guest, "/tmp/events").splitlines()]
+    kinds = [event["event"] for event in events if event["device"] == address]
+    assert kinds == ["add", "remove"]
+    assert read(guest, "/tmp/ready") == "watching\n", "watch said nothing else"
