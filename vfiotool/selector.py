@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 
 from vfiotool.errors import Ambiguous, NotFound, UsageError
 from vfiotool.host import (
+    DEV,
     SYS_BLOCK,
     SYS_MDEV_DEVICES,
     SYS_NET,
@@ -271,7 +272,7 @@ def _by_net(host: Host, text: str, name: str) -> list[str]:
 
 def _by_block(host: Host, text: str, name: str) -> list[str]:
     # The kernel writes `!` for a slash in a disk's name (cciss!c0d0).
-    kernel_name = name.removeprefix("/dev/").replace("/", "!")
+    kernel_name = name.removeprefix(f"{DEV}/").replace("/", "!")
     if kernel_name not in host.listdir(SYS_BLOCK):
         raise _none(text, (f"block:{known}" for known in host.listdir(SYS_BLOCK)), "lsblk")
     owners: set[str] = set()
