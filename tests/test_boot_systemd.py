@@ -7,7 +7,9 @@ what the job wrote to the second serial port is the result.
 
 from __future__ import annotations
 
+import compileall
 import json
+import py_compile
 import re
 import shutil
 import subprocess
@@ -25,6 +27,11 @@ from vfiotool.lab import packages, qemu
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOT_LIMIT_S = 1200
+# An emulated guest on a busy machine is slow: systemd must not give up on its disks.
+PATIENCE = (
+    "panic=-1 nowatchdog fsck.mode=skip systemd.default_timeout_start_sec=900 "
+    "systemd.default_device_timeout_sec=900 systemd.mask=serial-getty@ttyS0.service"
+)
 EDU = "0000:00:04.0"
 NVME = "0000:00:05.0"
 POLICY = f"""version = 1
@@ -122,7 +129,7 @@ class Machine:
             *["-nodefaults", "-nographic", "-no-reboot", "-device"],
             "intel-iommu,intremap=on,caching-mode=on",
             *["-kernel", str(image), "-initrd", str(self.initrd), "-append"],
-            f"root=/dev/vda rw console=ttyS0 intel_iommu=on panic=-1 nowatchdog {words}",
+            f"root=/dev/vda rw console=ttyS0 intel_iommu=on {PATIENCE} {words}",
             *["-drive", f"if=virtio,format=raw,file={self.disk},cache=unsafe"],
             *["-drive", f"if=virtio,format=raw,readonly=on,file={payload}"],
             *["-drive", f"if=none,id=nvme0,format=raw,file={self.folder / 'nvme.raw'}"],
@@ -178,6 +185,9 @@ def _make_payload(folder: Path, image: Path, job: str) -> None:
         shutil.copytree(ROOT / "vfiotool", site / "vfiotool", ignore=ignore)
         for name in _closure("typer", "rich"):
             _copy_distribution(name, site)
+        # The guest mounts this read-only: without byte code every start would compile it all.
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        compileall.compile_dir(site, quiet=2, invalidation_mode=mode)
         (folder / "vfiotool/bin").mkdir()
         (folder / "vfiotool/bin/python").symlink_to("/usr/bin/python3")
         (folder / "vfiotool/pyvenv.cfg").write_text("home = /usr/bin\n")
