@@ -6,7 +6,7 @@ import pytest
 from small_host import SmallHost
 
 from vfiotool.usage import Blocker, blockers, survey
-from vfiotool.usage_storage import parse_mount, unescape
+from vfiotool.usage_mounts import parse_mount, unescape
 
 DISK = "0000:01:00.0"
 
@@ -158,6 +158,24 @@ def test_an_unimported_zfs_pool_is_no_user(small: SmallHost) -> None:
 def test_a_claim_that_no_table_explains_blocks(small: SmallHost) -> None:
     small.file("/proc/vfiotool/block-claim/nvme0n1", "claimed")
     assert found(small) == [("storage-member", "nvme0n1")]
+
+
+def test_each_disk_whose_use_is_not_explained_is_asked_for_claims(small: SmallHost) -> None:
+    base = f"/sys/devices/pci0000:00/{DISK}/nvme/nvme0"
+    for name, number in (("nvme0n2", "259:5"), ("nvme0n3", "259:9")):
+        small.block(name, f"{base}/{name}", number)
+        for part in (1, 2):
+            path = f"{base}/{name}/{name}p{part}"
+            small.block(f"{name}p{part}", path, f"{number}{part}")
+    small.mounts(mount("259:51", "/data", "/dev/nvme0n2p1"))
+    for name in ("nvme0n2", "nvme0n2p2", "nvme0n3"):
+        small.file(f"/proc/vfiotool/block-claim/{name}", "claimed")
+    # The second partition is held beside the mounted first; the third disk is held as a whole.
+    assert sorted(found(small)) == [
+        ("mounted", "/data"),
+        ("storage-member", "nvme0n2p2"),
+        ("storage-member", "nvme0n3"),
+    ]
 
 
 def test_a_claim_that_may_not_be_probed_is_reported_as_unseen(small: SmallHost) -> None:

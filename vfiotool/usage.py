@@ -15,9 +15,10 @@ from vfiotool.pci import PciFunction, read_function
 from vfiotool.sriov import read_vfs
 from vfiotool.usage_blocker import Blocker, Usage
 from vfiotool.usage_display import display_usage
+from vfiotool.usage_layers import own_disks, stack_on
 from vfiotool.usage_network import network_usage
 from vfiotool.usage_nodes import node_usage
-from vfiotool.usage_storage import own_disks, stack_on, storage_usage
+from vfiotool.usage_storage import storage_usage
 
 __all__ = ["Blocker", "Usage", "blockers", "survey"]
 
