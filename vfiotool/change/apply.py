@@ -35,6 +35,10 @@ _ROLL_BACK_TRIES = 3
 Progress = Callable[[int, int, Step], None]
 
 
+class NothingToUndo(NotFound):
+    """No change of this boot stands."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a change did: its steps, and its number in the journal (None if there were none)."""
@@ -425,7 +429,18 @@ def last_standing(history: list[Record]) -> Record:
     for record in reversed(history):
         if record.outcome == "committed" and record.undoes is None and record.number not in undone:
             return record
-    raise NotFound("there is no change of this boot to undo", hint="vfiotool history lists them")
+    raise NothingToUndo(
+        "there is no change of this boot to undo", hint="vfiotool history lists them"
+    )
 
 
-__all__ = ["Outcome", "Progress", "Recovered", "Refused", "change", "recover", "undo"]
+__all__ = [
+    "NothingToUndo",
+    "Outcome",
+    "Progress",
+    "Recovered",
+    "Refused",
+    "change",
+    "recover",
+    "undo",
+]

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from vfiotool.change.apply import Recovered, last_standing, recover, undo
+from vfiotool.change.apply import NothingToUndo, Recovered, last_standing, recover, undo
 from vfiotool.change.confirm import arm, attach, confirm, revert_unconfirmed
 from vfiotool.change.export import export_policy
+from vfiotool.change.guard import find_blockers
 from vfiotool.change.journal import Journal, Record
 from vfiotool.change.policy import Policy, read_policy
 from vfiotool.change.policy_facts import read_policy_facts
@@ -120,6 +121,10 @@ def show_plan(
         with open(out, "w", encoding="utf-8") as file:
             file.write(plan_to_text(loaded, plan.steps))
     _emit_plan(context, plan)
+    for blocker in find_blockers(host, plan.steps):
+        render.say(
+            f"vfiotool: apply would refuse: {blocker.device} {blocker.kind}: {blocker.detail}"
+        )
     return 0
 
 
@@ -237,7 +242,13 @@ def take_back(
         steps = tuple(step for step in inverses if step is not None)
         _emit_plan(context, Plan(steps))
         return 0
-    record = undo(host, journal, timeout_s=timeout, progress=progress_line())
+    try:
+        record = undo(host, journal, timeout_s=timeout, progress=progress_line())
+    except NothingToUndo as error:
+        render.say(f"vfiotool: {error.message}")
+        if render.state(context).json:
+            render.emit({"undone": None, "title": None})
+        return 0
     if render.state(context).json:
         render.emit({"undone": record.number, "title": record.title})
     else:

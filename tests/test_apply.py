@@ -1,0 +1,159 @@
+"""The executor's promises that are not about faults: confirmation, recovery's choices, undo."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.changing import EDU, NVME, STUBBORN, binding, do, furnished, releasing, run_folder
+from tests.fakekernel import FakeKernel, Fault
+from vfiotool.change.apply import recover, undo_number
+from vfiotool.change.confirm import attach, confirm, revert_unconfirmed
+from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
+from vfiotool.change.journal import Journal
+from vfiotool.change.steps import steps_as_json
+from vfiotool.errors import KernelError, NotFound, Refused, Stuck, UsageError
+
+
+@pytest.fixture
+def kernel() -> FakeKernel:
+    return furnished()
+
+
+@pytest.fixture
+def journal(kernel: FakeKernel) -> Iterator[Journal]:
+    with run_folder() as folder:
+        yield Journal(kernel.host(), folder)
+
+
+def pend(journal: Journal, transaction: int | None, pid: int = 1 << 22) -> str:
+    entry = {"deadline": time.time(), "transaction": transaction, "pid": pid}
+    journal.pending.replace("token", json.dumps(entry).encode())
+    return "token"
+
+
+def test_an_unconfirmed_change_is_taken_back(kernel: FakeKernel, journal: Journal) -> None:
+    before = kernel.state()
+    token = pend(journal, None)
+    attach(journal, token, do(kernel.host(), journal, binding(NVME)).transaction)
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) == "undone 1"
+    assert kernel.state() == before
+    with pytest.raises(NotFound, match="no change waits"):
+        confirm(journal)
+
+
+def test_a_confirmed_change_stays(kernel: FakeKernel, journal: Journal) -> None:
+    token = pend(journal, None)
+    attach(journal, token, do(kernel.host(), journal, binding(NVME)).transaction)
+    assert confirm(journal) == [1]
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) is None
+    assert kernel.driver_of(NVME) == "vfio-pci"
+
+
+def test_a_change_that_died_before_its_end_is_recovered_at_the_deadline(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    before = kernel.state()
+    token = pend(journal, None)
+    kernel.faults = (Fault("hang", 2),)
+    with pytest.raises(Stuck):
+        do(kernel.host(), journal, binding(NVME))
+    kernel.clear_faults()
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) == "1 undone"
+    assert kernel.state() == before
+
+
+def test_nothing_to_do_needs_no_confirmation(journal: Journal) -> None:
+    attach(journal, pend(journal, None), None)
+    assert journal.pending.names() == []
+
+
+def test_recover_can_be_told_to_undo_or_to_finish(kernel: FakeKernel, journal: Journal) -> None:
+    for finish, driver in ((False, "nvme"), (True, "vfio-pci")):
+        kernel.faults = (Fault("hang", len(kernel.writes) + 2),)
+        with pytest.raises(Stuck):
+            do(kernel.host(), journal, binding(NVME))
+        kernel.clear_faults()
+        recover(kernel.host(), journal, finish=finish)
+        assert kernel.driver_of(NVME) == driver
+
+
+def test_a_change_can_be_undone_once(kernel: FakeKernel, journal: Journal) -> None:
+    number = do(kernel.host(), journal, binding(EDU)).transaction
+    assert number is not None
+    undo_number(kernel.host(), journal, number)
+    with pytest.raises(NotFound, match="does not stand"):
+        undo_number(kernel.host(), journal, number)
+
+
+def test_an_interrupt_rolls_back(kernel: FakeKernel, journal: Journal) -> None:
+    before = kernel.state()
+
+    def interrupt(number: int, path: str, data: str) -> None:
+        kernel.before_write = None
+        raise KeyboardInterrupt
+
+    do(kernel.host(), journal, binding(EDU))
+    do(kernel.host(), journal, releasing(EDU))
+    kernel.before_write = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        do(kernel.host(), journal, binding(NVME))
+    assert kernel.state() == before
+    assert journal.history()[-1].outcome == "rolled-back"
+
+
+def test_a_neighbours_change_between_the_steps_is_detected(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    host = kernel.host()
+
+    def meddle(number: int, path: str, data: str) -> None:
+        # While the second device is taken, somebody gives the first one back.
+        if path.endswith("nvme/unbind") and NVME not in data:
+            kernel.before_write = None
+            kernel._effect("/sys/bus/pci/drivers/vfio-pci/unbind", "unbind", NVME, NVME, False)
+
+    kernel.drivers["vfio-pci"].refuses.clear()
+    kernel.before_write = meddle
+    with pytest.raises(KernelError, match=f"{NVME}: bind-driver from nvme .* did not hold"):
+        do(host, journal, binding(NVME, STUBBORN))
+    assert (kernel.driver_of(NVME), kernel.driver_of(STUBBORN)) == ("nvme", "nvme")
+
+
+def test_the_steps_have_the_contracts_shape(kernel: FakeKernel, journal: Journal) -> None:
+    (row,) = steps_as_json(binding(NVME)(kernel.host(), journal))
+    assert row == {
+        "number": 1,
+        "verb": "bind-driver",
+        "target": NVME,
+        "from": "nvme",
+        "to": "vfio-pci",
+        "undo": "bind to nvme, clear the override",
+    }
+
+
+def test_what_hurts_is_refused_unless_it_is_allowed_by_name(kernel: FakeKernel) -> None:
+    host = kernel.host()
+    node = f"/sys/devices/pci0000:00/{NVME}/nvme/nvme0/nvme0n1"
+    kernel._put(f"{node}/dev", b"259:0\n")
+    kernel._put(f"{node}/size", b"2048\n")
+    kernel._link("/sys/class/block/nvme0n1", f"../../{node.removeprefix('/sys/')}")
+    kernel._put("/proc/swaps", b"Filename Type Size Used Priority\n/dev/nvme0n1 partition 9 0 -2\n")
+    with run_folder() as folder:
+        steps = binding(NVME)(host, Journal(host, folder))
+    (blocker,) = find_blockers(host, steps)
+    assert blocker.kind == "swap"
+    with pytest.raises(Refused, match="it would hurt this host") as caught:
+        refuse_hurtful(host, steps)
+    assert caught.value.exit_code == 4
+    wanted = f"swap:{blocker.subject}"
+    assert f"--allow {wanted}" in (caught.value.hint or "")
+    with pytest.raises(Refused):
+        refuse_hurtful(host, steps, [Allowance.parse("swap:/dev/other")])
+    refuse_hurtful(host, steps, [Allowance.parse(wanted)])
+    for text in ("swap", "swap:", ":x", ""):
+        with pytest.raises(UsageError, match="is not KIND:WHAT"):
+            Allowance.parse(text)
