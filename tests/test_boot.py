@@ -271,6 +271,12 @@ def test_early_gives_ids_and_soft_dependencies(kernel: FakeKernel, root: Path) -
     assert any("vfio-pci.ids=1b36:0010" in note for note in found.notes)
 
 
+def test_early_without_modules_alias_says_so(kernel: FakeKernel, root: Path) -> None:
+    kernel._remove(f"{MODULES}/modules.alias")
+    found = plan(kernel.host(), root, policy(at(TESTDEV)), early=True)
+    assert any("modules.alias" in note for note in found.notes)
+
+
 def test_early_leaves_a_twin_alone_and_says_so(kernel: FakeKernel, root: Path) -> None:
     with pytest.raises(Unsupported) as caught:
         plan(kernel.host(), root, policy(at(NVME)), early=True)

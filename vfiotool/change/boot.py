@@ -196,6 +196,11 @@ def plan_enabling(
         initramfs_tools=(base / "etc/initramfs-tools").is_dir(),
         dracut=(base / "etc/dracut.conf.d").is_dir(),
     )
+    if not found.aliases_known:
+        notes.append(
+            "the kernel's modules.alias could not be read: no soft dependencies were written, so "
+            "another driver may be faster"
+        )
     notes.append(f"the kernel's command line can do the same: {found.kernel_words}")
     builders = tuple(text for path, text in _BUILDERS if (base / path).exists())
     if not builders:

@@ -37,6 +37,7 @@ class Early:
     soft_dependencies: tuple[str, ...] = ()
     left: tuple[tuple[str, str], ...] = ()
     vfio_built_in: bool = False
+    aliases_known: bool = True
 
     @property
     def kernel_words(self) -> str:
@@ -113,7 +114,13 @@ def plan_early(
             module.replace("_", "-") for module in _match(modules.loadable, modaliases.get(address))
         }
     soft -= {"vfio-pci"}
-    return Early(tuple(taken), tuple(sorted(soft)), tuple(left), modules.vfio_built_in)
+    return Early(
+        ids=tuple(taken),
+        soft_dependencies=tuple(sorted(soft)),
+        left=tuple(left),
+        vfio_built_in=modules.vfio_built_in,
+        aliases_known=bool(modules.loadable),
+    )
 
 
 def _id_of(by_id: Mapping[str, list[PciIdentity]], address: str) -> str:
