@@ -7,7 +7,6 @@ looking at sysfs itself. It ends with 1 if any scene failed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -26,7 +25,6 @@ SHARED_EDU = "0000:05:01.0"
 SHARED_TESTDEV = "0000:05:02.0"
 MOUNT_POINT = Path("/run/data")
 MDEV_UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
-COMMAND_LIMIT_S = 180
 
 BOLD, DIM, GREEN, RED, CYAN, PLAIN = (f"\x1b[{code}m" for code in (1, 2, 32, 31, 36, 0))
 
@@ -55,27 +53,31 @@ class Stage:
     def say(self, text: str) -> None:
         print(self.paint(text, DIM), flush=True)
 
-    def run(self, command: str, *, expect: int = 0) -> None:
-        """Show `command`, run it, and fail the scene unless its exit code is `expect`."""
-        print(f"{self.paint('$', CYAN)} {self.paint(command, BOLD)}", flush=True)
-        code = subprocess.run(shlex.split(command), timeout=COMMAND_LIMIT_S).returncode
-        if code != expect:
-            raise SceneFailed(f"`{command}` ended with {code}, not {expect}")
-        if expect:
-            self.say(f"(exit code {code})")
+    def run(self, command: str, *, expect: int = 0) -> str:
+        """Show `command`, run it, and fail the scene unless its exit code is `expect`.
 
-    def ask(self, command: str, *, expect: int = 0) -> dict[str, object]:
-        """Run `command --json` behind the curtain and return its object."""
-        done = subprocess.run(
-            [*shlex.split(command), "--json"],
-            capture_output=True,
+        Returns what it printed (both streams), which the spectator has seen line by line.
+        """
+        print(f"{self.paint('$', CYAN)} {self.paint(command, BOLD)}", flush=True)
+        environment = {**os.environ, **({"FORCE_COLOR": "1"} if self._colour else {})}
+        lines = []
+        with subprocess.Popen(
+            shlex.split(command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=COMMAND_LIMIT_S,
-        )
-        if done.returncode != expect:
-            raise SceneFailed(f"`{command} --json` ended with {done.returncode}: {done.stderr}")
-        answer: dict[str, object] = json.loads(done.stdout)
-        return answer
+            env=environment,
+        ) as child:
+            # A command that is stuck ends with the guest, whose limit the demonstration sets.
+            assert child.stdout is not None
+            for line in child.stdout:
+                lines.append(line)
+                print(line, end="", flush=True)
+        if child.returncode != expect:
+            raise SceneFailed(f"`{command}` ended with {child.returncode}, not {expect}")
+        if expect:
+            self.say(f"(exit code {expect})")
+        return "".join(lines)
 
     def check(self, what: str, holds: bool) -> None:
         """Print `what` with a mark; fail the scene unless it `holds`."""
@@ -172,29 +174,22 @@ def _letter() -> str:
 
 
 def look(stage: Stage) -> None:
-    stage.run("vfiotool groups")
-    groups = stage.ask("vfiotool groups")["groups"]
-    assert isinstance(groups, list)
-    by_member = {d["address"]: g for g in groups for d in g["devices"]}
-    shared = by_member[SHARED_EDU]
+    shown = stage.run("vfiotool groups")
+    functions = [path.name for path in PCI.iterdir()]
+    stage.check(f"all {len(functions)} functions are listed", all(f in shown for f in functions))
+    shared = [
+        {path.name for path in (PCI / address / "iommu_group" / "devices").resolve().iterdir()}
+        for address in (SHARED_EDU, SHARED_TESTDEV)
+    ]
     stage.check(
-        f"{SHARED_EDU} and {SHARED_TESTDEV} share group {shared['id']}",
-        by_member[SHARED_TESTDEV]["id"] == shared["id"],
+        f"the kernel has {SHARED_EDU} and {SHARED_TESTDEV} in one group", shared[0] == shared[1]
     )
-    real = {path.name for path in Path("/sys/kernel/iommu_groups").iterdir()}
-    stage.check("every group of the kernel is listed", {str(g["id"]) for g in groups} == real)
 
 
 def ask_why(stage: Stage) -> None:
     stage.run(f"vfiotool why {EDU}")
-    stage.run(f"vfiotool why {PLAIN_DISK}", expect=1)
-    blockers = stage.ask(f"vfiotool why {PLAIN_DISK}", expect=1)["blockers"]
-    assert isinstance(blockers, list)
-    mounted = [b for b in blockers if b["kind"] == "mounted"]
-    stage.check(
-        f"the blocker is the file system on {MOUNT_POINT}",
-        any(str(MOUNT_POINT) in json.dumps(blocker) for blocker in mounted),
-    )
+    shown = stage.run(f"vfiotool why {PLAIN_DISK}", expect=1)
+    stage.check(f"it names the file system on {MOUNT_POINT}", str(MOUNT_POINT) in shown)
 
 
 def refuse(stage: Stage) -> None:
