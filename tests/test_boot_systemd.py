@@ -12,6 +12,7 @@ import json
 import py_compile
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ import pytest
 
 from tests import debian_root
 from vfiotool.lab import packages, qemu
+from vfiotool.lab.qmp import Qmp
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOT_LIMIT_S = 1200
@@ -44,7 +46,9 @@ driver = "vfio-pci"
 match  = {{ address = "{NVME}" }}
 driver = "vfio-pci"
 """
-ABSENT = POLICY + '\n[[device]]\nmatch = { address = "0000:7f:00.0" }\ndriver = "vfio-pci"\n'
+# Behind the only root port, where nothing is plugged in while the guest boots.
+LATE = "0000:01:00.0"
+ABSENT = f'{POLICY}\n[[device]]\nmatch = {{ address = "{LATE}" }}\ndriver = "vfio-pci"\n'
 
 # What a VM manager would find: written by a unit that is ordered as libvirtd is.
 MARKER = f"""#!/bin/sh
@@ -107,8 +111,11 @@ class Machine:
     def disk(self) -> Path:
         return self.folder / "root.ext4"
 
-    def boot(self, job: str, *, words: str = "") -> list[str]:
-        """Boot, run `job`, power off; the lines that it wrote. Fails if the guest does not end."""
+    def boot(self, job: str, *, words: str = "", plug: bool = False) -> list[str]:
+        """Boot, run `job`, power off; the lines that it wrote. Fails if the guest does not end.
+
+        With `plug` an edu device is plugged in once the job has written `plug in`.
+        """
         payload = self.folder / "payload.ext4"
         _make_payload(self.folder / "payload", payload, job)
         output = self.folder / "output"
@@ -135,7 +142,9 @@ class Machine:
             *["-drive", f"if=none,id=nvme0,format=raw,file={self.folder / 'nvme.raw'}"],
             *["-device", f"edu,bus=pcie.0,addr={EDU[8:10]}"],
             *["-device", f"nvme,drive=nvme0,serial=boot-0,bus=pcie.0,addr={NVME[8:10]}"],
+            *["-device", "pcie-root-port,id=port,bus=pcie.0,addr=06,chassis=1"],
             *["-serial", f"file:{self.folder / 'console'}", "-serial", f"file:{output}"],
+            *["-qmp", f"unix:{self.folder / 'qmp'},server=on,wait=off"],
         ]
         process = subprocess.Popen(
             [*qemu.died_with_parent(), *found.command, *arguments],
@@ -143,6 +152,8 @@ class Machine:
             stdin=subprocess.DEVNULL,
         )
         try:
+            if plug:
+                self._plug(process, output)
             process.wait(BOOT_LIMIT_S)
         finally:
             process.kill()
@@ -151,6 +162,15 @@ class Machine:
         console = (self.folder / "console").read_text(errors="replace")[-3000:]
         assert "job ended" in lines, "\n".join([*lines, "--- console", console])
         return lines
+
+    def _plug(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        deadline = time.monotonic() + BOOT_LIMIT_S
+        while b"plug in" not in output.read_bytes():
+            assert process.poll() is None and time.monotonic() < deadline, "no job came"
+            time.sleep(0.2)
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.connect(str(self.folder / "qmp"))
+            Qmp(stream).device_add("edu", id="late", bus="port")
 
     def take(self, path: str, into: Path) -> None:
         """Copy a file out of the guest's root while it is off."""
@@ -290,9 +310,15 @@ def test_devices_are_handed_over_before_vm_managers_start(machine: Machine) -> N
         "systemctl show -p ActiveState -p Result vfiotool-boot.service\n"
         "journalctl -b -u vfiotool-boot -o short-monotonic --no-pager\n"
         "journalctl -b --no-pager | grep -i 'ordering cycle' && echo CYCLE\n"
+        "echo plug in\n"
+        f"d=/sys/bus/pci/devices/{LATE}; for try in $(seq 600); do [ -L $d/driver ] && break\n"
+        "sleep 1; done\n"
+        "echo late $(readlink $d/driver | sed 's,.*/,,')\n"
+        "journalctl -b -u 'vfiotool-late@*' --no-pager\n"
         "vfiotool boot disable && echo disabled\n"
         f"{LISTING} > /root/after\n"
-        "diff /root/before /root/after && echo same\n"
+        "diff /root/before /root/after && echo same\n",
+        plug=True,
     )
     print("\n".join(second), flush=True)
     # The marker ran where libvirtd runs: both devices were in place by then.
@@ -303,9 +329,11 @@ def test_devices_are_handed_over_before_vm_managers_start(machine: Machine) -> N
     status = json_after(second, "--- status")
     assert status["enabled"] and status["unit"] == "active"
     # The absent device was reported, waited for at most its limit, and kept nobody.
-    assert len(status["last"]["absent"]) == 1 and "0000:7f:00.0" in status["last"]["absent"][0]
+    assert len(status["last"]["absent"]) == 1 and LATE in status["last"]["absent"][0]
     assert status["last"]["waited_s"] <= 15
     assert "code 1" in second
+    # Plugged in later, it was taken without anybody asking.
+    assert "late vfio-pci" in second
     assert "disabled" in second and "same" in second
 
     third = machine.boot(SHOW)
