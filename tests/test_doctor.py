@@ -408,6 +408,14 @@ def test_every_finding_that_is_not_ok_has_evidence_and_blockers_a_remedy_and_pag
         assert (entry.page or "").startswith("https://")
 
 
+def test_every_check_is_documented(small: SmallHost) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "why.md").read_text()
+    small.file("/sys/kernel/security/lockdown", "[integrity]")
+    checks = {entry.check for entry in diagnose(small).findings}
+    checks |= {"hugepages", "vf-manager", "ids-option"}
+    assert [check for check in sorted(checks) if f"`{check}`" not in page] == []
+
+
 def test_the_command_prints_json_and_exits_1_on_a_blocker(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -319,6 +319,11 @@ def test_a_functions_parts_end_where_the_next_function_begins(device: str, expec
     assert is_part_of("/sys/devices/a", device) is expected
 
 
+def test_every_kind_of_blocker_is_documented() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "why.md").read_text()
+    assert [kind for kind in KINDS if f"| `{kind}` |" not in page] == []
+
+
 TABLES = (
     "/proc/vfiotool/mounts",
     "/proc/vfiotool/open-nodes",
