@@ -10,12 +10,14 @@ import pytest
 
 from tests.changing import EDU, NVME, STUBBORN, binding, do, furnished, releasing, run_folder
 from tests.fakekernel import FakeKernel, Fault
-from vfiotool.change.apply import recover, undo_number
+from vfiotool.change.apply import recover, undo, undo_number
 from vfiotool.change.confirm import attach, confirm, revert_unconfirmed
 from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
 from vfiotool.change.journal import Journal
 from vfiotool.change.steps import steps_as_json
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, UsageError
+from vfiotool.host import Host
+from vfiotool.netlink import Message, Request
 
 
 @pytest.fixture
@@ -135,13 +137,63 @@ def test_the_steps_have_the_contracts_shape(kernel: FakeKernel, journal: Journal
     }
 
 
-def test_what_hurts_is_refused_unless_it_is_allowed_by_name(kernel: FakeKernel) -> None:
-    host = kernel.host()
-    node = f"/sys/devices/pci0000:00/{NVME}/nvme/nvme0/nvme0n1"
+def swap_on(kernel: FakeKernel, address: str) -> None:
+    """The host swaps to a disk of this controller."""
+    node = f"/sys/devices/pci0000:00/{address}/nvme/nvme0/nvme0n1"
     kernel._put(f"{node}/dev", b"259:0\n")
     kernel._put(f"{node}/size", b"2048\n")
     kernel._link("/sys/class/block/nvme0n1", f"../../{node.removeprefix('/sys/')}")
     kernel._put("/proc/swaps", b"Filename Type Size Used Priority\n/dev/nvme0n1 partition 9 0 -2\n")
+
+
+def test_undo_does_not_take_a_device_that_is_in_use_by_now(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    host = kernel.host()
+    do(host, journal, binding(NVME))
+    do(host, journal, releasing(NVME))
+    swap_on(kernel, NVME)
+    with pytest.raises(Refused, match="would hurt this host"):
+        undo(host, journal)
+    assert kernel.driver_of(NVME) == "nvme"
+
+
+def test_recover_does_not_take_a_device_that_is_in_use_by_now(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    host = kernel.host()
+    do(host, journal, binding(NVME))
+    steps = releasing(NVME)(host, journal)
+    transaction = journal.begin("release", steps, ["device-x"])
+    transaction.note("step", n=1)
+    transaction.leave()
+    # The release had got as far as the driver when its process was killed.
+    for step in steps:
+        step.run(_Bare(host))
+    swap_on(kernel, NVME)
+    assert [entry.result for entry in recover(host, journal)] == ["finished"]
+    assert kernel.driver_of(NVME) == "nvme"
+
+
+class _Bare:
+    """A door without a journal."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def write(self, path: str, data: str) -> None:
+        self.host.write(path, data)
+
+    def load_module(self, name: str) -> None:
+        self.host.load_module(name)
+
+    def netlink(self, request: Request) -> list[Message]:
+        return self.host.netlink(request)
+
+
+def test_what_hurts_is_refused_unless_it_is_allowed_by_name(kernel: FakeKernel) -> None:
+    host = kernel.host()
+    swap_on(kernel, NVME)
     with run_folder() as folder:
         steps = binding(NVME)(host, Journal(host, folder))
     (blocker,) = find_blockers(host, steps)

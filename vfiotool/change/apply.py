@@ -7,11 +7,12 @@ what hangs, or cannot be rolled back, raises Stuck and stays in the journal for 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vfiotool.change.bind_step import BindDriver
+from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
 from vfiotool.change.journal import Journal, Record, Transaction, started_at
 from vfiotool.change.locks import held, lock_keys
 from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
@@ -21,7 +22,7 @@ from vfiotool.change.steps import not_done
 from vfiotool.change.vdpa_steps import SetVdpa
 from vfiotool.change.vf_steps import SetVfCount
 from vfiotool.change.vfnet_step import SetVfProperty
-from vfiotool.errors import KernelError, NotFound, Refused, Stuck, VfiotoolError
+from vfiotool.errors import KernelError, NotFound, Stuck, VfiotoolError
 from vfiotool.host import PROC, WRITE_DEADLINE_S, Host, read_only_root
 from vfiotool.sriov import read_vfs
 
@@ -289,8 +290,9 @@ def recover(
     """Finish or undo every change that a crash, a kill or a held device left half done.
 
     By default a stuck change is finished (its user still wants it, and nothing failed), anything
-    else undone; `finish` decides otherwise. What is still held is reported as `stuck`, at most
-    `timeout_s` after the call; it raises nothing for it.
+    else undone, unless undoing would take a device that is in use; `finish` decides otherwise.
+    What is still held is reported as `stuck`, at most `timeout_s` after the call; it raises
+    nothing for it.
     """
     if not host.live:
         raise read_only_root(host.name)
@@ -320,7 +322,7 @@ def _recover_one(
         return Recovered(record.number, record.title, _RESULT[record.outcome])
     try:
         _await_writer(host, record, timeout_s)
-        forward = record.stuck is not None and not record.undoing if finish is None else finish
+        forward = _goes_forward(host, record) if finish is None else finish
         outcome, error = "rolled-back", None
         if forward:
             outcome, error = _finish(door, record)
@@ -337,6 +339,27 @@ def _recover_one(
     forget_origins(host, journal, record.steps)
     transaction.end(outcome, error)
     return Recovered(record.number, record.title, _RESULT[outcome], error)
+
+
+def _goes_forward(host: Host, record: Record) -> bool:
+    """Whether to finish rather than undo: see `recover`.
+
+    A device that came back to the host before the crash may be in use again by now: undoing is
+    then no way out. Raises Stuck if finishing would hurt the host as well.
+    """
+    if record.stuck is not None and not record.undoing:
+        return True
+    started = record.steps[: max(record.started, default=0)]
+    if not find_blockers(host, _inverses(started)):
+        return False
+    in_use = find_blockers(host, record.steps)
+    if in_use:
+        raise Stuck(
+            f"both ways would hurt this host: {in_use[0].device} {in_use[0].kind}: "
+            f"{in_use[0].detail}",
+            hint="end that use, then: vfiotool recover",
+        )
+    return True
 
 
 _RESULT = {"committed": "finished", "rolled-back": "undone"}
@@ -379,16 +402,18 @@ def _alive(host: Host, pid: int) -> bool:
 def undo(
     host: Host,
     journal: Journal,
+    allowed: Iterable[Allowance] = (),
     *,
     timeout_s: float = WRITE_DEADLINE_S,
     progress: Progress | None = None,
 ) -> Record:
     """Take back the last change of this boot that stands. Returns its record.
 
-    Raises NotFound if there is none, and Refused if the host has been changed since.
+    Raises NothingToUndo if there is none, and Refused if the host has been changed since, or if
+    undoing would cut off a use of the host that is not `allowed`.
     """
     record = last_standing(journal.history())
-    _take_back(host, journal, record, timeout_s, progress)
+    _take_back(host, journal, record, allowed, timeout_s, progress)
     return record
 
 
@@ -400,23 +425,37 @@ def undo_number(
     undone = {record.undoes for record in history if record.outcome == "committed"}
     for record in history:
         if record.number == number and record.outcome == "committed" and number not in undone:
-            _take_back(host, journal, record, timeout_s, None)
+            _take_back(host, journal, record, (), timeout_s, None)
             return
     raise NotFound(f"change {number} does not stand (any more)", hint="vfiotool history")
 
 
+def _inverses(steps: Iterable[Step]) -> tuple[Step, ...]:
+    inverses = (step.inverse() for step in reversed(tuple(steps)))
+    return tuple(step for step in inverses if step is not None)
+
+
 def _take_back(
-    host: Host, journal: Journal, record: Record, timeout_s: float, progress: Progress | None
+    host: Host,
+    journal: Journal,
+    record: Record,
+    allowed: Iterable[Allowance],
+    timeout_s: float,
+    progress: Progress | None,
 ) -> None:
-    steps = tuple(
-        inverse for step in reversed(record.steps) if (inverse := step.inverse()) is not None
-    )
+    steps = _inverses(record.steps)
+    permits = tuple(allowed)
+
+    def guarded() -> tuple[Step, ...]:
+        refuse_hurtful(host, steps, permits)
+        return steps
+
     title = f"undo {record.number}: {record.title}"
     change(
         host,
         journal,
         title,
-        lambda: steps,
+        guarded,
         timeout_s=timeout_s,
         progress=progress,
         undoes=record.number,
@@ -439,7 +478,6 @@ __all__ = [
     "Outcome",
     "Progress",
     "Recovered",
-    "Refused",
     "change",
     "recover",
     "undo",

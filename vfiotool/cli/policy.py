@@ -13,7 +13,7 @@ import typer
 from vfiotool.change.apply import NothingToUndo, Recovered, last_standing, recover, undo
 from vfiotool.change.confirm import arm, attach, confirm, revert_unconfirmed
 from vfiotool.change.export import export_policy
-from vfiotool.change.guard import find_blockers
+from vfiotool.change.guard import Allowance, find_blockers
 from vfiotool.change.journal import Journal, Record
 from vfiotool.change.policy import Policy, read_policy
 from vfiotool.change.policy_facts import read_policy_facts
@@ -227,6 +227,7 @@ def status(context: typer.Context, policy: _Policy, absent_ok: _AbsentOk = False
 
 def take_back(
     context: typer.Context,
+    allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
     unconfirmed: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -243,7 +244,8 @@ def take_back(
         _emit_plan(context, Plan(steps))
         return 0
     try:
-        record = undo(host, journal, timeout_s=timeout, progress=progress_line())
+        allowed = [Allowance.parse(text) for text in allow or []]
+        record = undo(host, journal, allowed, timeout_s=timeout, progress=progress_line())
     except NothingToUndo as error:
         render.say(f"vfiotool: {error.message}")
         if render.state(context).json:
