@@ -179,7 +179,7 @@ def test_a_truncated_snapshot_still_lists_what_came_before(
     file = tmp_path / f"a{suffix}"
     save(whole, str(file))
     data = file.read_bytes()
-    file.write_bytes(data[: max(60, int(len(data) * keep))])
+    file.write_bytes(data[: max(200, int(len(data) * keep))])
     host = open_root(str(file))
     warning = capsys.readouterr().err
     assert "cut off after line" in warning or "damaged after the end" in warning
@@ -306,6 +306,14 @@ def test_a_table_of_names_is_cut_to_the_ids_of_the_host() -> None:
         b"1af4  Red Hat\n\t1041  Virtio network\n\t\t1af4 1100  Machine\n"
         b"C 02  Network\n\t00  Ethernet\n"
     )
+
+
+def test_a_live_host_without_names_has_none_in_its_snapshot_either() -> None:
+    files: dict[str, bytes | int] = {f"{EDU}/uevent": b"PCI_ID=8086:10C9\n"}
+    for live in (True, False):
+        host = Host(MemoryTree(files, {}), live=live, name="x")
+        taken = capture(host, [read_names])
+        assert (taken.files.get("/usr/share/misc/pci.ids") == b"") is live
 
 
 def test_a_comparison_names_what_changed_and_nothing_else() -> None:

@@ -140,7 +140,7 @@ def capture(
         with suppress(OSError):
             probe(recorder)
     files = dict(tree.files)
-    reduce_tables(files)
+    reduce_tables(files, live=source.live)
     release = source.read(host.PROC_OSRELEASE)
     own = {"tool": f"vfiotool {__version__}", **({"kernel": release} if release else {})}
     links = {path: target for path, target in tree.links.items() if path not in files}

@@ -15,14 +15,15 @@ from vfiotool.snapshot_text import MAX_FILE_BYTES
 _PCI_IDS = "/usr/share/misc/pci.ids"
 
 
-def reduce_tables(files: dict[str, bytes | int]) -> None:
+def reduce_tables(files: dict[str, bytes | int], *, live: bool) -> None:
     """Cut `modules.alias` and `pci.ids` down to what the captured devices can want of them.
 
-    A table of names is always there afterwards, empty if the host had none: so a snapshot never
-    takes names from the machine that it is opened on.
+    A live host's snapshot always has a table of names, empty if the host had none: it never takes
+    names from the machine that it is opened on. A root without a table does, and so does its
+    snapshot.
     """
     ids = _ids_of(files)
-    table = b""
+    table: bytes | None = b"" if live else None
     for path, content in list(files.items()):
         name = path.rpartition("/")[2]
         if name == "modules.alias" and isinstance(content, bytes):
@@ -36,7 +37,8 @@ def reduce_tables(files: dict[str, bytes | int]) -> None:
             del files[path]
             if isinstance(content, bytes):
                 table = table or _unpacked(content)
-    files[_PCI_IDS] = reduce_pci_ids(table, ids)
+    if table is not None:
+        files[_PCI_IDS] = reduce_pci_ids(table, ids)
 
 
 def _unpacked(content: bytes) -> bytes:
