@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "iommufd", "type1", "noiommu")
 CONTAINER_NODE = f"{DEV_VFIO}/vfio"
+GROUP_VIABLE = 1  # VFIO_GROUP_FLAGS_VIABLE
 ALL_ADDRESSES = ((0, (1 << 64) - 1),)
 
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vfiotool.errors import KernelError, Unsupported, UsageError
+from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.host import Host
 from vfiotool.vfio import native
 from vfiotool.vfio.backend import AddressSpace, open_space
@@ -184,7 +184,7 @@ class Device:
         UsageError where the device has none."""
         self.refuse_closed()
         if index not in self._regions:
-            info = self.regions[index] if 0 <= index < len(self.regions) else None
+            info = self._region_info(index)
             if info is None or not info.size:
                 present = [entry.index for entry in self.regions if entry and entry.size]
                 raise UsageError(
@@ -195,6 +195,13 @@ class Device:
             kind = Config if index == CONFIG_REGION and self.info.is_pci else Region
             self._regions[index] = kind(self, info, self.trace)
         return self._regions[index]
+
+    def _region_info(self, index: int) -> RegionInfo | None:
+        if index < len(self.regions) or index >= _REGION_LIMIT:
+            return self.regions[index] if 0 <= index < len(self.regions) else None
+        # A device may have more than it counts: mdpy's plane is in region 16 of 9 (mdpy.c).
+        raw = native.region_info(self.descriptor, index, self.name)
+        return None if raw is None else parse_region(raw, index)
 
     @property
     def config(self) -> Region:
@@ -270,9 +277,16 @@ class Device:
         self.irqs.rearm()
 
     def hot_reset_dependents(self) -> list[Dependent]:
-        """The functions that a hot reset takes along, this one included. Raises KernelError
-        (ENODEV) where neither slot nor bus can be reset."""
-        raw = native.hot_reset_info(self.descriptor, self.name)
+        """The functions that a hot reset takes along, this one included. Raises Unsupported where
+        neither slot nor bus can be reset."""
+        try:
+            raw = native.hot_reset_info(self.descriptor, self.name)
+        except KernelError as error:
+            if error.errno_name not in ("ENODEV", "ENOTTY"):
+                raise
+            raise Unsupported(
+                f"neither slot nor bus of {self.name} can be reset", device=self.name
+            ) from error
         _, _, count = struct.unpack_from("=III", raw)
         found = []
         for index in range(min(count, (len(raw) - 12) // 8)):
@@ -284,8 +298,8 @@ class Device:
     def hot_reset(self) -> list[Dependent]:
         """Reset the slot or bus of the device; returns what was reset.
 
-        Every function concerned must be opened in this space (type1: its group). Raises Refused
-        through the kernel's own check: KernelError EINVAL or EPERM names the dependents.
+        Every function concerned must be opened in this space (type1: its group); otherwise
+        KernelError names them all. Raises Unsupported where neither can be reset.
         """
         dependents = self.hot_reset_dependents()
         groups = sorted(
@@ -293,13 +307,17 @@ class Device:
         )
         try:
             native.hot_reset(self.descriptor, groups, self.name)
-        except Exception as error:
+        except VfiotoolError as error:
             listed = ", ".join(entry.address for entry in dependents)
+            if error.errno_name == "ENOTTY":
+                raise Unsupported(
+                    f"neither slot nor bus of {self.name} can be reset here", device=self.name
+                ) from error
             raise KernelError(
                 f"{error}: it would reset {listed}",
                 hint="open all of them in one address space first",
                 device=self.name,
-                errno_name=getattr(error, "errno_name", None),
+                errno_name=error.errno_name,
             ) from error
         self.follow_command()
         self.irqs.rearm()

@@ -13,6 +13,7 @@ from vfiotool.errors import KernelError, Refused, Unsupported
 from vfiotool.host import DEV_IOMMU, Host
 from vfiotool.vfio import native
 from vfiotool.vfio.backend import (
+    GROUP_VIABLE,
     AddressSpace,
     Attachment,
     map_failure,
@@ -64,17 +65,21 @@ class IommufdSpace(AddressSpace):
 
     def _attach_failure(self, number: int, target: Target, *, bound: bool) -> Exception:
         verb = "attach" if bound else "bind"
+        busy = number == -errno.EBUSY
+        if number == -errno.EINVAL and not bound:
+            # The kernel says EINVAL of a second open and of a group that is not viable alike.
+            busy, viable = _group_state(target)
+            if not busy and not viable:
+                return Refused(
+                    f"group {target.group} is not viable: a member is still on a host driver",
+                    hint=f"vfiotool why {target.name}",
+                    device=target.name,
+                )
+        if busy:
+            number = -errno.EBUSY
         failure = native.failed(number, f"{verb} {target.name} to iommufd", device=target.name)
-        if failure.errno_name == "EBUSY":
+        if busy:
             failure.hint = "it, or its group, is open elsewhere: end that program first"
-        elif failure.errno_name == "EINVAL" and not bound:
-            # iommufd_device_bind claims the whole group's DMA; a member on a host driver forbids.
-            return Refused(
-                f"{target.name} cannot be bound to iommufd: a member of its group is still on a "
-                "host driver, or the group cannot be isolated",
-                hint=f"vfiotool why {target.name}",
-                device=target.name,
-            )
         return failure
 
     def detach(self, attachment: Attachment) -> None:
@@ -157,3 +162,16 @@ class IommufdSpace(AddressSpace):
 
     def _descriptors(self) -> list[int]:
         return [self.iommufd]
+
+
+def _group_state(target: Target) -> tuple[bool, bool]:
+    """Whether the device's group is in use elsewhere, and whether it is viable."""
+    if target.group_node is None:
+        return False, True
+    group = native.open_node(target.group_node)
+    if group < 0:
+        return group == -errno.EBUSY, True
+    try:
+        return False, bool(native.group_flags(group) & GROUP_VIABLE)
+    finally:
+        native.close(group)

@@ -154,11 +154,13 @@ class InterruptSet:
         (`noresize`), all are turned off and on again, and what fires in between is lost."""
         self.refuse_closed()
         old = len(self.vectors)
-        fresh = [Interrupt(self, old + i) for i in range(count)]
-        self.vectors += fresh
+        if count < 1 or old + count > self.info.count:
+            raise UsageError(f"{self.owner.device.name} has {self.info.count} {self.name}")
+        fresh: list[Interrupt] = []
         try:
-            if old + count > self.info.count:
-                raise UsageError(f"{self.owner.device.name} has {self.info.count} {self.name}")
+            for vector in range(old, old + count):
+                fresh.append(Interrupt(self, vector))
+            self.vectors += fresh
             if "noresize" in self.info.flags:
                 self._off()
                 self._assign(0, [interrupt.descriptor for interrupt in self.vectors])

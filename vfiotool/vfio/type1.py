@@ -15,6 +15,7 @@ from vfiotool.vfio import native
 from vfiotool.vfio.backend import (
     ALL_ADDRESSES,
     CONTAINER_NODE,
+    GROUP_VIABLE,
     AddressSpace,
     Attachment,
     map_failure,
@@ -26,7 +27,6 @@ from vfiotool.vfio.target import Target, not_on_vfio
 _TYPE1V2 = 3
 _NOIOMMU = 8
 _UNMAP_ALL = 9
-_GROUP_VIABLE = 1
 
 
 class Type1Space(AddressSpace):
@@ -97,7 +97,7 @@ class Type1Space(AddressSpace):
         if group < 0:
             raise open_failure(group, node, target.name)
         try:
-            if not native.group_flags(group) & _GROUP_VIABLE:
+            if not native.group_flags(group) & GROUP_VIABLE:
                 raise Refused(
                     f"group {number} is not viable: a member is still on a host driver",
                     hint=f"vfiotool why {target.name}",
