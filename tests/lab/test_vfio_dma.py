@@ -1,0 +1,202 @@
+"""DMA memory on real kernels: kinds of pages, rights, places, limits, life, dirty pages."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+from vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors, status_kib
+
+from vfiotool.drivers.edu import ADDRESS_BITS, Edu
+from vfiotool.errors import Unsupported, UsageError
+from vfiotool.vfio import Device
+
+MACHINE = "basic"
+KERNELS = ("6.1", "6.12", "iommufd")
+
+HUGE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    bind_vfio(EDU)
+    with Device.open(EDU, backend=request.param) as opened:
+        yield opened
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    HUGE.write_text("4")
+    if int(HUGE.read_text()) < 2:
+        pytest.skip("this guest has no two free huge pages of 2 MiB")
+    yield
+    HUGE.write_text("0")
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["anonymous", "memfd"])
+def test_memory_is_zeroed_whole_pages_and_numpy_takes_it(device: Device, shared: bool) -> None:
+    with device.dma.alloc(5000, shared=shared) as buffer:
+        assert buffer.size == len(buffer.view) == 8192
+        assert buffer.address % 4096 == 0 == buffer.iova % 4096
+        array = numpy.frombuffer(buffer.view, dtype="<u4")
+        assert not array.any()
+        array[5] = 0x01020304
+        assert bytes(buffer.view[20:24]) == b"\x04\x03\x02\x01"
+        del array
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["anonymous", "memfd"])
+def test_huge_pages_are_mapped_whole_and_reached_by_the_device(
+    device: Device, huge_pages: None, shared: bool
+) -> None:
+    edu = Edu(device)
+    with device.dma.alloc(3 << 20, limit_bits=ADDRESS_BITS, pages="2M", shared=shared) as buffer:
+        assert buffer.size == 4 << 20
+        assert buffer.iova % (2 << 20) == 0 == buffer.address % (2 << 20)
+        end = buffer.size - 4096
+        buffer.view[end:] = bytes(range(256)) * 16
+        edu.dma(buffer.iova + end, 0, 4096, to_memory=False)
+        edu.dma(buffer.iova, 0, 4096, to_memory=True)
+        assert buffer.view[:4096] == buffer.view[end:]
+
+
+def test_absent_huge_pages_are_unsupported_and_leave_nothing_behind(device: Device) -> None:
+    HUGE.write_text("0")
+    before = open_descriptors()
+    for shared in (False, True):
+        with pytest.raises(Unsupported, match="2M pages") as caught:
+            device.dma.alloc(2 << 20, pages="2M", shared=shared)
+        assert "nr_hugepages" in (caught.value.hint or "")
+    assert open_descriptors() == before
+    assert device.dma.iovas.used_bytes == 0
+
+
+def test_the_device_cannot_write_what_it_may_only_read(device: Device) -> None:
+    edu = Edu(device)
+    with device.dma.alloc(4096, limit_bits=ADDRESS_BITS, write=False) as buffer:
+        buffer.view[:] = b"\x5a" * 4096
+        edu.dma(buffer.iova, 0, 4096, to_memory=False)
+        edu.dma(buffer.iova, 0, 16, to_memory=True)
+        with device.dma.alloc(4096, limit_bits=ADDRESS_BITS, read=False) as other:
+            edu.dma(other.iova, 0, 4096, to_memory=True)
+            assert other.view[:] == b"\x5a" * 4096
+        assert buffer.view[:] == b"\x5a" * 4096
+
+
+def test_places_can_be_fixed_and_aligned(device: Device) -> None:
+    with device.dma.alloc(4096, iova=0x123000) as buffer:
+        assert buffer.iova == 0x123000
+        with pytest.raises(UsageError, match="in use"):
+            device.dma.alloc(4096, iova=0x123000)
+    with (
+        device.dma.alloc(4096, iova=0x123000) as again,
+        device.dma.alloc(4096, align=1 << 24) as aligned,
+    ):
+        assert again.iova == 0x123000
+        assert aligned.iova % (1 << 24) == 0
+
+
+def test_many_buffers_are_mapped_in_one_call_and_all_or_none(device: Device) -> None:
+    edu = Edu(device)
+    buffers = device.dma.alloc_many(32, 4096, limit_bits=ADDRESS_BITS)
+    assert len({buffer.iova for buffer in buffers}) == 32
+    for number, buffer in enumerate(buffers):
+        buffer.view[:2] = bytes([number, 255 - number])
+    edu.dma(buffers[17].iova, 0, 2, to_memory=False)
+    edu.dma(buffers[3].iova + 8, 0, 2, to_memory=True)
+    assert buffers[3].view[8:10] == bytes([17, 238])
+    for buffer in buffers:
+        buffer.close()
+    with device.dma.alloc(4096, iova=0x5000) as taken:
+        triples = [(taken.address, 0x3000, 4096), (taken.address, 0x5000, 4096)]
+        with pytest.raises(UsageError, match="something is mapped there"):
+            device.space.map_many(triples, read=True, write=True)
+        assert device.space.unmap(0x3000, 4096) == 0
+    assert device.dma.iovas.used_bytes == 0
+
+
+def test_an_unmapped_buffer_is_out_of_the_device_s_reach(device: Device) -> None:
+    edu = Edu(device)
+    buffer = device.dma.alloc(4096, limit_bits=ADDRESS_BITS)
+    keep = buffer.view[:]
+    buffer.view[:] = b"\x33" * 4096
+    edu.dma(buffer.iova, 0, 4096, to_memory=False)
+    keep[:] = bytes(4096)
+    buffer.close()
+    edu.dma(buffer.iova, 0, 4096, to_memory=True)
+    assert keep == bytes(4096)
+    keep.release()
+
+
+def test_closed_buffers_give_their_memory_back(device: Device) -> None:
+    for _ in range(20):
+        device.dma.alloc(1 << 20).close()
+    gc.collect()
+    before = status_kib("VmSize")
+    for _ in range(200):
+        with device.dma.alloc(1 << 20) as buffer:
+            buffer.view[0] = 1
+    gc.collect()
+    assert status_kib("VmSize") - before < 1024
+    assert device.dma.iovas.used_bytes == 0
+
+
+SHORTAGE = """
+import os, resource, sys
+from vfiotool.errors import KernelError
+from vfiotool.vfio import Device
+with Device.open(sys.argv[1], backend=sys.argv[2]) as device:
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+    os.setresuid(65534, 65534, 65534)
+    device.dma.alloc(32768)
+    try:
+        device.dma.alloc(1 << 20)
+    except KernelError as error:
+        print(error.errno_name, error.hint)
+    device.dma.alloc(4096)
+    print("works on")
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_memory_lock_shortage_says_how_much_is_missing(backend: str) -> None:
+    bind_vfio(EDU)
+    command = [sys.executable, "-c", SHORTAGE, EDU, backend]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("ENOMEM")
+    assert "65536 bytes (RLIMIT_MEMLOCK)" in first
+    missing = (1 << 20) - 65536 + (32768 if backend == "type1" else 0)
+    assert f"{missing} bytes are missing" in first
+    assert "CAP_IPC_LOCK" in first
+    assert second == "works on"
+
+
+def test_dirty_pages_are_told_where_the_iommu_can(device: Device) -> None:
+    edu = Edu(device)
+    with device.dma.alloc(8 * 4096, limit_bits=ADDRESS_BITS) as buffer:
+        try:
+            device.space.dirty_track(True)
+        except Unsupported as error:
+            # QEMU's intel-iommu marks no pages; type1 then calls all pinned pages dirty.
+            assert device.backend == "iommufd"
+            pytest.skip(f"this IOMMU: {error}")
+        edu.dma(buffer.iova + 4096, 0, 4096, to_memory=True)
+        bitmap = device.space.dirty_bitmap(buffer.iova, buffer.size)
+        device.space.dirty_track(False)
+        assert len(bitmap) == 8
+        assert bitmap[0] & 0b10
+
+
+def test_mapping_somebody_else_s_address_is_an_error(device: Device) -> None:
+    page = os.sysconf("SC_PAGESIZE")
+    with pytest.raises(Exception, match="not memory of this process"):
+        device.space.map(page, 0x100000, page, read=True, write=True)
+    assert device.space.unmap(0x100000, page) == 0
