@@ -138,6 +138,14 @@ def test_conventional_functions_of_one_device_cannot_be_isolated() -> None:
     ]
 
 
+def test_a_bridge_is_told_why_it_shares_the_group_of_what_is_below_it() -> None:
+    small, path = below(config(TO_PCI, bridge=True), config(None))
+    bridge = path.rpartition("/")[0]
+    assert reasons(small, bridge, PORT) == reasons(small, path)
+    isolating, path = below(config(ROOT_PORT, (ALL, ALL), bridge=True))
+    assert reasons(isolating, path.rpartition("/")[0], PORT) == []
+
+
 def test_without_root_the_port_is_named_and_nothing_is_claimed_missing() -> None:
     small, path = below(config(ROOT_PORT, bridge=True)[:64])
     (merger,) = find_mergers(small.host(), DEVICE, path)

@@ -45,7 +45,9 @@ def find_mergers(host: Host, address: str, path: str) -> tuple[Merger, ...]:
     """
     pieces = [piece for piece in path.split("/") if Address.is_address(piece)]
     found = []
-    for port in reversed(pieces[:-1]):
+    # A bridge shares its group with what lies below it, if it cannot keep that apart.
+    has_children = any(Address.is_address(name) for name in host.listdir(path))
+    for port in reversed(pieces if has_children else pieces[:-1]):
         merger = _judge_port(host, port)
         if merger is not None:
             found.append(merger)
