@@ -100,9 +100,10 @@ def _node_of(link: str, sysfs: dict[str, str]) -> tuple[str, str] | None:
         target = os.readlink(link)
     except OSError:
         return None
-    match = _PCI_FILE.fullmatch(target)
-    if match is not None:
-        return _plain(target), match.group(1)
+    if "/dev/" not in target:
+        # Nearly all descriptors: sockets, pipes, plain files.
+        match = _PCI_FILE.fullmatch(target) if target.startswith("/sys/") else None
+        return None if match is None else (_plain(target), match.group(1))
     match = _NODE.fullmatch(target)
     if match is None or _COMMON.fullmatch(match.group(1)):
         return None
