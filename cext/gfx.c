@@ -9,6 +9,10 @@
 
 VT_ASSERT_SIZE(struct vt_gfx_plane, 64);
 
+#define VT_DMA_BUF_SYNC _IOW('b', 0, uint64_t)
+#define VT_DMA_BUF_SYNC_READ 1u
+#define VT_DMA_BUF_SYNC_END 4u
+
 int vt_gfx_plane(int device, uint32_t flags, uint32_t plane_type, struct vt_gfx_plane *plane)
 {
 	int result;
@@ -33,4 +37,11 @@ int vt_gfx_dmabuf(int device, uint32_t id)
 		return -error;
 	}
 	return fd;
+}
+
+int vt_dmabuf_read_sync(int dmabuf, int begin)
+{
+	uint64_t flags = VT_DMA_BUF_SYNC_READ | (begin ? 0 : VT_DMA_BUF_SYNC_END);
+
+	return vt_ioctl(dmabuf, VT_DMA_BUF_SYNC, &flags);
 }

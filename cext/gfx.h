@@ -19,5 +19,7 @@ struct vt_gfx_plane {
 int vt_gfx_plane(int device, uint32_t flags, uint32_t plane_type, struct vt_gfx_plane *plane);
 /* A descriptor of the dma-buf `id`, close-on-exec, or -errno. */
 int vt_gfx_dmabuf(int device, uint32_t id);
+/* Brackets reading a mapped dma-buf by the processor (DMA_BUF_IOCTL_SYNC, <linux/dma-buf.h>). */
+int vt_dmabuf_read_sync(int dmabuf, int begin);
 
 #endif

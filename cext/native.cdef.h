@@ -177,6 +177,7 @@ struct vt_gfx_plane {
 };
 int vt_gfx_plane(int device, uint32_t flags, uint32_t plane_type, struct vt_gfx_plane *plane);
 int vt_gfx_dmabuf(int device, uint32_t id);
+int vt_dmabuf_read_sync(int dmabuf, int begin);
 
 /* migration.h */
 int vt_precopy_info(int data, uint64_t *initial_bytes, uint64_t *dirty_bytes);

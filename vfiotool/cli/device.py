@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from vfiotool.cli.device_frame import register_frame
 from vfiotool.cli.device_state import register_state
 from vfiotool.cli.render import emit, host, say, state
 from vfiotool.errors import UsageError
@@ -49,6 +50,7 @@ def register(app: typer.Typer) -> None:
     group.command("reset")(reset)
     group.command("dump")(dump)
     group.command("trace")(trace_command)
+    register_frame(group)
     register_state(group)
     app.add_typer(group, name="device")
     app.command("demo")(demo)

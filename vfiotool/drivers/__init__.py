@@ -19,6 +19,8 @@ DEMOS = {
     "pci_testdev": "vfiotool.drivers.pci_testdev",
     "mtty": "vfiotool.drivers.mtty",
     "nvme": "vfiotool.drivers.nvme",
+    "mbochs": "vfiotool.drivers.display",
+    "mdpy": "vfiotool.drivers.display",
 }
 
 
