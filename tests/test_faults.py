@@ -40,10 +40,16 @@ MDEVS = "".join(
     for digit in range(4)
 )
 VARIANT = f'[[device]]\nmatch = {{ address = "{NVME}" }}\ndriver = "mlx5-vfio-pci"\n'
+DISK_VFS = (
+    f'[[sriov]]\nmatch = {{ address = "{NVME}" }}\nvfs = 2\nautoprobe = false\n'
+    f'[[device]]\nmatch = {{ pf = "{NVME}", index = 0 }}\n'
+    f'[[device]]\nmatch = {{ pf = "{NVME}", index = 1 }}\ndriver = "none"\n'
+)
 POLICIES = {
     "disk": DISK,
     "group": GROUP,
     "vfs": VFS,
+    "disk-vfs": DISK_VFS,
     "mdevs": MDEVS,
     "variant": VARIANT,
     "mixed": DISK + GROUP + VFS + MDEVS,

@@ -1,0 +1,112 @@
+"""Rebinding one device and eight, against driverctl in the same guest.
+
+    python tests/bench/bench_rebind.py [--kernel 6.12] [--runs 5]     on the host: boots a guest
+
+One round takes devices to vfio-pci and gives them back. Three ways: the library in a warm process,
+the command as a process of its own, and driverctl (which takes one device a call, and is given
+them one after another). Medians; times of an emulated guest are ratios, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PCI = Path("/sys/bus/pci")
+
+
+def endpoints(count: int) -> list[str]:
+    """Functions that may be rebound freely: on nvme or on no driver, and no bridges."""
+    found = []
+    for path in sorted((PCI / "devices").iterdir()):
+        driver = path / "driver"
+        name = driver.resolve().name if driver.exists() else None
+        bridge = (path / "class").read_text().startswith("0x06")
+        lab = path.name.startswith("0000:00:1e") or path.name.startswith("0000:00:1f")
+        if not bridge and not lab and name in (None, "nvme") and (path / "iommu_group").exists():
+            found.append(path.name)
+    return found[:count]
+
+
+def by_library(devices: list[str]) -> None:
+    from vfiotool.change.apply import change
+    from vfiotool.change.facts import read_facts
+    from vfiotool.change.journal import Journal
+    from vfiotool.change.plan import plan_bind, plan_release
+    from vfiotool.host import Host
+
+    host = Host.local()
+    journal = Journal(host)
+    change(host, journal, "bind", lambda: plan_bind(read_facts(host, devices, journal), devices))
+    change(
+        host, journal, "release", lambda: plan_release(read_facts(host, devices, journal), devices)
+    )
+
+
+def by_command(devices: list[str]) -> None:
+    for verb in ("bind", "release"):
+        command = [sys.executable, "-m", "vfiotool", verb, *devices]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def by_driverctl(devices: list[str]) -> None:
+    for arguments in (["set-override"], ["unset-override"]):
+        for device in devices:
+            driver = ["vfio-pci"] if arguments == ["set-override"] else []
+            command = ["driverctl", "--nosave", *arguments, device, *driver]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def measure(runs: int) -> dict[str, dict[str, float]]:
+    """In a guest: the median wall time of a round, by number of devices and way."""
+    subprocess.run(["modprobe", "vfio-pci"], check=True)
+    ways: dict[str, Callable[[list[str]], None]] = {
+        "library": by_library,
+        "command": by_command,
+        "driverctl": by_driverctl,
+    }
+    result: dict[str, dict[str, float]] = {}
+    for count in (1, 8):
+        devices = endpoints(count)
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(runs):
+            for name, way in ways.items():
+                begun = time.perf_counter()
+                way(devices)
+                times[name].append(time.perf_counter() - begun)
+        result[str(len(devices))] = {
+            name: statistics.median(values) for name, values in times.items()
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kernel", default="6.12")
+    parser.add_argument("--machine", default="full")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--in-guest", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.in_guest:
+        print(json.dumps(measure(options.runs)))
+        return
+    inside = [sys.executable, __file__, "--in-guest", "--runs", str(options.runs)]
+    command = [sys.executable, "-m", "vfiotool", "lab", "run", "--machine", options.machine]
+    command += ["--kernel", options.kernel, "--timeout", "1800", "--", *inside]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    for count, times in json.loads(done.stdout.splitlines()[-1]).items():
+        base = times["driverctl"]
+        print(f"{count} devices, there and back:")
+        for name, seconds in times.items():
+            print(f"  {name:10} {seconds:7.3f} s   {seconds / base:5.2f} of driverctl")
+
+
+if __name__ == "__main__":
+    main()
