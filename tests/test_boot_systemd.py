@@ -142,7 +142,7 @@ class Machine:
             *["-drive", f"if=none,id=nvme0,format=raw,file={self.folder / 'nvme.raw'}"],
             *["-device", f"edu,bus=pcie.0,addr={EDU[8:10]}"],
             *["-device", f"nvme,drive=nvme0,serial=boot-0,bus=pcie.0,addr={NVME[8:10]}"],
-            *["-device", "pcie-root-port,id=port,bus=pcie.0,addr=06,chassis=1"],
+            *["-device", "pcie-root-port,id=rp1,bus=pcie.0,addr=06,chassis=1"],
             *["-serial", f"file:{self.folder / 'console'}", "-serial", f"file:{output}"],
             *["-qmp", f"unix:{self.folder / 'qmp'},server=on,wait=off"],
         ]
@@ -170,7 +170,7 @@ class Machine:
             time.sleep(0.2)
         with socket.socket(socket.AF_UNIX) as stream:
             stream.connect(str(self.folder / "qmp"))
-            Qmp(stream).device_add("edu", id="late", bus="port")
+            Qmp(stream).device_add("edu", id="late", bus="rp1")
 
     def take(self, path: str, into: Path) -> None:
         """Copy a file out of the guest's root while it is off."""
