@@ -146,6 +146,14 @@ def test_a_bridge_is_told_why_it_shares_the_group_of_what_is_below_it() -> None:
     assert reasons(isolating, path.rpartition("/")[0], PORT) == []
 
 
+def test_a_port_that_the_kernel_trusts_all_the_same_is_not_blamed() -> None:
+    """A quirk keeps the port out of the group, so something else must have merged it."""
+    small, path = below(config(ROOT_PORT, bridge=True))
+    host = small.host()
+    assert find_mergers(host, DEVICE, path, {DEVICE, "0000:09:00.0"}) == ()
+    assert len(find_mergers(host, DEVICE, path, {DEVICE, PORT})) == 1
+
+
 def test_without_root_the_port_is_named_and_nothing_is_claimed_missing() -> None:
     small, path = below(config(ROOT_PORT, bridge=True)[:64])
     (merger,) = find_mergers(small.host(), DEVICE, path)

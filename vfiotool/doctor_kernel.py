@@ -200,7 +200,9 @@ def _unsafe_options(host: Host) -> list[Finding]:
     for module, name, meaning in parameters:
         path = f"{SYS_MODULE}/{module}/parameters/{name}"
         if host.read(path) in ("Y", "1"):
-            remedy = (f"echo N > {path}", f"grep -r {name} /etc/modprobe.d {PROC_CMDLINE}")
+            # The deny list's parameter cannot be written (0444): only loading anew changes it.
+            clear = f"echo N > {path}" if name != "disable_denylist" else "modprobe -r vfio-pci"
+            remedy = (clear, f"grep -r {name} /etc/modprobe.d {PROC_CMDLINE}")
             summary = f"{module}.{name} is set: {meaning}"
             found.append(
                 Finding("unsafe-option", "warning", summary, f"{path} is Y", remedy, VFIO_PAGE)

@@ -4,12 +4,14 @@ Follows the kernel's own decision (drivers/iommu/iommu.c, pci_device_group; driv
 pci_acs_enabled): a function joins its upstream bridge's group unless every port from that bridge
 to the root isolates, and its sibling functions' unless it isolates itself. Features missing from
 a port's ACS capability register count as hard-wired on; a port without the capability isolates
-nothing. The kernel's quirks for particular chips can only separate what would be merged, so they
-cannot make an explanation of an existing merger wrong.
+nothing. For particular chips the kernel knows better than their registers say
+(pci_dev_specific_acs_enabled): a port that merges is always a member of the group itself, so with
+the group's members given, ports that the kernel trusts are not blamed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from vfiotool.capabilities import ConfigSpace, read_config
@@ -37,8 +39,12 @@ class Merger:
     reason: str
 
 
-def find_mergers(host: Host, address: str, path: str) -> tuple[Merger, ...]:
+def find_mergers(
+    host: Host, address: str, path: str, members: Collection[str] | None = None
+) -> tuple[Merger, ...]:
     """What merges the function at `path` with others, from itself up to the root.
+
+    With the group's `members` only they are considered; without, every port on the way is.
 
     Empty where everything isolates. Configuration space beyond its header needs root: a port that
     cannot be read is named as such, with nothing said to be missing.
@@ -48,10 +54,12 @@ def find_mergers(host: Host, address: str, path: str) -> tuple[Merger, ...]:
     # A bridge shares its group with what lies below it, if it cannot keep that apart.
     has_children = any(Address.is_address(name) for name in host.listdir(path))
     for port in reversed(pieces if has_children else pieces[:-1]):
+        if members is not None and port not in members:
+            continue
         merger = _judge_port(host, port)
         if merger is not None:
             found.append(merger)
-    own = _judge_function(host, address)
+    own = _judge_function(host, address, members)
     return (*([own] if own is not None else []), *found)
 
 
@@ -70,7 +78,7 @@ def _judge_port(host: Host, port: str) -> Merger | None:
     return _judge_flags(port, f"the {kind.replace('-', ' ')} {port}", config)
 
 
-def _judge_function(host: Host, address: str) -> Merger | None:
+def _judge_function(host: Host, address: str, members: Collection[str] | None) -> Merger | None:
     """Whether the function may talk to its siblings past the IOMMU."""
     config = read_config(host, address)
     if config is None or not config.complete or config.header is None:
@@ -79,7 +87,9 @@ def _judge_function(host: Host, address: str) -> Merger | None:
     siblings = [
         name
         for name in host.listdir(SYS_PCI_DEVICES)
-        if name != address and name.rpartition(".")[0] == base
+        if name != address
+        and name.rpartition(".")[0] == base
+        and (members is None or name in members)
     ]
     if not siblings or not config.header.multi_function:
         return None

@@ -100,7 +100,9 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
         blockers.append(_group_member(function.address, member, group))
         blockers += survey(host, member[0], inventory).blockers
     if group is not None and len(group.devices) > 1:
-        notes += [merger.reason for merger in find_mergers(host, function.address, function.path)]
+        members = {member.address for member in group.devices}
+        mergers = find_mergers(host, function.address, function.path, members)
+        notes += [merger.reason for merger in mergers]
     lockdown = re.search(r"\[(\w+)\]", host.read(SYS_LOCKDOWN) or "")
     if lockdown is not None and lockdown[1] != "none":
         # No door of VFIO's asks for it (security/security.c, LOCKDOWN_PCI_ACCESS and its users).
