@@ -265,6 +265,28 @@ def test_a_node_devices_mdev_keeps_its_attributes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("named", "parent"),
+    [
+        ("<parent>mtty_mtty</parent>", "mtty"),
+        ("<parent>css_0_0_0052</parent>", "0.0.0052"),
+        ("<parent>ap_matrix</parent>", "matrix"),
+        ("<parent>computer</parent>", None),
+        ("<parent>some_thing_else</parent>", None),
+    ],
+)
+def test_a_parent_is_named_as_the_kernel_names_it_or_not_at_all(
+    named: str, parent: str | None
+) -> None:
+    text = f"<device><name>x</name>{named}<capability type='mdev'><type id='t'/><uuid>{UUID}</uuid>"
+    done = run("m.xml", f"{text}</capability></device>")
+    assert [rule["parent"] for rule in policy(done).get("mdev", [])] == ([parent] if parent else [])
+    assert bool(done.leftovers) == (parent is None)
+    given = text.replace("<uuid>", "<parent_addr>mdpy</parent_addr><uuid>")
+    [rule] = policy(run("m.xml", f"{given}</capability></device>"))["mdev"]
+    assert rule["parent"] == "mdpy"
+
+
+@pytest.mark.parametrize(
     "text",
     [
         '<!DOCTYPE d [<!ENTITY a "b">]><domain>&a;</domain>',

@@ -249,11 +249,15 @@ def _node_mdev(
 
 
 def _parent(name: str) -> str | None:
-    """The kernel's name of a parent: `pci_0000_06_00_0` -> `0000:06:00.0`."""
-    if name == "computer":
-        return None
+    """The kernel's name of a parent, which libvirt writes as `SUBSYSTEM_NAME` with underscores.
+
+    `pci_0000_06_00_0` -> `0000:06:00.0`, `css_0_0_0052` -> `0.0.0052`, `mtty_mtty` -> `mtty`;
+    None where the underscores may have stood for something else.
+    """
     kind, _, rest = name.partition("_")
     parts = rest.split("_")
     if kind == "pci" and len(parts) == 4:
         return f"{parts[0]}:{parts[1]}:{parts[2]}.{parts[3]}"
-    return name
+    if kind == "css" and len(parts) == 3:
+        return ".".join(parts)
+    return rest if name == "ap_matrix" or (rest == kind and rest) else None
