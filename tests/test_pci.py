@@ -71,6 +71,13 @@ def test_an_identity_is_lower_case_and_padded() -> None:
     assert (identity.driver, identity.subsystem_vendor) == ("edu", None)
 
 
+def test_a_value_cannot_begin_a_line_of_its_own() -> None:
+    # Found by fuzzing: str.splitlines() also splits at these.
+    for separator in "\x0b\x0c\x1c\x85\u2028":
+        identity = parse_identity(PF, f"OF_NAME=x{separator}PCI_ID=8086:0001\n")
+        assert identity.vendor is None
+
+
 @given(st.text(max_size=200))
 def test_any_uevent_gives_an_identity(text: str) -> None:
     assert parse_identity(PF, text).address == PF

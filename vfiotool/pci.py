@@ -138,8 +138,12 @@ class PciFunction(PciIdentity):
 
 
 def parse_uevent(text: str) -> dict[str, str]:
-    """`KEY=value` lines as a dictionary; lines without `=` are passed over."""
-    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    """`KEY=value` lines as a dictionary; lines without `=` are passed over.
+
+    Lines end at newlines alone: other characters that Unicode counts as line ends may stand in a
+    value, and must not begin a key.
+    """
+    return dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
 
 
 def parse_identity(address: str, uevent: str) -> PciIdentity:

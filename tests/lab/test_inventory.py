@@ -207,12 +207,10 @@ def test_a_device_that_is_removed_while_the_host_is_listed_breaks_nothing(host: 
     worker = threading.Thread(target=come_and_go)
     worker.start()
     try:
-        counts = set()
-        for _ in range(30):
+        for _ in range(8):
             inventory, reader = read_inventory(host), DetailReader(host)
             for function in inventory.functions:
                 reader.read(function)
-            counts.add(len(inventory.functions))
             others = {item.address for item in inventory.functions} | {victim}
             assert others == set(os.listdir(PCI / "devices")) | {victim}
     finally:

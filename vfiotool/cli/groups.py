@@ -60,7 +60,7 @@ def open_lean(root: str | None) -> Host:
     """The host of `--root`, as `render.open_host`; a plain directory without its imports."""
     if root is None:
         return Host.local()
-    if os.path.isdir(f"{root}/sys"):
+    if os.path.isdir(os.path.join(root, "sys")):
         return Host.at(root)
     from vfiotool.cli.render import open_host
 
