@@ -1,4 +1,4 @@
-"""Which port merges a group, against the kernel's rules; tests/lab/test_acs_on_kernels.py asks the kernel."""
+"""Which port merges a group, by the kernel's rules; on real kernels: test_acs_on_kernels.py."""
 
 from __future__ import annotations
 
