@@ -98,6 +98,12 @@ class DoorChild:
         if self._owner == os.getpid():
             abandon(self.pid)
 
+    def __del__(self) -> None:
+        # A host that is dropped must not keep its child: nothing else would end it. The
+        # attributes are missing where making it failed half-way.
+        if getattr(self, "_open", False) and hasattr(self, "pid"):
+            self.close()
+
 
 def _serve(requests: int, replies: int) -> None:
     while header := _read_exactly(requests, _REQUEST.size):

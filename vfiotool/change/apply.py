@@ -59,7 +59,14 @@ class _Door:
 
     def write(self, path: str, data: str) -> None:
         self.transaction.note_write(self.host, self.number, path, data)
-        self.host.write(path, data, self.timeout_s)
+        try:
+            self.host.write(path, data, self.timeout_s)
+        except Stuck:
+            raise
+        except VfiotoolError:
+            self.transaction.note("wrote", n=self.number)
+            raise
+        self.transaction.note("wrote", n=self.number)
 
     def load_module(self, name: str) -> None:
         self.transaction.note("module", n=self.number, name=name)

@@ -33,6 +33,7 @@ _OPEN, _DONE = ".open", ".done"
 class Record:
     """One transaction as its file tells it.
 
+    `writer` is the process, by id and start time, whose last write was not seen to return.
     `outcome` is `committed`, `rolled-back`, or None while it is open; `stuck` is the message of
     the write that did not return. `started`, `done` and `undone` hold step numbers from 1.
     """
@@ -101,6 +102,8 @@ def _take_entry(draft: _Draft, kind: str, entry: dict[str, Any]) -> None:
         draft.undone.add(entry["n"])
     elif kind == "write":
         draft.writer = (entry["writer"], entry["since"]) if entry["writer"] else None
+    elif kind == "wrote":
+        draft.writer = None
     elif kind == "stuck":
         draft.stuck = entry["message"]
     elif kind == "end":
