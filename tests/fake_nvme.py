@@ -1,0 +1,281 @@
+"""An NVMe controller in plain memory, for tests of the driver without a device.
+
+Registers are answered in Python; doorbells are words that a thread watches; data moves through
+PRP lists as a real controller's would, out of a table of I/O addresses that knows every buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import struct
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+PAGE = 4096
+DOORBELLS = 0x1000
+
+
+class Memory:
+    """A DMA buffer as the driver sees one."""
+
+    def __init__(self, table: dict[int, Memory], size: int, iova: int) -> None:
+        self.size = -(-size // PAGE) * PAGE
+        self.iova = iova
+        self._table = table
+        self._map = mmap.mmap(-1, self.size)
+        self.view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.closed = False
+        table[iova] = self
+
+    def close(self) -> None:
+        self.closed = True
+        self._table.pop(self.iova, None)
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class FakeNvme:
+    """The device and its controller: hand it to `Controller` as a Device. Use as a context
+    manager; the knobs (`mute`, `fail`, `ready`, `fatal`, `mad`) can be turned at any time."""
+
+    def __init__(self, blocks: int = 4096, shift: int = 9) -> None:
+        self.name = "fake"
+        self.disk = bytearray(blocks << shift)
+        self.blocks, self.shift, self.metadata = blocks, shift, 0
+        self.buffers: dict[int, Memory] = {}
+        self.next_iova = 0x10_0000
+        self.registers = {0x14: 0, 0x1C: 0, 0x24: 0, 0x28: 0, 0x2C: 0, 0x30: 0, 0x34: 0}
+        self.configurations: list[int] = []
+        self.admin_seen: list[int] = []
+        self.queues: dict[int, dict[str, Any]] = {}
+        self.completions: dict[int, tuple[int, int]] = {}
+        self.ready, self.fatal, self.mute, self.mad, self.gone = True, False, False, False, False
+        self.fail: dict[tuple[int, int], int] = {}
+        self.serial = b"fake-1".ljust(20)
+        self.hooks: list[Callable[[], object]] = []
+        self.bus_master: list[bool] = []
+        self.info = SimpleNamespace(is_pci=True)
+        self.config = SimpleNamespace(read32=lambda offset: 0x01080201)
+        self.dma = SimpleNamespace(alloc=self.alloc)
+        self._bells = mmap.mmap(-1, PAGE)
+        self._words = (ctypes.c_uint32 * (PAGE // 4)).from_buffer(self._bells)
+        self._ending = False
+        self._thread = threading.Thread(target=self._live, daemon=True)
+
+    def __enter__(self) -> FakeNvme:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in reversed(self.hooks):
+            hook()
+        self._ending = True
+        self._thread.join()
+
+    def alloc(self, size: int, *, align: int = PAGE) -> Memory:
+        found = Memory(self.buffers, size, self.next_iova)
+        # A hole after each buffer: a PRP that runs on hits nothing.
+        self.next_iova += found.size + 16 * PAGE
+        return found
+
+    def on_close(self, hook: Callable[[], object]) -> None:
+        self.hooks.append(hook)
+
+    def set_bus_master(self, on: bool) -> None:
+        self.bus_master.append(on)
+
+    def region(self, index: int) -> FakeNvme:
+        assert index == 0
+        return self
+
+    def map(self) -> FakeNvme:
+        return self
+
+    def address(self, offset: int, length: int) -> int:
+        return ctypes.addressof(self._words) + offset - DOORBELLS
+
+    def read32(self, offset: int) -> int:
+        if self.gone:
+            return 0xFFFFFFFF
+        if offset == 0:
+            return 2 << 24 | 1 << 16 | 1023
+        if offset == 4:
+            return 1 << (37 - 32)
+        if offset == 8:
+            return 0x00020000
+        if offset == 0x1C:
+            enabled = self.registers[0x14] & 1
+            shutdown = 2 if self.registers[0x14] >> 14 & 3 else 0
+            up = int(bool(enabled and self.ready))
+            return up | int(self.fatal) << 1 | shutdown << 2
+        return self.registers[offset]
+
+    def write32(self, offset: int, value: int) -> None:
+        if offset == 0x14:
+            self.configurations.append(value)
+            if value & 1 and not self.registers[0x14] & 1:
+                self._begin()
+        self.registers[offset] = value
+
+    def read64(self, offset: int) -> int:
+        raise AssertionError("64-bit registers are read as two halves")
+
+    def write64(self, offset: int, value: int) -> None:
+        raise AssertionError("64-bit registers are written as two halves")
+
+    def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
+        from vfiotool.errors import KernelError
+
+        end = time.monotonic() + timeout_s
+        while (value := self.read32(offset)) & mask != wanted:
+            if time.monotonic() > end:
+                raise KernelError("timed out", errno_name="ETIMEDOUT")
+            time.sleep(1e-3)
+        return value
+
+    def _begin(self) -> None:
+        sizes = self.registers[0x24]
+        self.queues = {}
+        self._words[:] = (0,) * len(self._words)
+        self.completions[0] = (self._wide(0x30), (sizes >> 16 & 0xFFF) + 1)
+        self._add(0, self._wide(0x28), (sizes & 0xFFF) + 1, 0)
+
+    def _wide(self, offset: int) -> int:
+        return self.registers[offset] | self.registers[offset + 4] << 32
+
+    def _add(self, number: int, iova: int, entries: int, cq: int) -> None:
+        base, room = self.completions[cq]
+        self.queues[number] = {
+            "base": iova, "entries": entries, "head": 0, "cq": cq,
+            "cq_base": base, "cq_entries": room, "cq_tail": 0, "phase": 1,
+        }  # fmt: skip
+
+    def at(self, iova: int, length: int) -> memoryview:
+        """The memory behind an I/O address; an address that nobody mapped is a KeyError."""
+        for buffer in list(self.buffers.values()):
+            if buffer.iova <= iova and iova + length <= buffer.iova + buffer.size:
+                start = iova - buffer.iova
+                return buffer.view[start : start + length]
+        raise KeyError(f"no DMA mapping at {iova:#x}")
+
+    def _live(self) -> None:
+        while not self._ending:
+            worked = False
+            for number, queue in list(self.queues.items()):
+                while not self.mute and queue["head"] != self._words[2 * number]:
+                    worked = True
+                    self._step(number, queue)
+            if not worked:
+                time.sleep(2e-4)
+
+    def _step(self, number: int, queue: dict[str, Any]) -> None:
+        entry = bytes(self.at(queue["base"] + 64 * queue["head"], 64))
+        queue["head"] = (queue["head"] + 1) % queue["entries"]
+        opcode, cid = entry[0], struct.unpack_from("<H", entry, 2)[0]
+        status = self.fail.pop((number, opcode), None)
+        result = 0
+        if status is None:
+            try:
+                status, result = (self._admin if number == 0 else self._io)(opcode, entry)
+            except KeyError:
+                status = 0x04
+        if number == 0:
+            self.admin_seen.append(opcode)
+        if number in self.queues:
+            self._complete(number, queue, 9999 if self.mad else cid, status, result)
+
+    def _complete(
+        self, number: int, queue: dict[str, Any], cid: int, status: int, result: int
+    ) -> None:
+        place = self.at(queue["cq_base"] + 16 * queue["cq_tail"], 16)
+        place[:14] = struct.pack("<IIHHH", result, 0, queue["head"], number, cid)
+        place[14:] = struct.pack("<H", status << 1 | queue["phase"])
+        queue["cq_tail"] += 1
+        if queue["cq_tail"] == queue["cq_entries"]:
+            queue["cq_tail"], queue["phase"] = 0, queue["phase"] ^ 1
+
+    def _admin(self, opcode: int, entry: bytes) -> tuple[int, int]:
+        (nsid,) = struct.unpack_from("<I", entry, 4)
+        (prp1,) = struct.unpack_from("<Q", entry, 24)
+        ten, eleven = struct.unpack_from("<II", entry, 40)
+        number, entries = ten & 0xFFFF, (ten >> 16) + 1
+        if opcode == 0x06:
+            return self._identify(ten & 0xFF, nsid, prp1), 0
+        if opcode == 0x09:
+            return 0, 7 << 16 | 7
+        if opcode == 0x05:
+            self.completions[number] = (prp1, entries)
+        elif opcode == 0x01:
+            self._words[2 * number] = self._words[2 * number + 1] = 0
+            self._add(number, prp1, entries, eleven >> 16)
+        elif opcode == 0x00:
+            del self.queues[number]
+        elif opcode == 0x04:
+            del self.completions[number]
+        else:
+            return 0x01, 0
+        return 0, 0
+
+    def _identify(self, cns: int, nsid: int, prp1: int) -> int:
+        page = bytearray(PAGE)
+        if cns == 0x01:
+            page[4:24], page[24:64] = self.serial, b"Fake \x1b[31m".ljust(40)
+            page[77] = 5
+        elif cns == 0x02:
+            page[:4] = struct.pack("<I", 1)
+        elif nsid != 1:
+            return 0x0B
+        else:
+            page[:8] = struct.pack("<Q", self.blocks)
+            page[128:131] = struct.pack("<HB", self.metadata, self.shift)
+        self.at(prp1, PAGE)[:] = page
+        return 0
+
+    def _io(self, opcode: int, entry: bytes) -> tuple[int, int]:
+        prp1, prp2, lba = struct.unpack_from("<QQQ", entry, 24)
+        size = (struct.unpack_from("<H", entry, 48)[0] + 1) << self.shift
+        if opcode == 0:
+            return 0, 0
+        if lba + (size >> self.shift) > self.blocks:
+            return 0x80, 0
+        at = lba << self.shift
+        for iova, length in self.pieces(prp1, prp2, size):
+            if opcode == 2:
+                self.at(iova, length)[:] = self.disk[at : at + length]
+            else:
+                self.disk[at : at + length] = self.at(iova, length)
+            at += length
+        return 0, 0
+
+    def pieces(self, prp1: int, prp2: int, size: int) -> list[tuple[int, int]]:
+        """Where a command's data lies, page by page (Base Specification 2.0, 4.1.1)."""
+        first = min(size, PAGE - prp1 % PAGE)
+        found, left = [(prp1, first)], size - first
+        if left > PAGE:
+            count = -(-left // PAGE)
+            entries = struct.unpack(f"<{count}Q", self.at(prp2, 8 * count))
+        else:
+            entries = (prp2,) if left else ()
+        for iova in entries:
+            assert iova % PAGE == 0, "only the first page may begin within itself"
+            found.append((iova, min(left, PAGE)))
+            left -= PAGE
+        return found
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds; fails after ten seconds."""
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end
+            with contextlib.suppress(InterruptedError):
+                time.sleep(1e-3)
