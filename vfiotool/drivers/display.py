@@ -205,11 +205,11 @@ def pattern(width: int, height: int) -> bytes:
     split = height * 2 // 3
     for y in range(height):
         row = bytearray(bars if y < split else ramps[(y - split) * 4 // (height - split)])
+        x = y * (width - 1) // (height - 1)
+        row[4 * x : 4 * x + 4] = white if y % 2 else pack(y * 0x1F1F1F % 0xFFFFFF)
         if y in (0, height - 1):
             row[:] = white * width
         row[:4] = row[-4:] = white
-        x = y * (width - 1) // (height - 1)
-        row[4 * x : 4 * x + 4] = white if y % 2 else pack(y * 0x1F1F1F % 0xFFFFFF)
         rows.append(bytes(row))
     return b"".join(rows)
 
