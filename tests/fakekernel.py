@@ -21,7 +21,7 @@ from vfiotool.host import Host, MemoryTree
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.netlink import NETLINK_GENERIC, Message, Request, iterate_attributes, parse_attributes
 from vfiotool.netlink_route import VfSettings
-from vfiotool.pci import Address, list_addresses, parse_identity, read_identity
+from vfiotool.pci import Address, parse_identity
 
 PCI = "/sys/bus/pci"
 BOOT = "3b4e8c52-1111-4222-8333-0123456789ab"
@@ -29,12 +29,6 @@ RTM_SETLINK, IFLA_VFINFO_LIST = 19, 22
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\n?")
 
 ERRNOS = ("EBUSY", "ENODEV", "EIO", "EINVAL", "EACCES", "ENOENT", "ENOMEM")
-# samples/vfio-mdev: how many units a parent has, and how many each type takes of them.
-SAMPLE_PARENTS: dict[str, tuple[int, dict[str, int]]] = {
-    "mtty": (24, {"mtty-1": 1, "mtty-2": 2}),
-    "mdpy": (4, {"mdpy-vga": 1, "mdpy-xga": 1, "mdpy-hd": 1}),
-    "mbochs": (256, {"mbochs-small": 4, "mbochs-medium": 16, "mbochs-large": 64}),
-}
 FAULTS = (*ERRNOS, "short", "silent", "partial", "hang")
 
 
@@ -330,6 +324,11 @@ class FakeKernel(MemoryTree):
             self._create_mdev(path, text)
         elif name == "remove" and path.startswith("/sys/bus/mdev/devices/"):
             self._remove_mdev(path, target, text)
+        elif name == "current_vgpu_type":
+            # NVIDIA's driver takes a type's number, or 0 to take the vGPU away.
+            if not text.strip().isdecimal():
+                raise _error(errno.EINVAL, path)
+            self._put(self.resolve(path), f"{text.strip()}\n".encode())
         elif path.startswith("/sys/bus/mdev/devices/") and name.startswith("attr_"):
             self._put(self.resolve(path), text.encode())
         else:
@@ -450,6 +449,8 @@ class FakeKernel(MemoryTree):
             # igb gives each new VF a random address; here it tells when the VF was made.
             mac = f"52:00:00:{self._next_group:02x}:{index:02x}:00"
             self.vf_info[pf, index] = VfSettings(index, mac, 0, 0, True, False, 0, 0, 0)
+        if self.vf_ids[pf][0] == "10de":
+            self._put(f"{self._real(address)}/nvidia/current_vgpu_type", b"0\n")
         if self.files[f"{self._real(pf)}/sriov_drivers_autoprobe"] == b"1\n":
             self._probe(address)
 
@@ -557,45 +558,6 @@ class FakeKernel(MemoryTree):
         """Everything that a change can change, but group numbers: those of VFs are not stable."""
         levels = {path: data for path, data in self.files.items() if path.endswith("/attr_level")}
         return end_state(self.host()) | self.vf_info | levels
-
-
-def mirror(host: Host) -> FakeKernel:
-    """A fake kernel with the functions, drivers and mdev parents of a real one."""
-    kernel = FakeKernel()
-    found = [(name, read_identity(host, name)) for name in list_addresses(host)]
-    names = host.listdir(f"{PCI}/drivers")
-    for driver in names:
-        bound = [one for _, one in found if one is not None and one.driver == driver]
-        made = kernel.add_driver(driver, [f"{one.vendor}:{one.device}" for one in bound])
-        made.foreign = 0 if is_vfio_driver(driver) or driver == "pci-stub" else errno.EIO
-    if "igbvf" in kernel.drivers:
-        kernel.drivers["igbvf"].ids = frozenset(["8086:10ca"])
-    for address, one in found:
-        assert one is not None
-        base = f"{PCI}/devices/{address}"
-        group = host.linkname(f"{base}/iommu_group")
-        numbers = {
-            name: host.read_int(f"{base}/sriov_{name}") for name in ("totalvfs", "offset", "stride")
-        }
-        kernel.add_function(
-            address,
-            f"{one.vendor}:{one.device}",
-            class_code=one.class_code or "ff0000",
-            driver=one.driver,
-            group=None if group is None else int(group),
-            total_vfs=numbers["totalvfs"] or 0,
-            vf_ids=f"{one.vendor}:{host.read(f'{base}/sriov_vf_device')}",
-            offset=numbers["offset"] or 0,
-            stride=numbers["stride"] or 0,
-        )
-        if one.driver is not None and one.driver not in ("igb", "nvme"):
-            kernel.drivers[one.driver].sriov = False
-        override = host.read(f"{base}/driver_override")
-        kernel._put(f"/sys/devices/pci0000:00/{address}/driver_override", f"{override}\n".encode())
-    for parent in host.listdir("/sys/class/mdev_bus"):
-        if parent in SAMPLE_PARENTS:
-            kernel.add_parent(parent, *SAMPLE_PARENTS[parent])
-    return kernel
 
 
 def end_state(host: Host) -> dict[Any, object]:

@@ -133,6 +133,36 @@ def test_vfs_get_their_settings_before_they_are_handed_over() -> None:
     assert verbs[:3] == ["set-autoprobe", "set-vf-count", "set-autoprobe"]
 
 
+def test_vgpus_without_mdev_are_types_of_vfs_that_stay_on_their_driver() -> None:
+    kernel = furnished()
+    kernel.add_driver("nvidia", ["10de:2230"])
+    card = "0000:81:00.0"
+    kernel.add_function(
+        card, "10de:2230", class_code="030200", driver="nvidia", group=30, total_vfs=4, offset=4
+    )
+    text = f'''{HEAD}[[sriov]]
+match = {{ address = "{card}" }}
+vfs = 2
+vf = [ {{ index = 0, vgpu_type = 558 }}, {{ index = 1, vgpu_type = 559 }} ]
+'''
+    before = kernel.state()
+    with run_folder() as folder:
+        apply(kernel, text, folder)
+        first = kernel.vf_address(card, 0)
+        assert kernel.read(f"/sys/bus/pci/devices/{first}/nvidia/current_vgpu_type") == b"558\n"
+        assert kernel.driver_of(first) == "nvidia"
+        assert plan_on(kernel.host(), text).steps == ()
+        changed = text.replace("559", "560")
+        (step,) = plan_on(kernel.host(), changed).steps
+        assert step.ends() == ("559", "560")
+        apply(kernel, changed, folder)
+        journal = Journal(kernel.host(), folder)
+        undo(kernel.host(), journal)
+        assert plan_on(kernel.host(), text).steps == ()
+        undo(kernel.host(), journal)
+    assert kernel.state() == before
+
+
 def test_a_rule_that_names_nothing_is_an_error_or_a_report() -> None:
     text = HEAD + device(id="dead:beef") + device(address=NVME)
     with pytest.raises(NotFound, match=r"policy:2: no device matches id dead:beef"):

@@ -10,7 +10,8 @@ import pytest
 
 from tests.cases import CASES, run
 from tests.changing import EDU, NVME, run_folder
-from tests.fakekernel import FakeKernel, end_state, mirror
+from tests.fakekernel import FakeKernel, end_state
+from tests.mirror import mirror
 from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
 from vfiotool.host import Host
