@@ -143,9 +143,11 @@ def test_without_root_a_snapshot_is_taken_and_says_what_it_could_not_read(tmp_pa
     for folder in tmp_path.parents:
         if str(folder).startswith("/tmp/"):
             folder.chmod(0o755)
+    # The interpreter may live where only root can read: import all before the change of user.
     script = (
-        "import os, sys; os.setgid(65534); os.setuid(65534);"
-        "from vfiotool.cli.app import main; sys.exit(main(['snapshot', sys.argv[1]]))"
+        "import os, sys; from vfiotool.cli.app import main;"
+        "main(['snapshot', '/tmp/as-root.gz']); os.setgid(65534); os.setuid(65534);"
+        "sys.exit(main(['snapshot', sys.argv[1]]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False
