@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
-from vfiotool.capabilities import ConfigSpace, read_config
+from vfiotool.capabilities import HEADER_BYTES, ConfigSpace, read_config
+from vfiotool.capabilities_layout import Value
 from vfiotool.capabilities_vpd import Vpd, parse_vpd
 from vfiotool.host import (
     DEV_VFIO,
@@ -24,7 +25,14 @@ from vfiotool.host import (
     SYS_VFIO_DEV,
     Host,
 )
-from vfiotool.pci import PciFunction, list_addresses, read_functions, read_vf_indices
+from vfiotool.pci import (
+    Link,
+    PciFunction,
+    list_addresses,
+    read_functions,
+    read_link,
+    read_vf_indices,
+)
 
 _ALIAS = re.compile(rb"^alias vfio_pci:(\S+) (\S+)$", re.MULTILINE)
 # Where a driver is not called as its module is (drivers/vfio/pci/vfio_pci.c, .../xe/main.c).
@@ -38,7 +46,8 @@ _BRIDGE_CLASSES = ("0604", "0607", "0609")
 class Details:
     """One function's further facts.
 
-    `config` is None where configuration space could not be read at all. `slot` is the physical
+    `config` is None where configuration space could not be read at all. `link` is the PCI Express
+    link, from configuration space or else from the attributes. `slot` is the physical
     slot's name. `vfio_driver` is the VFIO driver that fits
     the function best and is there to be loaded, None where none is. `group_node` and `device_node`
     are the VFIO nodes that open it now (group, cdev). `mdev_parent` says whether mediated devices
@@ -46,6 +55,7 @@ class Details:
     """
 
     config: ConfigSpace | None
+    link: Link | None
     slot: str | None
     vfio_driver: str | None
     group_node: str | None
@@ -70,8 +80,11 @@ class DetailReader:
         if function.sriov is not None:
             indices = read_vf_indices(host, address)
             vfs = tuple(sorted(indices, key=lambda vf: indices[vf]))
+        config = read_config(host, address)
+        complete = config is not None and config.complete and config.size > HEADER_BYTES
         return Details(
-            config=read_config(host, address),
+            config=config,
+            link=link_of(config) if config and complete else read_link(host, address),
             slot=self._slots.get(address.rpartition(".")[0]),
             vfio_driver=self.vfio_driver(function),
             group_node=self._group_node(function.iommu_group),
@@ -161,10 +174,42 @@ class DetailReader:
         return _children(self._host, SYS_VDPA_DEVICES, depth=2)
 
 
+def link_of(space: ConfigSpace) -> Link | None:
+    """The link as the kernel's attributes tell it of the same registers.
+
+    Source: drivers/pci/pci-sysfs.c, current_link_speed_show and following; drivers/pci/pci.c,
+    pcie_get_speed_cap: the supported speeds of Link Capabilities 2 go before Link Capabilities.
+    """
+    express = space.find("pcie")
+    if express is None:
+        return None
+    ability, status = express.fields.get("link_capabilities"), express.fields.get("link_status")
+    if not isinstance(ability, dict) or not isinstance(status, dict):
+        return Link(None, None, None, None)
+    more = express.fields.get("link_capabilities_2")
+    speeds = more["speeds_gts"] if isinstance(more, dict) else None
+    best = speeds[-1] if isinstance(speeds, list) and speeds else ability["max_speed_gts"]
+    return Link(
+        speed_gts=_speed(status["speed_gts"]),
+        width=_width(status["width"]),
+        max_speed_gts=_speed(best),
+        max_width=_width(ability["max_width"]),
+    )
+
+
+def _speed(value: Value) -> float | None:
+    return value if isinstance(value, float) else None
+
+
+def _width(value: Value) -> int | None:
+    return value if isinstance(value, int) and value else None
+
+
 def read_details(host: Host) -> tuple[Details, ...]:
     """Every function's details, in bus order (and, for a snapshot, everything they are made of)."""
     reader = DetailReader(host)
-    return tuple(reader.read(function) for function in read_functions(host, list_addresses(host)))
+    functions = read_functions(host, list_addresses(host), links=False)
+    return tuple(reader.read(function) for function in functions)
 
 
 def read_vpd(host: Host, address: str) -> Vpd | None:

@@ -73,7 +73,7 @@ def _facts(function: PciFunction, details: Details, names: Names) -> dict[str, o
         "vf_index": function.vf_index,
         "reset_methods": list(function.reset_methods),
         "regions": [_region(region) for region in function.regions],
-        "link": _link(function.link),
+        "link": _link(details.link),
         "power_state": function.power_state,
         "d3cold_allowed": function.d3cold_allowed,
         "slot": details.slot,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vfiotool.errors import UsageError
@@ -221,8 +221,13 @@ def read_function(host: Host, address: str) -> PciFunction | None:
     return found[0] if found else None
 
 
-def read_functions(host: Host, addresses: Iterable[str]) -> tuple[PciFunction, ...]:
+def read_functions(
+    host: Host, addresses: Iterable[str], *, links: bool = True
+) -> tuple[PciFunction, ...]:
     """The functions of these addresses, in their order; those that are gone are left out.
+
+    Without `links` each function's `link` is None: who reads configuration space anyway finds it
+    there, and spares four attributes of each function.
 
     What the kernel answers under the device's lock (`driver_override`, `sriov_numvfs`) is read
     for all at once and with a deadline: it is None for a device that is stuck in an unbind
@@ -249,6 +254,8 @@ def read_functions(host: Host, addresses: Iterable[str]) -> tuple[PciFunction, .
     for name, parent in parents.items():
         index = None if parent is None else indices[parent].get(name)
         function = _read_function(host, name, answers, totals[name], parent, index)
+        if function is not None and links:
+            function = replace(function, link=read_link(host, name))
         if function is not None:
             found.append(function)
     return tuple(found)
@@ -301,7 +308,7 @@ def _read_function(
         vf_index=vf_index,
         reset_methods=tuple((read("reset_method") or "").split()),
         regions=parse_resource(read("resource") or ""),
-        link=_link(read, number),
+        link=None,
         modalias=keys.get("MODALIAS"),
         power_state=read("power_state"),
         d3cold_allowed=_flag(number("d3cold_allowed")),
@@ -314,14 +321,16 @@ def _flag(value: int | None) -> bool | None:
     return None if value is None else bool(value)
 
 
-def _link(read: Callable[[str], str | None], number: Callable[[str], int | None]) -> Link | None:
-    width = number("max_link_width")
+def read_link(host: Host, address: str) -> Link | None:
+    """A function's link from its attributes; None if it is no PCI Express function."""
+    base = f"{SYS_PCI_DEVICES}/{address}"
+    width = host.read_int(f"{base}/max_link_width")
     if width is None:
         return None
     return Link(
-        speed_gts=parse_speed(read("current_link_speed")),
-        width=_lanes(number("current_link_width")),
-        max_speed_gts=parse_speed(read("max_link_speed")),
+        speed_gts=parse_speed(host.read(f"{base}/current_link_speed")),
+        width=_lanes(host.read_int(f"{base}/current_link_width")),
+        max_speed_gts=parse_speed(host.read(f"{base}/max_link_speed")),
         max_width=_lanes(width),
     )
 

@@ -24,7 +24,7 @@ UNIT = 64
 UNITS_A_DOMAIN = 120
 _DRIVERS = ("vfio-pci", "iavf", None)
 _AER = bytes(40)
-_LINK = struct.pack("<IHH", 0x0042_D1C4 | 16 << 4, 0x0040, 0x1043)
+_LINK = struct.pack("<IHH", 0x0040_0404 | 16 << 4, 0x0040, 0x1004 | 16 << 4)
 _MSIX = struct.pack("<HII", 0x8007, 0x00000003, 0x00001003)
 
 

@@ -49,7 +49,7 @@ def _print_json(host: Host, chosen: Sequence[str]) -> None:
     reader, writer = DetailReader(host), FunctionWriter(read_names(host))
 
     def read(addresses: Sequence[str]) -> str:
-        functions = read_functions(host, addresses)
+        functions = read_functions(host, addresses, links=False)
         return ",\n".join(writer.text(item, reader.read(item)) for item in functions)
 
     sys.stdout.write('{"format_version": "1.0", "devices": [')

@@ -37,7 +37,7 @@ def print_devices(host: Host, chosen: Iterable[str]) -> None:
     """One line a function: where it is, what it is, who has it."""
     names = read_names(host)
     rows = [("ADDRESS", "ID", "GROUP", "DRIVER", "NAME")]
-    for function in read_functions(host, chosen):
+    for function in read_functions(host, chosen, links=False):
         known = names.lookup(function.vendor, function.device, class_code=function.class_code)
         parts = (known.vendor, known.device or known.class_name)
         rows.append(
@@ -109,7 +109,7 @@ def _print_function(console: Console, shown: ShownFunction) -> None:
         ("NUMA node", function.numa_node),
         ("power", _power(function)),
         ("boot display", "yes" if function.boot_vga else None),
-        ("link", None if function.link is None else _link(function.link)),
+        ("link", None if shown.details.link is None else _link(shown.details.link)),
         ("resets", ", ".join(function.reset_methods) or "none"),
     ]
     _facts(console, [*facts, *_passing(shown), *_children(shown)])
