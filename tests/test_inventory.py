@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from config_space import build
 from memory_host import DEVICES, HostBuilder
 
+from vfiotool.capabilities import parse_config
 from vfiotool.inventory import read_inventory
-from vfiotool.inventory_details import DetailReader, Details, read_details
+from vfiotool.inventory_details import DetailReader, Details, link_of, read_details
 from vfiotool.mdev import read_mdev_types, read_mdevs
-from vfiotool.pci import read_function
+from vfiotool.pci import Link, read_function
 from vfiotool.sriov import read_vfs
 
 PF, VF0, VF1 = "0000:01:00.0", "0000:01:10.0", "0000:01:10.2"
@@ -150,3 +153,40 @@ def test_mdev_types_and_instances_survive_missing_attributes() -> None:
     assert (kind.device_api, kind.available_instances, kind.name) == ("vfio-pci", None, None)
     (mdev,) = read_mdevs(made.host())
     assert (mdev.uuid, mdev.parent) == (UUID, "mtty")
+
+
+def express(link: bytes, link2: bytes = bytes(12), kind: int = 0) -> bytes:
+    """A PCI Express capability's body with these link registers."""
+    head = struct.pack("<H", 0x0002 | kind << 4) + bytes(8)
+    return head + link + bytes(24) + link2 + bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("link", "link2", "kind", "expected"),
+    [
+        # Link Capabilities 2 tells a speed that Link Capabilities cannot.
+        ((0x0103, 0x1042), 0x1E, 0, Link(5.0, 4, 16.0, 16)),
+        ((0x0102, 0x1011), 0, 0, Link(2.5, 1, 5.0, 16)),
+        # A link that is down.
+        ((0x0101, 0x0000), 0, 4, Link(None, None, 2.5, 16)),
+        # A root complex integrated endpoint has no link at all.
+        ((0x0101, 0x1011), 0, 9, Link(None, None, None, None)),
+    ],
+)
+def test_the_link_is_told_from_configuration_space_as_the_kernel_tells_it(
+    link: tuple[int, int], link2: int, kind: int, expected: Link
+) -> None:
+    body = express(struct.pack("<IHH", link[0], 0, link[1]), struct.pack("<III", link2, 0, 0), kind)
+    assert link_of(parse_config(bytes(build([(0x10, body)])))) == expected
+
+
+def test_without_privilege_the_link_comes_from_the_attributes() -> None:
+    made = builder()
+    made.file(f"{DEVICES}/{PF}/config", bytes(build([(0x10, bytes(58))])[:64]))
+    made.file(f"{DEVICES}/{PF}/max_link_width", "8\n")
+    made.file(f"{DEVICES}/{PF}/max_link_speed", "8.0 GT/s PCIe\n")
+    assert details(made).link == Link(None, None, 8.0, 8)
+
+
+def test_a_conventional_function_has_no_link() -> None:
+    assert details(builder()).link is None
