@@ -19,7 +19,7 @@ from vfiotool.inventory import read_inventory
 from vfiotool.inventory_details import DetailReader, link_of
 from vfiotool.pci import list_addresses, read_functions
 
-MACHINE = ("full", "net")
+MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
 
 PCI = Path("/sys/bus/pci")
