@@ -145,12 +145,12 @@ def _run_all(
             _run_step(door, number, step)
         _verify_all(host, steps)
     except Stuck as error:
-        raise _left_stuck(host, transaction, steps[max(started, 1) - 1], error) from error
+        raise _left_stuck(door, steps, error) from error
     except BaseException as error:
         try:
             _roll_back(door, steps, range(started, 0, -1), error)
-        except Stuck:
-            raise
+        except Stuck as stuck:
+            raise _left_stuck(door, steps, stuck) from error
         except BaseException:
             # Interrupted once more: `recover` ends the roll-back, in this process or another.
             transaction.leave()
@@ -208,8 +208,7 @@ def _roll_back(door: _Door, steps: tuple[Step, ...], numbers: range, cause: Base
             _undo_step(door, steps[number - 1])
         except VfiotoolError as error:
             text = f"{cause}; then undoing step {number} failed: {error.message}"
-            stuck = Stuck(text, errno_name=error.errno_name)
-            raise _left_stuck(door.host, door.transaction, steps[number - 1], stuck) from error
+            raise Stuck(text, errno_name=error.errno_name) from error
         door.transaction.note("undone", n=number)
 
 
@@ -233,8 +232,9 @@ def _undo_step(door: _Door, step: Step) -> None:
                 raise
 
 
-def _left_stuck(host: Host, transaction: Transaction, step: Step, error: Stuck) -> Stuck:
-    """Journal that the change is stuck, and say who holds the device."""
+def _left_stuck(door: _Door, steps: tuple[Step, ...], error: Stuck) -> Stuck:
+    """Journal that the change is stuck at the door's step, and say who holds the device."""
+    step, host, transaction = steps[max(door.number, 1) - 1], door.host, door.transaction
     holders = read_holders(host, nodes_of(host, step))
     names = ", ".join(f"process {pid} ({name})" for pid, name in holders)
     message = f"{error.message}; held by {names}" if holders else error.message
@@ -323,29 +323,27 @@ def _recover_one(
     timeout_s: float,
     finish: bool | None,
 ) -> Recovered:
-    door = _Door(host, transaction, timeout_s)
+    door = _Door(host, transaction, timeout_s, number=max(record.started, default=1))
     if record.outcome is not None:
         transaction.end(record.outcome, record.error)
         return Recovered(record.number, record.title, _RESULT[record.outcome])
     try:
         _await_writer(host, record, timeout_s)
         forward = _goes_forward(host, record) if finish is None else finish
-        outcome, error = "rolled-back", None
+        outcome, reason = "rolled-back", None
         if forward:
-            outcome, error = _finish(door, record)
+            outcome, reason = _finish(door, record)
         if outcome == "rolled-back":
             # Undoing a step that never ran writes nothing, so a failed finish undoes them all.
             last = len(record.steps) if forward else max(record.started, default=0)
-            cause = KernelError(error or "undone by recover")
+            cause = KernelError(reason or "undone by recover")
             _roll_back(door, record.steps, range(last, 0, -1), cause)
-    except Stuck as stuck:
-        if stuck.hint is None or "half done" not in stuck.message:
-            at = max(record.started, default=1) - 1
-            stuck = _left_stuck(host, transaction, record.steps[at], stuck)
+    except Stuck as error:
+        stuck = _left_stuck(door, record.steps, error)
         return Recovered(record.number, record.title, "stuck", stuck.message)
     forget_origins(host, journal, record.steps)
-    transaction.end(outcome, error)
-    return Recovered(record.number, record.title, _RESULT[outcome], error)
+    transaction.end(outcome, reason)
+    return Recovered(record.number, record.title, _RESULT[outcome], reason)
 
 
 def _goes_forward(host: Host, record: Record) -> bool:
