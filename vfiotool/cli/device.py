@@ -348,7 +348,7 @@ def _shown(event: dict[str, object]) -> str:
 
 def demo(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="edu, pci_testdev or mtty.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="edu, mbochs, mdpy, mtty, nvme, …")],
     device: DeviceArgument,
     backend: BackendOption = "auto",
     trace: TraceOption = None,

@@ -1,4 +1,4 @@
-"""`nvme identify|read|write|bench|virt-mgmt`: vfiotool's own NVMe driver on the command line."""
+"""`nvme identify|read|write|bench|secondaries`: vfiotool's own NVMe driver on the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
     group.command("read")(read)
     group.command("write")(write)
     group.command("bench")(bench)
-    group.command("virt-mgmt")(virt_mgmt)
+    group.command("secondaries")(secondaries)
     app.add_typer(group, name="nvme")
 
 
@@ -276,21 +276,14 @@ def _show(report: LoadReport, job: Job) -> None:
     print(f"doorbell writes: {report.tail_writes} + {report.head_writes} for {report.ios} commands")
 
 
-def virt_mgmt(
+def secondaries(
     context: typer.Context,
     device: DeviceArgument,
-    controller_id: Annotated[
-        int | None, typer.Option("--controller", metavar="N", help="The VF's controller id.")
-    ] = None,
-    queues: Annotated[int, typer.Option("--queues", metavar="N", help="Admin included.")] = 2,
-    interrupts: Annotated[int, typer.Option("--interrupts", metavar="N")] = 1,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Give queues and interrupts to a VF of this PF; without --controller list its VFs."""
+    """List the controllers of this PF's VFs, and what each has been given."""
     with controlled(context, device, backend) as controller:
-        if controller_id is not None:
-            controller.give(controller_id, queues, interrupts)
         entries = controller.secondaries()
         name = controller.device.name
     if _json(context, as_json):

@@ -107,8 +107,8 @@ class Controller:
             if time.monotonic() >= end:
                 raise KernelError(
                     f"{self.device.name} was not ready within {self._timeout_s:g} s",
-                    hint="a VF comes up once it has queues and interrupts and is online: "
-                    "vfiotool nvme virt-mgmt, on its PF",
+                    hint="a VF comes up once its PF has given it queues and interrupts and brought "
+                    "it online: nvme virt-mgmt",
                     errno_name="ETIMEDOUT",
                 )
             time.sleep(1e-3)
@@ -270,9 +270,19 @@ class Controller:
         """The controllers of this PF's VFs."""
         return SecondaryController.parse_list(self.identify(nvme_spec.CNS_SECONDARY_CONTROLLERS))
 
+    def release_flexible(self) -> Controller:
+        """Free the PF's flexible queues and interrupts for its VFs (8.2.6): resets the function,
+        as only that makes it so, and returns its controller, brought up anew. Any VFs go."""
+        for resource in (nvme_spec.QUEUE_RESOURCES, nvme_spec.INTERRUPT_RESOURCES):
+            self.manage(nvme_spec.ASSIGN_PRIMARY, self.identity.controller_id, resource)
+        self.close()
+        self.device.reset()
+        return Controller(self.device)
+
     def give(self, controller_id: int, queues: int, interrupts: int) -> None:
         """Assign queue pairs and interrupts (the admin ones counted in) to a VF and bring it
-        online (8.2.6). The VF must have been reset, or never used, since it was offline."""
+        online. It stays so until this controller is closed, and must be reset to come up, as
+        opening it through VFIO does."""
         self.manage(nvme_spec.SECONDARY_OFFLINE, controller_id)
         for resource, count in (
             (nvme_spec.QUEUE_RESOURCES, queues),

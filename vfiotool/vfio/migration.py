@@ -7,6 +7,7 @@ stands around it. The stream is the device's own and opaque.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import struct
 import time
@@ -207,10 +208,7 @@ class Migration:
             if start:
                 self.move(RUNNING)
         except BaseException:
-            if self.device.info.has_reset:
-                self.device.reset()
-            else:
-                self._try(RUNNING)
+            self._recover()
             raise
         finally:
             if data is not None:
@@ -232,8 +230,16 @@ class Migration:
                 )
             at += count
 
+    def _recover(self) -> None:
+        """Out of RESUMING and ERROR only a reset leads. It is tried where the device does not
+        tell of one, too: mtty has one that it keeps from its flags."""
+        with contextlib.suppress(VfiotoolError):
+            if self.device.info.has_reset:
+                self.device.reset()
+            else:
+                native.device_reset(self.device.descriptor, self.device.name)
+        self._try(RUNNING)
+
     def _try(self, state: int) -> None:
-        try:
+        with contextlib.suppress(VfiotoolError):
             self.move(state)
-        except VfiotoolError:
-            return
