@@ -224,10 +224,8 @@ def bench(
     """Measure a namespace in the manner of fio."""
     from vfiotool.drivers import nvme_bench
 
-    if rw not in nvme_bench.PATTERNS:
-        raise UsageError(f"no pattern {rw[:40]!r}", hint=f"one of {', '.join(nvme_bench.PATTERNS)}")
     job = nvme_bench.Job(
-        pattern=rw,
+        pattern=_pattern(rw),
         size_bytes=size(bs),
         depth=iodepth,
         queues=queues,
@@ -238,12 +236,7 @@ def bench(
         read_percent=rwmixread,
         seed=seed,
     )
-    if job.writes and not overwrite:
-        raise Refused(
-            f"--rw {rw} would overwrite what is on {device}",
-            hint="add --overwrite if nothing there is needed",
-            device=device,
-        )
+    _refuse_writes(job, device, overwrite)
     with controlled(context, device, backend, shadow_doorbells=shadow) as controller:
         report = nvme_bench.run(controller, controller.namespace(nsid), job)
         told = {
@@ -252,11 +245,27 @@ def bench(
             "nsid": nsid,
             "shadow_doorbells": shadow,
         }
-    found = {**told, **nvme_bench.as_json(report, job)}
     if _json(context, as_json):
-        emit(found)
+        emit({**told, **nvme_bench.as_json(report, job)})
     else:
         _show(report, job)
+
+
+def _refuse_writes(job: Job, device: str, overwrite: bool) -> None:
+    if job.writes and not overwrite:
+        raise Refused(
+            f"--rw {job.pattern} would overwrite what is on {device}",
+            hint="add --overwrite if nothing there is needed",
+            device=device,
+        )
+
+
+def _pattern(text: str) -> str:
+    from vfiotool.drivers.nvme_bench import PATTERNS
+
+    if text not in PATTERNS:
+        raise UsageError(f"no pattern {text[:40]!r}", hint=f"one of {', '.join(PATTERNS)}")
+    return text
 
 
 def _show(report: LoadReport, job: Job) -> None:
