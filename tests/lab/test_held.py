@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,8 +18,9 @@ KERNELS = ("6.1", "6.12", "iommufd")
 
 TESTDEV, NVME = "0000:00:02.0", "0000:03:00.0"
 DEADLINE_S = 3.0
-# What the command itself takes in an emulated guest on a busy machine; 1 s on real ones.
-SLACK_S = 15.0
+# Beyond the deadline a release may take a second more, and what the command takes by itself, which
+# is no little time in an emulated guest on a busy machine: that is measured in the same guest.
+SLACK_S = 1.0
 
 HOLD = """
 import sys, time
@@ -47,12 +48,19 @@ def holder() -> Iterator[subprocess.Popen[str]]:
 
 def test_release_of_a_held_device_keeps_its_deadline_and_recover_ends_it(
     holder: subprocess.Popen[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
+    assert vfiotool("bind", NVME).code == 0
+    begun = time.monotonic()
+    assert vfiotool("release", NVME).code == 0
+    usual = time.monotonic() - begun
     begun = time.monotonic()
     done = vfiotool("release", TESTDEV, "--timeout", str(DEADLINE_S), "--json")
     seconds = time.monotonic() - begun
     assert done.code == 6
-    assert seconds < DEADLINE_S + SLACK_S
+    # The holder is looked for among all processes, which is as much again.
+    assert seconds < DEADLINE_S + SLACK_S + 3 * usual
+    record_property("beyond_the_deadline_s", round(seconds - DEADLINE_S, 2))
     assert f"process {holder.pid}" in done.json["error"]["message"]
     assert "recover" in done.json["error"]["hint"]
 
