@@ -165,9 +165,14 @@ def test_mediated_devices_are_shown_under_their_parent(lab_machine: str) -> None
 
 
 def test_without_root_all_is_listed_and_what_needs_root_is_said() -> None:
+    # Once with privileges, so that all modules are loaded: others may not see their folder.
     code = (
-        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
-        "from vfiotool.cli.app import main; sys.exit(main(sys.argv[1:]))"
+        "import contextlib, io, os, sys\n"
+        "from vfiotool.cli.app import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(sys.argv[1:])\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--json", "devices"], capture_output=True, check=False
