@@ -133,7 +133,7 @@ class FakeKernel(MemoryTree):
             self._put(f"{base}/sriov_offset", f"{offset}\n".encode())
             self._put(f"{base}/sriov_stride", f"{stride}\n".encode())
             vf_vendor, vf_device = (vf_ids or ids).split(":")
-            self._put(f"{base}/sriov_vf_device", f"{vf_device}\n".encode())
+            self._put(f"{base}/sriov_vf_device", f"{int(vf_device, 16):x}\n".encode())
             self.vf_ids[address] = (vf_vendor, vf_device)
         if net is not None:
             self._put(f"{base}/net/eth{net}/ifindex", f"{net}\n".encode())

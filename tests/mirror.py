@@ -42,7 +42,7 @@ def mirror(host: Host) -> FakeKernel:
             driver=one.driver,
             group=None if group is None else int(group),
             total_vfs=numbers["totalvfs"] or 0,
-            vf_ids=f"{one.vendor}:{host.read(f'{base}/sriov_vf_device')}",
+            vf_ids=f"{one.vendor}:{(host.read(f'{base}/sriov_vf_device') or '').zfill(4)}",
             offset=numbers["offset"] or 0,
             stride=numbers["stride"] or 0,
         )

@@ -151,13 +151,15 @@ def _read_sriov(host: Host, pf: str) -> SriovFacts | None:
     if total is None:
         return None
     autoprobe = host.read_int(f"{base}/sriov_drivers_autoprobe")
+    vf_device = host.read(f"{base}/sriov_vf_device")
     return SriovFacts(
         total=total,
         num=read_num_vfs(host, pf),
         autoprobe=None if autoprobe is None else bool(autoprobe),
         offset=host.read_int(f"{base}/sriov_offset"),
         stride=host.read_int(f"{base}/sriov_stride"),
-        vf_device=host.read(f"{base}/sriov_vf_device"),
+        # Written with %x, so without leading zeros (drivers/pci/iov.c, sriov_vf_device_show).
+        vf_device=None if vf_device is None else vf_device.zfill(4),
         vfs=tuple(vf.address for vf in read_vfs(host, pf)),
     )
 
