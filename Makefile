@@ -3,11 +3,12 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 LAB_KERNELS := 6.1 6.12 iommufd
 
-.PHONY: help venv demo test test-host lab lint bench clean
+.PHONY: help venv demo test test-host proofs lab lint bench clean
 
 help:
 	@echo "make demo       show the whole way of a device, in a guest with a virtual IOMMU"
 	@echo "make test       all tests: on this machine, and in guests on three kernels"
+	@echo "make proofs     all tests and the long proofs: soaks, fault and kill sweeps, power loss"
 	@echo "make test-host  the tests that need no guest"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the figures"
@@ -27,6 +28,9 @@ lab: venv
 
 test: lab
 	$(PY) -m pytest
+
+proofs: lab
+	VFIOTOOL_PROOFS=1 $(PY) -m pytest
 
 test-host: venv
 	$(PY) -m pytest -m "not lab"

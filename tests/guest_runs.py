@@ -27,6 +27,8 @@ from vfiotool.lab.guest import Guest, GuestLost, GuestTimeout
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "lab"
 KERNELS = ("6.1", "6.12", "iommufd")
+# Set by `make proofs`.
+PROOFS_WANTED = "VFIOTOOL_PROOFS"
 # For all files of one boot together; a hanging test fails here and not never.
 BOOT_AND_TESTS_S = 1800.0
 
@@ -53,8 +55,11 @@ class Outcome:
 
 
 def constants(path: Path) -> dict[str, Any]:
-    """The literal module constants MACHINE and KERNELS of a test file, read without running it."""
-    found: dict[str, Any] = {"MACHINE": "basic", "KERNELS": KERNELS}
+    """The literal module constants of a test file, read without running it.
+
+    MACHINE and KERNELS say where it runs; PROOF, that it is long and runs in `make proofs` alone.
+    """
+    found: dict[str, Any] = {"MACHINE": "basic", "KERNELS": KERNELS, "PROOF": False}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             target, value = node.targets[0].id, node.value
@@ -77,6 +82,11 @@ def places(folder: Path = FOLDER) -> list[tuple[Place, str]]:
             for kernel in read["KERNELS"]:
                 result.append((Place(machine, kernel), str(path.relative_to(ROOT))))
     return sorted(result)
+
+
+def is_left_out(file: str) -> bool:
+    """Whether a file is a long proof, and long proofs were not asked for."""
+    return bool(constants(ROOT / file)["PROOF"]) and not os.environ.get(PROOFS_WANTED)
 
 
 class GuestRuns:

@@ -43,7 +43,7 @@ python -c "$1" > /tmp/ready 2>/tmp/errors &
 read line < /tmp/ready && [ "$line" = writing ]
 """
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.proof]
 
 
 def read_desired(image: Path) -> dict[str, object] | None:

@@ -28,6 +28,7 @@ from vfiotool.host import Host, OsTree
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
+PROOF = True
 
 POLICY = """
 version = 1
