@@ -1,0 +1,117 @@
+"""The command line's frame: exit codes, error shapes, option placement."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vfiotool import __version__
+from vfiotool.cli.app import COMMANDS, _hoist_globals, main
+
+FIXTURE = str(Path(__file__).parent.parent / "fixtures" / "hosts" / "shared-group")
+CONTRACT_COMMANDS = [
+    "groups",
+    "devices",
+    "show",
+    "why",
+    "doctor",
+    "tree",
+    "watch",
+    "snapshot",
+    "bind",
+    "release",
+    "vf",
+    "mdev",
+    "plan",
+    "apply",
+    "confirm",
+    "status",
+    "undo",
+    "history",
+    "recover",
+    "export",
+    "import",
+    "boot",
+    "device",
+    "demo",
+    "lab",
+]
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vfiotool {__version__}\n"
+
+
+@pytest.mark.parametrize("name", CONTRACT_COMMANDS)
+def test_every_command_of_the_contract_has_help(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert name in COMMANDS
+    assert main([name, "--help"]) == 0
+    assert "Usage: vfiotool" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bogus"]) == 2
+    assert "bogus" in capsys.readouterr().err
+
+
+def test_an_unknown_option_with_json_has_the_error_shape(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["devices", "--bogus", "--json"]) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["format_version"] == "1.0"
+    assert set(answer["error"]) == {"kind", "message", "hint", "device", "errno"}
+
+
+def test_json_is_taken_after_the_command_too() -> None:
+    assert _hoist_globals(["devices", "--json"]) == ["--json", "devices"]
+
+
+def test_what_lab_run_starts_keeps_its_own_options() -> None:
+    line = ["lab", "run", "vfiotool", "groups", "--json"]
+    assert _hoist_globals(line) == line
+    line = ["lab", "run", "--kernel", "6.1", "--", "vfiotool", "groups", "--json"]
+    assert _hoist_globals(line) == line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["bind", "0000:02:01.0"],
+        ["release", "0000:02:01.0"],
+        ["vf", "set", "0000:02:01.0", "1"],
+        ["mdev", "create", "mtty", "mtty-1"],
+    ],
+    ids=" ".join,
+)
+def test_changing_another_root_is_bad_usage(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--root", FIXTURE, "--json", *line]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "usage"
+
+
+def test_a_root_that_is_none_is_bad_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--root", str(tmp_path), "groups"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_an_unknown_device_is_not_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--root", FIXTURE, "show", "0000:7f:1f.7"]) == 3
+    assert "0000:7f:1f.7" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_makes_no_noise() -> None:
+    line = f"{sys.executable} -m vfiotool --root {FIXTURE} devices --json | head -c 1"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stdout == "{"
+    assert done.stderr == ""
