@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
-
 from guest_runs import PROOFS_WANTED
 
 
