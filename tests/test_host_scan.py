@@ -93,6 +93,22 @@ def test_a_question_that_fails_has_no_answer() -> None:
     assert host_scan._ask_child(fail) is None
 
 
+def test_an_empty_answer_is_not_taken_for_none() -> None:
+    assert host_scan._ask_child(lambda: "") == ""
+
+
+def test_a_namespace_that_does_not_answer_is_counted_as_unseen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host_scan, "_ask_child", lambda question, keep: None)
+    monkeypatch.setattr(host_scan, "_processes", lambda: iter([1, os.getpid()]))
+    real = os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda path: real(path) if "self" in str(path) else real("/proc/self/ns/mnt")
+    )
+    assert f"!\tthe network namespace of pid {os.getpid()}" in host_scan.net_namespaces()
+
+
 def test_a_long_answer_arrives_whole() -> None:
     assert host_scan._ask_child(lambda: "x" * 300_000) == "x" * 300_000
 

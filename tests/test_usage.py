@@ -149,6 +149,19 @@ def test_an_interface_in_another_network_namespace_is_found(small: SmallHost) ->
     assert "network namespaces of 2 processes of other users" in usage.unseen
 
 
+@pytest.mark.parametrize(
+    ("driver", "expected"), [("igb", [("route", NIC)]), ("vfio-pci", []), (None, [])]
+)
+def test_a_card_whose_interface_may_be_in_an_unseen_namespace_is_in_use(
+    small: SmallHost, driver: str | None, expected: list[tuple[str, str]]
+) -> None:
+    small.function(NIC, class_code="020000", driver=driver)
+    small.addresses()
+    assert found(small) == []
+    small.file("/proc/vfiotool/net-namespaces", "!\tthe network namespace of pid 9")
+    assert found(small) == expected
+
+
 def test_a_root_without_addresses_says_that_they_are_unseen(small: SmallHost) -> None:
     small.network(NIC, "eth1")
     del small.files["/proc/vfiotool/addresses"]

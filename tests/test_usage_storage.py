@@ -178,8 +178,9 @@ def test_each_disk_whose_use_is_not_explained_is_asked_for_claims(small: SmallHo
     ]
 
 
-def test_a_claim_that_may_not_be_probed_is_reported_as_unseen(small: SmallHost) -> None:
-    small.file("/proc/vfiotool/block-claim/nvme0n1", "unknown EACCES")
+@pytest.mark.parametrize("errno", ["EACCES", "EPERM", "ETIMEDOUT"])
+def test_a_claim_that_cannot_be_probed_is_reported_as_unseen(small: SmallHost, errno: str) -> None:
+    small.file("/proc/vfiotool/block-claim/nvme0n1", f"unknown {errno}")
     usage = survey(small.host(), DISK)
     assert usage.blockers == ()
     assert usage.unseen == ("whether the kernel has claimed nvme0n1",)

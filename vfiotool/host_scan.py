@@ -34,11 +34,14 @@ from vfiotool.host import (
     OPEN_NODES,
     OTHER_TOOLS,
     PROC,
-    READ_DEADLINE_S,
 )
 from vfiotool.host_child import abandon, leave_parent
 from vfiotool.host_claims import claims
 
+# A loaded host may be slow to fork; a use that was missed costs more than the wait.
+_DEADLINE_S = 10.0
+_END = b"\0"
+_SILENT = "the network namespace"
 _SYS_DEV = "/sys/dev"
 _SYS_BUS = "/sys/bus"
 # Memory and terminal nodes: open everywhere, and no part of any device (admin-guide/devices.txt).
@@ -256,7 +259,8 @@ def net_namespaces() -> str:
                 if (device := _parent_of(link.parent_bus, link.parent_device))
             )
 
-        text.append(_ask_child(look, keep=descriptor) or "")
+        answer = _ask_child(look, keep=descriptor)
+        text.append(f"!\t{_SILENT} of pid {pid}\n" if answer is None else answer)
         os.close(descriptor)
     if hidden:
         text.append(
@@ -285,16 +289,19 @@ def _enter_net_namespace(descriptor: int) -> None:
 
 
 def _ask_child(
-    question: Callable[[], str], timeout_s: float = READ_DEADLINE_S, keep: int | None = None
+    question: Callable[[], str], timeout_s: float = _DEADLINE_S, keep: int | None = None
 ) -> str | None:
-    """What `question` answers in a child of its own; None if it fails or misses the deadline."""
+    """What `question` answers in a child of its own; None if it fails or misses the deadline.
+
+    An answer ends with a mark, so that an empty one is none of a child that died.
+    """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
         # Whatever happens, the child must never run on in the parent's code.
         try:
             leave_parent(*(descriptor for descriptor in (writer, keep) if descriptor is not None))
-            data = question().encode("utf-8", "backslashreplace")
+            data = question().encode("utf-8", "backslashreplace") + _END
             while data:
                 data = data[os.write(writer, data) :]
         finally:
@@ -309,7 +316,8 @@ def _ask_child(
                 return None
             piece = os.read(reader, 1 << 16)
             if not piece:
-                return b"".join(parts).decode() or None
+                whole = b"".join(parts)
+                return whole.removesuffix(_END).decode() if whole.endswith(_END) else None
             parts.append(piece)
     finally:
         os.close(reader)

@@ -23,9 +23,11 @@ from vfiotool.host import (
     PROC_ROUTE,
     PROC_ROUTE6,
     SYS_NET,
+    SYS_PCI_DEVICES,
     Host,
 )
-from vfiotool.pci import parse_uevent
+from vfiotool.iommu import is_vfio_driver
+from vfiotool.pci import PciFunction, parse_uevent
 from vfiotool.usage_blocker import Blocker, Usage, is_part_of, net_paths, observed_lines
 
 # include/uapi/linux/route.h, ipv6_route.h
@@ -65,6 +67,8 @@ def network_usage(host: Host, function: Placed) -> Usage:
         found += _pppoe(host, function.address, carriers)
         elsewhere, unseen = _other_namespaces(host, function)
         found += elsewhere
+        if not own and not elsewhere:
+            found += _out_of_sight(function, unseen)
         if host.read(NET_ADDRESSES) is None:
             unseen.append("the addresses of the interfaces")
     return Usage(tuple(found), tuple(unseen))
@@ -274,3 +278,14 @@ def _other_namespaces(host: Host, function: Placed) -> tuple[list[Blocker], list
         remedy = f"nsenter --target {pid} --net ip link set {shlex.quote(name)} netns 1"
         found.append(Blocker("route", function.address, name, detail, evidence, remedy))
     return found, unseen
+
+
+def _out_of_sight(function: Placed, unseen: list[str]) -> list[Blocker]:
+    """A network driver's function without an interface, where namespaces could not be seen."""
+    driver = function.driver if isinstance(function, PciFunction) else None
+    network = (function.class_code or "").startswith("02")
+    if not network or driver is None or is_vfio_driver(driver) or not unseen:
+        return []
+    detail = f"its interface is not visible here and may live in {unseen[0]}"
+    evidence = f"{SYS_PCI_DEVICES}/{function.address}/net is empty under the driver {driver}"
+    return [Blocker("route", function.address, function.address, detail, evidence)]

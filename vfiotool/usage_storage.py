@@ -110,6 +110,6 @@ def _claims(
             detail = f"{name} is claimed exclusively (ZFS, a kernel target, a detached mount, …)"
             evidence = f"opening {DEV}/{name} with O_EXCL gives EBUSY"
             found.append(Blocker("storage-member", address, name, detail, evidence))
-        elif answer in ("unknown EACCES", "unknown EPERM"):
+        elif answer in ("unknown EACCES", "unknown EPERM", "unknown ETIMEDOUT"):
             unseen.append(f"whether the kernel has claimed {name}")
     return found, unseen
