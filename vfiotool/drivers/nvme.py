@@ -30,6 +30,10 @@ ADMIN_TIMEOUT_S = 10.0
 # A PRP list of one page tells 2 MiB of 4 KiB pages (vfio/nvme_queue.py keeps to one).
 TRANSFER_LIMIT = 2 << 20
 _PAGE = 4096
+_OFFLINE_HINT = (
+    "a VF comes up once its PF has given it queues and interrupts and brought it online: "
+    "nvme virt-mgmt"
+)
 
 
 class Controller:
@@ -80,6 +84,10 @@ class Controller:
     def _enable(self) -> None:
         """Section 3.5.1, steps 2 to 6."""
         registers = self.registers
+        if not any(self._capabilities.values()):
+            raise KernelError(
+                f"{self.device.name} is offline: its capabilities read zero", hint=_OFFLINE_HINT
+            )
         if not self._capabilities["command_sets"] & 1:
             raise Unsupported(f"{self.device.name} does not speak the NVM command set")
         rings = self._rings(0, ADMIN_ENTRIES, ADMIN_ENTRIES, lists=False)
@@ -107,8 +115,7 @@ class Controller:
             if time.monotonic() >= end:
                 raise KernelError(
                     f"{self.device.name} was not ready within {self._timeout_s:g} s",
-                    hint="a VF comes up once its PF has given it queues and interrupts and brought "
-                    "it online: nvme virt-mgmt",
+                    hint=_OFFLINE_HINT,
                     errno_name="ETIMEDOUT",
                 )
             time.sleep(1e-3)
