@@ -85,10 +85,13 @@ static int take(int fd, uint64_t *signals)
 int vt_eventfd_wait(int fd, int timeout_ms, uint64_t spin_ns, uint64_t *signals)
 {
 	struct pollfd waiting = { .fd = fd, .events = POLLIN };
-	int result = take(fd, signals);
+	int result;
 
-	if (result)
-		return result;
+	if (!timeout_ms || spin_ns) {
+		result = take(fd, signals);
+		if (result)
+			return result;
+	}
 	if (spin_ns) {
 		uint64_t end = now_ns() + spin_ns;
 

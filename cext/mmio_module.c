@@ -1,20 +1,16 @@
-/* vfiotool._mmio: the window on a region as a Python type.
+/* vfiotool._mmio: the hot paths as Python types: the window on a region here, `Event` beside.
  *
  * One register access through cffi costs about 100 ns, and the check of its result in Python half
  * as much again; a method of a C type costs 20. The module knows no exception of vfiotool's: a
  * refused access calls the function that vfio/native.py has set, which raises.
  */
-#define Py_LIMITED_API 0x030b0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "module.h"
 
 #include <errno.h>
 
 #include "mmio.h"
 
 #define POLL_SLICE_NS 50000000u
-#define BAD_VALUE 7 /* beside enum vt_refusal: the value does not fit the width */
-#define WINDOW_BUSY 8 /* a poll is running in another thread */
 
 typedef struct {
 	PyObject_HEAD
@@ -24,21 +20,26 @@ typedef struct {
 
 static PyObject *refuse_with;
 
-static PyObject *refuse(Window *self, int reason, uint64_t offset, unsigned width)
+PyObject *vt_refuse(PyObject *self, int reason, uint64_t offset, unsigned width)
 {
 	PyObject *answer;
 
 	if (!refuse_with) {
-		PyErr_Format(PyExc_RuntimeError, "window access refused (%d)", reason);
+		PyErr_Format(PyExc_RuntimeError, "access refused (%d)", reason);
 		return NULL;
 	}
-	answer = PyObject_CallFunction(refuse_with, "OiKI", (PyObject *)self, reason,
+	answer = PyObject_CallFunction(refuse_with, "OiKI", self, reason,
 				       (unsigned long long)offset, width);
 	if (answer) {
 		Py_DECREF(answer);
 		PyErr_SetString(PyExc_RuntimeError, "the refusal was not raised");
 	}
 	return NULL;
+}
+
+static PyObject *refuse(Window *self, int reason, uint64_t offset, unsigned width)
+{
+	return vt_refuse((PyObject *)self, reason, offset, width);
 }
 
 static PyObject *refuse_access(Window *self, uint64_t offset, uint64_t count, unsigned width,
@@ -101,7 +102,7 @@ static int take_count(Py_ssize_t given, Py_ssize_t wanted, const char *what)
 		if (take_number(arguments[1], &value, &overflow))                                \
 			return NULL;                                                             \
 		if (overflow || value != (uint##bits##_t)value)                                  \
-			return refuse(self, BAD_VALUE, offset, bits / 8);                        \
+			return refuse(self, VT_BAD_VALUE, offset, bits / 8);                        \
 		vt_store##bits(&self->window, offset, (uint##bits##_t)value);                    \
 		Py_RETURN_NONE;                                                                  \
 	}
@@ -228,7 +229,7 @@ static PyObject *close_window(Window *self, PyObject *unused)
 {
 	(void)unused;
 	if (self->polling)
-		return refuse(self, WINDOW_BUSY, 0, 0);
+		return refuse(self, VT_WINDOW_BUSY, 0, 0);
 	/* In a child the range was never inherited; whatever lies there now is not ours. */
 	if (self->window.generation == vt_fork_generation)
 		vt_window_unmap(&self->window);
@@ -376,7 +377,7 @@ static int module_exec(PyObject *module)
 		return -1;
 	}
 	Py_DECREF(type);
-	return 0;
+	return vt_add_event_type(module);
 }
 
 static PyModuleDef_Slot module_slots[] = {

@@ -50,7 +50,7 @@ def test_ioctl_is_called_through_one_function() -> None:
 
 def test_the_shipped_build_has_no_fault_injection() -> None:
     assert native.fault_set(1, errno.EIO) == -errno.ENOSYS
-    native.EventFd().close()
+    native.Event(native.eventfd())._close()
 
 
 def test_the_test_build_has_it_and_is_made_once() -> None:

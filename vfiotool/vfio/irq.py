@@ -25,36 +25,33 @@ _ACTION_UNMASK = 1 << 4
 _ACTION_TRIGGER = 1 << 5
 
 
-class Interrupt:
-    """One interrupt. `descriptor` is its eventfd, readable when it has fired."""
+class Interrupt(native.Event):
+    """One interrupt. `descriptor` is its eventfd, readable when it has fired; -1 once it is off.
+
+    `wait(timeout_s=None, *, spin_s=0.0)` is C (`cext/event_type.c`): how often it fired since the
+    last wait, at least 1; 0 when `timeout_s` seconds passed without. None waits without limit;
+    `spin_s` seconds are spent looking before it blocks. The interpreter's lock is released, Unix
+    signals are handled. Raises UsageError once the interrupt is off, also in a thread that waits
+    when it is turned off, and in a child process.
+    """
 
     def __init__(self, owner: InterruptSet, vector: int) -> None:
+        super().__init__(native.eventfd())
         self.owner = owner
         self.vector = vector
-        self.event = native.EventFd()
 
     @property
-    def descriptor(self) -> int:
-        """The eventfd; -1 once the set is closed."""
-        return self.event.descriptor
+    def description(self) -> str:
+        """What it is called in errors."""
+        return f"{self.owner.name} {self.vector} of {self.owner.owner.device.name}"
 
     def fileno(self) -> int:
         """The eventfd, for `select` and its kind."""
         return self.descriptor
 
-    def wait(self, timeout_s: float | None = None, *, spin_s: float = 0.0) -> int:
-        """How often it fired since the last wait, at least 1; 0 when `timeout_s` seconds passed
-        without. Spins for `spin_s` seconds before it blocks. None waits without limit."""
-        self.owner.refuse_closed()
-        count = self.event.wait(timeout_s, round(spin_s * 1e9))
-        if self.owner.trace is not None:
-            self._record(count)
-        return count
-
     async def wait_async(self, timeout_s: float | None = None) -> int:
         """As `wait`, for asyncio."""
-        self.owner.refuse_closed()
-        count = self.event.wait(0.0)
+        count = self.wait(0.0)
         if not count:
             loop = asyncio.get_running_loop()
             fired: asyncio.Future[None] = loop.create_future()
@@ -67,8 +64,7 @@ class Interrupt:
                 return 0
             finally:
                 loop.remove_reader(self.descriptor)
-            count = self.event.wait(0.0)
-        self._record(count)
+            count = self.wait(0.0)
         return count
 
     async def __aiter__(self) -> AsyncIterator[int]:
@@ -90,10 +86,16 @@ class Interrupt:
         device first, then unmask."""
         self.owner.act(_ACTION_UNMASK, self.vector, "unmask")
 
-    def _record(self, count: int) -> None:
+
+class TracedInterrupt(Interrupt):
+    """An interrupt that records when it fires; taken when the device was opened with a trace."""
+
+    def wait(self, timeout_s: float | None = None, *, spin_s: float = 0.0) -> int:
+        count = super().wait(timeout_s, spin_s=spin_s)
         trace = self.owner.trace
         if count and trace is not None:
             trace.record("irq", index=self.owner.info.index, vector=self.vector, count=count)
+        return count
 
 
 class InterruptSet:
@@ -107,10 +109,11 @@ class InterruptSet:
         self.trace = trace
         self.closed = False
         self.vectors: list[Interrupt] = []
-        self._unmask: native.EventFd | None = None
+        self._unmask: native.Event | None = None
+        self._kind = Interrupt if trace is None else TracedInterrupt
         try:
             for vector in range(count):
-                self.vectors.append(Interrupt(self, vector))
+                self.vectors.append(self._kind(self, vector))
             self._assign(0, [interrupt.descriptor for interrupt in self.vectors])
         except BaseException:
             self._close_eventfds()
@@ -159,7 +162,7 @@ class InterruptSet:
         fresh: list[Interrupt] = []
         try:
             for vector in range(old, old + count):
-                fresh.append(Interrupt(self, vector))
+                fresh.append(self._kind(self, vector))
             self.vectors += fresh
             if "noresize" in self.info.flags:
                 self._off()
@@ -169,18 +172,18 @@ class InterruptSet:
         except BaseException:
             del self.vectors[old:]
             for interrupt in fresh:
-                interrupt.event.close()
+                interrupt._close()
             raise
 
     def unmask_by_eventfd(self) -> int:
         """An eventfd that unmasks INTx whenever it is written. Closed with the set."""
         self.refuse_closed()
         if self._unmask is None:
-            event = native.EventFd()
+            event = native.Event(native.eventfd())
             device = self.owner.device.descriptor
             result = native.irq_unmask_fd(device, self.info.index, event.descriptor)
             if result < 0:
-                event.close()
+                event._close()
                 raise native.failed(
                     result,
                     f"unmask {self.name} by eventfd",
@@ -216,9 +219,9 @@ class InterruptSet:
 
     def _close_eventfds(self) -> None:
         for interrupt in self.vectors:
-            interrupt.event.close()
+            interrupt._close()
         if self._unmask is not None:
-            self._unmask.close()
+            self._unmask._close()
             self._unmask = None
 
     def __enter__(self) -> InterruptSet:

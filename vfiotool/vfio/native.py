@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import errno
 import os
-import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil
+from itertools import chain
 from typing import Any
 
-from vfiotool._mmio import Window, fork_generation, set_refusal
+from vfiotool._mmio import Event, Window, fork_generation, set_refusal
 from vfiotool.errors import (
     KernelError,
     NotPermitted,
@@ -32,7 +32,7 @@ except ImportError as _missing:  # pragma: no cover - a broken installation
         hint="install vfiotool with a C compiler at hand: pip install .",
     ) from _missing
 
-__all__ = ["Window", "ffi", "fork_generation", "lib"]
+__all__ = ["Event", "Window", "ffi", "fork_generation", "lib"]
 
 WINDOW_READ = 1
 WINDOW_WRITE = 2
@@ -51,8 +51,11 @@ _REFUSALS = {
 }
 
 
-def _refuse(window: Window, reason: int, offset: int, width: int) -> None:
-    described = getattr(window, "description", "window")
+def _refuse(refused: Window | Event, reason: int, offset: int, width: int) -> None:
+    described = getattr(refused, "description", "window")
+    if isinstance(refused, Event):
+        what = "is off" if reason == 1 else _REFUSALS.get(reason, "refused")
+        raise UsageError(f"{getattr(refused, 'description', 'the interrupt')}: {what}")
     where = "" if reason == 8 else f" at {offset:#x}, {width} byte{'s' if width > 1 else ''}"
     raise UsageError(f"access to {described}{where}: {_REFUSALS.get(reason, 'refused')}")
 
@@ -252,7 +255,7 @@ def type1_unmap(container: int, iova: int, size: int, *, everything: bool = Fals
 
 
 def _flat(rows: Sequence[tuple[int, ...]]) -> Any:
-    return ffi.new("uint64_t[]", [number for row in rows for number in row])
+    return ffi.from_buffer("uint64_t[]", array("Q", chain.from_iterable(rows)))
 
 
 def type1_map_many(
@@ -393,40 +396,9 @@ def irq_unmask_fd(device: int, index: int, descriptor: int) -> int:
     return int(lib.vt_irq_unmask_fd(device, index, descriptor))
 
 
-class EventFd:
-    """An eventfd that an interrupt signals: close-on-exec, not blocking, at zero."""
-
-    __slots__ = ("_signals", "descriptor")
-
-    def __init__(self) -> None:
-        self.descriptor = check(lib.vt_eventfd(), "eventfd")
-        self._signals = ffi.new("uint64_t *")
-
-    def wait(self, timeout_s: float | None, spin_ns: int = 0) -> int:
-        """The signals taken from it, or 0 when `timeout_s` seconds have passed.
-
-        None waits without limit. The interpreter's lock is released; Unix signals are handled.
-        """
-        if timeout_s is None:
-            left_ms = -1
-            end = 0.0
-        else:
-            left_ms = min(ceil(timeout_s * 1000), 1 << 30)
-            end = time.monotonic() + timeout_s
-        while True:
-            result = lib.vt_eventfd_wait(self.descriptor, left_ms, spin_ns, self._signals)
-            if result > 0:
-                return int(self._signals[0])
-            if result == 0 and left_ms >= 0:
-                return 0
-            if result not in (0, -errno.EINTR):
-                raise failed(result, "wait for an interrupt")
-            if left_ms >= 0:
-                left_ms = max(0, ceil((end - time.monotonic()) * 1000))
-
-    def close(self) -> None:
-        lib.vt_close(self.descriptor)
-        self.descriptor = -1
+def eventfd() -> int:
+    """A new eventfd for an `Event`: close-on-exec, not blocking, at zero."""
+    return check(lib.vt_eventfd(), "eventfd")
 
 
 def address_of(buffer: Any) -> int:
