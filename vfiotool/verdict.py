@@ -139,7 +139,8 @@ def _explain_mdev(host: Host, inventory: Inventory, mdev: Mdev) -> Verdict:
     if driver is None:
         detail = "no VFIO driver is bound to the mediated device"
         evidence = f"mediated device {mdev.uuid} has no driver link"
-        remedy = "modprobe vfio_mdev" if group is None else None
+        # No driver matches an mdev later on (drivers/vfio/mdev/mdev_driver.c, mdev_match).
+        remedy = f"vfiotool mdev remove {mdev.uuid}"
         found.append(Blocker("no-driver", mdev.uuid, mdev.uuid, detail, evidence, remedy))
     notes = [f"not seen: {text}" for text in usage.unseen]
     commands = [*_remedies(host, tuple(found), notes)]
