@@ -66,9 +66,14 @@ class KillingTree(OsTree):
         if self.moment == "flight":
             child = self.child()
             if os.fork() == 0:
-                # The request goes out from here, so that the killed process cannot wait for it.
-                child._owner = os.getpid()
+                # The request goes out from here, so that the killed process cannot wait for it;
+                # and of that process's locks nothing may live on.
+                first, last = sorted((child._requests, child._replies))
                 try:
+                    os.closerange(3, first)
+                    os.closerange(first + 1, last)
+                    os.closerange(last + 1, 1 << 16)
+                    child._owner = os.getpid()
                     child.write(path, data, timeout_s)
                 finally:
                     os._exit(0)
