@@ -31,7 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOT_LIMIT_S = 1200
 # An emulated guest on a busy machine is slow: systemd must not give up on its disks.
 PATIENCE = (
-    "panic=-1 nowatchdog fsck.mode=skip systemd.default_timeout_start_sec=900 "
+    "panic=-1 nowatchdog no_timer_check tsc=reliable mitigations=off nokaslr audit=0 apparmor=0 "
+    "selinux=0 rcupdate.rcu_expedited=1 random.trust_cpu=on quiet "
+    "fsck.mode=skip systemd.default_timeout_start_sec=900 "
     "systemd.mask=serial-getty@ttyS0.service modprobe.blacklist=iTCO_wdt,lpc_ich,i2c_i801,kvm_amd"
 )
 FSTAB = """/dev/vda / ext4 rw,relatime 0 0
