@@ -63,7 +63,8 @@ def outside(options: argparse.Namespace) -> int:
     arguments = {"qemu_arguments": hardware(), "load": ("nvme",), "vcpus": 1}
     with Guest("basic", options.kernel, **arguments) as guest:
         sys.stderr.write(guest.describe() + "\n")
-        pin(guest._process.pid)
+        if options.pin:
+            pin(guest._process.pid)
         done = guest.exec(inner, timeout_s=3000, env={"PYTHONPATH": str(ROOT)})
     sys.stdout.write(done.text)
     sys.stderr.write(done.stderr.decode(errors="replace"))
@@ -232,6 +233,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--peer", help="another program's command line, see above")
+    parser.add_argument("--pin", action="store_true", help="one processor each: guest, QEMU")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
