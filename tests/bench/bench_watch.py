@@ -55,15 +55,16 @@ def drive(seconds: float) -> tuple[int, float]:
 
 def measure(name: str, command: list[str] | None, seconds: float) -> None:
     process = None if command is None else start(command, f"/tmp/{name}.log")
-    time.sleep(5)
+    while process and "\n" not in Path(f"/tmp/{name}.log").read_text(errors="replace"):
+        # It says so when it watches; before that it is only starting.
+        time.sleep(0.2)
     before = cpu_s(process.pid) if process else 0.0
-    all_before, own_before = all_cpu_s(), cpu_s(os.getpid())
     time.sleep(10)
     idle = (cpu_s(process.pid) - before) if process else 0.0
     before = cpu_s(process.pid) if process else 0.0
     all_before, own_before = all_cpu_s(), cpu_s(os.getpid())
     events, took = drive(seconds)
-    time.sleep(1)
+    time.sleep(5)
     used = (cpu_s(process.pid) - before) if process else 0.0
     busy, own = all_cpu_s() - all_before, cpu_s(os.getpid()) - own_before
     lines = ""
