@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOT_LIMIT_S = 1200
 # An emulated guest on a busy machine is slow: systemd must not give up on its disks.
 PATIENCE = (
-    "panic=-1 nowatchdog no_timer_check tsc=reliable mitigations=off nokaslr audit=0 apparmor=0 "
+    "panic=-1 nowatchdog no_timer_check mitigations=off nokaslr audit=0 apparmor=0 "
     "selinux=0 rcupdate.rcu_expedited=1 random.trust_cpu=on quiet "
     "fsck.mode=skip systemd.default_timeout_start_sec=900 "
     "systemd.mask=serial-getty@ttyS0.service modprobe.blacklist=iTCO_wdt,lpc_ich,i2c_i801,kvm_amd"
@@ -294,6 +294,11 @@ def machine(
     fstab.write_text(FSTAB)
     debugfs(guest.disk, "rm /etc/fstab")
     debugfs(guest.disk, f"write {fstab} /etc/fstab")
+    patience = folder / "patience.conf"
+    patience.write_text("[Service]\nTimeoutStartSec=1500\n")
+    for unit in ("vfiotool-boot.service.d", "vfiotool-late@.service.d"):
+        debugfs(guest.disk, f"mkdir /etc/systemd/system/{unit}")
+        debugfs(guest.disk, f"write {patience} /etc/systemd/system/{unit}/patience.conf")
     guest.add_unit("libvirtd.service", LIBVIRTD)
     guest.add_unit("job.service", JOB)
     yield guest
