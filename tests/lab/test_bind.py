@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -79,9 +80,9 @@ def test_unknown_devices_are_told_from_bad_names() -> None:
 
 
 def test_a_mounted_disk_is_refused_by_name_and_stays(tmp_path: Path) -> None:
-    # With multipath a namespace has a hidden path device (nvme0c0n1) beside its node.
+    # With multipath a namespace has a hidden path device (nvme1c1n1) in place of its node.
     names = [path.name for path in Path(f"{PCI}/{DISK}").glob("nvme/nvme*/nvme*n*")]
-    node = next(name.replace("c0n", "n") for name in names)
+    node = next(re.sub(r"c\d+n", "n", name) for name in names)
     subprocess.run(["mkfs.ext4", "-q", f"/dev/{node}", "8M"], check=True)
     subprocess.run(["mount", f"/dev/{node}", tmp_path], check=True)
     try:
