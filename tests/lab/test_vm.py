@@ -1,0 +1,71 @@
+"""What `vm qemu` prints is what a QEMU in the guest takes, and it opens the devices."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+MACHINE = "basic"
+KERNELS = ("6.12", "iommufd")
+
+DEVICES = ("0000:00:01.0", "0000:00:02.0")
+
+
+def vfiotool(*words: str, code: int = 0) -> str:
+    line = [sys.executable, "-m", "vfiotool", *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def bound() -> Iterator[None]:
+    vfiotool("bind", *DEVICES)
+    yield
+    vfiotool("release", *DEVICES)
+
+
+def open_in_qemu(*options: str) -> str:
+    """Start QEMU with the options, stopped, and return the devices that it made."""
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        pytest.skip("no qemu-system-x86_64 in the guest's PATH")
+    words = json.loads(vfiotool("--json", "vm", "qemu", *options, *DEVICES))["arguments"]
+    line = [qemu, "-machine", "q35,accel=tcg", "-m", "64", "-nodefaults", "-display", "none", "-S"]
+    done = subprocess.run(
+        [*line, "-monitor", "stdio", *words],
+        input="info qtree\nquit\n",
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_device_on_no_vfio_driver_is_not_ready() -> None:
+    assert "not-bound" in vfiotool("vm", "check", DEVICES[0], code=1)
+    vfiotool("vm", "qemu", DEVICES[0], code=4)
+
+
+@pytest.mark.usefixtures("bound")
+def test_qemu_opens_what_vm_qemu_prints() -> None:
+    assert "not ready" not in vfiotool("vm", "check", *DEVICES)
+    answer = open_in_qemu()
+    assert 'dev: vfio-pci, id "vfio-0000-00-01.0"' in answer
+    assert 'dev: vfio-pci, id "vfio-0000-00-02.0"' in answer
+
+
+@pytest.mark.usefixtures("bound")
+def test_qemu_opens_them_over_iommufd_where_the_kernel_has_it() -> None:
+    from vfiotool.host import DEV_IOMMU, Host
+
+    if not Host.local().exists(DEV_IOMMU):
+        pytest.skip("this kernel has no iommufd")
+    assert 'iommufd = "/objects/iommufd0"' in open_in_qemu("--iommufd")
