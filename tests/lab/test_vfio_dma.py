@@ -89,6 +89,21 @@ def test_the_device_cannot_write_what_it_may_only_read(device: Device) -> None:
         assert buffer.view[:] == b"\x5a" * 4096
 
 
+def test_the_device_reads_what_was_written_after_the_mapping(device: Device) -> None:
+    """Linux 6.1 would pin the zero page under memory that was never touched."""
+    edu = Edu(device)
+    check = device.dma.alloc(4096, limit_bits=ADDRESS_BITS)
+    single = device.dma.alloc(4096, limit_bits=ADDRESS_BITS, write=False)
+    shared = device.dma.alloc(4096, limit_bits=ADDRESS_BITS, write=False, shared=True)
+    many = device.dma.alloc_many(2, 4096, limit_bits=ADDRESS_BITS, write=False)
+    for buffer in (single, shared, *many):
+        sent = os.urandom(64)
+        buffer.view[:64] = sent
+        edu.dma(buffer.iova, 0, 64, to_memory=False)
+        edu.dma(check.iova, 0, 64, to_memory=True)
+        assert check.view[:64] == sent
+
+
 def test_places_can_be_fixed_and_aligned(device: Device) -> None:
     with device.dma.alloc(4096, iova=0x123000) as buffer:
         assert buffer.iova == 0x123000

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MAP_HUGETLB = 0x40000
 _MFD_HUGETLB = 0x4
 _HUGE_SHIFT = 26
+_MADV_POPULATE_WRITE = 23
 # The kinds of pages a buffer can be made of, in bytes.
 PAGE_KINDS = {"normal": PAGE, "2M": 1 << 21, "1G": 1 << 30}
 
@@ -134,6 +135,19 @@ def _memory(size: int, pages: str, shared: bool) -> mmap.mmap:
         raise KernelError(f"no {size} bytes of memory: {error.strerror}") from error
 
 
+def _own_pages(memory: mmap.mmap) -> None:
+    """Give the memory pages of its own before a device may only read it.
+
+    Before Linux 6.2 a mapping for reading pins the shared zero page under memory never written:
+    our first write then goes to a fresh page, and the device reads zeros for ever.
+    """
+    try:
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError:
+        for offset in range(0, len(memory), PAGE):
+            memory[offset] = 0
+
+
 class Dma:
     """The buffers of an address space, shared by its devices.
 
@@ -186,6 +200,8 @@ class Dma:
             raise
         buffer = DmaBuffer(self, memory, size, place)
         try:
+            if not write:
+                _own_pages(memory)
             native.memory_dont_fork(buffer.address, size)
             self.space.map(buffer.address, place, size, read=read, write=write)
         except BaseException:
@@ -212,6 +228,8 @@ class Dma:
             for _ in range(count):
                 memory = _memory(size, "normal", False)
                 made.append(DmaBuffer(self, memory, size, self._place(size, 0, limit_bits, None)))
+                if not write:
+                    _own_pages(memory)
                 native.memory_dont_fork(made[-1].address, size)
             triples = [(buffer.address, buffer.iova, size) for buffer in made]
             self.space.map_many(triples, read=read, write=write)
