@@ -11,9 +11,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from vfiotool.errors import UsageError, VfiotoolError
+from vfiotool.vfio.caps import Area
 from vfiotool.vfio.device import Device
 from vfiotool.vfio.dma import DmaBuffer
 from vfiotool.vfio.irq import InterruptSet
+from vfiotool.vfio.region import Registers
 from vfiotool.vfio.trace import Event
 
 
@@ -26,6 +28,7 @@ class Replay:
         self.differences: list[str] = []
         self._buffers: dict[int, DmaBuffer] = {}
         self._interrupts: dict[int, InterruptSet] = {}
+        self._mapped: dict[int, Registers] = {}
         self._steps: dict[str, Callable[[dict[str, Any]], str | None]] = {
             "read": self._read,
             "write": self._write,
@@ -51,7 +54,7 @@ class Replay:
                     raise UsageError(f"event {number} of the trace: {event.get('event')!r}")
                 try:
                     said = step(event)
-                except KeyError as error:
+                except (KeyError, AttributeError) as error:
                     raise UsageError(f"event {number} of the trace lacks {error}") from error
                 except VfiotoolError as error:
                     said = str(error)
@@ -66,18 +69,26 @@ class Replay:
         for buffer in self._buffers.values():
             buffer.close()
 
+    def _registers(self, index: int) -> Registers:
+        """A mapping where the whole region can be mapped: the kernel may split wide accesses."""
+        if index not in self._mapped:
+            region = self.device.region(index)
+            whole = region.info.areas == (Area(0, region.size),)
+            self._mapped[index] = region.map() if whole else region
+        return self._mapped[index]
+
     def _read(self, event: dict[str, Any]) -> str | None:
-        value = self.device.region(event["region"]).read(event["offset"], event["width"])
-        return _other(event["value"], value)
+        read = getattr(self._registers(event["region"]), f"read{8 * event['width']}")
+        return _other(event["value"], read(event["offset"]))
 
     def _write(self, event: dict[str, Any]) -> None:
-        region = self.device.region(event["region"])
-        region.write(event["offset"], event["value"], event["width"])
+        write = getattr(self._registers(event["region"]), f"write{8 * event['width']}")
+        write(event["offset"], event["value"])
 
     def _poll(self, event: dict[str, Any]) -> str | None:
-        region = self.device.region(event["region"])
         mask, wanted, width = event["mask"], event["wanted"], event["width"]
-        value = region.poll(event["offset"], mask, wanted, self.timeout_s, width=width)
+        registers = self._registers(event["region"])
+        value = registers.poll(event["offset"], mask, wanted, self.timeout_s, width=width)
         return _other(event["value"], value)
 
     def _copy_out(self, event: dict[str, Any]) -> None:
