@@ -63,12 +63,14 @@ def test_a_driver_that_does_not_exist_changes_nothing() -> None:
 
 @pytest.mark.parametrize(("address", "driver"), [(EDU, "nvme"), (NVME, "pcieport")])
 def test_a_probe_that_refuses_gives_the_old_driver_and_override_back(
-    address: str, driver: str
+    address: str, driver: str, lab_kernel: str
 ) -> None:
     before = driver_of(address), override_of(address)
     done = vfiotool("bind", address, "--driver", driver, "--json")
     assert done.code == 5
-    assert done.json["error"]["errno"] is not None
+    # nvme of 6.1 accepts first and lets go later, in its reset work: there is no errno to tell.
+    if (driver, lab_kernel) != ("nvme", "6.1"):
+        assert done.json["error"]["errno"] is not None
     assert (driver_of(address), override_of(address)) == before
 
 
