@@ -8,7 +8,7 @@ LAB_KERNELS := 6.1 6.12 iommufd
 help:
 	@echo "make demo       show the whole way of a device, in a guest with a virtual IOMMU"
 	@echo "make test       all tests: on this machine, and in guests on three kernels"
-	@echo "make proofs     all tests and the long proofs: soaks, fault and kill sweeps, power loss"
+	@echo "make proofs     the long tests too: every file in guests, soaks, kill sweeps, power loss"
 	@echo "make test-host  the tests that need no guest"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the figures"

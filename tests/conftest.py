@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("proof"):
-            item.add_marker(pytest.mark.skip(reason="a long proof: make proofs"))
+            item.add_marker(pytest.mark.skip(reason="left to make proofs: long"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -57,9 +57,9 @@ class Outcome:
 def constants(path: Path) -> dict[str, Any]:
     """The literal module constants of a test file, read without running it.
 
-    MACHINE and KERNELS say where it runs; PROOF, that it is long and runs in `make proofs` alone.
+    MACHINE and KERNELS say where it runs; PROOF, why it runs in `make proofs` alone.
     """
-    found: dict[str, Any] = {"MACHINE": "basic", "KERNELS": KERNELS, "PROOF": False}
+    found: dict[str, Any] = {"MACHINE": "basic", "KERNELS": KERNELS, "PROOF": ""}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             target, value = node.targets[0].id, node.value
@@ -84,9 +84,9 @@ def places(folder: Path = FOLDER) -> list[tuple[Place, str]]:
     return sorted(result)
 
 
-def is_left_out(file: str) -> bool:
-    """Whether a file is a long proof, and long proofs were not asked for."""
-    return bool(constants(ROOT / file)["PROOF"]) and not os.environ.get(PROOFS_WANTED)
+def left_out(file: str) -> str:
+    """Why a file is left to `make proofs`; empty if it is not, or if proofs were asked for."""
+    return "" if os.environ.get(PROOFS_WANTED) else str(constants(ROOT / file)["PROOF"])
 
 
 class GuestRuns:

@@ -318,6 +318,7 @@ def json_after(lines: list[str], mark: str) -> dict[str, Any]:
 
 
 @pytest.mark.lab
+@pytest.mark.proof
 def test_devices_are_handed_over_before_vm_managers_start(machine: Machine) -> None:
     begun = time.monotonic()
     first = machine.boot(
@@ -364,6 +365,7 @@ def test_devices_are_handed_over_before_vm_managers_start(machine: Machine) -> N
 
 
 @pytest.mark.lab
+@pytest.mark.proof
 def test_early_takes_the_disk_inside_the_initramfs(machine: Machine) -> None:
     release = (machine.base.image.parent / f"release-{machine.kernel}").read_text()
     first = machine.boot(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from guest_runs import GuestRuns, Outcome, Place, is_left_out, places
+from guest_runs import GuestRuns, Outcome, Place, left_out, places
 
 CASES = places()
 
@@ -18,7 +18,7 @@ def runs(request: pytest.FixtureRequest) -> GuestRuns:
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.originalname == "test_file_in_guest":
             place, file = item.callspec.params["place"], item.callspec.params["file"]
-            if not is_left_out(file):
+            if not left_out(file):
                 chosen.append((place, file))
     return GuestRuns(chosen)
 
@@ -32,8 +32,8 @@ def runs(request: pytest.FixtureRequest) -> GuestRuns:
 def test_file_in_guest(
     place: Place, file: str, runs: GuestRuns, record_property: Callable[[str, object], None]
 ) -> None:
-    if is_left_out(file):
-        pytest.skip("a long proof: make proofs")
+    if reason := left_out(file):
+        pytest.skip(f"left to make proofs: {reason}")
     outcome = runs.outcome(place, file)
     if outcome.unavailable:
         pytest.skip(f"no lab guest with {place.kernel} as {place.machine}: {outcome.unavailable}")

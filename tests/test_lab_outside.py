@@ -14,7 +14,7 @@ from vfiotool.errors import VfiotoolError
 from vfiotool.lab import kernels, qemu
 from vfiotool.lab.guest import Guest
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.proof]
 
 LIMIT_S = 600.0
 KERNEL = "6.12"

@@ -19,6 +19,7 @@ from vfiotool.cli.app import main
 
 MACHINE = "mdev"
 KERNELS = ("6.1", "6.12")
+PROOF = "not yet seen to pass whole on each of its kernels"
 
 EDU = "0000:00:01.0"
 DEVICE = Path(f"/sys/bus/pci/devices/{EDU}")
@@ -106,6 +107,7 @@ def test_what_driverctl_keeps_is_imported_and_already_so(tmp_path: Path) -> None
 
 
 def test_what_mdevctl_keeps_is_imported_and_already_so(tmp_path: Path) -> None:
+    Path("/etc/mdevctl.d").mkdir()
     make = ["-u", UUID, "-p", "mtty", "-t", "mtty-2"]
     subprocess.run(["mdevctl", "start", *make], check=True, timeout=60)
     subprocess.run(["mdevctl", "define", "-a", "-u", UUID], check=True, timeout=60)

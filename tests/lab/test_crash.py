@@ -28,7 +28,7 @@ from vfiotool.host import Host, OsTree
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = True
+PROOF = "long"
 
 POLICY = """
 version = 1

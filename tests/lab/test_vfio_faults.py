@@ -13,7 +13,7 @@ from vfio_guest import BACKENDS, EDU, bind_vfio
 
 MACHINE = "basic"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = True
+PROOF = "long"
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -17,7 +17,7 @@ from vfiotool.vfio import Device
 
 MACHINE = "basic"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = True
+PROOF = "long"
 
 HERE = Path(__file__).resolve().parent
 KILLS = 10

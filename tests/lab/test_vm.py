@@ -12,6 +12,7 @@ import pytest
 
 MACHINE = "basic"
 KERNELS = ("6.12", "iommufd")
+PROOF = "not yet seen to pass whole on each of its kernels"
 
 DEVICES = ("0000:00:01.0", "0000:00:02.0")
 
