@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -235,12 +236,18 @@ def runs(pid: int) -> bool:
 def test_interrupted_lab_leaves_no_process_and_no_file(
     which: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    with subprocess.Popen(
-        [*CLI, "--", "sh", "-c", "echo up; sleep 600"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    ) as lab:
+    with (
+        subprocess.Popen(
+            [*CLI, "--", "sh", "-c", "echo up; sleep 600"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            # A shell that starts the tests in the background leaves them with SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as lab,
+        contextlib.ExitStack() as clean,
+    ):
+        clean.callback(lab.kill)
         assert lab.stdout is not None
         assert lab.stdout.readline() == b"up\n"
         children = descendants(lab.pid)
