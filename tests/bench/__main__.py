@@ -63,7 +63,9 @@ def main(names: list[str]) -> int:
         print(f"\n== {name}", flush=True)
         if name == "start":
             start()
-        elif any([subprocess.run(command).returncode for command in COMMANDS[name]]):
+            continue
+        codes = [subprocess.run(command).returncode for command in COMMANDS[name]]
+        if any(codes):
             failed.append(name)
     if failed:
         print(f"\nended with an error: {', '.join(failed)}", file=sys.stderr)
