@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 
 from vfiotool import __version__
 from vfiotool.errors import VfiotoolError
@@ -150,8 +149,7 @@ def _run_typer(arguments: list[str]) -> int:
 
     name = _command_name(arguments)
     chosen = {COMMANDS[name]} if name in COMMANDS else set(COMMANDS.values())
-    names = [f"vfiotool.cli.{module}" for module in sorted(chosen)]
-    modules = [import_module(module) for module in names if find_spec(module)]
+    modules = [import_module(f"vfiotool.cli.{module}") for module in sorted(chosen)]
     return run(modules, _hoist_globals(arguments))
 
 
