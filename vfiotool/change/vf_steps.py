@@ -104,10 +104,9 @@ class SetAutoprobe(SetAttribute):
 
 
 @dataclass(frozen=True)
-class SetMsixCount(SetAttribute):
-    """How many MSI-X vectors a VF has (ABI/testing/sysfs-bus-pci, sriov_vf_msix_count)."""
+class SetVfNumber(SetAttribute):
+    """Base of the steps that set one number of a VF; `before` is None where it was not told."""
 
-    verb: ClassVar[str] = "set-msix-count"
     vf: str
     before: int | None
     after: int
@@ -115,10 +114,6 @@ class SetMsixCount(SetAttribute):
     @property
     def target(self) -> str:
         return self.vf
-
-    @property
-    def path(self) -> str:
-        return f"{SYS_PCI_DEVICES}/{self.vf}/sriov_vf_msix_count"
 
     @property
     def values(self) -> tuple[str | None, str]:
@@ -129,25 +124,22 @@ class SetMsixCount(SetAttribute):
 
 
 @dataclass(frozen=True)
-class SetVgpuType(SetAttribute):
+class SetMsixCount(SetVfNumber):
+    """How many MSI-X vectors a VF has (ABI/testing/sysfs-bus-pci, sriov_vf_msix_count)."""
+
+    verb: ClassVar[str] = "set-msix-count"
+
+    @property
+    def path(self) -> str:
+        return f"{SYS_PCI_DEVICES}/{self.vf}/sriov_vf_msix_count"
+
+
+@dataclass(frozen=True)
+class SetVgpuType(SetVfNumber):
     """The vGPU type of a VF that stays on NVIDIA's driver (its `current_vgpu_type`)."""
 
     verb: ClassVar[str] = "set-vgpu-type"
-    vf: str
-    before: int | None
-    after: int
-
-    @property
-    def target(self) -> str:
-        return self.vf
 
     @property
     def path(self) -> str:
         return f"{SYS_PCI_DEVICES}/{self.vf}/nvidia/current_vgpu_type"
-
-    @property
-    def values(self) -> tuple[str | None, str]:
-        return None if self.before is None else str(self.before), str(self.after)
-
-    def turned(self, value: str) -> Step:
-        return replace(self, before=self.after, after=int(value))
