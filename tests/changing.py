@@ -18,8 +18,8 @@ from vfiotool.change.plan import (
     plan_mdev_create,
     plan_mdev_remove,
     plan_release,
-    plan_vf_count,
 )
+from vfiotool.change.sriov_plan import plan_vf_count
 from vfiotool.change.step import Step
 from vfiotool.change.vfnet_step import read_settings
 from vfiotool.host import Host

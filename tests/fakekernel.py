@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tests.fakenet import vf_values
 from vfiotool.errors import KernelError, Stuck
 from vfiotool.host import Host, MemoryTree
 from vfiotool.iommu import is_vfio_driver
@@ -477,20 +478,29 @@ class FakeKernel(MemoryTree):
         if request.protocol == NETLINK_GENERIC:
             raise KernelError(f"{request.what}: no such family", errno_name="ENOENT")
         assert request.type == RTM_SETLINK, "the fake kernel models RTM_SETLINK alone"
+        self._admit(request, timeout_s, None, lambda: self._set_vf_info(request.payload))
+        return []
+
+    def _admit(
+        self, request: Request, timeout_s: float, target: str | None, act: Callable[[], None]
+    ) -> None:
+        """Count a netlink request as a write and do it, unless a fault strikes."""
         self.writes.append(("netlink", request.what))
         number = len(self.writes)
         if self.before_write is not None:
             self.before_write(number, "netlink", request.what)
         kind = self._fault(number, "netlink")
-        if kind in ERRNOS:
-            raise KernelError(f"{request.what}: {kind}", errno_name=kind)
-        if kind == "short":
-            raise KernelError(f"{request.what}: no answer")
-        if kind == "hang":
+        if kind in (*ERRNOS, "short"):
+            raise KernelError(
+                f"{request.what}: {kind}", errno_name=kind if kind in ERRNOS else None
+            )
+        if kind == "hang" and target is not None:
+            self.pending.append((target, act))
+            self.locked.add(target)
+        if kind == "hang" or target in self.locked:
             raise Stuck(f"{request.what}: no answer after {timeout_s:g} s")
         if kind != "silent":
-            self._set_vf_info(request.payload)
-        return []
+            act()
 
     def _set_vf_info(self, payload: bytes) -> None:
         (ifindex,) = struct.unpack_from("=i", payload, 4)
@@ -502,7 +512,7 @@ class FakeKernel(MemoryTree):
                 if (pf, index) not in self.vf_info:
                     raise KernelError(f"VF {index} of {pf}: no such VF", errno_name="EINVAL")
                 found = self.vf_info[pf, index]
-                self.vf_info[pf, index] = replace(found, **_vf_values(kind, data))
+                self.vf_info[pf, index] = replace(found, **vf_values(kind, data))
 
     # Mediated devices
 
@@ -577,19 +587,6 @@ def end_state(host: Host) -> dict[Any, object]:
         kind = host.linkname(f"{base}/mdev_type")
         state[uuid] = (place.split("/")[-2], kind)
     return state
-
-
-def _vf_values(kind: int, data: bytes) -> dict[str, Any]:
-    """The settings in one IFLA_VF_* attribute."""
-    if kind == 1:
-        return {"mac": data[4:10].hex(":")}
-    words = struct.unpack_from(f"={len(data) // 4}I", data)
-    if kind == 2:
-        return {"vlan": words[1], "qos": words[2]}
-    if kind == 6:
-        return {"min_rate_mbps": words[1], "max_rate_mbps": words[2]}
-    name = {4: "spoof_check", 9: "trust", 5: "link_state"}[kind]
-    return {name: words[1] if name == "link_state" else bool(words[1])}
 
 
 def _error(number: int, path: str) -> OSError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import struct
 
-from tests.fakekernel import ERRNOS, FakeKernel, _error
-from vfiotool.errors import KernelError, Stuck
+from tests.fakekernel import FakeKernel, _error
+from vfiotool.errors import KernelError
 from vfiotool.netlink import (
     Message,
     Request,
@@ -49,7 +49,7 @@ class VdpaKernel(FakeKernel):
 
     def netlink(self, request: Request, timeout_s: float) -> list[Message]:
         if request.type == 0x10:
-            return [_message(0x10, 1, u16(1, FAMILY), string(2, "vdpa"))]
+            return [netlink_message(0x10, 1, u16(1, FAMILY), string(2, "vdpa"))]
         if request.type != FAMILY:
             return super().netlink(request, timeout_s)
         command, _, _ = struct.unpack_from("=BBH", request.payload)
@@ -66,15 +66,6 @@ class VdpaKernel(FakeKernel):
     def _change(
         self, request: Request, command: int, attributes: dict[int, bytes], timeout_s: float
     ) -> list[Message]:
-        self.writes.append(("netlink", request.what))
-        number = len(self.writes)
-        if self.before_write is not None:
-            self.before_write(number, "netlink", request.what)
-        kind = self._fault(number, "netlink")
-        if kind in ERRNOS:
-            raise KernelError(f"{request.what}: {kind}", errno_name=kind)
-        if kind == "short":
-            raise KernelError(f"{request.what}: the process that sent it ended")
         name = attributes[4].rstrip(b"\0").decode()
 
         def act() -> None:
@@ -83,12 +74,7 @@ class VdpaKernel(FakeKernel):
             else:
                 self._delete(name)
 
-        if kind == "hang":
-            self.pending.append((name, act))
-            self.locked.add(name)
-            raise Stuck(f"{request.what}: no answer after {timeout_s:g} s")
-        if kind != "silent":
-            act()
+        self._admit(request, timeout_s, name, act)
         return []
 
     def _new(self, name: str, attributes: dict[int, bytes]) -> None:
@@ -115,12 +101,12 @@ class VdpaKernel(FakeKernel):
     def _parent(self, name: str) -> Message:
         features = NET_FEATURES if PARENTS[name] == 1 else 0
         parts = (string(2, name), u64(3, 1 << PARENTS[name]), u32(15, 3), u64(16, features))
-        return _message(FAMILY, 1, *parts)
+        return netlink_message(FAMILY, 1, *parts)
 
     def _device(self, name: str) -> Message:
         parent = self.made[name][0]
         parts = (string(2, parent), string(4, name), u32(5, PARENTS[parent]), u32(6, 0))
-        return _message(FAMILY, 3, *parts, u32(7, 3), u16(8, 256), u16(9, 1))
+        return netlink_message(FAMILY, 3, *parts, u32(7, 3), u16(8, 256), u16(9, 1))
 
     def _config(self, name: str) -> Message:
         if name not in self.made:
@@ -131,7 +117,7 @@ class VdpaKernel(FakeKernel):
             parts.append(attribute(10, mac or bytes(6)))
         else:
             parts = [u64(20, BLOCK_FEATURES), u64(21, 262144), u32(23, 512)]
-        return _message(FAMILY, 6, string(4, name), u32(5, PARENTS[parent]), *parts)
+        return netlink_message(FAMILY, 6, string(4, name), u32(5, PARENTS[parent]), *parts)
 
     # The bus
 
@@ -192,6 +178,6 @@ class VdpaKernel(FakeKernel):
         return state
 
 
-def _message(kind: int, command: int, *attributes: bytes) -> Message:
+def netlink_message(kind: int, command: int, *attributes: bytes) -> Message:
     data = encode(kind, 0, 1, generic(command, 1, *attributes))
     return Message(kind, 0, 1, data[16:])

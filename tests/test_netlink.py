@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2 import IPRoute
 from pyroute2.netlink import nla, nlmsg
+from pyroute2.netlink.devlink import DEVLINK_CMD_ESWITCH_GET, DEVLINK_CMD_ESWITCH_SET, devlinkcmd
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
@@ -16,6 +17,7 @@ from vfiotool import netlink
 from vfiotool.errors import KernelError, NotPermitted, Stuck, Unsupported, UsageError
 from vfiotool.host import Host, MemoryTree
 from vfiotool.netlink import Message, Request, Socket
+from vfiotool.netlink_devlink import get_eswitch, parse_eswitch, read_eswitch, set_eswitch
 from vfiotool.netlink_route import (
     VfSettings,
     parse_address,
@@ -299,3 +301,37 @@ def test_the_live_door_gives_up_on_a_kernel_that_does_not_answer(
     monkeypatch.setattr(host_netlink, "send", hang)
     with pytest.raises(Stuck, match=r"look: no answer after 0\.2 s"):
         Host.local().netlink(harmless("look"), 0.2)
+
+
+def test_an_eswitch_request_is_what_pyroute2_understands() -> None:
+    for mode, number in (("legacy", 0), ("switchdev", 1)):
+        request = set_eswitch(29, "0000:0a:00.0", mode)
+        message = oracle_decode(devlinkcmd, netlink.encode(request.type, 5, 1, request.payload))
+        assert (message["cmd"], message["version"]) == (DEVLINK_CMD_ESWITCH_SET, 1)
+        assert message.get_attr("DEVLINK_ATTR_BUS_NAME") == "pci"
+        assert message.get_attr("DEVLINK_ATTR_DEV_NAME") == "0000:0a:00.0"
+        assert message.get_attr("DEVLINK_ATTR_ESWITCH_MODE") == number
+    question = get_eswitch(29, "0000:0a:00.0")
+    message = oracle_decode(devlinkcmd, netlink.encode(question.type, 5, 1, question.payload))
+    assert message["cmd"] == DEVLINK_CMD_ESWITCH_GET
+    assert message.get_attr("DEVLINK_ATTR_DEV_NAME") == "0000:0a:00.0"
+    with pytest.raises(KernelError, match="is no eswitch mode"):
+        set_eswitch(29, "0000:0a:00.0", "both")
+
+
+@pytest.mark.parametrize(("number", "mode"), [(0, "legacy"), (1, "switchdev"), (2, None)])
+def test_an_eswitch_answer_of_pyroute2_is_read(number: int, mode: str | None) -> None:
+    message = devlinkcmd()
+    message["cmd"], message["version"] = DEVLINK_CMD_ESWITCH_GET, 1
+    message["attrs"] = [["DEVLINK_ATTR_ESWITCH_MODE", number]]
+    message.encode()
+    (parsed,) = netlink.decode(bytes(message.data))
+    assert parse_eswitch(parsed) == mode
+
+
+def test_this_kernel_takes_the_eswitch_question() -> None:
+    try:
+        # No card stands there: devlink looks it up by bus and name, and says ENODEV.
+        assert read_eswitch("ffff:1f:1f.7", 5.0) is None
+    except (NotPermitted, Unsupported) as error:
+        pytest.skip(error.message)

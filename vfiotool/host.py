@@ -84,6 +84,7 @@ OPEN_NODES = OBSERVED + "open-nodes"
 MOUNTS = OBSERVED + "mounts"
 BLOCK_CLAIM = OBSERVED + "block-claim"
 OTHER_TOOLS = OBSERVED + "other-tools"
+ESWITCH = OBSERVED + "eswitch"
 
 READ_DEADLINE_S = 2.0
 WRITE_DEADLINE_S = 30.0

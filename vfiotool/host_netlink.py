@@ -10,10 +10,17 @@ import os
 import pickle
 import select
 import time
+from typing import TYPE_CHECKING
 
 from vfiotool.errors import KernelError, Stuck, VfiotoolError
 from vfiotool.host_child import abandon, leave_parent
-from vfiotool.netlink import Message, Request, send
+from vfiotool.netlink import Message, Request, family_of, family_request, send
+
+if TYPE_CHECKING:
+    from vfiotool.host import Host
+
+# Of a question: what changes the host has the deadline of its caller.
+QUESTION_DEADLINE_S = 5.0
 
 
 def send_in_child(request: Request, timeout_s: float) -> list[Message]:
@@ -67,3 +74,17 @@ def _read_all(reader: int, timeout_s: float, request: Request) -> bytes:
         if not piece:
             return b"".join(parts)
         parts.append(piece)
+
+
+def family_number(host: Host, name: str) -> int | None:
+    """A generic-netlink family's number; None if the kernel has no such family.
+
+    Raises KernelError or NotPermitted, and Stuck if there is no answer in time.
+    """
+    try:
+        answers = host.netlink(family_request(name), QUESTION_DEADLINE_S)
+    except KernelError as error:
+        if error.errno_name != "ENOENT":
+            raise
+        return None
+    return family_of(answers, name)

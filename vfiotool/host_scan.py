@@ -12,6 +12,7 @@ why: without root much is hidden, and an answer must say so.
     mounts              pid (or `self`), a line of its mountinfo
     block-claim/NAME    `claimed`, `free`, or `unknown` and an errno
     other-tools         tool, file, device, setting (host_claims.py)
+    eswitch/ADDRESS     `legacy`, `switchdev`, `none` for a driver without, `unknown` and an errno
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterator
 from vfiotool.host import (
     BLOCK_CLAIM,
     DEV,
+    ESWITCH,
     MOUNTS,
     NET_ADDRESSES,
     NET_CALLER,
@@ -59,6 +61,8 @@ def observe(path: str, root: str = "") -> bytes:
         return claims(root).encode("utf-8", "backslashreplace")
     if path.startswith(BLOCK_CLAIM + "/"):
         text = block_claim(path.removeprefix(BLOCK_CLAIM + "/"))
+    elif path.startswith(ESWITCH + "/"):
+        text = eswitch(path.removeprefix(ESWITCH + "/"))
     else:
         maker = _MAKERS.get(path)
         if maker is None:
@@ -216,6 +220,22 @@ def block_claim(name: str) -> str:
         return "free\n"
 
     return _ask_child(probe) or "unknown ETIMEDOUT\n"
+
+
+def eswitch(address: str) -> str:
+    """A PCI function's eswitch mode, asked in a child: devlink answers under the device's lock."""
+    from vfiotool.errors import Unsupported, VfiotoolError
+    from vfiotool.netlink_devlink import read_eswitch
+
+    def ask() -> str:
+        try:
+            return f"{read_eswitch(address, _DEADLINE_S) or 'none'}\n"
+        except Unsupported:
+            return "none\n"
+        except VfiotoolError as error:
+            return f"unknown {error.errno_name}\n"
+
+    return _ask_child(ask) or "unknown ETIMEDOUT\n"
 
 
 def addresses() -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vfiotool.host import SYS_PCI_DEVICES, Host
+from vfiotool.errors import Stuck
+from vfiotool.host import ESWITCH, SYS_PCI_DEVICES, Host
 from vfiotool.pci import read_vf_indices
 
 
@@ -37,3 +38,24 @@ def read_vfs(host: Host, pf: str) -> tuple[VirtualFunction, ...]:
             )
         )
     return tuple(sorted(found, key=lambda vf: vf.index))
+
+
+# What `read_eswitch_mode` says of a function whose driver has no eswitch.
+NO_ESWITCH = "none"
+
+
+def read_eswitch_mode(host: Host, pf: str) -> str | None:
+    """`legacy`, `switchdev` or NO_ESWITCH; None where the host or this user is not told.
+
+    Raises Stuck if devlink does not answer: a driver holds the device's lock.
+    """
+    text = host.read(f"{ESWITCH}/{pf}")
+    if text is None or text.startswith("unknown"):
+        if text is not None and text.endswith("ETIMEDOUT"):
+            raise Stuck(
+                f"{pf}: devlink gave no answer: the device is locked",
+                hint="end what holds the device, then: vfiotool recover",
+                device=pf,
+            )
+        return None
+    return text

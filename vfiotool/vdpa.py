@@ -21,7 +21,6 @@ from vfiotool.vdpa_features import BLOCK, NET, class_name, class_names, feature_
 if TYPE_CHECKING:
     from vfiotool.netlink import Message, Request
 
-QUESTION_DEADLINE_S = 5.0
 FAMILY = "vdpa"
 DRIVERS = ("vhost_vdpa", "virtio_vdpa")
 
@@ -156,22 +155,20 @@ def knows_netlink(host: Host) -> bool:
 
 def find_family(host: Host) -> int:
     """The family's number. Raises Unsupported, naming the module, if the kernel has no vDPA."""
-    from vfiotool.netlink import family_of, family_request
+    from vfiotool.host_netlink import family_number
 
-    try:
-        answers = host.netlink(family_request(FAMILY), QUESTION_DEADLINE_S)
-    except KernelError as error:
-        if error.errno_name != "ENOENT":
-            raise
+    number = family_number(host, FAMILY)
+    if number is None:
         raise Unsupported(
             "the running kernel has no vDPA, or its module is not loaded",
             hint="modprobe vdpa; a kernel built without CONFIG_VDPA (Debian 12's 6.1) has none",
             errno_name="ENOENT",
-        ) from error
-    return family_of(answers, FAMILY)
+        )
+    return number
 
 
 def _ask(host: Host, family: int, command: int, *attributes: bytes, dump: bool) -> list[Message]:
+    from vfiotool.host_netlink import QUESTION_DEADLINE_S
     from vfiotool.netlink import NETLINK_GENERIC, NLM_F_DUMP, Request, generic
 
     what = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vfiotool.change.bind_step import BindDriver
+from vfiotool.change.eswitch_step import SetEswitchMode
 from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
 from vfiotool.change.journal import Journal, Record, Transaction, started_at
 from vfiotool.change.locks import held, lock_keys
@@ -255,7 +256,7 @@ def nodes_of(host: Host, step: Step) -> tuple[str, ...]:
         return device_nodes(host, step.bus, step.address)
     if isinstance(step, SetMdev | SetMdevAttribute):
         return device_nodes(host, "mdev", step.uuid)
-    if isinstance(step, SetVfCount):
+    if isinstance(step, SetVfCount | SetEswitchMode):
         vfs = [vf.address for vf in read_vfs(host, step.pf)]
         return tuple(node for name in (step.pf, *vfs) for node in device_nodes(host, "pci", name))
     return ()

@@ -10,13 +10,14 @@ from vfiotool.errors import VfiotoolError
 from vfiotool.host import Host
 from vfiotool.mdev import Mdev, read_mdevs
 from vfiotool.pci import list_addresses
+from vfiotool.sriov import NO_ESWITCH
 
 
 def export_policy(host: Host) -> str:
     """A policy's text: VFs, devices taken from their drivers, mdevs, vDPA devices."""
     from vfiotool.change.facts import read_facts
 
-    facts = read_facts(host, list_addresses(host))
+    facts = read_facts(host, list_addresses(host), eswitch_wanted=True)
     parts = ["version = 1\n", *_sriov_rules(facts), *_device_rules(facts)]
     parts += _mdev_rules(read_mdevs(host))
     parts += _vdpa_rules(host)
@@ -36,6 +37,11 @@ def _sriov_rules(facts: Facts) -> Iterable[str]:
         if sriov is None or not sriov.num:
             continue
         lines = ["[[sriov]]", f'match = {{ address = "{address}" }}', f"vfs = {sriov.num}"]
+        own = _taken_driver(facts.devices[address].binding)
+        if own is not None:
+            lines.append(f'driver = "{own}"')
+        elif sriov.eswitch not in (None, NO_ESWITCH, "legacy"):
+            lines.append(f'eswitch = "{sriov.eswitch}"')
         rules = []
         for index, vf in enumerate(sriov.vfs):
             device = facts.devices.get(vf)
@@ -51,7 +57,8 @@ def _device_rules(facts: Facts) -> Iterable[str]:
     for address in sorted(facts.devices):
         device: DeviceFacts = facts.devices[address]
         driver = _taken_driver(device.binding)
-        if driver is None or device.physfn is not None:
+        makes_vfs = device.sriov is not None and device.sriov.num
+        if driver is None or device.physfn is not None or makes_vfs:
             continue
         ids = device.identity
         known = f', id = "{ids.vendor}:{ids.device}"' if ids.vendor and ids.device else ""

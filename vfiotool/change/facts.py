@@ -29,14 +29,17 @@ from vfiotool.host import (
     Tree,
 )
 from vfiotool.pci import Address, parse_uevent
-from vfiotool.sriov import read_vfs
+from vfiotool.sriov import read_eswitch_mode, read_vfs
 
 DEFAULT_DRIVER = "vfio-pci"
 
 
 @dataclass(frozen=True)
 class SriovFacts:
-    """A physical function's VFs; `vfs` by index. `offset` and `stride` place VFs not yet made."""
+    """A physical function's VFs; `vfs` by index. `offset` and `stride` place VFs not yet made.
+
+    `eswitch` is as `read_eswitch_mode` gives it; None as well where nobody asked for it.
+    """
 
     total: int
     num: int
@@ -45,6 +48,7 @@ class SriovFacts:
     stride: int | None
     vf_device: str | None
     vfs: tuple[str, ...]
+    eswitch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,16 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """The devices read, the members of their groups by name, and the drivers registered."""
+    """The devices read, the members of their groups by name, and the drivers registered.
+
+    `vfio_makes_vfs` is vfio-pci's `enable_sriov`; None if it is not loaded or has no such option.
+    """
 
     devices: Mapping[str, DeviceFacts]
     members: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     drivers: frozenset[str] = frozenset()
     noiommu: bool = False
+    vfio_makes_vfs: bool | None = None
 
     def device(self, address: str) -> DeviceFacts:
         """Raises NotFound."""
@@ -94,11 +102,13 @@ def read_facts(
     *,
     whole_groups: bool = False,
     variants_wanted: bool = True,
+    eswitch_wanted: bool = False,
 ) -> Facts:
     """Facts of these functions, their VFs and, with `whole_groups`, all of their groups.
 
     Functions that are not there are left out; without `variants_wanted` the best driver of all is
-    vfio-pci. Raises Stuck if a device's lock is held.
+    vfio-pci, without `eswitch_wanted` no card is asked for its mode. Raises Stuck if a device's
+    lock is held.
     """
     variants = read_variants(host) if variants_wanted else ()
     devices: dict[str, DeviceFacts] = {}
@@ -109,7 +119,7 @@ def read_facts(
         if address in devices:
             continue
         try:
-            device = _read_device(host, address, journal, variants)
+            device = _read_device(host, address, journal, variants, eswitch_wanted)
         except NotFound:
             continue
         devices[address] = device
@@ -121,11 +131,22 @@ def read_facts(
             if whole_groups:
                 pending.extend(name for name in names if Address.is_address(name))
     noiommu = host.read(f"{SYS_MODULE}/vfio/parameters/enable_unsafe_noiommu_mode") == "Y"
-    return Facts(devices, members, frozenset(host.listdir(SYS_PCI_DRIVERS)), noiommu)
+    makes_vfs = host.read(f"{SYS_MODULE}/vfio_pci/parameters/enable_sriov")
+    return Facts(
+        devices,
+        members,
+        frozenset(host.listdir(SYS_PCI_DRIVERS)),
+        noiommu,
+        None if makes_vfs is None else makes_vfs == "Y",
+    )
 
 
 def _read_device(
-    host: Host, address: str, journal: Journal | None, variants: tuple[Variant, ...]
+    host: Host,
+    address: str,
+    journal: Journal | None,
+    variants: tuple[Variant, ...],
+    eswitch_wanted: bool,
 ) -> DeviceFacts:
     base = f"{SYS_PCI_DEVICES}/{address}"
     identity = read_pci_identity(host, address)
@@ -139,13 +160,13 @@ def _read_device(
         binding=read_binding(host, "pci", address),
         group=int(group) if group is not None and group.isdecimal() else None,
         physfn=host.linkname(f"{base}/physfn"),
-        sriov=_read_sriov(host, address),
+        sriov=_read_sriov(host, address, eswitch_wanted),
         origin=None if journal is None else journal.origin("pci", address, identity),
         best_driver=best_driver(uevent.get("MODALIAS"), variants),
     )
 
 
-def _read_sriov(host: Host, pf: str) -> SriovFacts | None:
+def _read_sriov(host: Host, pf: str, eswitch_wanted: bool) -> SriovFacts | None:
     base = f"{SYS_PCI_DEVICES}/{pf}"
     total = host.read_int(f"{base}/sriov_totalvfs")
     if total is None:
@@ -161,6 +182,7 @@ def _read_sriov(host: Host, pf: str) -> SriovFacts | None:
         # Written with %x, so without leading zeros (drivers/pci/iov.c, sriov_vf_device_show).
         vf_device=None if vf_device is None else vf_device.zfill(4),
         vfs=tuple(vf.address for vf in read_vfs(host, pf)),
+        eswitch=read_eswitch_mode(host, pf) if eswitch_wanted else None,
     )
 
 

@@ -6,16 +6,13 @@ import re
 from collections.abc import Iterable
 
 from vfiotool.change.bind_step import BindDriver, LoadModule
-from vfiotool.change.facts import DeviceFacts, Facts, SriovFacts, vf_address
+from vfiotool.change.facts import DeviceFacts, Facts
 from vfiotool.change.mdev_steps import SetMdev
 from vfiotool.change.state import ANY, PARKED, Binding
 from vfiotool.change.step import Step
-from vfiotool.change.vf_steps import SetAutoprobe, SetVfCount
-from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.mdev import Mdev, MdevType
-from vfiotool.netlink_route import VfSettings
 
 _DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
@@ -132,63 +129,6 @@ def plan_release(facts: Facts, addresses: Iterable[str]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def plan_vf_count(
-    facts: Facts,
-    pf: str,
-    count: int,
-    *,
-    autoprobe: bool | None = None,
-    settings: Iterable[VfSettings] = (),
-) -> tuple[Step, ...]:
-    """Set a physical function's number of VFs; `autoprobe` False keeps host drivers off new ones.
-
-    VFs that will be destroyed let go of their drivers first, so that undoing gives them back;
-    `settings` are those VFs' addresses and VLANs, which undoing gives back too.
-    Raises NotFound, Unsupported without SR-IOV, UsageError for a number that cannot be.
-    """
-    device = facts.device(pf)
-    sriov = sriov_of(device)
-    if not 0 <= count <= sriov.total:
-        raise UsageError(
-            f"{pf} can have 0 to {sriov.total} VFs, not {count}", hint=f"vfiotool vf list {pf}"
-        )
-    if sriov.num == count:
-        return ()
-    steps: list[Step] = [
-        SetVfProperty(pf, found.index, found, found, keep=True)
-        for found in settings
-        if found.index < sriov.num
-    ]
-    steps += [step for vf in sriov.vfs for step in _park(facts, vf)]
-    quiet = autoprobe is not None and sriov.autoprobe is not None and autoprobe != sriov.autoprobe
-    if quiet and autoprobe is not None and sriov.autoprobe is not None:
-        steps.append(SetAutoprobe(pf, sriov.autoprobe, autoprobe))
-    steps.append(SetVfCount(pf, sriov.num, count, device.identity))
-    if quiet and autoprobe is not None and sriov.autoprobe is not None:
-        steps.append(SetAutoprobe(pf, autoprobe, sriov.autoprobe))
-    return tuple(steps)
-
-
-def sriov_of(device: DeviceFacts) -> SriovFacts:
-    """Raises Unsupported."""
-    if device.sriov is None:
-        raise Unsupported(
-            f"{device.address} has no SR-IOV capability that the kernel would drive",
-            hint="vfiotool vf list shows the physical functions that have",
-            device=device.address,
-        )
-    return device.sriov
-
-
-def _park(facts: Facts, vf: str) -> list[Step]:
-    device = facts.devices.get(vf)
-    if device is None:
-        return []
-    # One without a driver needs no parking, but undoing must leave it without one again.
-    goal = device.binding if device.binding.driver is None else Binding(None, PARKED)
-    return [BindDriver(vf, device.binding, goal, device.identity, fresh=True)]
-
-
 def plan_mdev_create(
     types: Iterable[MdevType], mdevs: Iterable[Mdev], parent: str, kind: str, uuid: str
 ) -> tuple[Step, ...]:
@@ -239,7 +179,4 @@ __all__ = [
     "plan_mdev_create",
     "plan_mdev_remove",
     "plan_release",
-    "plan_vf_count",
-    "sriov_of",
-    "vf_address",
 ]

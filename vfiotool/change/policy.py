@@ -65,11 +65,17 @@ class VfRule:
 
 @dataclass(frozen=True)
 class SriovRule:
-    """`[[sriov]]`: how many VFs, whether host drivers are offered them, and what each is like."""
+    """`[[sriov]]`: how many VFs, whether host drivers are offered them, and what each is like.
+
+    `driver` is the physical function's; `vf_token` is what opens the VFs of one on vfio-pci.
+    """
 
     match: Match
     vfs: int
     autoprobe: bool | None = None
+    eswitch: str | None = None
+    driver: str | None = None
+    vf_token: str | None = None
     vf: tuple[VfRule, ...] = ()
     count: int | None = None
     place: Place = (0, 0)
@@ -202,7 +208,7 @@ _VF: Mapping[str, Check] = {
     "min_rate_mbps": _number(0, 1 << 31),
     "max_rate_mbps": _number(0, 1 << 31),
     "driver": _DRIVER,
-    "msix": _number(0, 2048),
+    "msix": _number(1, 2048),
     "vgpu_type": _number(0, 1 << 31),
 }
 _DEVICE: Mapping[str, Check] = {
@@ -212,6 +218,9 @@ _DEVICE: Mapping[str, Check] = {
 _SRIOV: Mapping[str, Check] = {
     "vfs": _number(0, 65535),
     "autoprobe": _flag,
+    "eswitch": _choice("legacy", "switchdev"),
+    "driver": _DRIVER,
+    "vf_token": _UUID,
 }
 _MDEV: Mapping[str, Check] = {"parent": _NAME, "type": _NAME, "uuid": _UUID}
 _VDPA: Mapping[str, Check] = {
@@ -396,6 +405,9 @@ class _Reader:
         self.known(path, table, ("match", "expect", "vf", *_SRIOV))
         self.need(path, table, "vfs")
         values = self.take(path, table, _SRIOV)
+        if "eswitch" in values and "driver" in values:
+            text = "eswitch is of the driver that is there: apply driver first, or leave it out"
+            self.fault((*path, "eswitch"), text)
         rules = self.vf_rules(path, table, values.get("vfs"))
         return SriovRule(
             match=self.match(path, table),

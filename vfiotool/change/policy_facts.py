@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vfiotool.change.facts import Facts, read_facts, vf_address
 from vfiotool.change.journal import Journal
 from vfiotool.change.policy import Match, Policy
+from vfiotool.change.state import read_msix_count
 from vfiotool.change.vdpa_plan import VdpaFacts, read_vdpa_facts
 from vfiotool.change.vfnet_step import read_settings
 from vfiotool.errors import NotFound, VfiotoolError
@@ -15,6 +16,8 @@ from vfiotool.host import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
 from vfiotool.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
 from vfiotool.netlink_route import VfSettings
 from vfiotool.pci import PciIdentity, list_addresses, read_identity
+
+MSIX = "msix"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None
     sriov = tuple(finder.find(rule.match) for rule in policy.sriov)
     functions = {name for names in sriov for name in names}
     functions |= {rule.match.pf for rule in policy.devices if rule.match.pf is not None}
-    early = read_facts(host, sorted(functions), journal)
+    early = read_facts(host, sorted(functions), journal, eswitch_wanted=bool(functions))
     made = _vfs_to_be(policy, sriov, early)
     devices = tuple(
         made.get((rule.match.pf, rule.match.index), ())
@@ -49,8 +52,13 @@ def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None
     named = {name for names in devices for name in names}
     facts = early
     if named:
-        rest = read_facts(host, sorted(named | functions), journal, whole_groups=True)
-        facts = rest
+        facts = read_facts(
+            host,
+            sorted(named | functions),
+            journal,
+            whole_groups=True,
+            eswitch_wanted=bool(functions),
+        )
     settings: dict[str, tuple[VfSettings, ...]] = {}
     for rule, names in zip(policy.sriov, sriov, strict=True):
         for name in names:
@@ -107,10 +115,13 @@ def _read_numbers(
         device = facts.devices.get(pf)
         vfs = device.sriov.vfs if device is not None and device.sriov is not None else ()
         for vf in vfs:
-            for name in ("sriov_vf_msix_count", "nvidia/current_vgpu_type"):
-                value = host.read_int(f"{SYS_PCI_DEVICES}/{vf}/{name}")
-                if value is not None:
-                    found[vf, name] = value
+            numbers = {
+                MSIX: read_msix_count(host, vf),
+                "nvidia/current_vgpu_type": host.read_int(
+                    f"{SYS_PCI_DEVICES}/{vf}/nvidia/current_vgpu_type"
+                ),
+            }
+            found.update({(vf, name): n for name, n in numbers.items() if n is not None})
     return found
 
 

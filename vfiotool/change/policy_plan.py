@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from vfiotool.change.bind_step import BindDriver, LoadModule
 from vfiotool.change.facts import DeviceFacts, Facts, SriovFacts, vf_address
@@ -14,23 +14,30 @@ from vfiotool.change.plan import (
     load_steps,
     plan_bind,
     plan_mdev_create,
-    plan_vf_count,
-    sriov_of,
 )
 from vfiotool.change.policy import DeviceRule, MdevRule, Policy, SriovRule, VfRule
-from vfiotool.change.policy_facts import PolicyFacts
-from vfiotool.change.state import PARKED, Binding, Identity
+from vfiotool.change.policy_facts import MSIX, PolicyFacts
+from vfiotool.change.sriov_plan import (
+    PfGoal,
+    give_back,
+    hand_out,
+    park_vf,
+    plan_pf,
+    sriov_of,
+    without_vfs,
+)
+from vfiotool.change.state import PARKED, Binding
 from vfiotool.change.step import Step
 from vfiotool.change.toml_places import Place
 from vfiotool.change.vdpa_plan import plan_vdpa_add
-from vfiotool.change.vf_steps import SetMsixCount, SetVgpuType
+from vfiotool.change.vf_steps import SetMsixCount, SetVfCount, SetVgpuType
 from vfiotool.change.vfnet_step import SETTINGS, SetVfProperty, wanted_of
 from vfiotool.errors import Ambiguous, NotFound, Refused, Unsupported, UsageError, VfiotoolError
 from vfiotool.iommu import is_vfio_driver, role_of
 from vfiotool.netlink_route import VfSettings
 from vfiotool.vdpa import VdpaSettings
 
-_MSIX, _VGPU = "sriov_vf_msix_count", "nvidia/current_vgpu_type"
+_VGPU = "nvidia/current_vgpu_type"
 
 
 @dataclass(frozen=True)
@@ -125,13 +132,17 @@ def _plan_sriov(draft: _Draft, rule: SriovRule, pf: str) -> None:
     facts = draft.facts
     device = facts.facts.device(pf)
     sriov = sriov_of(device)
-    remade = sriov.num != rule.vfs
     # VFs that are given a driver must not be taken by the host's first.
     quiet = False if any(vf.driver for vf in rule.vf) or _named_vfs(draft, pf) else rule.autoprobe
-    settings = facts.settings.get(pf, ())
-    draft.steps += plan_vf_count(facts.facts, pf, rule.vfs, autoprobe=quiet, settings=settings)
+    goal = PfGoal(rule.vfs, quiet, rule.eswitch, rule.driver)
+    plan = plan_pf(facts.facts, pf, goal, facts.settings.get(pf, ()))
+    draft.steps += [step for step in plan.steps if step not in draft.steps]
+    waiting = dict(plan.waiting)
     for vf in rule.vf:
-        _plan_vf(draft, device, sriov, vf, remade)
+        _plan_vf(draft, device, sriov, vf, plan.remade, waiting)
+    draft.steps += [
+        give_back(facts.facts, device, place, binding) for place, binding in waiting.items()
+    ]
 
 
 def _named_vfs(draft: _Draft, pf: str) -> bool:
@@ -139,8 +150,14 @@ def _named_vfs(draft: _Draft, pf: str) -> bool:
 
 
 def _plan_vf(
-    draft: _Draft, device: DeviceFacts, sriov: SriovFacts, rule: VfRule, remade: bool
+    draft: _Draft,
+    device: DeviceFacts,
+    sriov: SriovFacts,
+    rule: VfRule,
+    remade: bool,
+    waiting: dict[str, Binding],
 ) -> None:
+    """Set up one VF and give it its driver, which takes it from those that wait for theirs."""
     pf = device.address
     place = vf_address(pf, sriov, rule.index)
     _plan_vf_settings(draft, pf, rule, remade)
@@ -153,12 +170,28 @@ def _plan_vf(
     if place is None:
         return
     numbers = {} if remade else draft.facts.numbers
-    if rule.msix is not None and numbers.get((place, _MSIX)) != rule.msix:
-        draft.steps.append(SetMsixCount(place, numbers.get((place, _MSIX)), rule.msix))
+    if rule.msix is not None and numbers.get((place, MSIX)) != rule.msix:
+        _plan_msix(draft, place, numbers.get((place, MSIX)), rule.msix, remade, waiting)
     if rule.vgpu_type is not None and numbers.get((place, _VGPU)) != rule.vgpu_type:
         draft.steps.append(SetVgpuType(place, numbers.get((place, _VGPU)), rule.vgpu_type))
     if rule.driver is not None:
-        _bind_vf(draft, device, sriov, place, rule.driver, remade)
+        _bind_vf(draft, device, place, rule.driver, remade, waiting.pop(place, None))
+
+
+def _plan_msix(
+    draft: _Draft,
+    place: str,
+    before: int | None,
+    after: int,
+    remade: bool,
+    waiting: dict[str, Binding],
+) -> None:
+    """The kernel wants the VF unbound for this (drivers/pci/iov.c, sriov_vf_msix_count_store)."""
+    found = None if remade else draft.facts.facts.devices.get(place)
+    if found is not None and found.binding.driver is not None and place not in waiting:
+        draft.steps.append(park_vf(found))
+        waiting[place] = found.binding
+    draft.steps.append(SetMsixCount(place, before, after))
 
 
 def _plan_vf_settings(draft: _Draft, pf: str, rule: VfRule, remade: bool) -> None:
@@ -177,18 +210,24 @@ def _plan_vf_settings(draft: _Draft, pf: str, rule: VfRule, remade: bool) -> Non
 
 
 def _bind_vf(
-    draft: _Draft, pf: DeviceFacts, sriov: SriovFacts, place: str, driver: str, remade: bool
+    draft: _Draft,
+    pf: DeviceFacts,
+    place: str,
+    driver: str,
+    remade: bool,
+    waiting: Binding | None = None,
 ) -> None:
+    """Give a VF its driver; `waiting` is what it had where the plan has parked it before."""
     goal = Binding(None, PARKED) if driver == "none" else Binding(driver, driver)
     found = None if remade else draft.facts.facts.devices.get(place)
-    if found is not None and found.binding == goal:
+    before = Binding(None, PARKED) if waiting is not None else found.binding if found else None
+    if found is not None and before == goal:
         return
     draft.steps += load_steps(draft.facts.facts, draft.steps, goal.driver)
-    if found is not None:
-        draft.steps.append(BindDriver(place, found.binding, goal, found.identity))
-        return
-    identity = Identity(vendor=pf.identity.vendor, device=sriov.vf_device)
-    draft.steps.append(BindDriver(place, Binding(None, None), goal, identity, fresh=True))
+    if found is not None and before is not None:
+        draft.steps.append(BindDriver(place, before, goal, found.identity))
+    else:
+        draft.steps.append(hand_out(pf, place, goal))
 
 
 def _plan_device(draft: _Draft, rule: DeviceRule, address: str) -> None:
@@ -216,11 +255,10 @@ def _with_planned_vfs(draft: _Draft, facts: Facts, address: str) -> Facts:
     if count:
         raise UsageError(
             f"{address} cannot change its driver and have {count} VFs",
-            hint="leave the physical function to its driver, or set vfs = 0",
+            hint="give the driver that makes them in [[sriov]]: driver = …, or set vfs = 0",
             device=address,
         )
-    bare = replace(device, sriov=replace(device.sriov, num=0, vfs=()))
-    return replace(facts, devices={**facts.devices, address: bare})
+    return without_vfs(facts, address)
 
 
 def _planned_counts(draft: _Draft) -> dict[str, int]:
@@ -233,12 +271,14 @@ def _planned_counts(draft: _Draft) -> dict[str, int]:
 
 def _plan_vf_rule(draft: _Draft, rule: DeviceRule, address: str) -> None:
     pf = draft.facts.facts.device(rule.match.pf or "")
-    sriov = sriov_of(pf)
-    counts = _planned_counts(draft)
-    remade = counts.get(pf.address, sriov.num) != sriov.num
+    sriov_of(pf)
+    remade = any(
+        isinstance(step, SetVfCount) and step.pf == pf.address and step.after
+        for step in draft.steps
+    )
     driver = rule.driver or "vfio-pci"
     if _claim(draft, address, driver, rule.place):
-        _bind_vf(draft, pf, sriov, address, driver, remade)
+        _bind_vf(draft, pf, address, driver, remade)
 
 
 def _claim(draft: _Draft, address: str, driver: str, place: Place) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from vfiotool.change.bind_step import BindDriver, LoadModule
+from vfiotool.change.eswitch_step import SetEswitchMode
 from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
 from vfiotool.change.step import Step
 from vfiotool.change.vdpa_steps import SetVdpa, SetVdpaAutoprobe
@@ -20,6 +21,7 @@ STEPS: dict[str, type[Step]] = {
         LoadModule,
         SetVfCount,
         SetAutoprobe,
+        SetEswitchMode,
         SetVfProperty,
         SetMsixCount,
         SetMdev,

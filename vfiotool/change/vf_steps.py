@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.state import UNKNOWN, Identity, read_num_vfs
+from vfiotool.change.state import UNKNOWN, Identity, gone, read_msix_count, read_num_vfs
 from vfiotool.change.step import Door, SetAttribute, Step, check_identity, drifted
 from vfiotool.errors import KernelError
 from vfiotool.host import SYS_PCI_DEVICES, Host
@@ -125,13 +125,22 @@ class SetVfNumber(SetAttribute):
 
 @dataclass(frozen=True)
 class SetMsixCount(SetVfNumber):
-    """How many MSI-X vectors a VF has (ABI/testing/sysfs-bus-pci, sriov_vf_msix_count)."""
+    """How many MSI-X vectors a VF has (ABI/testing/sysfs-bus-pci, sriov_vf_msix_count).
+
+    The VF must have no driver. The attribute cannot be read: the capability tells the number.
+    """
 
     verb: ClassVar[str] = "set-msix-count"
 
     @property
     def path(self) -> str:
         return f"{SYS_PCI_DEVICES}/{self.vf}/sriov_vf_msix_count"
+
+    def _read(self, host: Host) -> str | None:
+        if not host.exists(self.path):
+            raise gone(f"{self.vf} sriov_vf_msix_count")
+        count = read_msix_count(host, self.vf)
+        return None if count is None else str(count)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from vfiotool.change.plan import (
     plan_mdev_create,
     plan_mdev_remove,
     plan_release,
-    plan_vf_count,
 )
+from vfiotool.change.sriov_plan import plan_vf_count
 from vfiotool.change.state import read_binding
 from vfiotool.change.step import Step
 from vfiotool.change.vfnet_step import read_settings
@@ -31,10 +31,11 @@ from vfiotool.cli.changing import (
     print_line,
     print_steps,
 )
-from vfiotool.errors import NotFound, Unsupported
+from vfiotool.errors import NotFound, Unsupported, UsageError
 from vfiotool.host import SYS_PCI_DEVICES, Host
 from vfiotool.iommu import IommuGroup, read_group
 from vfiotool.mdev import read_mdev_types, read_mdevs
+from vfiotool.netlink_devlink import MODES
 from vfiotool.pci import Address, list_addresses
 from vfiotool.sriov import read_vfs
 
@@ -223,17 +224,29 @@ def vf_set(
         bool | None,
         typer.Option(help="Offer the new VFs to host drivers; as the kernel is set if left out."),
     ] = None,
+    eswitch: Annotated[
+        str | None,
+        typer.Option(metavar="MODE", help="legacy or switchdev; as the card is set if left out."),
+    ] = None,
     allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
     host = render.host(context)
     address = resolve(host, pf)
+    if eswitch not in (None, *MODES):
+        raise UsageError(f"--eswitch {eswitch}: the modes are {' and '.join(MODES)}")
 
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
-        facts = read_facts(host, [address], journal, variants_wanted=False)
-        settings = read_settings(host, address) or ()
-        return plan_vf_count(facts, address, count, autoprobe=autoprobe, settings=settings)
+        facts = read_facts(host, [address], journal, variants_wanted=False, eswitch_wanted=True)
+        return plan_vf_count(
+            facts,
+            address,
+            count,
+            autoprobe=autoprobe,
+            eswitch=eswitch,
+            settings=read_settings(host, address) or (),
+        )
 
     title = f"vf set {address} {count}"
     done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)

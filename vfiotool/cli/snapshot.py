@@ -113,6 +113,7 @@ def _ask_of_everything(host: Host) -> None:
     from vfiotool.inventory import read_inventory
     from vfiotool.inventory_show import read_shown
     from vfiotool.selector_serial import serials_of
+    from vfiotool.sriov import read_eswitch_mode
     from vfiotool.verdict import explain
 
     inventory = read_inventory(host)
@@ -124,6 +125,10 @@ def _ask_of_everything(host: Host) -> None:
             read_shown(host, device)
             explain(host, inventory, device)
         serials_of(host, device)
+    for function in inventory.functions:
+        if function.sriov is not None:
+            with suppress(VfiotoolError):
+                read_eswitch_mode(host, function.address)
 
 
 def _diff(context: typer.Context, before: str, after: str) -> None:
