@@ -46,7 +46,7 @@ def test_another_hosts_root_is_never_changed(
 def test_dry_runs_have_the_contracts_shape(capsys: pytest.CaptureFixture[str]) -> None:
     code, payload, _ = run(capsys, "shared-group", "bind", "02:02.0", "--dry-run")
     assert code == 0
-    assert list(payload) == ["format_version", "steps", "in_sync"]
+    assert list(payload) == ["format_version", "steps", "in_sync", "notes"]
     step = payload["steps"][-1]
     assert list(step) == ["number", "verb", "target", "from", "to", "undo"]
     assert (step["target"], step["from"], step["to"]) == ("0000:02:02.0", None, "vfio-pci")

@@ -8,8 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.small_host import SmallHost
 from vfiotool.cli.app import main
 from vfiotool.errors import NotFound, Refused
+from vfiotool.host import Host
 from vfiotool.inventory import Inventory, read_inventory
 from vfiotool.snapshot import open_root
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
@@ -109,6 +111,48 @@ def test_a_bound_device_of_a_viable_group_is_ready(capsys: pytest.CaptureFixture
     assert main(["--root", root, "--json", "vm", "check", "0000:02:01.0"]) == 0
     assert json.loads(capsys.readouterr().out)["ready"] is True
     assert main(["--root", root, "vm", "check", "0000:00:1e.0"]) == 1
+
+
+TOKEN = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+
+
+def guarded(pf_driver: str) -> tuple[Host, Inventory, str, str]:
+    """A host with a function on a driver and one VF of it on vfio-pci."""
+    small, pf, vf = SmallHost(), "0000:03:00.0", "0000:03:10.0"
+    base = small.function(pf, group=3, driver=pf_driver)
+    for name, number in (("totalvfs", 2), ("numvfs", 1), ("drivers_autoprobe", 1)):
+        small.file(f"{base}/sriov_{name}", str(number))
+    place = small.function(vf, group=4, driver="vfio-pci")
+    small.link(f"{place}/physfn", base)
+    small.link(f"{base}/virtfn0", place)
+    host = small.host()
+    return host, read_inventory(host), pf, vf
+
+
+def test_a_vf_of_a_function_on_vfio_pci_wants_its_token() -> None:
+    host, inventory, pf, vf = guarded("vfio-pci")
+    device = preflight.handed(inventory, vf)
+    (finding,) = preflight.findings(host, inventory, device)
+    assert (finding.kind, finding.next) == ("vf-token", f"vfiotool vm qemu {vf} --vf-token UUID")
+    with pytest.raises(Refused, match=f"{pf} is on a VFIO driver"):
+        preflight.require_ready(host, inventory, [device])
+    preflight.require_ready(host, inventory, [device], TOKEN)
+    words = qemu.arguments([device, preflight.handed(inventory, pf)], vf_token=TOKEN)
+    assert sum(word.endswith(f",vf-token={TOKEN}") for word in words) == 2
+
+
+def test_no_token_is_given_where_the_host_drives_the_physical_function() -> None:
+    # vfio-pci refuses a token that it did not ask for.
+    host, inventory, _, vf = guarded("igb")
+    device = preflight.handed(inventory, vf)
+    assert preflight.findings(host, inventory, device) == ()
+    assert "vf-token" not in " ".join(qemu.arguments([device], vf_token=TOKEN))
+
+
+def test_a_token_that_is_no_uuid_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(HOSTS / "shared-group")
+    assert main(["--root", root, "vm", "qemu", "0000:02:01.0", "--vf-token", "a,b"]) == 2
+    assert "is no UUID" in capsys.readouterr().err
 
 
 def test_an_unknown_device_is_not_found() -> None:

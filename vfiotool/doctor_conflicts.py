@@ -22,7 +22,7 @@ _PAGES = {
     "kernel command line": PARAMETERS_PAGE,
     "vfiotool": SRIOV_PAGE,
 }
-_VF_TOOLS = {"NetworkManager", "systemd.link", "netplan"}
+VF_TOOLS = {"NetworkManager", "systemd.link", "netplan"}
 # The same option of the same module, twice: said twice, not against each other.
 _ID_OPTIONS = {"modprobe.d", "kernel command line"}
 # A tool that binds at start, whatever another one wanted a second before.
@@ -61,7 +61,7 @@ def examine_conflicts(host: Host, inventory: Inventory) -> list[Finding]:
         devices = resolve_claim(host, inventory, claim)
         for device in devices:
             by_device.setdefault(device, []).append(claim)
-        if claim.tool in _VF_TOOLS:
+        if claim.tool in VF_TOOLS:
             findings.append(_vf_manager(claim, devices))
         if claim.device.startswith("id:") and len(devices) > 1:
             findings.append(_greedy_ids(claim, devices))
@@ -112,9 +112,9 @@ def _clash(claims: list[Claim]) -> bool:
     tools = {claim.tool for claim in claims}
     if len(tools) < 2 or tools <= _ID_OPTIONS:
         return False
-    if tools <= _VF_TOOLS or len(tools & _BINDERS) > 1:
+    if tools <= VF_TOOLS or len(tools & _BINDERS) > 1:
         return True
-    return any("managed" in claim.setting or claim.tool in _VF_TOOLS for claim in claims)
+    return any("managed" in claim.setting or claim.tool in VF_TOOLS for claim in claims)
 
 
 def _conflict(device: str, claims: list[Claim]) -> Finding:

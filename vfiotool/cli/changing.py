@@ -13,6 +13,7 @@ import typer
 from vfiotool.change.apply import Outcome, Progress, change
 from vfiotool.change.guard import Allowance, refuse_hurtful
 from vfiotool.change.journal import Journal
+from vfiotool.change.remarks import remarks
 from vfiotool.change.step import Step
 from vfiotool.change.steps import steps_as_json
 from vfiotool.cli import render
@@ -34,17 +35,19 @@ _QUIET_S = 1.0
 
 @dataclass(frozen=True)
 class Changed:
-    """What a changing command did, or with a dry run would do."""
+    """What a changing command did, or with a dry run would do; `notes` as `remarks` makes them."""
 
     steps: tuple[Step, ...]
     transaction: int | None
     dry: bool
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         return {
             "steps": steps_as_json(self.steps),
             "in_sync": not self.steps or not self.dry,
             "transaction": self.transaction,
+            "notes": list(self.notes),
         }
 
 
@@ -65,7 +68,7 @@ def perform(
     if dry_run:
         steps = make(host, Journal.existing(host) if host.live else None)
         refuse_hurtful(host, steps, allowed)
-        return Changed(steps, None, dry=True)
+        return Changed(steps, None, dry=True, notes=say_remarks(host, steps))
     if not host.live:
         raise read_only_root(host.name)
     journal = Journal(host)
@@ -78,7 +81,16 @@ def perform(
     outcome: Outcome = change(
         host, journal, title, guarded, timeout_s=timeout_s, progress=progress_line()
     )
-    return Changed(outcome.steps, outcome.transaction, dry=False)
+    notes = say_remarks(host, outcome.steps)
+    return Changed(outcome.steps, outcome.transaction, dry=False, notes=notes)
+
+
+def say_remarks(host: Host, steps: tuple[Step, ...]) -> tuple[str, ...]:
+    """Tell people what they should know of these steps, and return it."""
+    notes = remarks(host, steps)
+    for note in notes:
+        render.say(f"vfiotool: note: {note}")
+    return notes
 
 
 def progress_line() -> Progress | None:

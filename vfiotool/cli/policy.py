@@ -38,6 +38,7 @@ from vfiotool.cli.changing import (
     print_line,
     print_steps,
     progress_line,
+    say_remarks,
 )
 from vfiotool.errors import NotFound, UsageError
 from vfiotool.host import Host, read_only_root
@@ -87,9 +88,10 @@ def _existing(host: Host) -> Journal | None:
     return Journal.existing(host) if host.live else None
 
 
-def _emit_plan(context: typer.Context, plan: Plan) -> None:
+def _emit_plan(context: typer.Context, plan: Plan, notes: tuple[str, ...] = ()) -> None:
     if render.state(context).json:
-        render.emit({"steps": steps_as_json(plan.steps), "in_sync": not plan.steps})
+        steps = steps_as_json(plan.steps)
+        render.emit({"steps": steps, "in_sync": not plan.steps, "notes": list(notes)})
     elif plan.steps:
         print_steps(plan.steps)
     else:
@@ -120,7 +122,7 @@ def show_plan(
             )
         with open(out, "w", encoding="utf-8") as file:
             file.write(plan_to_text(loaded, plan.steps))
-    _emit_plan(context, plan)
+    _emit_plan(context, plan, say_remarks(host, plan.steps))
     for blocker in find_blockers(host, plan.steps):
         render.say(
             f"vfiotool: apply would refuse: {blocker.device} {blocker.kind}: {blocker.detail}"
@@ -157,8 +159,8 @@ def apply(
         return perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
     if dry_run:
-        run()
-        _emit_plan(context, plans[-1])
+        notes = run().notes
+        _emit_plan(context, plans[-1], notes)
         return 0
     done = _run_confirmed(host, run, confirm_within) if confirm_within is not None else run()
     DesiredState().save(rules, done.transaction)

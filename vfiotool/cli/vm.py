@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from dataclasses import replace
 from typing import Annotated
+from uuid import UUID
 
 import typer
 
+from vfiotool.change.policy_facts import read_policy_facts
+from vfiotool.change.saved import ETC_FOLDER, DesiredState
 from vfiotool.cli import render
+from vfiotool.errors import UsageError
 from vfiotool.host import Host
 from vfiotool.inventory import Inventory, read_inventory
 from vfiotool.selector import resolve
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
 
 _Devices = Annotated[list[str], typer.Argument(metavar="DEVICE…", help="PCI functions or mdevs.")]
+_Token = Annotated[
+    str | None,
+    typer.Option(metavar="UUID", help="Of VFs whose PF is on vfio-pci; else the policy's."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -27,9 +37,14 @@ def register(app: typer.Typer) -> None:
     app.add_typer(area, name="vm")
 
 
-def check(context: typer.Context, devices: _Devices) -> int:
+def check(context: typer.Context, devices: _Devices, vf_token: _Token = None) -> int:
     host, inventory, chosen = _chosen(context, devices)
-    found = [item for device in chosen for item in preflight.findings(host, inventory, device)]
+    token = _find_token(host, chosen, vf_token)
+    found = [
+        finding
+        for device in chosen
+        for finding in preflight.findings(host, inventory, device, token)
+    ]
     if render.state(context).json:
         payload = {"ready": not found, "findings": [finding.as_json() for finding in found]}
         render.emit(payload)
@@ -49,13 +64,33 @@ def qemu_options(
     iommufd: Annotated[
         bool, typer.Option("--iommufd", help="Use iommufd (QEMU 8.2 or newer).")
     ] = False,
-    vf_token: Annotated[
-        str | None, typer.Option(metavar="UUID", help="The token of a PF that is on vfio-pci.")
-    ] = None,
+    vf_token: _Token = None,
 ) -> int:
-    chosen = _ready(context, devices)
-    _print_words(context, qemu.arguments(chosen, iommufd=iommufd, vf_token=vf_token))
+    host, inventory, chosen = _chosen(context, devices)
+    token = _find_token(host, chosen, vf_token)
+    if host.live:
+        preflight.require_ready(host, inventory, chosen, token)
+    _print_words(context, qemu.arguments(chosen, iommufd=iommufd, vf_token=token))
     return 0
+
+
+def _find_token(host: Host, devices: list[preflight.Handed], given: str | None) -> str | None:
+    """The VF token that was given, or that the applied policy names for a device's guard."""
+    if given is not None:
+        try:
+            return str(UUID(given))
+        except ValueError as error:
+            raise UsageError(f"--vf-token {given[:40]!r} is no UUID", hint="uuidgen") from error
+    guards = {device.guard for device in devices} - {None}
+    if not guards or not host.live or not os.path.isdir(ETC_FOLDER):
+        return None
+    policy = DesiredState().load()
+    rules = () if policy is None else tuple(rule for rule in policy.sriov if rule.vf_token)
+    if policy is None or not rules:
+        return None
+    named = replace(policy, devices=(), sriov=rules, mdevs=(), vdpas=())
+    found = zip(rules, read_policy_facts(host, named).sriov, strict=True)
+    return next((rule.vf_token for rule, names in found if guards & set(names)), None)
 
 
 def libvirt_elements(context: typer.Context, devices: _Devices) -> int:

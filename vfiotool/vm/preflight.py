@@ -25,6 +25,8 @@ class Handed:
     model: str
     iommu_group: int | None
     function: PciFunction | None
+    # The physical function on a VFIO driver that guards this one with a VF token, itself maybe.
+    guard: str | None = None
 
     @property
     def is_mdev(self) -> bool:
@@ -61,7 +63,8 @@ def handed(inventory: Inventory, name: str) -> Handed:
     function = inventory.by_address.get(name)
     if function is not None:
         path = f"{SYS_PCI_DEVICES}/{name}"
-        return Handed(name, path, "vfio-pci", function.iommu_group, function)
+        guard = _guard(inventory, function)
+        return Handed(name, path, "vfio-pci", function.iommu_group, function, guard)
     for mdev in inventory.mdevs:
         if mdev.uuid == name:
             api = next(
@@ -79,7 +82,21 @@ def handed(inventory: Inventory, name: str) -> Handed:
     )
 
 
-def findings(host: Host, inventory: Inventory, device: Handed) -> tuple[Finding, ...]:
+def _guard(inventory: Inventory, function: PciFunction) -> str | None:
+    """Who sets the VF token that opening this function takes: none where the host drives the PF.
+
+    Source: drivers/vfio/pci/vfio_pci_core.c, vfio_pci_validate_vf_token.
+    """
+    if function.physfn is None:
+        makes_vfs = function.sriov is not None and function.sriov.num_vfs
+        return function.address if makes_vfs and _on_vfio(function) else None
+    owner = inventory.by_address.get(function.physfn)
+    return owner.address if owner is not None and _on_vfio(owner) else None
+
+
+def findings(
+    host: Host, inventory: Inventory, device: Handed, vf_token: str | None = None
+) -> tuple[Finding, ...]:
     """What keeps a VM from opening the device now; empty if nothing does. Reads only."""
     found = []
     if device.iommu_group is None:
@@ -88,6 +105,11 @@ def findings(host: Host, inventory: Inventory, device: Handed) -> tuple[Finding,
         driver = device.function.driver or "no driver"
         text = f"it is on {driver}, not on a VFIO driver"
         found.append(_finding(device, "not-bound", text, "vfiotool bind {}"))
+    if device.guard not in (None, device.name) and vf_token is None:
+        text = f"its physical function {device.guard} is on a VFIO driver: it opens only with the "
+        text += "VF token which the program that drives that one has set"
+        command = "vfiotool vm qemu {} --vf-token UUID"
+        found.append(_finding(device, "vf-token", text, command))
     group = inventory.by_group.get(device.iommu_group) if device.iommu_group is not None else None
     if group is not None and not group.viable:
         others = [m.address for m in group.devices if m.role == "host" and m.address != device.name]
@@ -108,10 +130,12 @@ def findings(host: Host, inventory: Inventory, device: Handed) -> tuple[Finding,
     return tuple(found)
 
 
-def require_ready(host: Host, inventory: Inventory, devices: list[Handed]) -> None:
+def require_ready(
+    host: Host, inventory: Inventory, devices: list[Handed], vf_token: str | None = None
+) -> None:
     """Raise Refused with the first finding of the first device that is not ready."""
     for device in devices:
-        for finding in findings(host, inventory, device):
+        for finding in findings(host, inventory, device, vf_token):
             raise Refused(
                 f"{device.name} cannot be handed to a VM yet: {finding.detail}",
                 hint=finding.next,

@@ -32,7 +32,7 @@ def arguments(
         functions = _functions(members)
         for device, function in zip(members, functions, strict=True):
             words += ["-device", _device(device, port, function, len(members) > 1, iommufd)]
-            if vf_token is not None and device.function is not None and device.function.physfn:
+            if vf_token is not None and device.guard is not None:
                 words[-1] += f",vf-token={vf_token}"
     return words
 

@@ -1,0 +1,63 @@
+"""What whoever changes a host should know of a plan, though it is no reason to refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from vfiotool.change.bind_step import BindDriver
+from vfiotool.change.eswitch_step import SetEswitchMode
+from vfiotool.change.step import Step
+from vfiotool.change.vf_steps import SetVfCount
+from vfiotool.change.vfnet_step import SetVfProperty
+from vfiotool.doctor_conflicts import VF_TOOLS, read_claims, resolve_claim
+from vfiotool.host import SYS_PCI_DEVICES, Host
+from vfiotool.inventory import read_inventory
+from vfiotool.iommu import is_vfio_driver
+
+
+def remarks(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
+    """Other managers of the VFs that the steps change, and VFs that a token will guard."""
+    steps = tuple(steps)
+    return (*_managers(host, steps), *_tokens(host, steps))
+
+
+def _managers(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
+    changed = {
+        step.pf
+        for step in steps
+        if isinstance(step, SetVfCount | SetEswitchMode)
+        or (isinstance(step, SetVfProperty) and not step.keep)
+    }
+    claims = [claim for claim in read_claims(host) if claim.tool in VF_TOOLS] if changed else []
+    # Reading all functions is dear, and few hosts have such a claim.
+    inventory = read_inventory(host) if claims else None
+    for claim in claims:
+        assert inventory is not None
+        for pf in changed & set(resolve_claim(host, inventory, claim)):
+            yield (
+                f"{claim.tool} sets the VFs of {pf} too and may undo this "
+                f"({claim.setting} in {claim.file})"
+            )
+
+
+def _tokens(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
+    """The physical functions on vfio-pci of VFs that the steps make or bind.
+
+    Source: drivers/vfio/pci/vfio_pci_core.c, vfio_pci_validate_vf_token.
+    """
+    drivers = {step.address: step.after.driver for step in steps if isinstance(step, BindDriver)}
+    owners: dict[str, None] = {}
+    for step in steps:
+        if isinstance(step, SetVfCount) and step.after:
+            owners[step.pf] = None
+        elif isinstance(step, BindDriver) and step.after.driver is not None:
+            owner = host.linkname(f"{SYS_PCI_DEVICES}/{step.address}/physfn")
+            if owner is not None and is_vfio_driver(step.after.driver):
+                owners[owner] = None
+    for owner in owners:
+        driver = drivers.get(owner, host.linkname(f"{SYS_PCI_DEVICES}/{owner}/driver"))
+        if driver is not None and is_vfio_driver(driver):
+            yield (
+                f"{owner} is on {driver}: its VFs open only with the VF token that the program "
+                "which opens it sets (vfiotool vm qemu VF --vf-token UUID)"
+            )
