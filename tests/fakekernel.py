@@ -208,7 +208,7 @@ class FakeKernel(MemoryTree):
         if path.endswith(("/driver_override", "/sriov_numvfs")):
             address = path.split("/")[-2]
             if address in self.locked:
-                raise OSError(errno.EWOULDBLOCK, "the device lock is held", path)
+                raise Stuck(f"read {path}: no answer after 0 s", hint="vfiotool recover")
         return super().read(path)
 
     # Writing

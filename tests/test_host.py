@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vfiotool import host_child
 from vfiotool.errors import KernelError, NotPermitted, Stuck, UsageError
 from vfiotool.host import Host, MemoryTree, OsTree
 from vfiotool.host_child import write_in_child
@@ -102,19 +103,23 @@ def test_a_read_that_hangs_leaves_the_others_readable(tmp_path: Path) -> None:
 
 
 def test_a_hanging_read_is_given_up_after_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = OsTree.read
+    real = host_child._read_once
 
-    def read(self: OsTree, path: str) -> bytes:
+    def read(path: str) -> bytes:
         if path == "hang":
-            time.sleep(60)
-        return real(self, path)
+            time.sleep(20)
+        return real(path)
 
-    monkeypatch.setattr(OsTree, "read", read)
+    monkeypatch.setattr(host_child, "_read_once", read)
+    host = Host.local()
     begun = time.monotonic()
-    answers = Host.local().read_guarded(["/proc/self/comm", "hang", "/proc/version"], 0.3)
-    assert time.monotonic() - begun < 3
+    answers = host.read_guarded(["/proc/self/comm", "hang", "/proc/version"], 0.3)
+    with pytest.raises(Stuck):
+        host.read_locked("hang", 0.3)
+    assert 0.6 <= time.monotonic() - begun < 10
     assert answers["hang"] is None
     assert answers["/proc/self/comm"] and answers["/proc/version"]
+    assert host.read_locked("/proc/no such file", 0.3) is None
 
 
 def memory() -> MemoryTree:

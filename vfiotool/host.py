@@ -375,17 +375,28 @@ class Host:
         Returns each path's text, or None where it is absent, unreadable or did not answer within
         `timeout_s`; the files after one that hangs are still read.
         """
-        wanted = list(paths)
-        if not isinstance(self.tree, OsTree) or not self.tree.live:
-            return {path: self.read(path) for path in wanted}
         found: dict[str, str | None] = {}
-        for path in wanted:
+        for path in paths:
             try:
-                data = self.tree.child().read(path, timeout_s)
-                found[path] = data.decode("utf-8", "backslashreplace").strip()
-            except (OSError, Stuck):
+                found[path] = self.read_locked(path, timeout_s)
+            except Stuck:
                 found[path] = None
         return found
+
+    def read_locked(self, path: str, timeout_s: float = READ_DEADLINE_S) -> str | None:
+        """Read one file as `read_guarded` does, but tell absence from silence.
+
+        Returns None where it is absent or unreadable; raises Stuck where it did not answer within
+        `timeout_s`. Asking afterwards whether the file is there would not tell the two apart: a
+        VF can vanish before the one question and be back before the other.
+        """
+        if not isinstance(self.tree, OsTree) or not self.tree.live:
+            return self.read(path)
+        try:
+            data = self.tree.child().read(path, timeout_s)
+        except OSError:
+            return None
+        return data.decode("utf-8", "backslashreplace").strip()
 
     def write(self, path: str, data: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
         """Write `data` to one attribute in one `write(2)`: the only way vfiotool changes a host.

@@ -109,18 +109,24 @@ def read_binding(host: Host, bus: str, name: str) -> Binding:
     """The binding now. Raises NotFound if the device is gone, Stuck if its lock is held."""
     base = f"{BUSES[bus].devices}/{name}"
     path = f"{base}/driver_override"
-    override = host.read_guarded([path])[path]
-    if override is None:
-        if not host.exists(base):
-            raise gone(name)
-        if host.exists(path):
-            raise Stuck(
-                f"{name}: reading its driver_override gave no answer: the device is locked",
-                hint="end what holds the device, then: vfiotool recover",
-                device=name,
-            )
+    override = read_locked(host, name, path)
+    # An override that is there now was not when it was read: the device went and came back.
+    if override is None and (not host.exists(base) or host.exists(path)):
+        raise gone(name)
     driver = host.linkname(f"{base}/driver")
     return Binding(driver, None if override in (None, "", "(null)") else override)
+
+
+def read_locked(host: Host, name: str, path: str) -> str | None:
+    """An attribute of device `name`, None if it has none. Raises Stuck if its lock is held."""
+    try:
+        return host.read_locked(path)
+    except Stuck as error:
+        raise Stuck(
+            f"{name}: reading its {path.rpartition('/')[2]} gave no answer: the device is locked",
+            hint="end what holds the device, then: vfiotool recover",
+            device=name,
+        ) from error
 
 
 def gone(name: str) -> NotFound:
@@ -189,16 +195,10 @@ def msix_count(config: bytes) -> int | None:
 def read_num_vfs(host: Host, pf: str) -> int:
     """`sriov_numvfs` now. Raises NotFound if there is no such attribute, Stuck if no answer."""
     path = f"{SYS_PCI_DEVICES}/{pf}/sriov_numvfs"
-    text = host.read_guarded([path])[path]
+    text = read_locked(host, pf, path)
     if text is None:
-        if not host.exists(path):
-            raise NotFound(
-                f"{pf} has no SR-IOV", hint="vfiotool vf list shows those that have", device=pf
-            )
-        raise Stuck(
-            f"{pf}: reading its sriov_numvfs gave no answer: the device is locked",
-            hint="end what holds the device, then: vfiotool recover",
-            device=pf,
+        raise NotFound(
+            f"{pf} has no SR-IOV", hint="vfiotool vf list shows those that have", device=pf
         )
     return int(text)
 

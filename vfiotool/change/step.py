@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from vfiotool.change.state import Identity, gone, read_pci_identity
+from vfiotool.change.state import Identity, gone, read_locked, read_pci_identity
 from vfiotool.errors import KernelError, Refused
 from vfiotool.host import Host
 
@@ -142,7 +142,7 @@ class SetAttribute(Step):
             )
 
     def _read(self, host: Host) -> str | None:
-        text = host.read_guarded([self.path])[self.path]
+        text = read_locked(host, self.target, self.path)
         if text is None and not host.exists(self.path):
             raise gone(f"{self.target} {self.path.rpartition('/')[2]}")
         return text
