@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vfiotool import __version__
+from vfiotool.cli import app
 from vfiotool.cli.app import COMMANDS, _hoist_globals, main
 
 FIXTURE = str(Path(__file__).parent.parent / "fixtures" / "hosts" / "shared-group")
@@ -115,3 +116,37 @@ def test_a_reader_that_leaves_early_makes_no_noise() -> None:
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
     assert done.stdout == "{"
     assert done.stderr == ""
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise ValueError("never meant to happen")
+
+    monkeypatch.setattr(app, "_run_typer", fail)
+
+
+@pytest.mark.usefixtures("faulty")
+def test_a_fault_of_our_own_is_one_line_and_no_answer_of_the_contract(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["doctor"]) == 70
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "ValueError: never meant to happen" in printed.err
+    assert "--debug" in printed.err and "Traceback" not in printed.err
+    assert main(["doctor", "--json"]) == 70
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "internal"
+
+
+@pytest.mark.usefixtures("faulty")
+def test_debug_shows_where_a_fault_is_and_keeps_the_exit_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--debug", "doctor"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_keeps_the_exit_code_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "--root", FIXTURE, "show", "0000:7f:1f.7"]) == 3
+    assert "Traceback" in capsys.readouterr().err

@@ -111,6 +111,27 @@ class Unsupported(VfiotoolError):
     exit_code = 8
 
 
+class InternalError(VfiotoolError):
+    """A fault of vfiotool itself, which nobody can mend by typing something else.
+
+    Its exit code is none of the contract's answers, so that no script takes it for one: 70, as
+    sysexits.h has it.
+    """
+
+    kind = "internal"
+    exit_code = 70
+
+    @classmethod
+    def of(cls, error: Exception) -> InternalError:
+        """What an operator is told of an exception that nobody expected."""
+        number = error.errno if isinstance(error, OSError) else None
+        return cls(
+            f"this is a fault in vfiotool: {type(error).__name__}: {error}",
+            hint="the same command with --debug shows where; please report it",
+            errno_name=errno_name(number),
+        )
+
+
 def errno_name(number: int | None) -> str | None:
     """The symbolic name of an errno, or None (`16` -> `"EBUSY"`)."""
     return None if number is None else _errno.errorcode.get(number, str(number))

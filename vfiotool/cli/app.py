@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 
 from vfiotool import __version__
-from vfiotool.errors import VfiotoolError
+from vfiotool.errors import InternalError, VfiotoolError
 
 COMMANDS: dict[str, str] = {
     "groups": "inspect",
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         sys.stdout.write(f"vfiotool {__version__}\n")
         return 0
-    debug = "--debug" in arguments
+    own = _own_arguments(arguments)
     try:
         code = _run_fast(arguments)
         if code is None:
@@ -58,15 +58,25 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except VfiotoolError as error:
-        if debug:
-            raise
-        return report(error, as_json=_wants_json(arguments))
+        if "--debug" in own:
+            _print_traceback()
+        return report(error, as_json="--json" in own)
     except BrokenPipeError:
         # The reader (head, less) has gone; keep the interpreter's exit from complaining again.
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115
         return 0
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if "--debug" in own:
+            _print_traceback()
+        return report(InternalError.of(error), as_json="--json" in own)
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
 
 
 def report(error: VfiotoolError, *, as_json: bool) -> int:
@@ -93,10 +103,6 @@ def _own_arguments(arguments: list[str]) -> list[str]:
         if argument == "run" and position and arguments[position - 1] == "lab":
             return arguments[: position + 1]
     return arguments
-
-
-def _wants_json(arguments: list[str]) -> bool:
-    return "--json" in _own_arguments(arguments)
 
 
 def _command_name(arguments: list[str]) -> str | None:
