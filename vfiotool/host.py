@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
 
 from vfiotool.errors import Stuck, UsageError, from_oserror
 
-# Importing typing would take a third of the time that `groups` takes to list a small host.
+# Importing these would take a third of the time that `groups` takes to list a small host.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from typing import Protocol
 
     from vfiotool.host_child import DoorChild
