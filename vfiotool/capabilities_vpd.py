@@ -73,4 +73,6 @@ def _keywords(data: bytes, at: int, end: int) -> dict[str, tuple[int, int]]:
 
 def _text(data: bytes) -> str:
     stripped = data.rstrip(b"\0 \xff")
+    if stripped.isascii() and (text := stripped.decode("ascii")).isprintable():
+        return text
     return "".join(chr(byte) if 0x20 <= byte < 0x7F else f"\\x{byte:02x}" for byte in stripped)
