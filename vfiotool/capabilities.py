@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 from vfiotool import capabilities_extended as extended
 from vfiotool import capabilities_standard as standard
@@ -33,8 +34,10 @@ STANDARD_HOPS = 48
 EXTENDED_HOPS = (4096 - 256) // 8
 HEADER_BYTES = 64
 _EXTENDED_START = 0x100
+_SPACES_KEPT = 512
 _PCIX, _PCIE, _EA, _AER = 0x07, 0x10, 0x14, 0x0001
 
+T = TypeVar("T")
 _Decoder = Callable[[bytes], Fields]
 # id: (bytes that the decoder looks at, decoder).
 _STANDARD: dict[int, tuple[int, _Decoder]] = {
@@ -117,6 +120,26 @@ class ConfigSpace:
         return value if isinstance(value, str) else None
 
 
+class OncePerSpace(Generic[T]):
+    """What a function makes of configuration spaces; it is not asked twice of the same one.
+
+    By identity: `parse_config` gives the same object for the same bytes, and the object is kept
+    here so that no other can take its place.
+    """
+
+    def __init__(self, make: Callable[[ConfigSpace], T]) -> None:
+        self._make = make
+        self._known: dict[int, tuple[ConfigSpace, T]] = {}
+
+    def __call__(self, space: ConfigSpace) -> T:
+        known = self._known.get(id(space))
+        if known is None:
+            if len(self._known) >= _SPACES_KEPT:
+                self._known.clear()
+            known = self._known[id(space)] = (space, self._make(space))
+        return known[1]
+
+
 def read_config(host: Host, address: str) -> ConfigSpace | None:
     """A function's configuration space, or None if there is none to read (gone, or no such file).
 
@@ -130,7 +153,7 @@ def read_config(host: Host, address: str) -> ConfigSpace | None:
 
 
 # The VFs of a physical function often have the very same bytes there: decode those once.
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=_SPACES_KEPT)
 def parse_config(data: bytes) -> ConfigSpace:
     """Decode up to 4096 bytes of configuration space; never raises, whatever they hold."""
     data = data[:4096]

@@ -6,11 +6,12 @@ Most of it is kept elsewhere in sysfs for all functions together, so it is looke
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
-from vfiotool.capabilities import HEADER_BYTES, ConfigSpace, read_config
+from vfiotool.capabilities import HEADER_BYTES, ConfigSpace, OncePerSpace, read_config
 from vfiotool.capabilities_layout import Value
 from vfiotool.capabilities_vpd import Vpd, parse_vpd
 from vfiotool.host import (
@@ -28,10 +29,10 @@ from vfiotool.host import (
 from vfiotool.pci import (
     Link,
     PciFunction,
+    VfIndices,
     list_addresses,
     read_functions,
     read_link,
-    read_vf_indices,
 )
 
 _ALIAS = re.compile(rb"^alias vfio_pci:(\S+) (\S+)$", re.MULTILINE)
@@ -72,19 +73,27 @@ class DetailReader:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._drivers: dict[str, str | None] = {}
+        self._vf_indices = VfIndices(host)
+        self._link_of = OncePerSpace(link_of)
+
+    def read_all(self, addresses: Iterable[str]) -> Iterator[tuple[PciFunction, Details]]:
+        """Functions with their details, in their order; those that are gone are left out."""
+        for function in read_functions(
+            self._host, addresses, links=False, indices=self._vf_indices
+        ):
+            yield function, self.read(function)
 
     def read(self, function: PciFunction) -> Details:
         """The details of one function; what vanished meanwhile is None or empty."""
         host, address = self._host, function.address
         vfs: tuple[str, ...] = ()
         if function.sriov is not None:
-            indices = read_vf_indices(host, address)
+            indices = self._vf_indices.of(address)
             vfs = tuple(sorted(indices, key=lambda vf: indices[vf]))
         config = read_config(host, address)
-        complete = config is not None and config.complete and config.size > HEADER_BYTES
         return Details(
             config=config,
-            link=link_of(config) if config and complete else read_link(host, address),
+            link=self._link(address, config),
             slot=self._slots.get(address.rpartition(".")[0]),
             vfio_driver=self.vfio_driver(function),
             group_node=self._group_node(function.iommu_group),
@@ -94,6 +103,11 @@ class DetailReader:
             vdpas=tuple(self._vdpas.get(address, ())),
             vfs=vfs,
         )
+
+    def _link(self, address: str, config: ConfigSpace | None) -> Link | None:
+        if config is None or not config.complete or config.size <= HEADER_BYTES:
+            return read_link(self._host, address)
+        return self._link_of(config)
 
     def vfio_driver(self, function: PciFunction) -> str | None:
         """The best VFIO driver there is for a function: the alias with the fewest wildcards wins.
@@ -207,9 +221,7 @@ def _width(value: Value) -> int | None:
 
 def read_details(host: Host) -> tuple[Details, ...]:
     """Every function's details, in bus order (and, for a snapshot, everything they are made of)."""
-    reader = DetailReader(host)
-    functions = read_functions(host, list_addresses(host), links=False)
-    return tuple(reader.read(function) for function in functions)
+    return tuple(details for _, details in DetailReader(host).read_all(list_addresses(host)))
 
 
 def read_vpd(host: Host, address: str) -> Vpd | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from json import JSONEncoder
 
-from vfiotool.capabilities import Capability, ConfigSpace
+from vfiotool.capabilities import Capability, ConfigSpace, OncePerSpace
 from vfiotool.capabilities_header import Header
 from vfiotool.capabilities_vpd import Vpd
 from vfiotool.inventory_details import Details
@@ -18,22 +18,13 @@ class FunctionWriter:
     def __init__(self, names: Names) -> None:
         self._names = names
         self._encode = JSONEncoder().encode
-        # By identity: `parse_config` gives the same object for the same bytes, and the object is
-        # kept here so that no other can take its place.
-        self._known: dict[int, tuple[ConfigSpace, str]] = {}
+        self._config_text = OncePerSpace(lambda space: self._encode(config_as_json(space)))
 
     def text(self, function: PciFunction, details: Details) -> str:
         """`function_as_json` as text on one line."""
         whole = self._encode(_facts(function, details, self._names))
-        return f'{whole[:-1]}, "config": {self._config(details.config)}}}'
-
-    def _config(self, space: ConfigSpace | None) -> str:
-        if space is None:
-            return "null"
-        known = self._known.get(id(space))
-        if known is None:
-            known = self._known[id(space)] = (space, self._encode(config_as_json(space)))
-        return known[1]
+        config = "null" if details.config is None else self._config_text(details.config)
+        return f'{whole[:-1]}, "config": {config}}}'
 
 
 def function_as_json(function: PciFunction, details: Details, names: Names) -> dict[str, object]:

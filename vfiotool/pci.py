@@ -148,21 +148,19 @@ def parse_uevent(text: str) -> dict[str, str]:
 
 def parse_identity(address: str, uevent: str) -> PciIdentity:
     """A function's identity from its `uevent` text (drivers/pci/pci-driver.c, pci_uevent)."""
-    return _identity(address, parse_uevent(uevent))
+    keys = parse_uevent(uevent)
+    return PciIdentity(address, *_ids(keys), driver=keys.get("DRIVER"))
 
 
-def _identity(address: str, keys: Mapping[str, str]) -> PciIdentity:
-    vendor, device = parse_id_pair(keys.get("PCI_ID"))
-    subsystem_vendor, subsystem_device = parse_id_pair(keys.get("PCI_SUBSYS_ID"))
+def _ids(
+    keys: Mapping[str, str],
+) -> tuple[str | None, str | None, str | None, str | None, str | None]:
+    """Vendor, device, the subsystem's vendor and device, and the class code."""
     class_code = keys.get("PCI_CLASS")
-    return PciIdentity(
-        address=address,
-        vendor=vendor,
-        device=device,
-        subsystem_vendor=subsystem_vendor,
-        subsystem_device=subsystem_device,
-        class_code=None if class_code is None else class_code.lower().zfill(6),
-        driver=keys.get("DRIVER"),
+    return (
+        *parse_id_pair(keys.get("PCI_ID")),
+        *parse_id_pair(keys.get("PCI_SUBSYS_ID")),
+        None if class_code is None else class_code.lower().zfill(6),
     )
 
 
@@ -173,7 +171,8 @@ def parse_resource(text: str) -> tuple[Region, ...]:
         if line.endswith(_UNSET):
             continue
         try:
-            start, end, flags = (int(word, 16) for word in line.split())
+            first, last, kind = line.split()
+            start, end, flags = int(first, 16), int(last, 16), int(kind, 16)
         except ValueError:
             continue
         if not flags & (_IORESOURCE_IO | _IORESOURCE_MEM) or end < start or end == 0:
@@ -222,12 +221,13 @@ def read_function(host: Host, address: str) -> PciFunction | None:
 
 
 def read_functions(
-    host: Host, addresses: Iterable[str], *, links: bool = True
+    host: Host, addresses: Iterable[str], *, links: bool = True, indices: VfIndices | None = None
 ) -> tuple[PciFunction, ...]:
     """The functions of these addresses, in their order; those that are gone are left out.
 
     Without `links` each function's `link` is None: who reads configuration space anyway finds it
-    there, and spares four attributes of each function.
+    there, and spares four attributes of each function. `indices` are the caller's, if it needs
+    them for more than this.
 
     What the kernel answers under the device's lock (`driver_override`, `sriov_numvfs`) is read
     for all at once and with a deadline: it is None for a device that is stuck in an unbind
@@ -245,14 +245,10 @@ def read_functions(
         if totals[name] is not None:
             locked.append(f"{base}/sriov_numvfs")
     answers = host.read_guarded(locked)
-    indices = {
-        parent: read_vf_indices(host, parent)
-        for parent in dict.fromkeys(parents.values())
-        if parent
-    }
+    indices = VfIndices(host) if indices is None else indices
     found = []
     for name, parent in parents.items():
-        index = None if parent is None else indices[parent].get(name)
+        index = None if parent is None else indices.of(parent).get(name)
         function = _read_function(host, name, answers, totals[name], parent, index)
         if function is not None and links:
             function = replace(function, link=read_link(host, name))
@@ -275,7 +271,7 @@ def _read_function(
     if text is None or path is None:
         return None
     keys = parse_uevent(text)
-    identity = _identity(address, keys)
+    vendor, device, subsystem_vendor, subsystem_device, class_code = _ids(keys)
 
     def read(name: str) -> str | None:
         return host.read(f"{base}/{name}")
@@ -286,17 +282,17 @@ def _read_function(
     def link(name: str) -> str | None:
         return host.linkname(f"{base}/{name}")
 
-    is_display = (identity.class_code or "").startswith("03")
+    is_display = (class_code or "").startswith("03")
     group, revision = link("iommu_group"), read("revision")
     override, numa_node = answers.get(f"{base}/driver_override"), number("numa_node")
     return PciFunction(
-        address=identity.address,
-        vendor=identity.vendor,
-        device=identity.device,
-        subsystem_vendor=identity.subsystem_vendor,
-        subsystem_device=identity.subsystem_device,
-        class_code=identity.class_code,
-        driver=identity.driver or link("driver"),
+        address=address,
+        vendor=vendor,
+        device=device,
+        subsystem_vendor=subsystem_vendor,
+        subsystem_device=subsystem_device,
+        class_code=class_code,
+        driver=keys.get("DRIVER"),
         path=path,
         revision=None if revision is None else revision.removeprefix("0x"),
         driver_override=None if override in (None, "", "(null)") else override,
@@ -362,3 +358,17 @@ def read_vf_indices(host: Host, physfn: str) -> dict[str, int]:
         if number != name and address is not None:
             indices[address] = int(number)
     return indices
+
+
+class VfIndices:
+    """`read_vf_indices` for one physical function after another, each read once."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._known: dict[str, dict[str, int]] = {}
+
+    def of(self, physfn: str) -> dict[str, int]:
+        known = self._known.get(physfn)
+        if known is None:
+            known = self._known[physfn] = read_vf_indices(self._host, physfn)
+        return known

@@ -10,7 +10,7 @@ from vfiotool.host import Host
 from vfiotool.inventory_details import DetailReader
 from vfiotool.inventory_json import FunctionWriter
 from vfiotool.names import read_names
-from vfiotool.pci import Address, list_addresses, read_functions
+from vfiotool.pci import Address, list_addresses
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def _print_json(host: Host, chosen: Sequence[str]) -> None:
     reader, writer = DetailReader(host), FunctionWriter(read_names(host))
 
     def read(addresses: Sequence[str]) -> str:
-        functions = read_functions(host, addresses, links=False)
-        return ",\n".join(writer.text(item, reader.read(item)) for item in functions)
+        return ",\n".join(writer.text(*found) for found in reader.read_all(addresses))
 
     sys.stdout.write('{"format_version": "1.0", "devices": [')
     separator = "\n"
