@@ -91,22 +91,6 @@ def test_a_change_can_be_undone_once(kernel: FakeKernel, journal: Journal) -> No
         undo_number(kernel.host(), journal, number)
 
 
-def test_an_interrupt_rolls_back(kernel: FakeKernel, journal: Journal) -> None:
-    before = kernel.state()
-
-    def interrupt(number: int, path: str, data: str) -> None:
-        kernel.before_write = None
-        raise KeyboardInterrupt
-
-    do(kernel.host(), journal, binding(EDU))
-    do(kernel.host(), journal, releasing(EDU))
-    kernel.before_write = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        do(kernel.host(), journal, binding(NVME))
-    assert kernel.state() == before
-    assert journal.history()[-1].outcome == "rolled-back"
-
-
 def test_a_neighbours_change_between_the_steps_is_detected(
     kernel: FakeKernel, journal: Journal
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,12 +15,13 @@ import pytest
 
 from tests.changing import EDU, NVME, binding, do, furnished, run_folder
 from tests.fakekernel import FakeKernel
+from vfiotool.change.apply import recover
 from vfiotool.change.folder import Folder
 from vfiotool.change.journal import Journal, parse_record
 from vfiotool.change.locks import held
 from vfiotool.change.policy import parse_policy
 from vfiotool.change.saved import DesiredState
-from vfiotool.errors import KernelError, Refused, UsageError
+from vfiotool.errors import KernelError, Refused, Stuck, UsageError
 
 
 @pytest.fixture
@@ -74,6 +76,68 @@ def test_damage_is_told_apart_from_a_torn_line(kernel: FakeKernel, folder: str) 
     lines[2] = b"garbage\n"
     with pytest.raises(KernelError, match="damaged at line 3"):
         parse_record(b"".join(lines))
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b"5", b'{"t":"begin"}', b'{"t":"begin","number":1,"keys":7}', b"\xff\xfe"]
+)
+def test_a_damaged_record_is_named_by_its_file(
+    kernel: FakeKernel, folder: str, line: bytes
+) -> None:
+    journal = Journal(kernel.host(), folder)
+    do(kernel.host(), journal, binding(EDU))
+    path = done_file(folder)
+    path.write_bytes(line + b"\n")
+    with pytest.raises(KernelError, match=f"{path}: the journal is damaged"):
+        journal.history()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_full_disk_under_the_journal_leaves_the_host_as_it_was(
+    torn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room runs out at each entry in turn, for good; a torn entry must not swallow the next."""
+    real, make = os.write, binding(EDU, NVME)
+
+    def run(room: int) -> str:
+        kernel, left = furnished(), [room]
+
+        def write(descriptor: int, data: bytes) -> int:
+            if bytes(data[:4]) != b'{"t"':
+                return real(descriptor, data)
+            left[0] -= 1
+            if left[0] >= 0:
+                return real(descriptor, data)
+            if torn:
+                return real(descriptor, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        before = kernel.state()
+        with run_folder() as folder:
+            journal = Journal(kernel.host(), folder)
+            monkeypatch.setattr(os, "write", write)
+            try:
+                do(kernel.host(), journal, make)
+            except (KernelError, Stuck) as error:
+                assert "No space left" in error.message
+                ended = error.kind
+            else:
+                ended = "done"
+            monkeypatch.setattr(os, "write", real)
+            recovered = recover(kernel.host(), journal)
+            assert [entry.result for entry in recovered] == ["undone"] * (ended == "stuck")
+            assert all(record.outcome for record in journal.history())
+            assert not [name for name in os.listdir(folder) if name.startswith("new.")]
+        assert (kernel.state() == before) == (ended != "done")
+        return ended
+
+    ends = []
+    while "done" not in ends:
+        ends.append(run(len(ends)))
+    # Nothing was begun; then it was taken back, and the journal could not say so.
+    assert ends[0] == "kernel"
+    assert set(ends[1:-1]) == {"stuck"}
+    assert len(ends) > 10
 
 
 def test_the_folders_are_for_their_owner_alone(kernel: FakeKernel, folder: str) -> None:

@@ -75,14 +75,18 @@ class DoorChild:
     def _ask(self, what: str, path: str, data: bytes | None, timeout_s: float) -> int:
         where = path.encode()
         length = -1 if data is None else len(data)
-        os.write(self._requests, _REQUEST.pack(len(where), length) + where + (data or b""))
-        if not select.select([self._replies], [], [], timeout_s)[0]:
+        try:
+            os.write(self._requests, _REQUEST.pack(len(where), length) + where + (data or b""))
+            if not select.select([self._replies], [], [], timeout_s)[0]:
+                raise Stuck(
+                    f"{what}: no answer after {timeout_s:g} s",
+                    hint="end what holds the device, then: vfiotool recover",
+                )
+            reply = _read_exactly(self._replies, _REPLY.size)
+        except BaseException:
+            # Timed out or interrupted: its late answer must not be taken for that of the next.
             self.close()
-            raise Stuck(
-                f"{what}: no answer after {timeout_s:g} s",
-                hint="end what holds the device, then: vfiotool recover",
-            )
-        reply = _read_exactly(self._replies, _REPLY.size)
+            raise
         number, count = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
         if number:
             raise OSError(number, os.strerror(number), path)

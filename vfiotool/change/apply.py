@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.eswitch_step import SetEswitchMode
 from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
-from vfiotool.change.journal import Journal, Record, Transaction, started_at
+from vfiotool.change.interrupt import Interrupts, kept
+from vfiotool.change.journal import Journal, Record, Transaction, started_at, writer_of
 from vfiotool.change.locks import held, lock_keys
 from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
 from vfiotool.change.state import device_nodes, read_binding, read_holders
@@ -35,6 +36,7 @@ _REPLANS = 8
 _ROLL_BACK_TRIES = 3
 
 Progress = Callable[[int, int, Step], None]
+T = TypeVar("T")
 
 
 class NothingToUndo(NotFound):
@@ -56,26 +58,53 @@ class _Door:
     host: Host
     transaction: Transaction
     timeout_s: float
+    interrupts: Interrupts = field(default_factory=Interrupts)
     number: int = 0
+    undoing: bool = False
 
     def write(self, path: str, data: str) -> None:
-        self.transaction.note_write(self.host, self.number, path, data)
+        self.interrupts.raise_any()
+        self.note("write", path=path, data=data, **writer_of(self.host))
         try:
-            self.host.write(path, data, self.timeout_s)
+            self._uninterrupted(lambda: self.host.write(path, data, self.timeout_s))
         except Stuck:
             raise
         except VfiotoolError:
-            self.transaction.note("wrote", n=self.number)
+            self.note("wrote")
             raise
-        self.transaction.note("wrote", n=self.number)
+        self.note("wrote")
 
     def load_module(self, name: str) -> None:
-        self.transaction.note("module", n=self.number, name=name)
-        self.host.load_module(name, self.timeout_s)
+        self.interrupts.raise_any()
+        self.note("module", name=name)
+        self._uninterrupted(lambda: self.host.load_module(name, self.timeout_s))
 
     def netlink(self, request: Request) -> list[Message]:
-        self.transaction.note("netlink", n=self.number, what=request.what)
-        return self.host.netlink(request, self.timeout_s)
+        self.interrupts.raise_any()
+        self.note("netlink", what=request.what)
+        return self._uninterrupted(lambda: self.host.netlink(request, self.timeout_s))
+
+    def note(self, kind: str, **values: object) -> None:
+        """Journal an entry of the step in hand.
+
+        A roll-back goes on if that fails: the record holds all steps, and one that has no end is
+        undone by `recover`.
+        """
+        try:
+            self.transaction.note(kind, n=self.number, **values)
+        except KernelError:
+            if not self.undoing:
+                raise
+
+    @staticmethod
+    def _uninterrupted(act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except KeyboardInterrupt as error:
+            # The second signal: what the kernel is at goes on, so nothing may be undone yet.
+            raise Stuck(
+                "interrupted while the kernel worked on it", hint="vfiotool recover"
+            ) from error
 
 
 def change(
@@ -133,44 +162,70 @@ def _run_all(
     progress: Progress | None,
     undoes: int | None,
 ) -> int:
-    transaction = journal.begin(title, steps, keys, undoes)
-    door = _Door(host, transaction, timeout_s)
-    started = 0
-    try:
-        remember_origins(journal, steps)
-        for number, step in enumerate(steps, 1):
-            if progress is not None:
-                progress(number, len(steps), step)
-            step.check(host)
-            started = number
-            _run_step(door, number, step)
-        _verify_all(host, steps)
-    except Stuck as error:
-        raise _left_stuck(door, steps, error) from error
-    except BaseException as error:
+    with kept() as interrupts:
+        transaction = journal.begin(title, steps, keys, undoes)
+        door = _Door(host, transaction, timeout_s, interrupts)
+        started = 0
         try:
-            _roll_back(door, steps, range(started, 0, -1), error)
-        except Stuck as stuck:
-            raise _left_stuck(door, steps, stuck) from error
-        except BaseException:
-            # Interrupted once more: `recover` ends the roll-back, in this process or another.
-            transaction.leave()
+            remember_origins(journal, steps)
+            for number, step in enumerate(steps, 1):
+                if progress is not None:
+                    progress(number, len(steps), step)
+                step.check(host)
+                started = number
+                _run_step(door, number, step)
+            _verify_all(host, steps)
+            transaction.end("committed")
+        except Stuck as error:
+            raise _left_stuck(door, steps, error) from error
+        except BaseException as error:
+            _take_all_back(door, journal, steps, started, error)
             raise
-        forget_origins(host, journal, steps)
-        transaction.end("rolled-back", str(error))
-        raise
     forget_origins(host, journal, steps)
-    transaction.end("committed")
     return transaction.number
+
+
+def _take_all_back(
+    door: _Door, journal: Journal, steps: tuple[Step, ...], started: int, error: BaseException
+) -> None:
+    """Roll back what ran because of `error`. Raises Stuck if that cannot be."""
+    transaction = door.transaction
+    try:
+        _roll_back(door, steps, range(started, 0, -1), error)
+    except Stuck as stuck:
+        raise _left_stuck(door, steps, stuck) from error
+    except BaseException as again:
+        # Interrupted once more: `recover` ends the roll-back, in this process or another.
+        transaction.leave()
+        raise Stuck(
+            f"interrupted while it was taken back: {steps[max(door.number, 1) - 1].target} is half "
+            "done",
+            hint="vfiotool recover",
+        ) from again
+    forget_origins(door.host, journal, steps)
+    try:
+        transaction.end("rolled-back", _reason(error))
+    except VfiotoolError as again:
+        transaction.leave()
+        raise Stuck(
+            f"{_reason(error)}; it was taken back, but the journal could not say so: "
+            f"{again.message}",
+            hint="make room there, then: vfiotool recover",
+            errno_name=again.errno_name,
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
 
 
 def _run_step(door: _Door, number: int, step: Step) -> None:
     door.number = number
-    door.transaction.note("step", n=number)
+    door.note("step")
     step.run(door)
     if not step.holds(door.host):
         raise not_done(step)
-    door.transaction.note("done", n=number)
+    door.note("done")
 
 
 def _verify_all(host: Host, steps: tuple[Step, ...]) -> None:
@@ -202,15 +257,16 @@ def _facet(step: Step) -> tuple[type, str, str]:
 
 def _roll_back(door: _Door, steps: tuple[Step, ...], numbers: range, cause: BaseException) -> None:
     """Undo the steps of those numbers, in that order. Raises Stuck if one cannot be undone."""
+    door.undoing = True
     for number in numbers:
         door.number = number
-        door.transaction.note("undoing", n=number)
+        door.note("undoing")
         try:
             _undo_step(door, steps[number - 1])
         except VfiotoolError as error:
-            text = f"{cause}; then undoing step {number} failed: {error.message}"
+            text = f"{_reason(cause)}; then undoing step {number} failed: {error.message}"
             raise Stuck(text, errno_name=error.errno_name) from error
-        door.transaction.note("undone", n=number)
+        door.note("undone")
 
 
 def _undo_step(door: _Door, step: Step) -> None:
@@ -239,7 +295,8 @@ def _left_stuck(door: _Door, steps: tuple[Step, ...], error: Stuck) -> Stuck:
     holders = read_holders(host, nodes_of(host, step))
     names = ", ".join(f"process {pid} ({name})" for pid, name in holders)
     message = f"{error.message}; held by {names}" if holders else error.message
-    transaction.note("stuck", message=message, holders=[pid for pid, _ in holders])
+    door.undoing = True
+    door.note("stuck", message=message, holders=[pid for pid, _ in holders])
     transaction.leave()
     ending = f"end process {', '.join(str(pid) for pid, _ in holders)}, then: " if holders else ""
     return Stuck(
@@ -311,25 +368,24 @@ def recover(
             detail = f"process {record.pid} works on it"
             results.append(Recovered(record.number, record.title, "in progress", detail))
             continue
-        with held(journal.locks, record.keys, LOCK_DEADLINE_S):
-            results.append(_recover_one(host, journal, record, transaction, timeout_s, finish))
+        with kept() as interrupts, held(journal.locks, record.keys, LOCK_DEADLINE_S):
+            number = max(record.started, default=1)
+            door = _Door(host, transaction, timeout_s, interrupts, number)
+            try:
+                results.append(_recover_one(door, journal, record, finish))
+            except BaseException:
+                transaction.leave()
+                raise
     return tuple(results)
 
 
-def _recover_one(
-    host: Host,
-    journal: Journal,
-    record: Record,
-    transaction: Transaction,
-    timeout_s: float,
-    finish: bool | None,
-) -> Recovered:
-    door = _Door(host, transaction, timeout_s, number=max(record.started, default=1))
+def _recover_one(door: _Door, journal: Journal, record: Record, finish: bool | None) -> Recovered:
+    host, transaction = door.host, door.transaction
     if record.outcome is not None:
         transaction.end(record.outcome, record.error)
         return Recovered(record.number, record.title, _RESULT[record.outcome])
     try:
-        _await_writer(host, record, timeout_s)
+        _await_writer(host, record, door.timeout_s)
         forward = _goes_forward(host, record) if finish is None else finish
         outcome, reason = "rolled-back", None
         if forward:

@@ -99,19 +99,29 @@ class Folder:
             return file.read()
 
     def replace(self, name: str, data: bytes) -> None:
-        """Put `data` in place of the file, so that a reader and a power loss see old or new."""
+        """Put `data` in place of the file, so that a reader and a power loss see old or new.
+
+        Raises KernelError or NotPermitted, with the old file in place.
+        """
         scratch = f"{safe_name(name)}.{os.getpid()}.new"
-        descriptor = self.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self.rename(scratch, name)
+        try:
+            descriptor = self.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self.rename(scratch, name)
+        except OSError as error:
+            self.remove(scratch)
+            raise from_oserror(f"write {self.path}/{name}", error) from error
 
     def rename(self, old: str, new: str) -> None:
-        """Rename inside the folder, and make it last."""
-        os.rename(old, safe_name(new), src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-        os.fsync(self.descriptor)
+        """Rename inside the folder, and make it last. Raises KernelError."""
+        try:
+            os.rename(old, safe_name(new), src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+            os.fsync(self.descriptor)
+        except OSError as error:
+            raise from_oserror(f"rename {old} in {self.path}", error) from error
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""

@@ -9,6 +9,7 @@ what it announced has not been done.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -21,7 +22,7 @@ from vfiotool.change.locks import held, try_lock
 from vfiotool.change.state import Binding, Identity
 from vfiotool.change.step import Step
 from vfiotool.change.steps import step_from_json, step_to_json
-from vfiotool.errors import KernelError, NotPermitted, Refused
+from vfiotool.errors import KernelError, NotPermitted, Refused, from_oserror
 from vfiotool.host import PROC, Host
 
 RUN_FOLDER = "/run/vfiotool"
@@ -84,11 +85,19 @@ def parse_record(data: bytes) -> Record | None:
             else:
                 _take_entry(draft, kind, entry)
         except (ValueError, KeyError, TypeError) as error:
-            raise KernelError(
-                f"the journal is damaged at line {number}: {error}",
-                hint="look at the host by hand; history and recover cannot read this entry",
-            ) from error
-    return None if draft is None else _finish(draft)
+            raise _damaged(f"line {number}: {error}") from error
+    try:
+        return None if draft is None else _finish(draft)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(f"its first line: {error!r}") from error
+
+
+def _damaged(where: str) -> KernelError:
+    return KernelError(
+        f"the journal is damaged at {where}",
+        hint="look at the host by hand, then move that file away: history and recover cannot read "
+        "it",
+    )
 
 
 def _take_entry(draft: _Draft, kind: str, entry: dict[str, Any]) -> None:
@@ -138,21 +147,28 @@ class Transaction:
         self.number = number
         self._folder = folder
         self._descriptor = descriptor
+        self._length = os.fstat(descriptor).st_size
 
     def note(self, kind: str, **values: object) -> None:
-        """Append one entry; it is on the medium when this returns."""
-        line = json.dumps({"t": kind, **values}, separators=(",", ":")) + "\n"
-        os.write(self._descriptor, line.encode())
-        os.fsync(self._descriptor)
+        """Append one entry; it is on the medium when this returns.
 
-    def note_write(self, host: Host, step: int, path: str, data: str) -> None:
-        """Announce a write and the process that will do it."""
-        pid = host.writer_pid()
-        since = None if pid is None else started_at(host, pid)
-        self.note("write", n=step, path=path, data=data, writer=pid, since=since)
+        Raises KernelError with nothing appended where there is no room.
+        """
+        line = (json.dumps({"t": kind, **values}, separators=(",", ":")) + "\n").encode()
+        try:
+            if os.write(self._descriptor, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            # Half a line would swallow the next one.
+            os.ftruncate(self._descriptor, self._length)
+            raise from_oserror(
+                f"write the journal in {self._folder.path}", error, hint="make room there"
+            ) from error
+        self._length += len(line)
 
     def end(self, outcome: str, error: str | None = None) -> None:
-        """Close with `committed` or `rolled-back`."""
+        """Close with `committed` or `rolled-back`. Raises KernelError, and is then still open."""
         self.note("end", outcome=outcome, error=error)
         name = f"{self.number:06d}"
         self._folder.rename(name + _OPEN, name + _DONE)
@@ -161,6 +177,12 @@ class Transaction:
     def leave(self) -> None:
         """Let go of it as it is: `recover` will find it."""
         os.close(self._descriptor)
+
+
+def writer_of(host: Host) -> dict[str, object]:
+    """The process that the next write runs in, as a `write` entry names it."""
+    pid = host.writer_pid()
+    return {"writer": pid, "since": None if pid is None else started_at(host, pid)}
 
 
 def started_at(host: Host, pid: int) -> str | None:
@@ -203,25 +225,34 @@ class Journal:
         descriptor = self._boot.open(scratch, flags)
         # Locked before it has its name, so that no `recover` mistakes it for an abandoned one.
         try_lock(descriptor)
-        with held(self.locks, ["journal"], 30.0):
-            numbers = self._numbers()
-            number = max((number for number, _ in numbers), default=0) + 1
-            transaction = Transaction(self._boot, number, descriptor)
-            transaction.note(
-                "begin",
-                number=number,
-                at=time.time(),
-                title=title,
-                pid=os.getpid(),
-                keys=list(keys),
-                undoes=undoes,
-                steps=[step_to_json(step) for step in steps],
-            )
-            self._boot.rename(scratch, f"{number:06d}{_OPEN}")
-            done = [number for number, name in numbers if name.endswith(_DONE)]
-            for old in done[:-KEPT]:
-                self._boot.remove(f"{old:06d}{_DONE}")
+        try:
+            with held(self.locks, ["journal"], 30.0):
+                number = self._next_number()
+                transaction = Transaction(self._boot, number, descriptor)
+                transaction.note(
+                    "begin",
+                    number=number,
+                    at=time.time(),
+                    title=title,
+                    pid=os.getpid(),
+                    keys=list(keys),
+                    undoes=undoes,
+                    steps=[step_to_json(step) for step in steps],
+                )
+                self._boot.rename(scratch, f"{number:06d}{_OPEN}")
+        except BaseException:
+            self._boot.remove(scratch)
+            os.close(descriptor)
+            raise
         return transaction
+
+    def _next_number(self) -> int:
+        """One more than the last; of those that ended only the latest are kept."""
+        numbers = self._numbers()
+        done = [number for number, name in numbers if name.endswith(_DONE)]
+        for old in done[:-KEPT]:
+            self._boot.remove(f"{old:06d}{_DONE}")
+        return max((number for number, _ in numbers), default=0) + 1
 
     def _numbers(self) -> list[tuple[int, str]]:
         return [
@@ -234,11 +265,19 @@ class Journal:
         """All transactions of this boot, oldest first."""
         found = []
         for _, name in self._numbers():
-            data = self._boot.read(name)
-            record = None if data is None else parse_record(data)
+            record, _ = self._read(name)
             if record is not None:
                 found.append(record)
         return found
+
+    def _read(self, name: str) -> tuple[Record | None, bytes]:
+        """A transaction and its file's bytes. Raises KernelError that names a damaged file."""
+        data = self._boot.read(name) or b""
+        try:
+            return parse_record(data), data
+        except KernelError as error:
+            text = f"{self._boot.path}/{name}: {error.message}"
+            raise KernelError(text, hint=error.hint) from error
 
     def unfinished(self, keys: set[str] | None = None) -> list[tuple[Record, Transaction | None]]:
         """The open transactions, each with its file locked, or None while a process works on it.
@@ -257,21 +296,19 @@ class Journal:
             except FileNotFoundError:
                 continue
             locked = try_lock(descriptor)
-            data = self._boot.read(name)
-            record = None if data is None else parse_record(data)
+            record, data = self._read(name)
             if record is None or not locked:
                 os.close(descriptor)
             if record is None:
                 continue
             if locked:
-                _cut_torn_line(descriptor, data or b"")
+                _cut_torn_line(descriptor, data)
             transaction = Transaction(self._boot, number, descriptor) if locked else None
             found.append((record, transaction))
         return found
 
     def _touches(self, name: str, keys: set[str]) -> bool:
-        data = self._boot.read(name)
-        record = None if data is None else parse_record(data)
+        record, _ = self._read(name)
         return record is not None and bool(keys & set(record.keys))
 
     def abandoned_on(self, keys: Iterable[str]) -> Record | None:

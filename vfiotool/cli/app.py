@@ -65,12 +65,21 @@ def main(argv: list[str] | None = None) -> int:
         # The reader (head, less) has gone; keep the interpreter's exit from complaining again.
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115
         return 0
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return _interrupted(getattr(error, "number", None))
     except Exception as error:
         if "--debug" in own:
             _print_traceback()
         return report(InternalError.of(error), as_json="--json" in own)
+
+
+def _interrupted(number: int | None) -> int:
+    """The shell's code for an end by a signal; one with a number was kept until a change was
+    taken back (change/interrupt.py)."""
+    if number is None:
+        return 130
+    sys.stderr.write("vfiotool: interrupted: what was begun has been taken back\n")
+    return 128 + number
 
 
 def _print_traceback() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -101,7 +102,9 @@ def progress_line() -> Progress | None:
 
     def show(number: int, total: int, step: Step) -> None:
         if time.monotonic() - begun > _QUIET_S:
-            render.say(f"step {number} of {total}: {step.verb} {step.target}")
+            # A terminal that has gone away is no reason to give a change up.
+            with suppress(OSError):
+                render.say(f"step {number} of {total}: {step.verb} {step.target}")
 
     return show
 
