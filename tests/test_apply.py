@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -31,8 +31,8 @@ def journal(kernel: FakeKernel) -> Iterator[Journal]:
         yield Journal(kernel.host(), folder)
 
 
-def pend(journal: Journal, transaction: int | None, pid: int = 1 << 22) -> str:
-    entry = {"deadline": time.time(), "transaction": transaction, "pid": pid}
+def pend(journal: Journal, transaction: int | None, pid: int = 1 << 22, since: str = "7") -> str:
+    entry = {"transaction": transaction, "pid": pid, "since": since, "after": 0}
     journal.pending.replace("token", json.dumps(entry).encode())
     return "token"
 
@@ -66,6 +66,26 @@ def test_a_change_that_died_before_its_end_is_recovered_at_the_deadline(
     kernel.clear_faults()
     assert revert_unconfirmed(kernel.host(), journal, token, 5) == "1 undone"
     assert kernel.state() == before
+
+
+def test_a_process_killed_between_its_commit_and_the_watcher_is_taken_back_all_the_same(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    do(kernel.host(), journal, binding(EDU))
+    before = kernel.state()
+    entry = {"transaction": None, "pid": os.getpid(), "since": "7", "after": 1}
+    journal.pending.replace("token", json.dumps(entry).encode())
+    do(kernel.host(), journal, binding(NVME))
+    assert revert_unconfirmed(kernel.host(), journal, "token", 5) == "undone 2"
+    assert kernel.state() == before
+
+
+def test_a_later_process_with_the_same_number_is_not_waited_for(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    kernel._put("/proc/4711/stat", b"4711 (sh) S " + b"0 " * 18 + b"999 0\n")
+    token = pend(journal, None, pid=4711, since="7")
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) == "nothing to do"
 
 
 def test_nothing_to_do_needs_no_confirmation(journal: Journal) -> None:

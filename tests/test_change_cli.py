@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.changing import furnished
+from vfiotool.change.export import export_policy
+from vfiotool.change.policy import parse_policy
 from vfiotool.cli.app import main
+from vfiotool.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTS = ROOT / "fixtures/hosts"
@@ -164,3 +170,42 @@ def test_a_saved_plan_is_recognised_by_its_name(
     assert run(capsys, "shared-group", "apply", str(saved), "--dry-run")[0] == 0
     assert run(capsys, "vfs-enabled", "apply", str(saved), "--dry-run")[0] in (3, 4)
     assert run(capsys, "shared-group", "plan", policy, "--out", str(tmp_path / "x"))[0] == 2
+
+
+def test_a_plan_that_cannot_be_written_is_an_error_without_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    policy = str(ROOT / "fixtures/plans/whole-group/policy.toml")
+    code, payload, _ = run(capsys, "shared-group", "plan", policy, "--out", "/nowhere/x.plan")
+    assert code == 5
+    assert payload["error"]["errno"] == "ENOENT"
+    assert payload["error"]["message"].startswith("write /nowhere/x.plan")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", '{"kind": "vfiotool-plan", "policy": {"text": "version = 1", "name": "x"}, '
+     '"steps": [{"verb": "make-coffee"}]}', "[" * 100_000],
+)  # fmt: skip
+def test_a_saved_plan_of_nonsense_is_bad_usage(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.plan"
+    path.write_text(text)
+    code, payload, _ = run(capsys, "shared-group", "status", str(path))
+    assert code == 2
+    assert payload["error"]["kind"] in ("usage", "policy")
+    os.mkfifo(tmp_path / "pipe.plan")
+    code, payload, _ = run(capsys, "shared-group", "status", str(tmp_path / "pipe.plan"))
+    assert (code, payload["error"]["kind"]) == (2, "usage")
+
+
+def test_names_of_a_hostile_host_cannot_write_rules_into_an_export() -> None:
+    """A snapshot may come from anybody; its export may be applied by root."""
+    evil = 'x"\nuuid = "a"\n[[device]]\nmatch = { address = "0000:00:00.0" }\n#'
+    kernel = furnished()
+    kernel.add_parent(evil, 4, {"t": 1})
+    kernel._create_mdev(f"/sys/class/mdev_bus/{evil}/mdev_supported_types/t/create", UUID)
+    with pytest.raises(UsageError):
+        parse_policy(export_policy(kernel.host()))
+    assert tomllib.loads(export_policy(kernel.host()))["mdev"][0]["parent"] == evil

@@ -204,3 +204,9 @@ def test_a_garbled_policy_never_crashes_the_reader(seed: int, cuts: int) -> None
         parse_policy(text)
     except PolicyError as error:
         assert all(fault.line >= 1 and fault.column >= 1 for fault in error.faults)
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "device = " + "{a=" * 2000 + "1"])
+def test_a_policy_without_end_in_depth_is_a_fault(text: str) -> None:
+    with pytest.raises(PolicyError, match="nested too deeply"):
+        parse_policy(f"version = 1\n{text}\n")

@@ -17,6 +17,9 @@ import time
 
 from vfiotool.errors import KernelError, Stuck
 
+# What programs that root calls are found and run with: nothing of the caller's.
+CALLOUT_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+
 _READ_BYTES = 1 << 16
 _REPLY = struct.Struct("=ii")
 _REQUEST = struct.Struct("=ii")
@@ -135,11 +138,10 @@ def _read_exactly(descriptor: int, length: int) -> bytes:
 
 def run_modprobe(name: str, timeout_s: float) -> None:
     command = ["modprobe", "--", name]
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
     try:
         child = subprocess.Popen(
             command,
-            env=environment,
+            env=CALLOUT_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -23,6 +23,7 @@ from vfiotool.change.step import Step
 from vfiotool.change.steps import steps_as_json
 from vfiotool.errors import VfiotoolError
 from vfiotool.host import SYS_VDPA_DEVICES, Host
+from vfiotool.host_child import CALLOUT_ENVIRONMENT
 
 RECORD = "boot.json"
 SYSTEMD_RUNS = "/run/systemd/system"
@@ -168,25 +169,30 @@ def reload_managers() -> list[str]:
     """
     if not os.path.isdir(SYSTEMD_RUNS):
         return []
-    failed = []
-    for command in (["systemctl", "daemon-reload"], ["udevadm", "control", "--reload"]):
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-            code = done.returncode
-        except (OSError, subprocess.TimeoutExpired):
-            code = -1
-        if code:
-            failed.append(" ".join(command))
-    return failed
+    commands = (["systemctl", "daemon-reload"], ["udevadm", "control", "--reload"])
+    return [" ".join(command) for command in commands if _output_of(command, 60) is None]
 
 
 def unit_state() -> str | None:
     """systemd's word on the boot unit (`active`, `failed`, …), None where there is no systemd."""
     if not os.path.isdir(SYSTEMD_RUNS):
         return None
-    command = ["systemctl", "show", "--property=ActiveState", "--value", SERVICE]
+    return (
+        _output_of(["systemctl", "show", "--property=ActiveState", "--value", SERVICE], 20) or None
+    )
+
+
+def _output_of(command: list[str], timeout_s: float) -> str | None:
+    """What a program printed; None if it failed or took too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            command,
+            env=CALLOUT_ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return None if done.returncode else done.stdout.strip()

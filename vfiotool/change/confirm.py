@@ -18,24 +18,31 @@ from typing import Any
 
 from vfiotool.change.apply import recover, undo_number
 from vfiotool.change.folder import safe_name
-from vfiotool.change.journal import Journal
+from vfiotool.change.journal import Journal, started_at
 from vfiotool.errors import KernelError, NotFound
-from vfiotool.host import PROC, Host
+from vfiotool.host import Host
+from vfiotool.host_child import CALLOUT_ENVIRONMENT
 
 _SYSTEMD = "/run/systemd/system"
 
 
-def arm(journal: Journal, seconds: float) -> str:
+def arm(host: Host, journal: Journal, seconds: float) -> str:
     """Start the watcher, and return the token by which `confirm` stops it.
 
     The process that arms ignores the loss of its terminal from here on, so that it ends the
     change that it began.
     """
     token = f"{time.time_ns():x}-{os.getpid()}"
-    entry = {"deadline": time.time() + seconds, "transaction": None, "pid": os.getpid()}
+    entry = {
+        "transaction": None,
+        "pid": os.getpid(),
+        "since": started_at(host, os.getpid()),
+        "after": max((record.number for record in journal.history()), default=0),
+    }
     journal.pending.replace(token, json.dumps(entry).encode())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if os.path.isdir(_SYSTEMD) and shutil.which("systemd-run"):
+    systemd = os.path.isdir(_SYSTEMD)
+    if systemd and shutil.which("systemd-run", path=CALLOUT_ENVIRONMENT["PATH"]):
         _arm_timer(token, seconds)
     else:
         _arm_process(journal.run_folder, token, seconds)
@@ -76,14 +83,14 @@ def revert_unconfirmed(host: Host, journal: Journal, token: str, timeout_s: floa
     A change that was cut off before it was committed is undone by `recover`.
     """
     entry = _read_entry(journal, token)
-    while entry is not None and entry["transaction"] is None and _runs(host, entry["pid"]):
+    while entry is not None and entry["transaction"] is None and _runs(host, entry):
         # The change itself takes longer than its user wanted to wait for it.
         time.sleep(0.1)
         entry = _read_entry(journal, token)
     if entry is None:
         return None
     journal.pending.remove(token)
-    number = entry["transaction"]
+    number = entry["transaction"] or _committed_by(journal, entry)
     if number is None:
         results = recover(host, journal, timeout_s=timeout_s, finish=False)
         return "; ".join(f"{one.number} {one.result}" for one in results) or "nothing to do"
@@ -99,8 +106,21 @@ def _read_entry(journal: Journal, token: str) -> dict[str, Any] | None:
     return entry
 
 
-def _runs(host: Host, pid: int) -> bool:
-    return host.exists(f"{PROC}/{pid}")
+def _runs(host: Host, entry: dict[str, Any]) -> bool:
+    """Whether the process that armed is still there: it, and not a later one of its number."""
+    since = started_at(host, entry["pid"])
+    return since is not None and since == entry["since"]
+
+
+def _committed_by(journal: Journal, entry: dict[str, Any]) -> int | None:
+    """The change of a process that ended between committing it and telling the watcher."""
+    mine = (
+        record.number
+        for record in journal.history()
+        if record.pid == entry["pid"] and record.number > entry["after"]
+        if record.outcome == "committed"
+    )
+    return next(mine, None)
 
 
 def command(token: str) -> list[str]:
@@ -112,7 +132,7 @@ def _arm_timer(token: str, seconds: float) -> None:
     run = ["systemd-run", "--quiet", "--collect", f"--on-active={seconds:g}s"]
     run += ["--timer-property=AccuracySec=100ms", f"--unit=vfiotool-confirm-{token}"]
     run += ["--", *command(token)]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    done = subprocess.run(run, env=CALLOUT_ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise KernelError(
             f"systemd-run could not arm the revert: {done.stderr.strip()}",

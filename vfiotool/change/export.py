@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from vfiotool.change.facts import DeviceFacts, Facts
@@ -39,7 +40,7 @@ def _sriov_rules(facts: Facts) -> Iterable[str]:
         lines = ["[[sriov]]", f'match = {{ address = "{address}" }}', f"vfs = {sriov.num}"]
         own = _taken_driver(facts.devices[address].binding)
         if own is not None:
-            lines.append(f'driver = "{own}"')
+            lines.append(f"driver = {_quoted(own)}")
         elif sriov.eswitch not in (None, NO_ESWITCH, "legacy"):
             lines.append(f'eswitch = "{sriov.eswitch}"')
         rules = []
@@ -47,7 +48,7 @@ def _sriov_rules(facts: Facts) -> Iterable[str]:
             device = facts.devices.get(vf)
             driver = None if device is None else _taken_driver(device.binding)
             if driver is not None:
-                rules.append(f'{{ index = {index}, driver = "{driver}" }}')
+                rules.append(f"{{ index = {index}, driver = {_quoted(driver)} }}")
         if rules:
             lines.append(f"vf = [ {', '.join(rules)} ]")
         yield "\n".join(lines) + "\n"
@@ -64,16 +65,20 @@ def _device_rules(facts: Facts) -> Iterable[str]:
         known = f', id = "{ids.vendor}:{ids.device}"' if ids.vendor and ids.device else ""
         yield (
             f'[[device]]\nmatch = {{ address = "{address}"{known} }}\n'
-            f'expect = {{ count = 1 }}\ndriver = "{driver}"\n'
+            f"expect = {{ count = 1 }}\ndriver = {_quoted(driver)}\n"
         )
+
+
+def _quoted(text: str) -> str:
+    """A TOML string: JSON's escapes are among TOML's. A host's names can hold anything."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _mdev_rules(mdevs: Iterable[Mdev]) -> Iterable[str]:
     for mdev in mdevs:
         if mdev.parent is not None and mdev.type is not None:
-            yield (
-                f'[[mdev]]\nparent = "{mdev.parent}"\ntype = "{mdev.type}"\nuuid = "{mdev.uuid}"\n'
-            )
+            lines = [f"parent = {_quoted(mdev.parent)}", f"type = {_quoted(mdev.type)}"]
+            yield "\n".join(["[[mdev]]", *lines, f"uuid = {_quoted(mdev.uuid)}"]) + "\n"
 
 
 def _vdpa_rules(host: Host) -> Iterable[str]:
@@ -87,7 +92,7 @@ def _vdpa_rules(host: Host) -> Iterable[str]:
     for device in devices:
         if device.parent is None:
             continue
-        lines = ["[[vdpa]]", f'name = "{device.name}"', f'parent = "{device.parent}"']
+        lines = ["[[vdpa]]", f"name = {_quoted(device.name)}", f"parent = {_quoted(device.parent)}"]
         if device.driver is not None:
-            lines.append(f'driver = "{device.driver}"')
+            lines.append(f"driver = {_quoted(device.driver)}")
         yield "\n".join(lines) + "\n"

@@ -234,8 +234,13 @@ _VDPA: Mapping[str, Check] = {
 
 
 def read_policy(path: str) -> Policy:
-    """The policy in a file. Raises PolicyError with all faults, Refused for one that anybody can
-    write and root is to follow, NotFound."""
+    """The policy in a file. Raises PolicyError with all faults, and as `read_policy_text`."""
+    return parse_policy(read_policy_text(path), path)
+
+
+def read_policy_text(path: str) -> str:
+    """The text of a policy or a saved plan. Raises NotFound, Refused for one that anybody can
+    write and root is to follow, UsageError for what is no text file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
@@ -256,10 +261,9 @@ def read_policy(path: str) -> Policy:
     if len(data) > LARGEST_BYTES:
         raise UsageError(f"the policy {path} is larger than {LARGEST_BYTES >> 20} MiB")
     try:
-        text = data.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"the policy {path} is not UTF-8: {error}") from error
-    return parse_policy(text, path)
 
 
 def parse_policy(text: str, name: str = "policy") -> Policy:
@@ -268,6 +272,8 @@ def parse_policy(text: str, name: str = "policy") -> Policy:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(name, [_syntax_fault(error, text)]) from error
+    except RecursionError as error:
+        raise PolicyError(name, [Fault(1, 1, "it is nested too deeply")]) from error
     reader = _Reader(text, document)
     policy = reader.policy(name)
     if reader.faults:

@@ -14,7 +14,7 @@ from vfiotool.change.folder import Folder
 from vfiotool.change.policy import Policy, parse_policy
 from vfiotool.change.step import Step
 from vfiotool.change.steps import step_from_json, step_to_json
-from vfiotool.errors import Refused, UsageError
+from vfiotool.errors import KernelError, Refused, UsageError
 
 ETC_FOLDER = "/etc/vfiotool"
 _DESIRED = "applied.json"
@@ -50,7 +50,7 @@ def parse_saved(text: str, name: str) -> SavedPlan | None:
             raise ValueError("it is JSON, but no plan of vfiotool")
         policy = parse_policy(payload["policy"]["text"], payload["policy"]["name"])
         return SavedPlan(policy, tuple(step_from_json(entry) for entry in payload["steps"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, KernelError, RecursionError) as error:
         raise UsageError(
             f"{name} is no saved plan: {error}", hint="vfiotool plan POLICY --out FILE makes one"
         ) from error

@@ -15,7 +15,7 @@ from vfiotool.change.confirm import arm, attach, confirm, revert_unconfirmed
 from vfiotool.change.export import export_policy
 from vfiotool.change.guard import Allowance, find_blockers
 from vfiotool.change.journal import Journal, Record
-from vfiotool.change.policy import Policy, read_policy
+from vfiotool.change.policy import Policy, parse_policy, read_policy, read_policy_text
 from vfiotool.change.policy_facts import read_policy_facts
 from vfiotool.change.policy_plan import Plan, plan_policy
 from vfiotool.change.saved import (
@@ -40,7 +40,7 @@ from vfiotool.cli.changing import (
     progress_line,
     say_remarks,
 )
-from vfiotool.errors import NotFound, UsageError
+from vfiotool.errors import Stuck, UsageError, from_oserror
 from vfiotool.host import Host, read_only_root
 
 _Policy = Annotated[str, typer.Argument(metavar="POLICY", help="A policy, or a saved plan.")]
@@ -63,18 +63,8 @@ def register(app: typer.Typer) -> None:
 
 def load(path: str) -> Policy | SavedPlan:
     """A policy's or a saved plan's file. Raises what `read_policy` raises."""
-    if not path.endswith(".plan"):
-        return read_policy(path)
-    try:
-        with open(path, encoding="utf-8") as file:
-            if os.geteuid() == 0 and os.fstat(file.fileno()).st_mode & 0o002:
-                raise UsageError(f"anybody can write to {path}", hint=f"chmod o-w {path}")
-            saved = parse_saved(file.read(), path)
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no plan {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    return saved or read_policy(path)
+    text = read_policy_text(path)
+    return parse_saved(text, path) or parse_policy(text, path)
 
 
 def make_plan(
@@ -120,8 +110,11 @@ def show_plan(
             raise UsageError(
                 f"a saved plan's name ends in .plan, {out} does not", hint=f"--out {out}.plan"
             )
-        with open(out, "w", encoding="utf-8") as file:
-            file.write(plan_to_text(loaded, plan.steps))
+        try:
+            with open(out, "w", encoding="utf-8") as file:
+                file.write(plan_to_text(loaded, plan.steps))
+        except OSError as error:
+            raise from_oserror(f"write {out}", error) from error
     _emit_plan(context, plan, say_remarks(host, plan.steps))
     for blocker in find_blockers(host, plan.steps):
         render.say(
@@ -162,8 +155,11 @@ def apply(
         notes = run().notes
         _emit_plan(context, plans[-1], notes)
         return 0
+    # Found wanting before the change, not after it.
+    desired = DesiredState() if host.live else None
     done = _run_confirmed(host, run, confirm_within) if confirm_within is not None else run()
-    DesiredState().save(rules, done.transaction)
+    if desired is not None:
+        desired.save(rules, done.transaction)
     _report_applied(context, done, plans[-1], confirm_within)
     return 0
 
@@ -174,11 +170,14 @@ def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Ch
     if not host.live:
         raise read_only_root(host.name)
     journal = Journal(host)
-    token = arm(journal, seconds)
+    token = arm(host, journal, seconds)
     try:
         done = run()
+    except Stuck:
+        # Half done, and maybe what cut the user off: the watcher tries to undo it.
+        raise
     except BaseException:
-        # Rolled back, or left for recover: there is nothing that the watcher should take back.
+        # Rolled back: there is nothing that the watcher should take back.
         journal.pending.remove(token)
         raise
     attach(journal, token, done.transaction)
