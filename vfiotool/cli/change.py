@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid as uuids
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -27,9 +28,9 @@ from vfiotool.cli.changing import (
     Changed,
     DryRun,
     Timeout,
-    perform,
+    Told,
+    carry_out,
     print_line,
-    print_steps,
 )
 from vfiotool.errors import NotFound, Unsupported, UsageError
 from vfiotool.host import SYS_PCI_DEVICES, Host
@@ -91,11 +92,12 @@ def bind(
         )
         return plan_bind(facts, addresses, driver, whole_group=whole_group)
 
+    def tell(done: Changed) -> Told:
+        bound = (step.target for step in done.steps if step.verb == "bind-driver")
+        return _tell_devices(host, list(dict.fromkeys([*addresses, *bound])))
+
     title = f"bind {' '.join(addresses)}" + (f" to {driver}" if driver else "")
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
-    touched = list(dict.fromkeys([*addresses, *_bound(done)]))
-    _report(context, host, done, touched)
-    return 0
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
 def release(
@@ -111,21 +113,15 @@ def release(
     def make(host: Host, journal: Journal | None) -> tuple[Step, ...]:
         return plan_release(read_facts(host, addresses, journal, variants_wanted=False), addresses)
 
+    def tell(_: Changed) -> Told:
+        return _tell_devices(host, addresses)
+
     title = f"release {' '.join(addresses)}"
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
-    _report(context, host, done, addresses)
-    return 0
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
-def _bound(done: Changed) -> list[str]:
-    return [step.target for step in done.steps if step.verb == "bind-driver"]
-
-
-def _report(context: typer.Context, host: Host, done: Changed, addresses: list[str]) -> None:
-    """What became of the devices, and which of their groups still cannot be used."""
-    if done.dry:
-        show_plan(context, done)
-        return
+def _tell_devices(host: Host, addresses: list[str]) -> Told:
+    """What became of the devices; says which of their groups still cannot be used."""
     rows = []
     for address in addresses:
         binding = read_binding(host, "pci", address)
@@ -133,26 +129,23 @@ def _report(context: typer.Context, host: Host, done: Changed, addresses: list[s
         number = int(link) if link is not None and link.isdecimal() else None
         rows.append((address, binding, number))
     groups = {number: read_group(host, number) for _, _, number in rows if number is not None}
-    if render.state(context).json:
-        listed = [
-            {
-                "address": address,
-                "driver": binding.driver,
-                "driver_override": binding.override,
-                "iommu_group": number,
-                "viable": None if number is None else _viable(groups[number]),
-            }
-            for address, binding, number in rows
-        ]
-        render.emit({**done.as_json(), "devices": listed})
-    else:
-        for address, binding, number in rows:
-            where = "no IOMMU group" if number is None else f"group {number}"
-            print_line(f"{address}: {binding} ({where})")
     for group in groups.values():
         taken = {address for address, binding, _ in rows if binding.taken}
         if group is not None and not group.viable:
             _warn_not_viable(group, taken)
+    listed = [
+        {
+            "address": address,
+            "driver": binding.driver,
+            "driver_override": binding.override,
+            "iommu_group": number,
+            "viable": None if number is None else _viable(groups[number]),
+        }
+        for address, binding, number in rows
+    ]
+    places = ("no IOMMU group" if number is None else f"group {number}" for *_, number in rows)
+    lines = [f"{row[0]}: {row[1]} ({where})" for row, where in zip(rows, places, strict=True)]
+    return {"devices": listed}, lines
 
 
 def _viable(group: IommuGroup | None) -> bool | None:
@@ -167,18 +160,6 @@ def _warn_not_viable(group: IommuGroup, taken: set[str]) -> None:
     others = ", ".join(f"{member.address} ({member.driver})" for member in way)
     render.say(f"vfiotool: group {group.id} is not viable yet: {others} in the way")
     render.say(f"  vfiotool bind {named[0]} --whole-group")
-
-
-def show_plan(context: typer.Context, done: Changed) -> None:
-    """The steps of a dry run, as JSON or for people."""
-    if render.state(context).json:
-        payload = done.as_json()
-        payload.pop("transaction")
-        render.emit(payload)
-    elif done.steps:
-        print_steps(done.steps)
-    else:
-        print_line("nothing to do")
 
 
 def vf_list(
@@ -205,8 +186,7 @@ def vf_list(
             )
     vfs = [vf for address in functions for vf in read_vfs(host, address)]
     if render.state(context).json:
-        keys = ("pf", "index", "address", "driver", "iommu_group")
-        render.emit({"vfs": [{key: getattr(vf, key) for key in keys} for vf in vfs]})
+        render.emit({"vfs": [asdict(vf) for vf in vfs]})
         return 0
     for vf in vfs:
         group = "none" if vf.iommu_group is None else vf.iommu_group
@@ -248,29 +228,13 @@ def vf_set(
             settings=read_settings(host, address) or (),
         )
 
+    def tell(_: Changed) -> Told:
+        vfs = read_vfs(host, address)
+        lines = [f"  vf {vf.index}: {vf.address}  {vf.driver or 'no driver'}" for vf in vfs]
+        return {"vfs": [asdict(vf) for vf in vfs]}, [f"{address}: {len(vfs)} VFs", *lines]
+
     title = f"vf set {address} {count}"
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
-    if dry_run:
-        show_plan(context, done)
-        return 0
-    vfs = read_vfs(host, address)
-    if render.state(context).json:
-        listed = [
-            {
-                "pf": vf.pf,
-                "index": vf.index,
-                "address": vf.address,
-                "driver": vf.driver,
-                "iommu_group": vf.iommu_group,
-            }
-            for vf in vfs
-        ]
-        render.emit({**done.as_json(), "vfs": listed})
-        return 0
-    print_line(f"{address}: {len(vfs)} VFs")
-    for vf in vfs:
-        print_line(f"  vf {vf.index}: {vf.address}  {vf.driver or 'no driver'}")
-    return 0
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
 def mdev_types(context: typer.Context) -> int:
@@ -314,19 +278,15 @@ def mdev_create(
     def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
         return plan_mdev_create(read_mdev_types(host), read_mdevs(host), parent, kind, wanted)
 
+    def tell(_: Changed) -> Told:
+        name = wanted.lower()
+        found = next((mdev for mdev in read_mdevs(host) if mdev.uuid == name), None)
+        group = None if found is None else found.iommu_group
+        entry = {"uuid": name, "parent": parent, "type": kind, "iommu_group": group}
+        return {"mdevs": [entry]}, [f"{name}: {parent}/{kind} (group {group})"]
+
     title = f"mdev create {parent} {kind} {wanted}"
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout)
-    if dry_run:
-        show_plan(context, done)
-        return 0
-    found = next((mdev for mdev in read_mdevs(host) if mdev.uuid == wanted.lower()), None)
-    group = None if found is None else found.iommu_group
-    if render.state(context).json:
-        entry = {"uuid": wanted.lower(), "parent": parent, "type": kind, "iommu_group": group}
-        render.emit({**done.as_json(), "mdevs": [entry]})
-    else:
-        print_line(f"{wanted.lower()}: {parent}/{kind} (group {group})")
-    return 0
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout)
 
 
 def mdev_remove(
@@ -339,12 +299,8 @@ def mdev_remove(
     def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
         return plan_mdev_remove(read_mdevs(host), uuid)
 
+    def tell(_: Changed) -> Told:
+        return {}, [f"{uuid.lower()}: removed"]
+
     title = f"mdev remove {uuid}"
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
-    if dry_run:
-        show_plan(context, done)
-    elif render.state(context).json:
-        render.emit(done.as_json())
-    else:
-        print_line(f"{uuid.lower()}: removed")
-    return 0
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
@@ -31,6 +31,7 @@ Allow = Annotated[
     typer.Option("--allow", metavar="KIND:WHAT", help="Cut off this one use (repeatable)."),
 ]
 DEADLINE_S = WRITE_DEADLINE_S
+Told = tuple[Mapping[str, object], Iterable[str]]
 _QUIET_S = 1.0
 
 
@@ -84,6 +85,44 @@ def perform(
     )
     notes = say_remarks(host, outcome.steps)
     return Changed(outcome.steps, outcome.transaction, dry=False, notes=notes)
+
+
+def carry_out(
+    context: typer.Context,
+    title: str,
+    make: Callable[[Host, Journal | None], tuple[Step, ...]],
+    tell: Callable[[Changed], Told],
+    *,
+    dry_run: bool,
+    timeout_s: float,
+    allow: list[str] | None = None,
+) -> int:
+    """Run a change and print what `tell` reads back of it; or print its plan. Raises as `perform`.
+
+    `tell` gives the JSON keys to stand beside the steps, and the same in lines for people.
+    """
+    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout_s, allow=allow)
+    if done.dry:
+        _show_plan(context, done)
+        return 0
+    keys, lines = tell(done)
+    if render.state(context).json:
+        render.emit({**done.as_json(), **keys})
+    else:
+        for line in lines:
+            print_line(line)
+    return 0
+
+
+def _show_plan(context: typer.Context, done: Changed) -> None:
+    if render.state(context).json:
+        payload = done.as_json()
+        payload.pop("transaction")
+        render.emit(payload)
+    elif done.steps:
+        print_steps(done.steps)
+    else:
+        print_line("nothing to do")
 
 
 def say_remarks(host: Host, steps: tuple[Step, ...]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -21,9 +22,9 @@ from vfiotool.cli.changing import (
     Changed,
     DryRun,
     Timeout,
-    perform,
+    Told,
+    carry_out,
     print_line,
-    print_steps,
 )
 from vfiotool.errors import UsageError
 from vfiotool.host import Host
@@ -97,13 +98,12 @@ def devices(context: typer.Context) -> int:
         render.emit({"vdpas": [device_as_json(device) for device in found]})
         return 0
     for device in found:
-        place = device.node or ", ".join(device.interfaces) or "no node"
         parts = [
             device.name,
             device.type or "?",
             f"on {device.parent or '?'}",
             device.driver or "no driver",
-            place,
+            _place(device),
         ]
         print_line("  ".join(parts))
     return 0
@@ -133,8 +133,8 @@ def add(
         return plan_vdpa_add(read_vdpa_facts(host), name, parent, driver, settings)
 
     title = f"vdpa add {name} {parent}"
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout)
-    return _report(context, done, name)
+    tell = _teller(context, name)
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout)
 
 
 def remove(
@@ -148,8 +148,8 @@ def remove(
         return plan_vdpa_remove(read_vdpa_facts(host), name)
 
     title = f"vdpa remove {name}"
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
-    return _report(context, done, name, removed=True)
+    tell = _teller(context, name)
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
 def bind(
@@ -164,8 +164,8 @@ def bind(
         return plan_vdpa_bind(read_vdpa_facts(host), name, driver)
 
     title = f"vdpa bind {name} {driver}"
-    done = perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
-    return _report(context, done, name)
+    tell = _teller(context, name)
+    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
 def _mask(text: str | None) -> int | None:
@@ -175,25 +175,19 @@ def _mask(text: str | None) -> int | None:
         raise UsageError(f"--features {text!r} is not a number", hint="as 0x300000020") from error
 
 
-def _report(context: typer.Context, done: Changed, name: str, *, removed: bool = False) -> int:
-    as_json = render.state(context).json
-    if done.dry:
-        if as_json:
-            payload = done.as_json()
-            payload.pop("transaction")
-            render.emit(payload)
-        elif done.steps:
-            print_steps(done.steps)
-        else:
-            print_line("nothing to do")
-        return 0
-    found = [device for device in read_devices(render.host(context)) if device.name == name]
-    if as_json:
-        render.emit({**done.as_json(), "vdpas": [device_as_json(device) for device in found]})
-    elif removed:
-        print_line(f"{name}: removed")
-    else:
-        for device in found:
-            place = device.node or ", ".join(device.interfaces) or "no node"
-            print_line(f"{device.name}: {device.driver or 'no driver'} ({place})")
-    return 0
+def _teller(context: typer.Context, name: str) -> Callable[[Changed], Told]:
+    """Tells of the device of that name after a change; that it is removed where it is not there."""
+
+    def tell(_: Changed) -> Told:
+        found = [device for device in read_devices(render.host(context)) if device.name == name]
+        lines = [
+            f"{device.name}: {device.driver or 'no driver'} ({_place(device)})" for device in found
+        ]
+        keys = {"vdpas": [device_as_json(device) for device in found]}
+        return keys, lines or [f"{name}: removed"]
+
+    return tell
+
+
+def _place(device: VdpaDevice) -> str:
+    return device.node or ", ".join(device.interfaces) or "no node"
