@@ -9,6 +9,7 @@ reached.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -31,41 +32,41 @@ class Door(Protocol):
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(ABC):
     """Base of all steps; see the module for what each method promises."""
 
     verb: ClassVar[str]
     nested: ClassVar[dict[str, type]] = {}
 
     @property
-    def target(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def target(self) -> str: ...
 
+    @abstractmethod
     def ends(self) -> tuple[object, object]:
         """The states before and after, as the contract's `from` and `to`: text, number or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def undo_text(self) -> str | None:
         """What undoing it does, for people; None if nothing has to be undone."""
-        raise NotImplementedError
 
-    def inverse(self) -> Step | None:
-        raise NotImplementedError
+    @abstractmethod
+    def inverse(self) -> Step | None: ...
 
+    @abstractmethod
     def present(self, host: Host) -> bool:
         """Whether the target exists: what is gone needs no roll-back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, host: Host) -> None:
         """Raise Refused or NotFound if the target is another device or stands at neither end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, door: Door) -> None:
         """Converge on the state after. Raises KernelError, NotPermitted, NotFound or Stuck."""
-        raise NotImplementedError
 
-    def holds(self, host: Host) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def holds(self, host: Host) -> bool: ...
 
 
 def drifted(target: str, found: object, before: object, after: object) -> Refused:
@@ -96,17 +97,17 @@ class SetAttribute(Step):
     """
 
     @property
-    def path(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def path(self) -> str: ...
 
     @property
+    @abstractmethod
     def values(self) -> tuple[str | None, str]:
         """The texts before and after."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turned(self, value: str) -> Step:
         """The step that sets the value before."""
-        raise NotImplementedError
 
     def inverse(self) -> Step | None:
         before = self.values[0]

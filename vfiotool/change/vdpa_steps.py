@@ -102,5 +102,5 @@ class SetVdpaAutoprobe(SetAttribute):
     def values(self) -> tuple[str, str]:
         return str(int(self.before)), str(int(self.after))
 
-    def inverse(self) -> Step:
-        return replace(self, before=self.after, after=self.before)
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=value == "1")
