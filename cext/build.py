@@ -1,12 +1,13 @@
 """Builds vfiotool's two C extensions; named in pyproject.toml, so that no setup.py is needed.
 
-`vfiotool._native` is cffi's API mode: its C is generated at build time from `native.cdef.h`,
-compiled against the real headers, and not committed. `vfiotool._mmio` is a type written by hand
+`vfiotool._native` is cffi's API mode: its C is generated at build time from the library's headers,
+compiled against them, and not committed. `vfiotool._mmio` is a type written by hand
 (see `mmio_module.c`). Both keep to Python's stable ABI.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sysconfig
 import tomllib
@@ -17,14 +18,14 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 
-# One header a concern; a new one is named here and in pyproject.toml's list of sources.
+# What vfio/native.py sees of the library, one header a concern; a new one is named here and in
+# pyproject.toml. `ioctl.h` is for the library itself, `mmio.h` for `vfiotool._mmio`.
 HEADERS = (
-    "ioctl.h",
+    "handle.h",
     "vfio.h",
     "dma.h",
     "iommufd.h",
     "irq.h",
-    "mmio.h",
     "nvme_queue.h",
     "nvme_load.h",
     "gfx.h",
@@ -34,10 +35,17 @@ HEADERS = (
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 
 
+def declarations(header: str) -> str:
+    """A header as cffi reads it: no comments, and of the preprocessor's lines only constants."""
+    text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    return re.sub(r"^#(?!define \w+ \w).*\n", "", text, flags=re.MULTILINE)
+
+
 def interface() -> FFI:
-    """The library as `native.cdef.h` declares it, ready to be emitted."""
+    """The library as its headers declare it, ready to be emitted."""
     ffi = FFI()
-    ffi.cdef((HERE / "native.cdef.h").read_text())
+    for name in HEADERS:
+        ffi.cdef(declarations((HERE / name).read_text()))
     includes = "".join(f'#include "{name}"\n' for name in HEADERS)
     ffi.set_source("vfiotool._native", includes, py_limited_api=True)
     return ffi

@@ -4,19 +4,12 @@
 
 #include <stdint.h>
 
+#include "handle.h"
+
 /* ioctl(2) as this library calls it: the result if it is not negative, otherwise -errno. */
 int vt_ioctl(int fd, unsigned long request, void *argument);
-/* open(2) with O_RDWR | O_CLOEXEC: a descriptor or -errno. */
-int vt_open(const char *path);
-/* close(2): 0 or -errno. Never repeated: the descriptor is gone even after EINTR. */
-int vt_close(int fd);
 /* A whole-call passage for anything that is not an ioctl: 0, or -errno if it is to fail here. */
 int vt_fault_point(void);
-
-/* Test builds (VT_FAULT_INJECTION): let the `nth` call from now (1 is the next) fail with
- * `error`; 0 switches injection off. Returns the number of calls seen since the last setting, or
- * -ENOSYS in a build without injection. */
-long vt_fault_set(long nth, int error);
 
 /* Info ioctls: `argsz` protocol of vfio.h. Zeroes `buffer` (`size` bytes), asks with `base` bytes,
  * asks again with what the kernel says it needs. `index_at` is where `index` goes (0 for none).
