@@ -6,10 +6,10 @@ finding a user, and says what it could not see. All of it is reading.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vfiotool.host import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, SYS_VDPA_DEVICES, Host
-from vfiotool.inventory import Inventory
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.pci import PciFunction, read_function
 from vfiotool.sriov import read_vfs
@@ -22,21 +22,23 @@ from vfiotool.usage_storage import storage_usage
 
 __all__ = ["Blocker", "Usage", "blockers", "survey"]
 
+_NONE: Mapping[str, PciFunction] = {}
 
-def blockers(host: Host, address: str, inventory: Inventory | None = None) -> tuple[Blocker, ...]:
+
+def blockers(
+    host: Host, address: str, functions: Mapping[str, PciFunction] = _NONE
+) -> tuple[Blocker, ...]:
     """What uses a function, mdev or vDPA device now; empty if nothing does. See `survey`."""
-    return survey(host, address, inventory).blockers
+    return survey(host, address, functions).blockers
 
 
-def survey(host: Host, address: str, inventory: Inventory | None = None) -> Usage:
+def survey(host: Host, address: str, functions: Mapping[str, PciFunction] = _NONE) -> Usage:
     """Everything that uses a PCI function (by full address), mdev (UUID) or vDPA device (name).
 
-    A device that is gone has no users. `inventory` saves reading the function
-    again; usage itself is always read anew.
+    A device that is gone has no users. Functions that have been read already (by address) are not
+    read again; usage itself is always read anew.
     """
-    function = inventory.by_address.get(address) if inventory is not None else None
-    if function is None:
-        function = read_function(host, address)
+    function = functions.get(address) or read_function(host, address)
     if function is None:
         path = host.realpath(f"{SYS_MDEV_DEVICES}/{address}")
         if path is not None:

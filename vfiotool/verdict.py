@@ -90,7 +90,7 @@ def explain(host: Host, inventory: Inventory, address: str) -> Verdict:
 def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -> Verdict:
     number = function.iommu_group
     group = None if number is None else inventory.by_group.get(number) or read_group(host, number)
-    usage = survey(host, function.address, inventory)
+    usage = survey(host, function.address, inventory.by_address)
     blockers = list(usage.blockers)
     notes = [f"not seen: {text}" for text in usage.unseen]
     blockers += _iommu_blockers(host, inventory, function, group)
@@ -98,7 +98,7 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
     others = _other_members(function.address, group)
     for member in others:
         blockers.append(_group_member(function.address, member, group))
-        blockers += survey(host, member[0], inventory).blockers
+        blockers += survey(host, member[0], inventory.by_address).blockers
     if group is not None and len(group.devices) > 1:
         members = {member.address for member in group.devices}
         mergers = find_mergers(host, function.address, function.path, members)
@@ -131,7 +131,7 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
 def _explain_mdev(host: Host, inventory: Inventory, mdev: Mdev) -> Verdict:
     """An mdev needs no IOMMU of the host's: its parent's driver isolates it."""
     group = None if mdev.iommu_group is None else inventory.by_group.get(mdev.iommu_group)
-    usage = survey(host, mdev.uuid, inventory)
+    usage = survey(host, mdev.uuid, inventory.by_address)
     found = list(usage.blockers)
     driver = next(
         (m.driver for m in (group.devices if group else ()) if m.address == mdev.uuid), None

@@ -67,15 +67,16 @@ def plan_once(root: str, path: str) -> dict[str, float]:
     }
 
 
-def run_command(command: list[str]) -> tuple[float, float]:
-    """Wall and processor seconds of a whole process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def run_command(command: list[str]) -> tuple[float, float, float]:
+    """Wall and processor seconds and the peak in MiB of a whole process."""
     begun = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
     wall = time.perf_counter() - begun
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return wall, spent
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
+    return wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -103,11 +104,9 @@ def main() -> None:
         for key in ("policy_s", "host_s", "plan_s", "wall_s", "processor_s", "peak_mib"):
             print(f"  {key:12} {statistics.median(run[key] for run in runs):8.3f}")
         command = [sys.executable, "-m", "vfiotool", "--root", root, "plan", path, "--json"]
-        walls = [run_command(command) for _ in range(options.runs)]
-        print(
-            f"  the command: {statistics.median(wall for wall, _ in walls):.3f} s wall, "
-            f"{statistics.median(spent for _, spent in walls):.3f} s of processor"
-        )
+        found = [run_command(command) for _ in range(options.runs)]
+        wall, spent, peak = (statistics.median(values) for values in zip(*found, strict=True))
+        print(f"  the command: {wall:.3f} s wall, {spent:.3f} s of processor, peak {peak:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from vfiotool.change.vdpa_steps import SetVdpa
 from vfiotool.errors import Refused, UsageError
 from vfiotool.host import Host
 from vfiotool.iommu import is_vfio_driver
+from vfiotool.pci import read_functions
 from vfiotool.usage import Blocker, blockers
 
 # The kinds of CONTRACT that tell why a passed-through device would not work. They are no reason
@@ -41,9 +42,13 @@ class Allowance:
 def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
     """Every use of the host that these steps would cut off, each once."""
     found: dict[Blocker, None] = {}
+    steps = tuple(steps)
+    taken = [s.address for s in steps if isinstance(s, BindDriver) and s.bus == "pci"]
+    # All at once: what tells a VF's index is then read once for each card.
+    functions = {item.address: item for item in read_functions(host, taken, links=False)}
     for step in steps:
         if isinstance(step, BindDriver) and _takes_away(step):
-            found.update(dict.fromkeys(blockers(host, step.address)))
+            found.update(dict.fromkeys(blockers(host, step.address, functions)))
         elif isinstance(step, SetMdev) and not step.exists:
             found.update(dict.fromkeys(blockers(host, step.uuid)))
         elif isinstance(step, SetVdpa) and not step.exists:

@@ -75,10 +75,11 @@ def plan_policy(policy: Policy, facts: PolicyFacts, *, absent_ok: bool = False) 
         with _rule(draft, device.place, f"[[device]] {device.match}"):
             for address in _expected(names, device.count, str(device.match)):
                 _plan_device(draft, device, address)
+    changed = {step.target for step in draft.steps}
     for device, names in zip(policy.devices, facts.devices, strict=True):
         with _rule(draft, device.place, ""):
             for address in names:
-                if any(step.target == address for step in draft.steps):
+                if address in changed:
                     _refuse_unviable(draft, address)
     for mdev in policy.mdevs:
         with _rule(draft, mdev.place, f"[[mdev]] {mdev.uuid}"):

@@ -120,7 +120,7 @@ def findings(
     if device.is_mdev or (device.function is not None and _on_vfio(device.function)):
         found += [
             Finding(device.name, "held", blocker.detail, f"ps -fp {_pid(blocker.evidence)}")
-            for blocker in blockers(host, device.name, inventory)
+            for blocker in blockers(host, device.name, inventory.by_address)
             if blocker.kind == "open-file"
         ]
         node = f"{DEV_VFIO}/{device.iommu_group}"
