@@ -111,6 +111,22 @@ def test_a_bridge_port_names_the_bridge_and_what_the_bridge_carries(small: Small
     assert second.detail == "br0 (over eth1) has 10.0.2.15/24"
 
 
+def test_a_team_port_names_the_team_and_what_it_carries(small: SmallHost) -> None:
+    """Nothing in sysfs tells a team: the kernel's link messages do."""
+    path = small.network(NIC, "eth1")
+    team = small.virtual_interface("team0", "team", path)
+    small.link(f"{path}/master", team)
+    small.file(f"{team}/uevent", "INTERFACE=team0\nIFINDEX=7")
+    small.file("/proc/vfiotool/net-kinds", "team0\tteam")
+    small.addresses(("team0", "10.0.2.15/24"))
+    first, second = blockers(small.host(), NIC)
+    assert (first.kind, first.subject) == ("bridge-or-bond", "team0")
+    assert first.detail == "eth1 is a port of the team team0"
+    assert first.evidence == "/sys/class/net/eth1/master leads to team0"
+    assert first.remedy == "ip link set eth1 nomaster"
+    assert second.detail == "team0 (over eth1) has 10.0.2.15/24"
+
+
 def test_a_vlan_over_a_bond_is_found_through_both(small: SmallHost) -> None:
     path = small.network(NIC, "eth1")
     bond = small.virtual_interface("bond0", "bond", path)
@@ -341,6 +357,7 @@ TABLES = (
     "/proc/vfiotool/mounts",
     "/proc/vfiotool/open-nodes",
     "/proc/vfiotool/addresses",
+    "/proc/vfiotool/net-kinds",
     "/proc/vfiotool/net-namespaces",
     "/proc/vfiotool/caller",
     "/proc/self/mountinfo",

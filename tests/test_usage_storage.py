@@ -80,6 +80,48 @@ def test_holders_are_followed_through_every_layer(small: SmallHost) -> None:
     assert entries["dm-0"].evidence == "/sys/class/block/md0/holders/dm-0"
 
 
+def test_a_multipath_map_over_two_controllers_blocks_both(small: SmallHost) -> None:
+    """As multipath-tools maps them, where native NVMe multipath is off."""
+    second = "0000:02:00.0"
+    small.nvme(second, "nvme1n1", "259:1")
+    for address, name in ((DISK, "nvme0n1"), (second, "nvme1n1")):
+        base = f"/sys/devices/pci0000:00/{address}/nvme/{name[:-2]}/{name}"
+        small.block(name, base, f"259:{name[4]}", holders=["dm-0"])
+    small.block("dm-0", "/sys/devices/virtual/block/dm-0", "253:0", holders=["dm-1"])
+    small.file("/sys/devices/virtual/block/dm-0/dm/uuid", "mpath-eui.0123")
+    small.file("/sys/devices/virtual/block/dm-0/dm/name", "mpatha")
+    small.block("dm-1", "/sys/devices/virtual/block/dm-1", "253:1")
+    small.file("/sys/devices/virtual/block/dm-1/dm/uuid", "part1-mpath-eui.0123")
+    small.file("/sys/devices/virtual/block/dm-1/dm/name", "mpatha-part1")
+    small.mounts(mount("253:1", "/srv", "/dev/mapper/mpatha-part1"))
+    for address, name in ((DISK, "nvme0n1"), (second, "nvme1n1")):
+        entries = {entry.subject: entry for entry in blockers(small.host(), address)}
+        assert set(entries) == {"dm-0", "dm-1", "/srv"}
+        assert entries["dm-0"].detail == f"{name} is part of dm-0 (multipath map mpatha)"
+        assert entries["dm-0"].evidence == f"/sys/class/block/{name}/holders/dm-0"
+        assert entries["dm-0"].remedy == "multipath -f mpatha"
+        assert entries["dm-1"].detail.endswith("dm-1 (device-mapper device mpatha-part1)")
+        assert entries["dm-1"].remedy == "dmsetup remove mpatha-part1"
+        assert entries["/srv"].detail.startswith(f"{name} > dm-0 > dm-1 is mounted on /srv")
+
+
+def test_a_bcache_set_blocks_the_disk_and_its_cache(small: SmallHost) -> None:
+    cache = "0000:02:00.0"
+    small.nvme(cache, "nvme1n1", "259:1")
+    for address, name in ((DISK, "nvme0n1"), (cache, "nvme1n1")):
+        base = f"/sys/devices/pci0000:00/{address}/nvme/{name[:-2]}/{name}"
+        small.block(name, base, f"259:{name[4]}", holders=["bcache0"])
+    small.block("bcache0", "/sys/devices/virtual/block/bcache0", "252:0")
+    # A link to the backing disk's own folder (drivers/md/bcache/super.c, bch_cached_dev_run).
+    small.folders.add("/sys/devices/virtual/block/bcache0/bcache")
+    small.mounts(mount("252:0", "/srv", "/dev/bcache0"))
+    for address, name in ((DISK, "nvme0n1"), (cache, "nvme1n1")):
+        entries = {entry.subject: entry for entry in blockers(small.host(), address)}
+        assert entries["bcache0"].detail == f"{name} is part of bcache0 (bcache)"
+        assert entries["bcache0"].remedy == "echo 1 > /sys/class/block/bcache0/bcache/stop"
+        assert entries["/srv"].detail.startswith(f"{name} > bcache0 is mounted on /srv")
+
+
 def test_a_partition_of_a_stacked_device_belongs_to_it(small: SmallHost) -> None:
     base = f"/sys/devices/pci0000:00/{DISK}/nvme/nvme0/nvme0n1"
     small.block("nvme0n1", base, "259:0", holders=["md0"])

@@ -78,6 +78,7 @@ DEV_SHM = "/dev/shm"
 # text under the same name.
 OBSERVED = "/proc/vfiotool/"
 NET_ADDRESSES = OBSERVED + "addresses"
+NET_KINDS = OBSERVED + "net-kinds"
 NET_NAMESPACES = OBSERVED + "net-namespaces"
 NET_CALLER = OBSERVED + "caller"
 OPEN_NODES = OBSERVED + "open-nodes"

@@ -6,6 +6,7 @@ characters in names are escaped. A line that begins with `!` counts what could n
 why: without root much is hidden, and an answer must say so.
 
     addresses           interface, address/prefix
+    net-kinds           interface, kind of a virtual one (`team`, `macvlan`)
     net-namespaces      pid, interface, its device's path below /sys, addresses with commas
     caller              server address, client address of the SSH session of the caller, if any
     open-nodes          pid, command, node, the device's path below /sys
@@ -32,6 +33,7 @@ from vfiotool.host import (
     MOUNTS,
     NET_ADDRESSES,
     NET_CALLER,
+    NET_KINDS,
     NET_NAMESPACES,
     OPEN_NODES,
     OTHER_TOOLS,
@@ -245,6 +247,13 @@ def addresses() -> str:
     return "".join(f"{name}\t{cidr}\n" for name, cidr in read_addresses())
 
 
+def net_kinds() -> str:
+    """The virtual interfaces of this network namespace and what they are, by rtnetlink."""
+    from vfiotool.netlink_route import read_links
+
+    return "".join(f"{_plain(link.name)}\t{link.kind}\n" for link in read_links() if link.kind)
+
+
 def net_namespaces() -> str:
     """Interfaces with a parent device that live in other network namespaces."""
     from vfiotool.netlink_route import read_addresses, read_links
@@ -369,6 +378,7 @@ def _plain(text: str) -> str:
 
 _MAKERS: dict[str, Callable[[], str]] = {
     NET_ADDRESSES: addresses,
+    NET_KINDS: net_kinds,
     NET_NAMESPACES: net_namespaces,
     NET_CALLER: caller,
     OPEN_NODES: open_nodes,

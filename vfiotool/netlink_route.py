@@ -33,10 +33,12 @@ _IFADDR = struct.Struct("=BBBBI")
 _IFA_ADDRESS = 1
 _IFA_LOCAL = 2
 _IFLA_IFNAME = 3
+_IFLA_LINKINFO = 18
 _IFLA_VFINFO_LIST = 22
 _IFLA_EXT_MASK = 29
 _IFLA_PARENT_DEV_NAME = 56
 _IFLA_PARENT_DEV_BUS_NAME = 57
+_IFLA_INFO_KIND = 1
 _RTEXT_FILTER_VF = 1
 _IFLA_VF_INFO = 1
 _IFLA_VF_MAC = 1
@@ -51,13 +53,17 @@ _IFF_UP = 1
 
 @dataclass(frozen=True, slots=True)
 class NetLink:
-    """One interface. Its parent device by bus and name there: a PCI address, `virtio2`."""
+    """One interface. Its parent device by bus and name there: a PCI address, `virtio2`.
+
+    `kind` is what a virtual one is (`bridge`, `team`, `macvlan`); None for a card's own.
+    """
 
     index: int
     name: str
     up: bool
     parent_bus: str | None
     parent_device: str | None
+    kind: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +95,14 @@ def parse_link(payload: bytes) -> NetLink:
     """One RTM_NEWLINK. The parent is told since Linux 5.14 (IFLA_PARENT_DEV_NAME)."""
     _, _, index, flags, _ = _IFINFO.unpack_from(payload)
     attributes = parse_attributes(payload[_IFINFO.size :])
+    info = parse_attributes(attributes.get(_IFLA_LINKINFO, b""))
     return NetLink(
         index=index,
         name=as_text(attributes.get(_IFLA_IFNAME)) or "",
         up=bool(flags & _IFF_UP),
         parent_bus=as_text(attributes.get(_IFLA_PARENT_DEV_BUS_NAME)),
         parent_device=as_text(attributes.get(_IFLA_PARENT_DEV_NAME)),
+        kind=as_text(info.get(_IFLA_INFO_KIND)),
     )
 
 

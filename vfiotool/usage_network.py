@@ -17,6 +17,7 @@ from typing import Protocol
 from vfiotool.host import (
     NET_ADDRESSES,
     NET_CALLER,
+    NET_KINDS,
     NET_NAMESPACES,
     PROC,
     PROC_PPPOE,
@@ -129,7 +130,10 @@ def _kind_of(host: Host, name: str) -> str:
         return "bond"
     if name == "ovs-system":
         return "Open vSwitch datapath"
-    return parse_uevent(host.read(f"{base}/uevent") or "").get("DEVTYPE", "interface")
+    told = parse_uevent(host.read(f"{base}/uevent") or "").get("DEVTYPE")
+    # Teams and macvlans have no DEVTYPE.
+    kinds = {} if told else dict(f for f in observed_lines(host, NET_KINDS)[0] if len(f) == 2)
+    return told or kinds.get(name, "interface")
 
 
 def _routes(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:

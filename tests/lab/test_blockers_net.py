@@ -142,15 +142,16 @@ def test_a_bridge_port(clean: ExitStack, nic: str) -> None:
     assert_passable(nic)
 
 
-def test_a_bond_member(clean: ExitStack, nic: str) -> None:
-    need("bonding")
+@pytest.mark.parametrize("kind", ["bond", "team"])
+def test_a_bond_or_team_member(clean: ExitStack, nic: str, kind: str) -> None:
+    need({"bond": "bonding"}.get(kind, kind))
     name = interface(nic)
-    run("ip", "link", "add", "bond7", "type", "bond")
-    clean.callback(run, "ip", "link", "delete", "bond7")
+    run("ip", "link", "add", "upper7", "type", kind)
+    clean.callback(run, "ip", "link", "delete", "upper7")
     run("ip", "link", "set", name, "down")
-    run("ip", "link", "set", name, "master", "bond7")
+    run("ip", "link", "set", name, "master", "upper7")
     (entry,) = blockers(nic, "bridge-or-bond")
-    assert entry["detail"] == f"{name} is a port of the bond bond7"
+    assert entry["detail"] == f"{name} is a port of the {kind} upper7"
     run("ip", "link", "set", name, "nomaster")
     run("ip", "link", "set", name, "down")
     assert_passable(nic)
@@ -164,9 +165,7 @@ def test_an_interface_on_top(clean: ExitStack, nic: str, kind: str) -> None:
     run("ip", "link", "add", "upper7", "link", name, "type", kind, *more)
     clean.callback(run, "ip", "link", "delete", "upper7")
     (entry,) = blockers(nic, "bridge-or-bond")
-    # A macvlan does not tell sysfs what it is.
-    shown = {"vlan": "vlan", "macvlan": "interface"}[kind]
-    assert entry["detail"] == f"the {shown} upper7 stands on {name}"
+    assert entry["detail"] == f"the {kind} upper7 stands on {name}"
     assert Path(entry["evidence"]).is_symlink()
 
 
