@@ -1,4 +1,7 @@
-"""The summary's last lines: what the tests inside guests came to, and why some were skipped."""
+"""For all tests: commands' JSON is held against its schema, and the summary counts guests' tests.
+
+The summary's last lines tell what the tests inside guests came to, and why some were skipped.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,20 @@ from typing import Any
 
 import pytest
 from guest_runs import PROOFS_WANTED
+
+from tests.printed import listen, schema_of
+
+
+def hold_against_schema(command: str, payload: dict[str, Any]) -> None:
+    """Fails the test whose command printed something else than what is published."""
+    from schemas import faults
+
+    wrong = faults(schema_of(command, payload), payload)
+    assert not wrong, f"what `{command}` printed is not as published: {wrong[:5]}"
+
+
+# Here and not in a fixture: before any test imports the modules of commands.
+listen(hold_against_schema)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

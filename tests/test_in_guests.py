@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from guest_runs import GuestRuns, Outcome, Place, left_out, places
+from schemas import faults
+
+from tests.printed import schema_of
 
 CASES = places()
 
@@ -39,14 +42,23 @@ def test_file_in_guest(
         pytest.skip(f"no lab guest with {place.kernel} as {place.machine}: {outcome.unavailable}")
     record_property("guest", _tally(place, outcome))
     failed = outcome.of("failed")
-    if failed or outcome.lost:
-        parts = [f"{row['test']}\n{row['text']}" for row in failed]
+    unlike = list(_unlike_published(outcome))
+    if failed or unlike or outcome.lost:
+        parts = [f"{row['test']}\n{row['text']}" for row in failed] + unlike
         parts += [f"the guest was lost: {outcome.lost}"] if outcome.lost else []
         pytest.fail("\n\n".join(parts), pytrace=False)
     if not outcome.of("passed"):
         reasons = Counter(row["text"] for row in outcome.of("skipped"))
         assert reasons, f"{file} has no tests"
         pytest.skip("; ".join(reasons))
+
+
+def _unlike_published(outcome: Outcome) -> Iterator[str]:
+    """What commands printed in the guest that their schemas do not describe."""
+    for row in outcome.of("printed"):
+        wrong = faults(schema_of(row["command"], row["payload"]), row["payload"])
+        if wrong:
+            yield f"{row['test']}\nwhat `{row['command']}` printed: {'; '.join(wrong[:5])}"
 
 
 def _tally(place: Place, outcome: Outcome) -> dict[str, object]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from jsonschema import Draft202012Validator
-from reading import PLAIN, reading_commands, run
+from reading import reading_commands, run
 from schemas import FOLDER, NAMES, faults
 
+from tests.printed import SCHEMA_OF, WITHOUT, command_of
 from vfiotool.cli.app import COMMANDS, main
+from vfiotool.cli.frame import application
 from vfiotool.cli.watch import event_as_json
 from vfiotool.errors import VfiotoolError
 from vfiotool.host import Host
@@ -125,7 +129,42 @@ def test_an_undescribed_field_and_a_missing_one_are_found() -> None:
     assert faults("groups", good, strict=False)
 
 
-def test_every_reading_command_has_a_schema() -> None:
-    assert set(PLAIN) <= set(NAMES)
-    assert {"show", "why", "watch", "snapshot", "snapshot-diff", "error"} <= set(NAMES)
-    assert {command for command in COMMANDS if command in NAMES} >= {"groups", "devices", "doctor"}
+def leaves(group: Any, before: str = "") -> set[str]:
+    """All commands by their full names."""
+    found: set[str] = set()
+    for name, command in group.commands.items():
+        whole = f"{before}{name}"
+        found |= leaves(command, f"{whole} ") if hasattr(command, "commands") else {whole}
+    return found
+
+
+def test_every_command_has_a_schema_and_every_schema_a_command() -> None:
+    areas = [import_module(f"vfiotool.cli.{area}") for area in sorted(set(COMMANDS.values()))]
+    commands = leaves(typer.main.get_command(application(areas)))
+    # `snapshot diff A B` is told from `snapshot FILE` by its arguments.
+    assert commands | {"snapshot diff"} == SCHEMA_OF.keys() | WITHOUT
+    assert {*SCHEMA_OF.values(), "common", "error"} == set(NAMES)
+
+
+def test_what_any_command_prints_during_a_test_is_held_against_its_schema(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vfiotool import verdict
+
+    monkeypatch.setattr(verdict.Verdict, "as_json", lambda _: {"passable": "perhaps"})
+    with pytest.raises(AssertionError, match="what `why` printed is not as published"):
+        run(["why", "02:01.0"], str(HOSTS / "shared-group"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["--json", "--root", "why", "show", "01:00.0"], "show"),
+        (["device", "state", "save", "x", "--output", "f"], "device state save"),
+        (["snapshot", "diff", "a", "b"], "snapshot diff"),
+        (["snapshot", "file"], "snapshot"),
+        (["--debug", "vf", "set", "01:00.0", "2"], "vf set"),
+    ],
+)
+def test_the_command_is_known_by_its_words(arguments: list[str], command: str) -> None:
+    assert command_of(arguments) == command

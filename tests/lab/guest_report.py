@@ -1,13 +1,20 @@
-"""A pytest plugin for the guest: each test's outcome as one line of JSON on descriptor 3."""
+"""A pytest plugin for the guest: each test's outcome as one line of JSON on descriptor 3.
+
+So are the objects that commands print: the host holds them against their schemas.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import pytest
 
+from tests.printed import listen
+
 REPORT_FD = 3
+_at_work = [""]
 
 
 def _send(**row: object) -> None:
@@ -25,7 +32,17 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         _send(file=file, test=report.nodeid, outcome="skipped", text=_reason(report))
 
 
+def _printed(command: str, payload: dict[str, Any]) -> None:
+    test = _at_work[0]
+    file = test.partition("::")[0]
+    _send(file=file, test=test, outcome="printed", command=command, payload=payload)
+
+
+listen(_printed)
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
+    _at_work[0] = nodeid
     _send(file=nodeid.partition("::")[0], test=nodeid, outcome="started")
 
 

@@ -16,11 +16,8 @@ from vfiotool.errors import UsageError
 EPILOG = "Exit codes: 1 the answer is no, 2 usage, 3 no such device, 4 refused, 5 kernel, 6 stuck."
 
 
-def run(modules: Iterable[ModuleType], arguments: list[str]) -> int:
-    """Run one command of the given area modules (each has `register(app)`); returns its code.
-
-    Raises UsageError for arguments that the command does not take.
-    """
+def application(modules: Iterable[ModuleType]) -> typer.Typer:
+    """The application with the commands of the given area modules (each has `register(app)`)."""
     app = typer.Typer(
         name="vfiotool",
         help="Hand Linux devices to virtual machines and user-space drivers.",
@@ -33,8 +30,17 @@ def run(modules: Iterable[ModuleType], arguments: list[str]) -> int:
     app.callback()(_globals)
     for module in modules:
         module.register(app)
+    return app
+
+
+def run(modules: Iterable[ModuleType], arguments: list[str]) -> int:
+    """Run one command of the given area modules; returns its code.
+
+    Raises UsageError for arguments that the command does not take.
+    """
+    command = typer.main.get_command(application(modules))
     try:
-        outcome = typer.main.get_command(app).main(arguments, "vfiotool", standalone_mode=False)
+        outcome = command.main(arguments, "vfiotool", standalone_mode=False)
     except typer.Abort:
         return 130
     except typer.TyperException as error:
