@@ -10,7 +10,15 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-BOOT_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
+# A virtio IOMMU's driver first: behind one the root's own device is not probed before it is there.
+BOOT_MODULES = (
+    "virtio_iommu",
+    "virtio_pci",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+)
 HERE = Path(__file__).parent
 
 
