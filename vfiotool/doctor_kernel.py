@@ -8,6 +8,7 @@ from vfiotool.doctor_distribution import Distribution
 from vfiotool.doctor_finding import (
     HUGEPAGES_PAGE,
     IOMMUFD_PAGE,
+    KVM_PAGE,
     LIMITS_PAGE,
     LOCKDOWN_PAGE,
     PARAMETERS_PAGE,
@@ -93,7 +94,7 @@ def _module(host: Host, distribution: Distribution, name: str) -> Finding:
         return Finding(check, "note", summary, evidence, remedy, VFIO_PAGE)
     if state == "unknown":
         summary = f"whether this kernel has {shown} cannot be told here"
-        return Finding(check, "note", summary, evidence)
+        return Finding(check, "note", summary, evidence, (), VFIO_PAGE)
     option = "CONFIG_" + name.upper()
     severity = _MODULES[name]
     if name == "vfio_iommu_type1" and host.exists(DEV_IOMMU):
@@ -133,7 +134,8 @@ def _memory_lock(host: Host) -> Finding:
     )
     exempt = status is not None and bool(int(status[1], 16) >> _CAP_IPC_LOCK & 1)
     if match is None:
-        return Finding("memory-lock", "note", "the limit on locked memory is unknown", path)
+        summary = "the limit on locked memory is unknown"
+        return Finding("memory-lock", "note", summary, path, (), LIMITS_PAGE)
     soft, hard = match.groups()
     evidence = f"{path}: Max locked memory {soft} {hard}"
     if exempt:
@@ -238,4 +240,4 @@ def _kvm(host: Host) -> Finding:
         return Finding("kvm", "ok", "KVM is available", f"{path} is there")
     summary = "there is no KVM: virtual machines will be emulated, and slow"
     remedy = ("modprobe kvm_intel || modprobe kvm_amd",)
-    return Finding("kvm", "note", summary, f"{path} is absent", remedy)
+    return Finding("kvm", "note", summary, f"{path} is absent", remedy, KVM_PAGE)
