@@ -216,8 +216,43 @@ def test_nothing_is_offered_that_would_take_the_root_file_system(small: SmallHos
     small.nvme(DISK, "nvme0n1", "259:0", group=1)
     small.mounts("self\t40 1 259:0 / / rw - ext4 /dev/nvme0n1 rw")
     verdict = ask(small, DISK)
-    assert not any(command.startswith("umount") for command in verdict.next)
-    assert "/ is on it: this device cannot be given away" in verdict.notes
+    assert verdict.next == ()
+    assert verdict.notes == (f"/ is on {DISK}: it cannot be given away",)
+
+
+def test_nothing_is_offered_for_the_volume_below_the_root_file_system(small: SmallHost) -> None:
+    small.nvme(DISK, "nvme0n1", "259:0", group=1)
+    base = f"/sys/devices/pci0000:00/{DISK}/nvme/nvme0/nvme0n1"
+    small.block("nvme0n1", base, "259:0", holders=["md0"])
+    small.block("md0", "/sys/devices/virtual/block/md0", "9:0")
+    small.file("/sys/devices/virtual/block/md0/md/level", "raid1")
+    small.mounts("self\t40 1 9:0 / / rw - ext4 /dev/md0 rw")
+    verdict = ask(small, DISK)
+    assert kinds(verdict) == [("mounted", DISK), ("storage-member", DISK)]
+    assert verdict.next == ()
+
+
+def test_no_command_cuts_the_callers_own_session_off_below_a_bridge(small: SmallHost) -> None:
+    port = small.network(NIC, "eth1")
+    bridge = small.virtual_interface("br0", "bridge", port)
+    small.link(f"{port}/master", bridge)
+    small.folders.add(f"{bridge}/bridge")
+    small.addresses(("br0", "10.0.2.15/24"))
+    small.file("/proc/vfiotool/caller", "10.0.2.15\t192.0.2.9")
+    verdict = ask(small, NIC)
+    assert kinds(verdict) == [("bridge-or-bond", NIC), ("route", NIC)]
+    assert verdict.next == ()
+    assert verdict.notes == ("you are logged in over br0: log in by another way first",)
+
+
+def test_a_display_is_taken_by_a_command_that_says_what_it_cuts_off(small: SmallHost) -> None:
+    path = small.function(EDU, class_code="030000", driver="bochs-drm", group=3)
+    small.file(f"{path}/boot_vga", "1")
+    small.link("/sys/class/drm/card0-Virtual-1", f"{path}/drm/card0/card0-Virtual-1")
+    small.file(f"{path}/drm/card0/card0-Virtual-1/enabled", "enabled")
+    assert ask(small, EDU).next[0] == (
+        f"vfiotool bind {EDU} --allow boot-vga:{EDU} --allow display:card0-Virtual-1"
+    )
 
 
 def test_what_could_not_be_seen_is_a_note(small: SmallHost) -> None:

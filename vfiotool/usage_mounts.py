@@ -26,6 +26,8 @@ from vfiotool.usage_layers import Layer, block_name, chain_text
 # A use, and the function's own block device that it came through.
 Use = tuple[str, Blocker]
 
+# What makes a host unusable at once when it is taken away.
+_VITAL = {"/", "/usr", "/boot", "/boot/efi", "/etc", "/var", "/nix", "/nix/store"}
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -95,13 +97,15 @@ def mounted(
 
 def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
     where = "" if mount.pid == "self" else f" in the mount namespace of pid {mount.pid}"
+    vital = mount.point in _VITAL
     return Blocker(
         "mounted",
         address,
         mount.point,
         f"{chain_text(layer)} is mounted on {mount.point} ({mount.type}){where}",
         f"{PROC}/{mount.pid}/mountinfo: {mount.number} {mount.point} from {mount.source}",
-        _unmount(mount),
+        None if vital else _unmount(mount),
+        vital,
     )
 
 

@@ -58,13 +58,15 @@ def network_usage(host: Host, function: Placed) -> Usage:
     unseen: list[str] = []
     if own or (function.class_code or "").startswith("02"):
         stacks = {name: _stack_on(host, name) for name in own}
+        carriers = {upper: chain for stack in stacks.values() for upper, chain in stack.items()}
+        routes = _routes(host, function.address, carriers)
+        vital = {piece for route in routes if route.vital for piece in carriers[route.subject]}
         found += [
             blocker
             for name, stack in stacks.items()
-            for blocker in _memberships(host, function.address, name, stack)
+            for blocker in _memberships(host, function.address, name, stack, vital)
         ]
-        carriers = {upper: chain for stack in stacks.values() for upper, chain in stack.items()}
-        found += _routes(host, function.address, carriers)
+        found += routes
         found += _pppoe(host, function.address, carriers)
         elsewhere, unseen = _other_namespaces(host, function)
         found += elsewhere
@@ -102,8 +104,9 @@ def _uppers(host: Host, name: str) -> list[str]:
 
 
 def _memberships(
-    host: Host, address: str, name: str, stack: dict[str, tuple[str, ...]]
+    host: Host, address: str, name: str, stack: dict[str, tuple[str, ...]], vital: set[str]
 ) -> list[Blocker]:
+    """What the interface belongs to or carries; `vital` are those that the caller comes over."""
     master = host.linkname(f"{SYS_NET}/{name}/master")
     found = []
     for upper, chain in stack.items():
@@ -118,7 +121,10 @@ def _memberships(
             detail = f"the {kind} {upper} stands on {name}"
             evidence = f"{SYS_NET}/{name}/upper_{upper}"
             remedy = f"ip link delete {shlex.quote(upper)}"
-        found.append(Blocker("bridge-or-bond", address, upper, detail, evidence, remedy))
+        ends = None if upper in vital else remedy
+        found.append(
+            Blocker("bridge-or-bond", address, upper, detail, evidence, ends, upper in vital)
+        )
     return found
 
 
@@ -157,19 +163,18 @@ def _routes(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> l
         if own_routes:
             tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
             evidence.append(f"{', '.join(sorted(tables))} name {name}")
-        if caller is not None and caller[0] in {
-            cidr.partition("/")[0] for cidr in addresses.get(name, [])
-        }:
+        hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
+        vital = caller is not None and caller[0] in hosts
+        if caller is not None and vital:
             facts.append(f"carries your SSH session from {caller[1]} to {caller[0]}")
             evidence.append("SSH_CONNECTION")
         if facts:
             through = "" if len(chain) == 1 else f" (over {' > '.join(chain[:-1])})"
             detail = f"{name}{through} {', '.join(facts)}"
             # The end of one's own session is nothing to type blindly.
-            remedy = None
-            if "SSH_CONNECTION" not in evidence:
-                remedy = f"ip address flush dev {shlex.quote(name)}"
-            found.append(Blocker("route", address, name, detail, "; ".join(evidence), remedy))
+            remedy = None if vital else f"ip address flush dev {shlex.quote(name)}"
+            where = "; ".join(evidence)
+            found.append(Blocker("route", address, name, detail, where, remedy, vital))
     return found
 
 

@@ -9,6 +9,7 @@ the host itself use it.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,8 +43,9 @@ _DENIED = {
         *("0b25", "0cfe"),
     )
 }
-# What makes a host unusable at once when it is taken away: no command is offered for it.
-_VITAL = {"/", "/usr", "/boot", "/boot/efi", "/etc", "/var", "/nix", "/nix/store"}
+# Uses that end when the driver lets go, and in no other way: binding is told to cut them off.
+_ENDED_BY_BINDING = ("boot-vga", "display", "console")
+_HOPELESS = ("no-iommu", "no-driver", "reserved-direct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,11 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
         notes.append(f"the kernel is locked down ({lockdown[1]}), which does not stop VFIO")
     on_vfio = function.driver is not None and is_vfio_driver(function.driver)
     found = tuple(dict.fromkeys(blockers))
-    commands = [*_remedies(host, found, notes)]
-    whole = " --whole-group" if others else ""
-    if not any(blocker.kind in ("no-iommu", "no-driver", "reserved-direct") for blocker in found):
+    notes += _farewells(found)
+    commands = [*_remedies(host, found)]
+    if not any(blocker.vital or blocker.kind in _HOPELESS for blocker in found):
         if not on_vfio or others:
-            commands.append(f"vfiotool bind {function.address}{whole}")
+            commands.append(_bind_command(function.address, found, whole_group=bool(others)))
         commands += [
             f"vfiotool vm check {function.address}",
             f"vfiotool vm qemu {function.address}",
@@ -143,7 +145,7 @@ def _explain_mdev(host: Host, inventory: Inventory, mdev: Mdev) -> Verdict:
         remedy = f"vfiotool mdev remove {mdev.uuid}"
         found.append(Blocker("no-driver", mdev.uuid, mdev.uuid, detail, evidence, remedy))
     notes = [f"not seen: {text}" for text in usage.unseen]
-    commands = [*_remedies(host, tuple(found), notes)]
+    commands = [*_remedies(host, tuple(found))]
     if not found:
         commands += [f"vfiotool vm check {mdev.uuid}", f"vfiotool vm qemu {mdev.uuid}"]
     return Verdict(mdev.uuid, not found, group, tuple(found), tuple(commands), tuple(notes))
@@ -231,11 +233,30 @@ def _driver_blockers(host: Host, function: PciFunction) -> list[Blocker]:
     return [Blocker("no-driver", address, address, detail, evidence)]
 
 
-def _remedies(host: Host, blockers: tuple[Blocker, ...], notes: list[str]) -> Iterable[str]:
-    """The commands that end each use, those that stand on others first."""
+def _farewells(blockers: tuple[Blocker, ...]) -> Iterable[str]:
+    """Why nothing is offered that would end a vital use."""
     for blocker in blockers:
-        if blocker.kind == "mounted" and blocker.subject in _VITAL:
-            notes.append(f"{blocker.subject} is on it: this device cannot be given away")
+        if blocker.vital and blocker.kind == "mounted":
+            yield f"{blocker.subject} is on {blocker.device}: it cannot be given away"
+        elif blocker.vital and blocker.kind == "route":
+            yield f"you are logged in over {blocker.subject}: log in by another way first"
+
+
+def _bind_command(address: str, blockers: tuple[Blocker, ...], *, whole_group: bool) -> str:
+    """The command that takes the device, once what has a command of its own has been ended."""
+    words = ["vfiotool", "bind", address, *(["--whole-group"] if whole_group else [])]
+    for blocker in blockers:
+        if blocker.remedy is None and blocker.kind in _ENDED_BY_BINDING:
+            words += ["--allow", f"{blocker.kind}:{blocker.subject}"]
+    return shlex.join(words)
+
+
+def _remedies(host: Host, blockers: tuple[Blocker, ...]) -> Iterable[str]:
+    """The commands that end each use, those that stand on others first.
+
+    Of what stands below a vital use none: it would fail, or cut the host off all the same.
+    """
+    kept = {blocker.device for blocker in blockers if blocker.vital}
     order = ("open-file", "swap", "mounted", "storage-member", "route", "bridge-or-bond")
     ranked = sorted(
         enumerate(blockers),
@@ -248,7 +269,7 @@ def _remedies(host: Host, blockers: tuple[Blocker, ...], notes: list[str]) -> It
     for _, blocker in ranked:
         if blocker.kind == "no-iommu":
             yield from _iommu_commands(host)
-        elif blocker.remedy is not None and blocker.subject not in _VITAL:
+        elif blocker.remedy is not None and blocker.device not in kept:
             yield blocker.remedy
 
 
