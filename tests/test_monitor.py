@@ -82,7 +82,8 @@ def test_a_vf_that_is_linked_late_is_told_when_its_change_is_announced() -> None
 
 
 def test_mediated_devices_have_kinds_of_their_own() -> None:
-    known = state(tree(mdev=True))
+    known = state(tree())
+    known._host = Host(tree(mdev=True), live=True, name="x")
     path = f"/sys/devices/virtual/mtty/mtty/{UUID}"
     made = known.apply(uevent("add", path, "mdev"))
     assert made is not None and (made.kind, made.parent) == ("mdev-add", "mtty")
@@ -103,6 +104,10 @@ def test_mediated_devices_have_kinds_of_their_own() -> None:
         uevent("change", PF),
         uevent("online", PF),
         {"ACTION": "explode", "SUBSYSTEM": "pci", "DEVPATH": "x"},
+        uevent("add", VF, SYNTH_UUID="0"),
+        uevent("add", PF),
+        uevent("remove", VF),
+        uevent("bind", PF, DRIVER="nvme"),
     ],
 )
 def test_what_is_no_event_of_ours_is_passed_over(odd: dict[str, str]) -> None:
@@ -149,6 +154,39 @@ def test_events_that_the_kernel_dropped_are_found_by_comparing(subscribed: Sourc
     ]
     assert all(event.found_later for event in events[1:])
     assert events[1].previous_driver == "nvme" and events[1].driver == "vfio-pci"
+
+
+def test_what_was_queued_before_events_were_dropped_does_not_undo_the_comparison(
+    subscribed: Source,
+) -> None:
+    found = tree("nvme")
+    with Monitor(Host(found, live=True, name="x")) as watched:
+        after = tree(None)
+        found.files, found.links, found.children = after.files, after.links, after.children
+        subscribed.items = [
+            OSError(errno.ENOBUFS, "no buffer space"),
+            uevent("unbind", PF),
+            uevent("bind", PF, DRIVER="vfio-pci"),
+            OSError(errno.ENOBUFS, "again"),
+        ]
+        events = list(watched.events(0.05))
+    assert [(event.kind, event.driver, event.found_later) for event in events] == [
+        ("unbind", None, False),
+        ("bind", "vfio-pci", False),
+        ("lost", None, False),
+        ("unbind", None, True),
+    ]
+
+
+def test_what_a_comparison_found_is_not_told_again(subscribed: Source) -> None:
+    found = tree("nvme")
+    with Monitor(Host(found, live=True, name="x")) as watched:
+        after = tree("vfio-pci")
+        found.files, found.links, found.children = after.files, after.links, after.children
+        subscribed.items = [OSError(errno.ENOBUFS, "no buffer space")]
+        assert [event.kind for event in watched.events(0.05)] == ["lost", "bind"]
+        subscribed.items = [uevent("bind", PF, DRIVER="vfio-pci"), uevent("unbind", PF)]
+        assert [event.kind for event in watched.events(0.05)] == ["unbind"]
 
 
 def test_waiting_for_an_event_ends_at_its_limit(subscribed: Source) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _FOLDERS = {"pci": SYS_PCI_DEVICES, "mdev": SYS_MDEV_DEVICES, "vdpa": SYS_VDPA_DEVICES}
 _BUFFER_BYTES = 8 << 20
+# A message takes its buffer's overhead at least (include/linux/skbuff.h, SKB_TRUESIZE).
+_MOST_QUEUED = _BUFFER_BYTES // 512
 _ACTIONS = frozenset({"add", "remove", "bind", "unbind", "change"})
 
 
@@ -108,13 +110,18 @@ class State:
         bus, action = uevent.get("SUBSYSTEM", ""), uevent.get("ACTION", "")
         if bus not in _FOLDERS or action not in _ACTIONS:
             return None
+        if "SYNTH_UUID" in uevent:
+            # Somebody wrote to a uevent file, as `udevadm trigger` does: nothing happened.
+            return None
         device = uevent.get("DEVPATH", "").rpartition("/")[2]
-        pci_id = uevent.get("PCI_ID")
         before = self.known.get((bus, device))
+        if self._is_old(action, before, uevent.get("DRIVER")):
+            return None
         if action == "remove":
             self.known.pop((bus, device), None)
             return _event("remove", bus, device, before or Known(), None)
         if action == "add":
+            pci_id = uevent.get("PCI_ID")
             now = self._look(bus, device, pci_id and pci_id.lower())
             # A driver that has it already announces itself by an event of its own.
             self.known[bus, device] = replace(now, driver=None)
@@ -128,6 +135,15 @@ class State:
         if action == "bind":
             return _event("bind", bus, device, now, None)
         return _event("unbind", bus, device, now, previous)
+
+    @staticmethod
+    def _is_old(action: str, before: Known | None, driver: str | None) -> bool:
+        """Whether the state already holds what is announced: a comparison was faster."""
+        if action in ("add", "remove"):
+            return (before is None) == (action == "remove")
+        if before is None or action == "change":
+            return False
+        return before.driver == (driver if action == "bind" else None)
 
     def _late_vf(self, bus: str, device: str, before: Known | None) -> Event | None:
         """The kernel adds a VF first, links it to its PF, and then announces a change."""
@@ -244,18 +260,39 @@ class Monitor:
         try:
             device = self._source.poll(timeout=timeout_s)
         except OSError as error:
-            # pyudev's poll tells of a socket's error without its number.
-            if (error.errno or self._socket_error()) != errno.ENOBUFS:
+            if not self._is_overrun(error):
                 raise
+            self._drain()
             self._queue.append(Event("lost", None, None, time_s=now))
             self._queue.extend(replace(event, time_s=now) for event in self._state.compare())
             return True
         if device is None:
             return False
+        self._take(device)
+        return True
+
+    def _take(self, device: pyudev.Device) -> None:
         event = self._state.apply(_Properties(device))
         if event is not None:
             self._queue.append(replace(event, time_s=time.time()))
-        return True
+
+    def _drain(self) -> None:
+        """Take what the socket still holds: it is older than what was lost, and than the host."""
+        assert self._source is not None
+        for _ in range(_MOST_QUEUED):
+            try:
+                device = self._source.poll(timeout=0)
+            except OSError as error:
+                if not self._is_overrun(error):
+                    raise
+                continue
+            if device is None:
+                return
+            self._take(device)
+
+    def _is_overrun(self, error: OSError) -> bool:
+        # pyudev's poll tells of a socket's error without its number.
+        return (error.errno or self._socket_error()) == errno.ENOBUFS
 
     def _socket_error(self) -> int:
         """The socket's pending error, which is cleared by asking for it (socket(7), SO_ERROR)."""

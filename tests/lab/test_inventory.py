@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,18 @@ EDU = "0000:00:01.0"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def virtual_functions() -> None:
+def virtual_functions() -> Iterator[None]:
     """As many VFs as the functions have: their capabilities and relations are compared too."""
+    made = []
     for path in PCI.glob("devices/*/sriov_totalvfs"):
         count = int(path.read_text())
         numvfs = path.parent / "sriov_numvfs"
         if int(numvfs.read_text()) == 0:
             numvfs.write_text(str(count))
+            made.append(numvfs)
+    yield
+    for numvfs in made:
+        numvfs.write_text("0")
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,17 @@ def test_bind_and_unbind_are_told_with_their_drivers() -> None:
     assert found[0]["time"] <= found[1]["time"]
 
 
+def test_an_event_that_somebody_asked_for_is_none() -> None:
+    """`udevadm trigger` has the kernel announce every device anew."""
+    bind_edu()
+    with Monitor(Host.local()) as monitor:
+        for action in ("add", "remove", "bind"):
+            (PCI / "devices" / EDU / "uevent").write_text(action)
+        unbind_edu()
+        found = next(event for event in monitor.events(60) if event.device == EDU)
+    assert (found.kind, found.previous_driver) == ("unbind", "vfio-pci")
+
+
 def test_people_get_one_line_an_event() -> None:
     with watching("--count", "2", "--timeout", "60", EDU) as process:
         bind_edu()
