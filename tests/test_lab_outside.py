@@ -17,7 +17,22 @@ from vfiotool.lab.guest import Guest
 pytestmark = [pytest.mark.lab, pytest.mark.proof]
 
 LIMIT_S = 600.0
-KERNEL = "6.12"
+KERNELS = ("6.1", "6.12", "iommufd")
+DISK = "0000:01:00.0"
+
+# In the guest: a disk with VFs, a file system mounted on it and its node held open.
+BUSY = """
+set -e
+cd /sys/bus/pci/devices/$1
+modprobe ext4 || true
+echo 0 > sriov_drivers_autoprobe
+echo 2 > sriov_numvfs
+disk=/dev/$(ls /sys/class/block | grep -m 1 '^nvme[0-9]*n1$')
+mkfs.ext4 -q -F $disk
+mkdir /tmp/mounted
+mount $disk /tmp/mounted
+sleep 100000 < /dev/nvme0 > /dev/null 2>&1 &
+"""
 
 # In the guest: a snapshot, then every reading command's JSON, into the shared folder.
 CAPTURE = """
@@ -56,14 +71,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-@pytest.fixture(scope="module")
-def guest(shared: Path) -> Iterator[Guest]:
+@pytest.fixture(scope="module", params=KERNELS)
+def guest(shared: Path, request: pytest.FixtureRequest) -> Iterator[Guest]:
     try:
-        kernels.prepare(KERNEL)
+        kernels.prepare(request.param)
         qemu.find()
     except VfiotoolError as error:
         pytest.skip(f"no lab here: {error.message}; {error.hint}")
-    with Guest("basic", KERNEL, share=(shared,), load=("vfio-pci",)) as running:
+    with Guest("sriov", request.param, share=(shared,), load=("vfio-pci",)) as running:
         yield running
 
 
@@ -88,10 +103,14 @@ def background(guest: Guest, script: str, *arguments: str) -> None:
 def test_a_snapshot_opened_outside_prints_what_the_guest_printed(
     guest: Guest, shared: Path
 ) -> None:
+    made = guest.exec(["sh", "-c", BUSY, "sh", DISK], timeout_s=LIMIT_S)
+    assert made.exit_code == 0, made.stderr.decode()
     done = guest.exec(["python", "-c", CAPTURE, str(shared)], timeout_s=LIMIT_S)
     assert done.exit_code == 0, done.stderr.decode()
     live = json.loads((shared / "live.json").read_text())
-    assert {"groups", "devices", "doctor", "show/0000:00:01.0", "why/0000:00:01.0"} <= live.keys()
+    assert {"groups", "devices", "doctor", f"show/{DISK}", f"why/{DISK}"} <= live.keys()
+    kinds = {blocker["kind"] for blocker in json.loads(live[f"why/{DISK}"][2])["blockers"]}
+    assert kinds == {"mounted", "open-file", "vfs-enabled"}
     different = [
         name
         for name, (command, code, text) in live.items()

@@ -20,7 +20,7 @@ from vfiotool.snapshot import load, open_root
 from vfiotool.snapshot_text import format_snapshot
 
 MACHINE = "sriov"
-KERNELS = ("6.1", "6.12")
+KERNELS = ("6.1", "6.12", "iommufd")
 PROOF = "not yet seen to pass whole on each of its kernels"
 
 PF = "0000:01:00.0"
