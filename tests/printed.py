@@ -91,7 +91,7 @@ def command_of(arguments: Iterable[str]) -> str:
 def schema_of(command: str, payload: Mapping[str, Any]) -> str:
     """The schema of an object that the command printed; a dry run prints a plan's steps."""
     name = SCHEMA_OF[command]
-    dry = payload.keys() == {"format_version", "steps", "in_sync"}
+    dry = payload.keys() >= {"steps", "in_sync"} and "transaction" not in payload
     return "plan" if dry else name
 
 
