@@ -5,8 +5,6 @@ Source: PCI Express Base Specification 6.0, 7.5.1; include/uapi/linux/pci_regs.h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vfiotool.capabilities_layout import (
     Fields,
     bits,
@@ -14,6 +12,7 @@ from vfiotool.capabilities_layout import (
     register,
     u16,
 )
+from vfiotool.values import dataclass
 
 LAYOUTS = {0: "device", 1: "bridge", 2: "cardbus"}
 _COMMAND = register(

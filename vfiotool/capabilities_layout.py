@@ -8,7 +8,8 @@ becomes a bool, a longer one an int, or what its converter makes of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+from vfiotool.values import dataclass
 
 Value = bool | int | float | str | None | list["Value"] | dict[str, "Value"]
 Fields = dict[str, Value]

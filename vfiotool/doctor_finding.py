@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from vfiotool.values import dataclass
 
 SEVERITIES = ("ok", "note", "warning", "blocker")
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from vfiotool.change.apply import change
@@ -24,6 +24,7 @@ from vfiotool.change.steps import steps_as_json
 from vfiotool.errors import VfiotoolError
 from vfiotool.host import SYS_VDPA_DEVICES, Host
 from vfiotool.host_child import CALLOUT_ENVIRONMENT
+from vfiotool.values import dataclass
 
 RECORD = "boot.json"
 SYSTEMD_RUNS = "/run/systemd/system"

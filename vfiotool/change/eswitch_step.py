@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 from vfiotool.change.state import UNKNOWN, Identity, device_exists
@@ -12,6 +12,7 @@ from vfiotool.host import Host
 from vfiotool.host_netlink import family_number
 from vfiotool.netlink_devlink import FAMILY, set_eswitch
 from vfiotool.sriov import read_eswitch_mode
+from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from weakref import WeakKeyDictionary
 
 from vfiotool.change.journal import Journal
@@ -30,6 +30,7 @@ from vfiotool.host import (
 )
 from vfiotool.pci import Address, parse_uevent
 from vfiotool.sriov import read_eswitch_mode, read_vfs
+from vfiotool.values import dataclass
 
 DEFAULT_DRIVER = "vfio-pci"
 

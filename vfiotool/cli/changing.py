@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -20,6 +19,7 @@ from vfiotool.change.steps import steps_as_json
 from vfiotool.cli import render
 from vfiotool.errors import UsageError
 from vfiotool.host import WRITE_DEADLINE_S, Host, read_only_root
+from vfiotool.values import dataclass
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps; touch nothing.")]
 Timeout = Annotated[

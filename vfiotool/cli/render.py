@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vfiotool.host import Host
+from vfiotool.values import dataclass
 
 if TYPE_CHECKING:
     import typer

@@ -12,10 +12,11 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from vfiotool.errors import KernelError, UsageError
+from vfiotool.values import dataclass
 from vfiotool.vfio.dma import DmaBuffer
 from vfiotool.vfio.native import ffi, lib
 from vfiotool.vfio.region import Mapping

@@ -6,7 +6,6 @@ Source: Documentation/driver-api/vfio.rst ("VFIO Usage Example", "IOMMUFD and VF
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from vfiotool.errors import NotFound, Refused, UsageError, VfiotoolError
 from vfiotool.host import (
@@ -16,6 +15,7 @@ from vfiotool.host import (
     Host,
 )
 from vfiotool.pci import Address
+from vfiotool.values import dataclass
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 # What a device on one of the other buses is called there: no path, no dots alone.
