@@ -17,6 +17,7 @@ from tests.changing import (
     STUBBORN,
     UUID,
     binding,
+    counting,
     do,
     furnished,
     run_folder,
@@ -124,6 +125,28 @@ def test_export_then_plan_is_empty() -> None:
     text = export_policy(kernel.host())
     assert plan_on(kernel.host(), text).steps == ()
     assert {"[[device]]", "[[sriov]]", "[[mdev]]"} <= set(text.splitlines())
+
+
+def test_an_export_holds_the_settings_of_vfs() -> None:
+    kernel = furnished()
+    rule = 'mac = "52:54:00:00:00:07", vlan = 9, trust = true, spoof_check = false'
+    rule += ', max_rate_mbps = 100, driver = "vfio-pci"'
+    text = f'''{HEAD}[[sriov]]
+match = {{ address = "{NIC}" }}
+vfs = 2
+vf = [ {{ index = 1, {rule} }} ]
+'''
+    with run_folder() as folder:
+        apply(kernel, text, folder)
+        exported = export_policy(kernel.host())
+        (rule,) = parse_policy(exported).sriov
+        wanted = parse_policy(text).sriov[0].vf[0]
+        assert rule.vf[1] == wanted
+        # A host that was started anew comes to the same VFs, the random addresses included.
+        before = kernel.state()
+        do(kernel.host(), Journal(kernel.host(), folder), counting(NIC, 0))
+        apply(kernel, exported, folder)
+    assert kernel.state() == before
 
 
 def test_vfs_get_their_settings_before_they_are_handed_over() -> None:

@@ -55,6 +55,14 @@ class BindDriver(Step):
     def ends(self) -> tuple[object, object]:
         return self.before.driver, self.after.driver
 
+    def words(self) -> tuple[str, str]:
+        if self.before.driver != self.after.driver:
+            return str(self.before), str(self.after)
+        # The driver stays, and only what keeps it on the device changes.
+        overrides = (self.before.override, self.after.override)
+        first, second = (f"override {text}" if text else "no override" for text in overrides)
+        return f"{self.before} with {first}", second
+
     def undo_text(self) -> str | None:
         if self.before.driver == ANY:
             return "give it back to the kernel's choice"

@@ -37,6 +37,9 @@ class SetEswitchMode(Step):
     def ends(self) -> tuple[object, object]:
         return self.before, self.after
 
+    def words(self) -> tuple[str, str]:
+        return self.before or "unknown", self.after
+
     def undo_text(self) -> str | None:
         return None if self.before is None else f"set {self.before}"
 

@@ -7,11 +7,15 @@ from collections.abc import Iterable
 
 from vfiotool.change.facts import DeviceFacts, Facts
 from vfiotool.change.state import PARKED, Binding
+from vfiotool.change.vfnet_step import read_settings
 from vfiotool.errors import VfiotoolError
 from vfiotool.host import Host
 from vfiotool.mdev import Mdev, read_mdevs
+from vfiotool.netlink_route import VfSettings
 from vfiotool.pci import list_addresses
 from vfiotool.sriov import NO_ESWITCH
+
+_NO_MAC = "00:00:00:00:00:00"
 
 
 def export_policy(host: Host) -> str:
@@ -19,7 +23,7 @@ def export_policy(host: Host) -> str:
     from vfiotool.change.facts import read_facts
 
     facts = read_facts(host, list_addresses(host), eswitch_wanted=True)
-    parts = ["version = 1\n", *_sriov_rules(facts), *_device_rules(facts)]
+    parts = ["version = 1\n", *_sriov_rules(host, facts), *_device_rules(facts)]
     parts += _mdev_rules(read_mdevs(host))
     parts += _vdpa_rules(host)
     return "\n".join(parts)
@@ -32,7 +36,7 @@ def _taken_driver(binding: Binding) -> str | None:
     return binding.driver if binding.driver == binding.override else None
 
 
-def _sriov_rules(facts: Facts) -> Iterable[str]:
+def _sriov_rules(host: Host, facts: Facts) -> Iterable[str]:
     for address in sorted(facts.devices):
         sriov = facts.devices[address].sriov
         if sriov is None or not sriov.num:
@@ -43,15 +47,35 @@ def _sriov_rules(facts: Facts) -> Iterable[str]:
             lines.append(f"driver = {_quoted(own)}")
         elif sriov.eswitch not in (None, NO_ESWITCH, "legacy"):
             lines.append(f'eswitch = "{sriov.eswitch}"')
+        settings = {found.index: found for found in read_settings(host, address) or ()}
         rules = []
         for index, vf in enumerate(sriov.vfs):
             device = facts.devices.get(vf)
             driver = None if device is None else _taken_driver(device.binding)
+            keys = [] if index not in settings else _vf_keys(settings[index])
             if driver is not None:
-                rules.append(f"{{ index = {index}, driver = {_quoted(driver)} }}")
+                keys.append(f"driver = {_quoted(driver)}")
+            if keys:
+                rules.append(f"    {{ index = {index}, {', '.join(keys)} }},\n")
         if rules:
-            lines.append(f"vf = [ {', '.join(rules)} ]")
+            lines.append(f"vf = [\n{''.join(rules)}]")
         yield "\n".join(lines) + "\n"
+
+
+def _vf_keys(found: VfSettings) -> list[str]:
+    """The settings of a VF that are not a new VF's own."""
+    keys = []
+    if found.mac is not None and found.mac != _NO_MAC:
+        keys.append(f"mac = {_quoted(found.mac)}")
+    if found.spoof_check is False:
+        keys.append("spoof_check = false")
+    if found.trust:
+        keys.append("trust = true")
+    for name in ("vlan", "qos", "min_rate_mbps", "max_rate_mbps"):
+        value = getattr(found, name)
+        if value:
+            keys.append(f"{name} = {value}")
+    return keys
 
 
 def _device_rules(facts: Facts) -> Iterable[str]:

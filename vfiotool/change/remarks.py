@@ -13,12 +13,25 @@ from vfiotool.doctor_conflicts import VF_TOOLS, read_claims, resolve_claim
 from vfiotool.host import SYS_PCI_DEVICES, Host
 from vfiotool.inventory import read_inventory
 from vfiotool.iommu import is_vfio_driver
+from vfiotool.sriov import read_vfs
 
 
 def remarks(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
-    """Other managers of the VFs that the steps change, and VFs that a token will guard."""
+    """VFs that the steps destroy, other managers of them, and VFs that a token will guard.
+
+    To be asked before the steps run.
+    """
     steps = tuple(steps)
-    return (*_managers(host, steps), *_tokens(host, steps))
+    return (*_destroyed(host, steps), *_managers(host, steps), *_tokens(host, steps))
+
+
+def _destroyed(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
+    """Each physical function whose VFs there are now will be gone, also if others follow."""
+    for pf in dict.fromkeys(step.pf for step in steps if isinstance(step, SetVfCount)):
+        vfs = read_vfs(host, pf)
+        if vfs:
+            listed = ", ".join(f"{vf.address} ({vf.driver or 'no driver'})" for vf in vfs)
+            yield f"all VFs of {pf} are removed first: {listed}"
 
 
 def _managers(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:

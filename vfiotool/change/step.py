@@ -46,6 +46,11 @@ class Step(ABC):
     def ends(self) -> tuple[object, object]:
         """The states before and after, as the contract's `from` and `to`: text, number or None."""
 
+    def words(self) -> tuple[str, str]:
+        """Both ends for people."""
+        before, after = self.ends()
+        return _word(before), _word(after)
+
     @abstractmethod
     def undo_text(self) -> str | None:
         """What undoing it does, for people; None if nothing has to be undone."""
@@ -67,6 +72,10 @@ class Step(ABC):
 
     @abstractmethod
     def holds(self, host: Host) -> bool: ...
+
+
+def _word(value: object) -> str:
+    return "none" if value is None else str(value)
 
 
 def drifted(target: str, found: object, before: object, after: object) -> Refused:

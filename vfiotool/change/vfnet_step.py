@@ -77,7 +77,8 @@ class SetVfProperty(Step):
         return _words(self.before), _words(self.after)
 
     def undo_text(self) -> str | None:
-        return f"set {_words(self.before)}"
+        known = self.before != VfSettings(self.index)
+        return f"set {_words(self.before)}" if known else None
 
     def inverse(self) -> Step:
         return replace(self, before=self.after, after=self.before, undoing=not self.undoing)

@@ -74,16 +74,19 @@ def perform(
     if not host.live:
         raise read_only_root(host.name)
     journal = Journal(host)
+    told: dict[tuple[Step, ...], tuple[str, ...]] = {}
 
     def guarded() -> tuple[Step, ...]:
         steps = make(host, journal)
         refuse_hurtful(host, steps, allowed)
+        if steps not in told:
+            told[steps] = say_remarks(host, steps)
         return steps
 
     outcome: Outcome = change(
         host, journal, title, guarded, timeout_s=timeout_s, progress=progress_line()
     )
-    notes = say_remarks(host, outcome.steps)
+    notes = told.get(outcome.steps, ())
     return Changed(outcome.steps, outcome.transaction, dry=False, notes=notes)
 
 
@@ -151,14 +154,10 @@ def progress_line() -> Progress | None:
 def print_steps(steps: tuple[Step, ...]) -> None:
     """The steps as people read them, one a line, with what undoes each."""
     for number, step in enumerate(steps, 1):
-        before, after = step.ends()
-        line = f"{number}. {step.verb} {step.target}: {_word(before)} -> {_word(after)}"
+        before, after = step.words()
+        line = f"{number}. {step.verb} {step.target}: {before} -> {after}"
         undo = step.undo_text()
         print_line(f"{line}   (undo: {undo})" if undo else line)
-
-
-def _word(value: object) -> str:
-    return "none" if value is None else str(value)
 
 
 def print_line(text: str) -> None:

@@ -14,7 +14,7 @@ from vfiotool.change.apply import NothingToUndo, Recovered, last_standing, recov
 from vfiotool.change.confirm import arm, attach, confirm, revert_unconfirmed
 from vfiotool.change.export import export_policy
 from vfiotool.change.guard import Allowance, find_blockers
-from vfiotool.change.journal import Journal, Record
+from vfiotool.change.journal import RUN_FOLDER, Journal, Record
 from vfiotool.change.policy import Policy, parse_policy, read_policy, read_policy_text
 from vfiotool.change.policy_facts import read_policy_facts
 from vfiotool.change.policy_plan import Plan, plan_policy
@@ -260,11 +260,17 @@ def take_back(
 
 
 def history(context: typer.Context) -> int:
-    records = _journal(render.host(context)).history()
+    host = render.host(context)
+    if not host.live:
+        raise read_only_root(host.name)
+    # Looking at what was done makes no folder; where there is none nothing was.
+    records = Journal(host).history() if os.path.isdir(RUN_FOLDER) else []
     undone = {record.undoes for record in records if record.outcome == "committed"}
     if render.state(context).json:
         render.emit({"history": [_record_as_json(record, undone) for record in records]})
         return 0
+    if not records:
+        render.say("vfiotool: nothing was changed since this boot")
     for record in records:
         at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
         taken = ", undone" if record.number in undone else ""
