@@ -145,6 +145,6 @@ class SwitchKernel(FakeKernel):
 def _config(vectors: int) -> bytes:
     """A configuration space with one capability, MSI-X of so many vectors."""
     data = bytearray(256)
-    data[0x34] = 0x40
+    data[0x06], data[0x34] = 0x10, 0x40
     data[0x40:0x44] = struct.pack("<BBH", 0x11, 0, vectors - 1)
     return bytes(data)

@@ -251,7 +251,7 @@ def test_a_vf_is_unbound_while_its_vectors_are_counted_anew(folder: str) -> None
 
 def test_a_looping_or_short_configuration_has_no_vectors() -> None:
     loop = bytearray(256)
-    loop[0x34], loop[0x40], loop[0x41] = 0x40, 0x05, 0x40
+    loop[0x06], loop[0x34], loop[0x40], loop[0x41] = 0x10, 0x40, 0x05, 0x40
     assert msix_count(bytes(loop)) is None
     assert msix_count(bytes(64)) is None
     assert msix_count(b"") is None

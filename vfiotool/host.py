@@ -19,7 +19,7 @@ from vfiotool.errors import Stuck, UsageError, from_oserror
 # Importing these would take a third of the time that `groups` takes to list a small host.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Protocol
 
     from vfiotool.host_child import DoorChild
@@ -90,6 +90,7 @@ ESWITCH = OBSERVED + "eswitch"
 READ_DEADLINE_S = 2.0
 WRITE_DEADLINE_S = 30.0
 _READ_BYTES = 1 << 16
+_HOPS = 40
 
 
 class Tree(Protocol):
@@ -172,6 +173,37 @@ class OsTree:
         return self._child
 
 
+def follow_links(
+    path: str, target_of: Callable[[str], str | None], *, follow_last: bool = True
+) -> str:
+    """The path without links; `target_of` gives a link's target, or None for what is no link.
+
+    Raises OSError (ELOOP) after 40 links, as the kernel does.
+    """
+    pending = [part for part in reversed(path.split("/")) if part]
+    done = ""
+    hops = 0
+    while pending:
+        part = pending.pop()
+        if part == ".":
+            continue
+        if part == "..":
+            done = done.rpartition("/")[0]
+            continue
+        step = f"{done}/{part}"
+        target = target_of(step) if pending or follow_last else None
+        if target is None:
+            done = step
+            continue
+        hops += 1
+        if hops > _HOPS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if target.startswith("/"):
+            done = ""
+        pending.extend(piece for piece in reversed(target.split("/")) if piece)
+    return done or "/"
+
+
 class MemoryTree:
     """A tree held in memory: files, symbolic links, unreadable files; directories are implied.
 
@@ -209,29 +241,8 @@ class MemoryTree:
             path = parent
 
     def resolve(self, path: str, *, follow_last: bool = True) -> str:
-        """The path with its symbolic links followed, as the kernel would (at most 40 of them)."""
-        pending = [part for part in reversed(path.split("/")) if part]
-        done = ""
-        hops = 0
-        while pending:
-            part = pending.pop()
-            if part == ".":
-                continue
-            if part == "..":
-                done = done.rpartition("/")[0]
-                continue
-            step = f"{done}/{part}"
-            target = self.links.get(step)
-            if target is not None and (pending or follow_last):
-                hops += 1
-                if hops > 40:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-                if target.startswith("/"):
-                    done = ""
-                pending.extend(piece for piece in reversed(target.split("/")) if piece)
-                continue
-            done = step
-        return done or "/"
+        """The path with its symbolic links followed, as the kernel would."""
+        return follow_links(path, self.links.get, follow_last=follow_last)
 
     def read(self, path: str) -> bytes:
         content = self.files.get(path)

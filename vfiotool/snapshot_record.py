@@ -10,10 +10,9 @@ import errno
 import os
 from collections.abc import Iterable
 
-from vfiotool.host import DEV, PROC, READ_DEADLINE_S, Host, Tree
+from vfiotool.host import DEV, PROC, READ_DEADLINE_S, Host, Tree, follow_links
 from vfiotool.snapshot_text import MAX_FILE_BYTES, NOT_CAPTURED
 
-_HOPS = 40
 # Links that mean another file to each process: recorded as if they were directories.
 _OPAQUE = frozenset({f"{PROC}/self", f"{PROC}/net", f"{PROC}/thread-self"})
 
@@ -37,37 +36,14 @@ class RecordingTree:
         """The path with its links followed; each link on the way is recorded."""
         folder, _, name = path.rpartition("/")
         if name in ("", ".", ".."):
-            return self._follow(path, follow_last)
+            return follow_links(path, self._link, follow_last=follow_last)
         base = self._folders.get(folder)
         if base is None:
-            base = self._folders[folder] = self._follow(folder, True).rstrip("/")
+            base = self._folders[folder] = follow_links(folder, self._link).rstrip("/")
         step = f"{base}/{name}"
         if not follow_last or self._link(step) is None:
             return step
-        return self._follow(step, True)
-
-    def _follow(self, path: str, follow_last: bool) -> str:
-        pending = [part for part in reversed(path.split("/")) if part]
-        done, hops = "", 0
-        while pending:
-            part = pending.pop()
-            if part == ".":
-                continue
-            if part == "..":
-                done = done.rpartition("/")[0]
-                continue
-            step = f"{done}/{part}"
-            target = self._link(step) if pending or follow_last else None
-            if target is None:
-                done = step
-                continue
-            hops += 1
-            if hops > _HOPS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-            if target.startswith("/"):
-                done = ""
-            pending.extend(piece for piece in reversed(target.split("/")) if piece)
-        return done or "/"
+        return follow_links(step, self._link)
 
     def _link(self, path: str) -> str | None:
         """The target if `path` is a link; remembered, since directories are passed often."""

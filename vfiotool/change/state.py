@@ -34,12 +34,8 @@ PARKED = "none"
 _CAP_SERIAL = 0x0003
 _EXTENDED_AT = 0x100
 _MAX_CAPABILITIES = 960
-# PCI Local Bus 3.0, 6.7: the list of capabilities begins where 34h points; as many hops at most
-# as the kernel takes (PCI_FIND_CAP_TTL).
-_POINTER_AT = 0x34
-_STANDARD_AT = 0x40
+# PCI Local Bus 3.0, appendix H.
 _CAP_MSIX = 0x11
-_MAX_STANDARD_CAPABILITIES = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,15 +177,12 @@ def read_msix_count(host: Host, address: str) -> int | None:
 
 def msix_count(config: bytes) -> int | None:
     """The MSI-X table size in a configuration space (PCI Local Bus 3.0, 6.8.2.3)."""
-    at = config[_POINTER_AT] & ~3 if len(config) > _POINTER_AT else 0
-    for _ in range(_MAX_STANDARD_CAPABILITIES):
-        if at < _STANDARD_AT or at + 4 > len(config):
-            return None
-        if config[at] == _CAP_MSIX:
-            (control,) = struct.unpack_from("<H", config, at + 2)
-            return int(control & 0x7FF) + 1
-        at = config[at + 1] & ~3
-    return None
+    from vfiotool.capabilities import parse_config
+
+    found = (item for item in parse_config(config).capabilities if not item.extended)
+    sizes = (item.fields.get("vectors") for item in found if item.id == _CAP_MSIX)
+    size = next(sizes, None)
+    return size if isinstance(size, int) else None
 
 
 def read_num_vfs(host: Host, pf: str) -> int:

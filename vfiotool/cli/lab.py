@@ -6,13 +6,16 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vfiotool.cli.render import console, emit, escape, say, state
 from vfiotool.errors import UsageError
 from vfiotool.lab import kernels, machines
+
+if TYPE_CHECKING:
+    from vfiotool.lab.guest import Guest
 
 MachineOption = Annotated[
     str, typer.Option("--machine", metavar="NAME", help="What the guest is made of: lab machines.")
@@ -64,7 +67,6 @@ def run_command(
     says that the command ran out of time, 125 that the guest was lost.
     """
     from vfiotool.lab.channel import Kind
-    from vfiotool.lab.guest import Guest
 
     _end_on_sigterm()
 
@@ -73,14 +75,7 @@ def run_command(
         stream.buffer.write(data)
         stream.buffer.flush()
 
-    guest = Guest(
-        machine,
-        kernel,
-        share=_folders(share),
-        memory_mib=memory,
-        vcpus=cpus,
-        kernel_arguments=tuple(append or ()),
-    )
+    guest = _guest(machine, kernel, share, memory, cpus, append)
     if not quiet:
         _say_what_boots(guest.describe(), machine, guest.missing_models())
     with guest:
@@ -97,7 +92,6 @@ def shell_command(
     append: AppendOption = None,
 ) -> int:
     """A shell in a guest on this terminal; the guest ends with it."""
-    from vfiotool.lab.guest import Guest
     from vfiotool.lab.terminal import attach
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -105,7 +99,24 @@ def shell_command(
             "lab shell needs a terminal", hint="without one: vfiotool lab run -- COMMAND…"
         )
     _end_on_sigterm()
-    guest = Guest(
+    guest = _guest(machine, kernel, share, memory, cpus, append)
+    _say_what_boots(guest.describe(), machine, guest.missing_models())
+    with guest:
+        return attach(guest, command or ["bash", "--norc", "-i"])
+
+
+def _guest(
+    machine: str,
+    kernel: str,
+    share: list[Path] | None,
+    memory: int | None,
+    cpus: int,
+    append: list[str] | None,
+) -> Guest:
+    """The guest that the options of `run` and `shell` describe, not yet started."""
+    from vfiotool.lab.guest import Guest
+
+    return Guest(
         machine,
         kernel,
         share=_folders(share),
@@ -113,9 +124,6 @@ def shell_command(
         vcpus=cpus,
         kernel_arguments=tuple(append or ()),
     )
-    _say_what_boots(guest.describe(), machine, guest.missing_models())
-    with guest:
-        return attach(guest, command or ["bash", "--norc", "-i"])
 
 
 def machines_command(context: typer.Context) -> int:
