@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
 from vfiotool.cli import render
 from vfiotool.cli.groups import one_line
 from vfiotool.cli.inspect_capabilities import summary
@@ -17,11 +15,8 @@ from vfiotool.names import read_names
 from vfiotool.pci import Link, PciFunction, Region, read_functions
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from vfiotool.verdict import Verdict
 
-_PIPE_WIDTH = 512
 _ROLE_STYLES = {"vfio": "green", "unbound": "", "bridge": "dim", "host": "yellow", "mdev": "cyan"}
 _ROLES = {
     "vfio": "ready for user space",
@@ -50,25 +45,23 @@ def print_devices(host: Host, chosen: Iterable[str]) -> None:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    console = _console()
     for number, row in enumerate(rows):
         cells = [f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False)]
+        if not row[4]:
+            cells[3] = cells[3].rstrip()
         style = "" if row[3] == "-" else _ROLE_STYLES[role_of(row[3])]
-        line = Text.assemble("".join(cells[:3]), (cells[3], style), row[4])
         if number == 0:
-            line.stylize("bold")
-        line.rstrip()
-        console.print(line)
+            render.write(("".join([*cells, row[4]]).rstrip(), "bold"))
+        else:
+            render.write("".join(cells[:3]), (cells[3], style), row[4])
 
 
 def print_shown(shown: ShownFunction | ShownMdev) -> None:
     """Everything about one device, in paragraphs."""
-    console = _console()
     if isinstance(shown, ShownMdev):
         mdev = shown.mdev
-        console.print(Text(mdev.uuid, style="bold"))
+        render.write((mdev.uuid, "bold"))
         _facts(
-            console,
             [
                 ("parent", mdev.parent),
                 ("type", mdev.type),
@@ -77,11 +70,11 @@ def print_shown(shown: ShownFunction | ShownMdev) -> None:
             ],
         )
     else:
-        _print_function(console, shown)
-    _print_group(console, shown.group)
+        _print_function(shown)
+    _print_group(shown.group)
 
 
-def _print_function(console: Console, shown: ShownFunction) -> None:
+def _print_function(shown: ShownFunction) -> None:
     function = shown.function
     known = shown.names.lookup(
         function.vendor,
@@ -91,12 +84,10 @@ def _print_function(console: Console, shown: ShownFunction) -> None:
         function.class_code,
     )
     title = " ".join(part for part in (known.vendor, known.device) if part) or "unknown device"
-    console.print(
-        Text.assemble(
-            (function.address, "bold"),
-            f"  {one_line(title)} [{function.vendor}:{function.device}]",
-            f" rev {function.revision}",
-        )
+    render.write(
+        (function.address, "bold"),
+        f"  {one_line(title)} [{function.vendor}:{function.device}]",
+        f" rev {function.revision}",
     )
     subsystem = f"{function.subsystem_vendor}:{function.subsystem_device}"
     facts = [
@@ -112,13 +103,13 @@ def _print_function(console: Console, shown: ShownFunction) -> None:
         ("link", None if shown.details.link is None else _link(shown.details.link)),
         ("resets", ", ".join(function.reset_methods) or "none"),
     ]
-    _facts(console, [*facts, *_passing(shown), *_children(shown)])
+    _facts([*facts, *_passing(shown), *_children(shown)])
     if function.regions:
-        console.print(Text("regions", style="bold"))
+        render.write(("regions", "bold"))
         for region in function.regions:
-            console.print(Text(f"  {_region(region)}"))
-    _print_capabilities(console, shown)
-    _print_vpd(console, shown)
+            render.write(f"  {_region(region)}")
+    _print_capabilities(shown)
+    _print_vpd(shown)
 
 
 def _passing(shown: ShownFunction) -> list[tuple[str, object]]:
@@ -146,75 +137,71 @@ def _children(shown: ShownFunction) -> list[tuple[str, object]]:
     ]
 
 
-def _print_capabilities(console: Console, shown: ShownFunction) -> None:
+def _print_capabilities(shown: ShownFunction) -> None:
     config = shown.details.config
     if config is None:
-        console.print(Text("configuration space cannot be read", style="yellow"))
+        render.write(("configuration space cannot be read", "yellow"))
         return
     if not config.complete and config.header is not None:
         text = f"capabilities: only {config.size} bytes are readable; the rest needs root"
-        console.print(Text(text, style="yellow"))
+        render.write((text, "yellow"))
     for problem in config.problems:
-        console.print(Text(f"configuration space: {problem}", style="yellow"))
+        render.write((f"configuration space: {problem}", "yellow"))
     if config.capabilities:
-        console.print(Text("capabilities", style="bold"))
+        render.write(("capabilities", "bold"))
     for capability in config.capabilities:
         version = "" if capability.version is None else f" v{capability.version}"
         line = f"  {capability.offset:#05x}  {capability.title}{version}"
-        console.print(Text.assemble(line, (f"  {summary(capability)}", "dim")))
+        render.write(line, (f"  {summary(capability)}", "dim"))
 
 
-def _print_vpd(console: Console, shown: ShownFunction) -> None:
+def _print_vpd(shown: ShownFunction) -> None:
     if shown.vpd is None:
         return
-    console.print(Text(f"vital product data  {shown.vpd.name or ''}", style="bold"))
+    render.write((f"vital product data  {shown.vpd.name or ''}", "bold"))
     for keyword, value in shown.vpd.fields:
-        console.print(Text(f"  {keyword}  {value}"))
+        render.write(f"  {keyword}  {value}")
     for problem in shown.vpd.problems:
-        console.print(Text(f"  {problem}", style="yellow"))
+        render.write((f"  {problem}", "yellow"))
 
 
 def print_verdict(verdict: Verdict) -> None:
     """Yes or no, every reason with its evidence, and the commands to type next."""
-    console = _console()
     answer = ("can be passed through", "bold green")
     if not verdict.passable:
         answer = ("cannot be passed through yet", "bold red")
-    console.print(Text.assemble((verdict.address, "bold"), " ", answer))
+    render.write((verdict.address, "bold"), " ", answer)
     for blocker in verdict.blockers:
-        line = Text.assemble((f"  {blocker.kind}", "red"), f"  {one_line(blocker.detail)}")
-        console.print(line)
-        console.print(Text(f"      {one_line(blocker.evidence)}", style="dim"))
+        render.write((f"  {blocker.kind}", "red"), f"  {one_line(blocker.detail)}")
+        render.write((f"      {one_line(blocker.evidence)}", "dim"))
     for note in verdict.notes:
-        console.print(Text(f"  note: {one_line(note)}"))
-    _print_group(console, verdict.group)
+        render.write(f"  note: {one_line(note)}")
+    _print_group(verdict.group)
     if verdict.next:
-        console.print(Text("next", style="bold"))
+        render.write(("next", "bold"))
     for command in verdict.next:
-        console.print(Text(f"  {one_line(command)}", style="cyan"))
+        render.write((f"  {one_line(command)}", "cyan"))
 
 
-def _print_group(console: Console, group: IommuGroup | None) -> None:
+def _print_group(group: IommuGroup | None) -> None:
     if group is None:
-        console.print(Text("in no IOMMU group", style="yellow"))
+        render.write(("in no IOMMU group", "yellow"))
         return
     state = ("viable", "green") if group.viable else ("not viable", "yellow")
-    console.print(Text.assemble((f"group {group.id}", "bold"), f"  {group.type or '-'}  ", state))
+    render.write((f"group {group.id}", "bold"), f"  {group.type or '-'}  ", state)
     width = max((len(member.address) for member in group.devices), default=0)
     for member in group.devices:
         what = _ROLES[member.role]
         text = f"  {member.address:<{width}}  {member.driver or '-'} ({what})"
-        console.print(Text(one_line(text), style=_ROLE_STYLES[member.role]))
+        render.write((one_line(text), _ROLE_STYLES[member.role]))
     for region in group.reserved_regions:
-        console.print(
-            Text(f"  reserved {region.start:#x}-{region.end:#x} {region.type}", style="dim")
-        )
+        render.write((f"  reserved {region.start:#x}-{region.end:#x} {region.type}", "dim"))
 
 
-def _facts(console: Console, facts: Iterable[tuple[str, object]]) -> None:
+def _facts(facts: Iterable[tuple[str, object]]) -> None:
     for name, value in facts:
         if value is not None:
-            console.print(Text.assemble((f"  {name:<13}", "dim"), one_line(str(value))))
+            render.write((f"  {name:<13}", "dim"), one_line(str(value)))
 
 
 def _power(function: PciFunction) -> str | None:
@@ -246,11 +233,3 @@ def _size(size: int) -> str:
         size //= 1024
         power += 1
     return f"{size} {_UNITS[power]}B"
-
-
-def _console() -> Console:
-    console = render.console()
-    if not console.is_terminal:
-        # A pipe has no width: what a program reads must not be cut off or wrapped.
-        console.width = _PIPE_WIDTH
-    return console

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vfiotool.cli.render import console, emit, escape, say, state
+from vfiotool.cli.render import emit, say, state, write
 from vfiotool.errors import UsageError
 from vfiotool.lab import kernels, machines
 
@@ -133,7 +133,7 @@ def machines_command(context: typer.Context) -> int:
         emit({"machines": [machines.as_json(row) for row in rows]})
         return 0
     for row in rows:
-        console().print(f"[bold]{row.name:14}[/bold] {row.summary}", markup=True)
+        write((f"{row.name:14}", "bold"), f" {row.summary}")
     return 0
 
 
@@ -154,11 +154,10 @@ def kernels_command(
         emit({"kernels": [kernels.as_json(row) for row in rows]})
         return 0
     for row in rows:
-        mark = "[green]ready[/green]  " if row.ready else "[yellow]missing[/yellow]"
-        line = f"[bold]{row.name:8}[/bold] {mark} {row.release or '':26} {row.summary}"
-        console().print(line, markup=True)
+        mark = ("ready  ", "green") if row.ready else ("missing", "yellow")
+        write((f"{row.name:8}", "bold"), " ", mark, f" {row.release or '':26} {row.summary}")
         for note in (*row.notes, *([f"get it: {row.get}"] if row.get else [])):
-            console().print(f"{'':17}{escape(note)}", markup=False)
+            write(f"{'':17}{note}")
     return 0
 
 

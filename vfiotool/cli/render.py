@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMAT_VERSION = "1.0"
+# Select Graphic Rendition, ECMA-48 8.3.117.
+_CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,39 @@ def emit(payload: Mapping[str, object]) -> None:
     sys.stdout.write(json.dumps(whole, indent=2) + "\n")
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A rich console; rich is imported only when something is printed for people."""
+def console() -> Console:
+    """A rich console, for what is more than lines: importing rich costs more than most commands."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True)
+
+
+def write(*parts: str | tuple[str, str]) -> None:
+    """A line on standard output. A part is text, or text and its style, such as `bold red`.
+
+    What could steer a terminal is escaped. Styles are shown on terminals alone, or as NO_COLOR
+    and FORCE_COLOR have it.
+    """
+    colour = _coloured()
+    sys.stdout.write("".join(_part(part, colour) for part in parts) + "\n")
+
+
+def _coloured() -> bool:
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _part(part: str | tuple[str, str], colour: bool) -> str:
+    if isinstance(part, str):
+        return escape_line(part)
+    text, style = escape_line(part[0]), part[1]
+    if not (colour and style and text):
+        return text
+    codes = ";".join(str(_CODES[word]) for word in style.split())
+    return f"\x1b[{codes}m{text}\x1b[0m"
 
 
 def say(text: str) -> None:
