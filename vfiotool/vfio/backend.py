@@ -14,7 +14,7 @@ import resource
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from vfiotool.vfio import native
 from vfiotool.vfio.target import Target, not_on_vfio
 
 if TYPE_CHECKING:
+    from vfiotool.vfio.device import Device
     from vfiotool.vfio.dma import Dma
 
 BACKENDS = ("auto", "iommufd", "type1", "noiommu")
@@ -55,7 +56,7 @@ class AddressSpace(ABC):
         self.host = host
         self.generation = native.fork_generation()
         self.attachments: list[Attachment] = []
-        self.closers: list[Callable[[], None]] = []
+        self.devices: list[Device] = []
         self.closed = False
         self._dma: Dma | None = None
         _live.add(self)
@@ -143,8 +144,8 @@ class AddressSpace(ABC):
             stack.callback(self._close_descriptors)
             if self._dma is not None:
                 stack.callback(self._dma.close)
-            for close_device in list(self.closers):
-                stack.callback(close_device)
+            for device in list(self.devices):
+                stack.callback(device.close)
 
     def _close_descriptors(self) -> None:
         if self.closed:

@@ -107,7 +107,7 @@ class Device:
         except BaseException:
             space.detach(self.attachment)
             raise
-        space.closers.append(self.close)
+        space.devices.append(self)
 
     @classmethod
     def open(
@@ -272,6 +272,9 @@ class Device:
         native.device_reset(self.descriptor, self.name)
         if self.trace is not None:
             self.trace.record("reset")
+        self._after_reset()
+
+    def _after_reset(self) -> None:
         self.set_bus_master(False)
         self.follow_command()
         self.irqs.rearm()
@@ -299,7 +302,8 @@ class Device:
         """Reset the slot or bus of the device; returns what was reset.
 
         Every function concerned must be opened in this space (type1: its group); otherwise
-        KernelError names them all. Raises Unsupported where neither can be reset.
+        KernelError names them all. Raises Unsupported where neither can be reset. As after
+        `reset`, bus mastering of all of them is off and their interrupts are armed again.
         """
         dependents = self.hot_reset_dependents()
         groups = sorted(
@@ -319,8 +323,12 @@ class Device:
                 device=self.name,
                 errno_name=error.errno_name,
             ) from error
-        self.follow_command()
-        self.irqs.rearm()
+        if self.trace is not None:
+            self.trace.record("hot-reset")
+        concerned = {entry.address for entry in dependents}
+        for device in self.space.devices:
+            if device.name in concerned:
+                device._after_reset()
         return dependents
 
     def features(self) -> dict[str, bool]:
@@ -393,7 +401,7 @@ class Device:
 
     def _detach(self) -> None:
         self._closed = True
-        self.space.closers.remove(self.close)
+        self.space.devices.remove(self)
         self.space.detach(self.attachment)
 
     def __enter__(self) -> Device:

@@ -40,7 +40,8 @@ class Replay:
             "irq-on": self._irq_on,
             "irq-off": self._irq_off,
             "irq": self._irq,
-            "reset": self._reset,
+            "reset": lambda event: self.device.reset(),
+            "hot-reset": self._hot_reset,
         }
 
     def run(self, events: Iterable[Event]) -> list[str]:
@@ -113,9 +114,9 @@ class Replay:
         interrupt = self._interrupts[event["index"]][event["vector"]]
         return _other(event["count"], interrupt.wait(self.timeout_s))
 
-    def _reset(self, event: dict[str, Any]) -> None:
+    def _hot_reset(self, event: dict[str, Any]) -> None:
         del event
-        self.device.reset()
+        self.device.hot_reset()
 
 
 def _other(before: int, now: int) -> str | None:

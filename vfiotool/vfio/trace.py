@@ -3,7 +3,7 @@
 Every line has `t` (seconds since the trace began), `device` and `event`; the rest depends on the
 event: `read` and `write` (region, offset, width, value), `copy-out` and `copy-in` (region, offset,
 length), `poll` (region, offset, width, mask, wanted, value), `dma-map` and `dma-unmap` (iova,
-size), `irq-on`, `irq-off`, `irq` (index, vector, count), `reset`. Numbers are numbers.
+size), `irq-on`, `irq-off`, `irq` (index, vector, count), `reset`, `hot-reset`. Numbers are numbers.
 
 Two traces can be compared (`differences`), and one done again (`replay.py`).
 
