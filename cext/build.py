@@ -65,27 +65,53 @@ class BuildExtensions(build_ext):
         super().build_extension(extension)
 
 
-FAULT_BUILD = HERE.parent / "build" / "fault-injection"
+BUILT = HERE.parent / "build"
+FAULT_BUILD = BUILT / "fault-injection"
+SANITIZED_BUILD = BUILT / "sanitized"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+
+
+def _is_current(built: Path) -> bool:
+    inputs = [*HERE.glob("*.[ch]"), Path(__file__), HERE.parent / "pyproject.toml"]
+    return built.exists() and built.stat().st_mtime > max(path.stat().st_mtime for path in inputs)
+
+
+def _compile(name: str, folder: Path, flags: list[str]) -> Path:
+    """`folder`/NAME.abi3.so: the extension vfiotool.NAME as pyproject.toml has it, with `flags`
+    of its own. Built only if a source is newer."""
+    built = folder / f"{name}.abi3.so"
+    if _is_current(built):
+        return built
+    root = HERE.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = next(x for x in settings["ext-modules"] if x["name"] == f"vfiotool.{name}")
+    sources = [str(root / source) for source in found["sources"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "_native":
+        generated = folder / "_native.c"
+        interface().emit_c_code(str(generated))
+        sources.append(str(generated))
+    command = ["gcc", "-shared", "-fPIC", *flags, *FLAGS]
+    command += [f"-I{HERE}", f"-I{sysconfig.get_path('include')}", "-lpthread"]
+    subprocess.run([*command, "-o", f"{built}.new", *sources], check=True)
+    Path(f"{built}.new").rename(built)
+    return built
 
 
 def build_with_fault_injection() -> Path:
     """The folder of a `vfiotool._native` for tests, any of whose calls into the kernel can be made
-    to fail (`vt_fault_set`). Built only if a source is newer: it is used in guests too, where
-    compiling takes minutes."""
-    root = HERE.parent
-    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    native = next(entry for entry in settings["ext-modules"] if entry["name"] == "vfiotool._native")
-    built = FAULT_BUILD / "_native.abi3.so"
-    inputs = [*HERE.glob("*.[ch]"), Path(__file__), root / "pyproject.toml"]
-    if built.exists() and built.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
-        return FAULT_BUILD
-    FAULT_BUILD.mkdir(parents=True, exist_ok=True)
-    generated = FAULT_BUILD / "_native.c"
-    interface().emit_c_code(str(generated))
-    command = ["gcc", "-O0", "-shared", "-fPIC", "-DVT_FAULT_INJECTION", *FLAGS]
-    command += [f"-I{HERE}", f"-I{sysconfig.get_path('include')}", "-lpthread"]
-    command += ["-o", f"{built}.new", str(generated)]
-    command += [str(root / source) for source in native["sources"]]
-    subprocess.run(command, check=True)
-    Path(f"{built}.new").rename(built)
-    return FAULT_BUILD
+    to fail (`vt_fault_set`). It is used in guests too, where compiling takes minutes."""
+    return _compile("_native", FAULT_BUILD, ["-O0", "-DVT_FAULT_INJECTION"]).parent
+
+
+def build_with_sanitizers() -> Path:
+    """The folder of a package `vfiotool` for tests, whose C parts run under the address and the
+    undefined behaviour sanitizer; its Python is this folder's, by links."""
+    package = SANITIZED_BUILD / "vfiotool"
+    for name in ("_native", "_mmio"):
+        _compile(name, package, SANITIZERS)
+    for entry in (HERE.parent / "vfiotool").iterdir():
+        link = package / entry.name
+        if entry.suffix != ".so" and entry.name != "__pycache__" and not link.is_symlink():
+            link.symlink_to(entry)
+    return SANITIZED_BUILD
