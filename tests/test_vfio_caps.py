@@ -131,3 +131,6 @@ def test_a_container_of_mdevs_alone_tells_no_ranges() -> None:
 def test_flags_without_a_name_are_shown_as_numbers() -> None:
     assert names(0b1001, {1: "one"}) == ("one", "0x8")
     assert parse_device(struct.pack("=IIIII", 20, 3, 9, 5, 0)).kinds == ("reset", "pci")
+    for flags, kind in ((4, "platform"), (16, "ccw"), (32, "ap"), (64, "fsl-mc"), (256, "cdx")):
+        info = parse_device(struct.pack("=IIIII", 20, flags, 1, 1, 0))
+        assert (info.kinds, info.is_pci) == ((kind,), False)

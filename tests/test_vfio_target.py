@@ -99,6 +99,25 @@ def test_a_mediated_device_s_group_is_no_noiommu_group_whatever_its_name() -> No
     assert (target.bus, target.group_node, target.noiommu) == ("mdev", "/dev/vfio/4", False)
 
 
+def test_a_platform_device_is_found_by_its_name_and_its_kind_is_told() -> None:
+    name = "fff51000.ethernet"
+    links = {
+        f"/sys/bus/platform/devices/{name}": f"../../../devices/platform/{name}",
+        f"/sys/devices/platform/{name}/driver": "../../../bus/platform/drivers/vfio-platform",
+        f"/sys/devices/platform/{name}/iommu_group": "../../../kernel/iommu_groups/26",
+    }
+    files: dict[str, bytes | int] = {
+        f"/sys/devices/platform/{name}/uevent": b"",
+        "/dev/vfio/26": b"",
+    }
+    host = Host(MemoryTree(files, links), live=True, name="a laid-out host")
+    target = find(name, host)
+    assert (target.bus, target.driver, target.group) == ("platform", "vfio-platform", "26")
+    assert target.group_node == "/dev/vfio/26"
+    with pytest.raises(UsageError, match="neither a PCI address nor"):
+        find("fff51000.serial", host)
+
+
 def test_what_this_kernel_lacks_is_unsupported_by_name() -> None:
     group_only = laid_out("/dev/vfio/7", "/dev/vfio/vfio")
     with pytest.raises(Unsupported, match="no character device for iommufd"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 else:
     Protocol = object
 
+SYS_BUS = "/sys/bus"
 SYS_PCI_DEVICES = "/sys/bus/pci/devices"
 SYS_PCI_DRIVERS = "/sys/bus/pci/drivers"
 SYS_PCI_SLOTS = "/sys/bus/pci/slots"

@@ -127,8 +127,6 @@ def info(
 
 
 def _describe(device: Device) -> dict[str, Any]:
-    from vfiotool.vfio.irq import NAMES
-
     return {
         "device": device.name,
         "backend": device.backend,
@@ -149,7 +147,7 @@ def _describe(device: Device) -> dict[str, Any]:
         "irqs": [
             {
                 "index": irq.index,
-                "name": NAMES.get(irq.index, f"irq {irq.index}"),
+                "name": device.irqs.name(irq.index),
                 "count": irq.count,
                 "flags": list(irq.flags),
             }

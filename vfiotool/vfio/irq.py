@@ -129,7 +129,7 @@ class InterruptSet:
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.info.index, f"index {self.info.index}")
+        return self.owner.name(self.info.index)
 
     def refuse_closed(self) -> None:
         if self.closed:
@@ -242,6 +242,10 @@ class Interrupts:
         self.trace = trace
         self.active: dict[int, InterruptSet] = {}
 
+    def name(self, index: int) -> str:
+        """What people call an index; only a PCI device's have names."""
+        return NAMES.get(index, f"irq {index}") if self.device.info.is_pci else f"irq {index}"
+
     def enable(self, index: int, count: int) -> InterruptSet:
         """Turn on the first `count` interrupts of an index.
 
@@ -250,7 +254,7 @@ class Interrupts:
         """
         self.device.refuse_closed()
         info = self.infos[index] if 0 <= index < len(self.infos) else None
-        name = NAMES.get(index, f"index {index}")
+        name = self.name(index)
         if info is None or not info.count:
             raise Unsupported(f"{self.device.name} has no {name}", device=self.device.name)
         if not 0 < count <= info.count:
@@ -259,7 +263,7 @@ class Interrupts:
         for active in self.active:
             if active == index or (exclusive and active <= MSIX):
                 raise UsageError(
-                    f"{NAMES.get(active, active)} of {self.device.name} is on: one kind at a time",
+                    f"{self.name(active)} of {self.device.name} is on: one kind at a time",
                     hint="close it before another is turned on",
                 )
         self.active[index] = InterruptSet(self, info, count, self.trace)

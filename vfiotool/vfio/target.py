@@ -10,6 +10,7 @@ import re
 from vfiotool.errors import NotFound, Refused, UsageError, VfiotoolError
 from vfiotool.host import (
     DEV_VFIO,
+    SYS_BUS,
     SYS_MDEV_DEVICES,
     SYS_PCI_DEVICES,
     Host,
@@ -18,7 +19,10 @@ from vfiotool.pci import Address
 from vfiotool.values import dataclass
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
-# What a device on one of the other buses is called there: no path, no dots alone.
+# The other buses whose devices VFIO drivers take (drivers/vfio/{platform,fsl-mc,cdx}); those of AP
+# and CCW are mediated devices.
+OTHER_BUSES = ("platform", "amba", "fsl-mc", "cdx")
+# What a device on one of them is called there: no path, no dots alone.
 _BUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}", re.ASCII)
 
 
@@ -41,9 +45,11 @@ class Target:
 
 
 def find(name: str, host: Host) -> Target:
-    """The device called `name`: a PCI address (`0000:00:02.0`, `00:02.0`) or an mdev's UUID.
+    """The device called `name`: a PCI address (`0000:00:02.0`, `00:02.0`), an mdev's UUID, or the
+    name of a device on one of `OTHER_BUSES` (`fff51000.ethernet`).
 
-    Raises UsageError for a name that is neither, NotFound where the host has no such device.
+    Raises UsageError for what is none of them, NotFound where the host has no such PCI or mediated
+    device.
     """
     if Address.is_address(name):
         official = str(Address.parse(name))
@@ -51,6 +57,10 @@ def find(name: str, host: Host) -> Target:
     if _UUID.fullmatch(name):
         official = name.lower()
         return _target(official, "mdev", f"{SYS_MDEV_DEVICES}/{official}", host)
+    if _BUS_NAME.fullmatch(name):
+        for bus in OTHER_BUSES:
+            if host.exists(path := f"{SYS_BUS}/{bus}/devices/{name}"):
+                return _target(name, bus, path, host)
     raise UsageError(
         f"{name[:80]!r} is neither a PCI address nor the UUID of a mediated device",
         hint="write it as 0000:05:01.0 or as 36 characters; vfiotool devices lists them",
