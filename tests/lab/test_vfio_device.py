@@ -217,6 +217,7 @@ def test_two_devices_share_one_address_space(backend: str) -> None:
     before = open_descriptors()
     with open_space(find(EDU, host), backend, host) as space:
         edu, testdev = Device.open(EDU, space=space), Device.open(TESTDEV, space=space)
+        assert edu.target.group != testdev.target.group
         assert edu.dma is testdev.dma
         buffer = testdev.dma.alloc(4096, limit_bits=28)
         testdev.close()

@@ -149,6 +149,24 @@ def test_an_unmapped_buffer_is_out_of_the_device_s_reach(device: Device) -> None
     keep.release()
 
 
+def test_a_buffer_that_is_forgotten_stays_mapped_until_the_device_is_closed(
+    device: Device,
+) -> None:
+    """Else its memory would be somebody else's while the device still writes to it."""
+    edu = Edu(device)
+    buffer = device.dma.alloc(4096, limit_bits=ADDRESS_BITS)
+    buffer.view[:] = b"\x21" * 4096
+    edu.dma(buffer.iova, 0, 4096, to_memory=False)
+    buffer.view[:] = bytes(4096)
+    iova, view = buffer.iova, buffer.view[:]
+    del buffer
+    gc.collect()
+    edu.dma(iova, 0, 4096, to_memory=True)
+    assert view == b"\x21" * 4096
+    device.close()
+    assert view == b"\x21" * 4096
+
+
 def test_closed_buffers_give_their_memory_back(device: Device) -> None:
     for _ in range(20):
         device.dma.alloc(1 << 20).close()

@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, PCI, bind_vfio, open_descriptors
+from vfio_guest import BACKENDS, PCI, bind_vfio, open_descriptors, unbind
 
 from vfiotool.drivers.edu import Edu
-from vfiotool.errors import KernelError, Refused
+from vfiotool.errors import KernelError, Refused, VfiotoolError
 from vfiotool.host import Host
 from vfiotool.vfio import Device, find, open_space
 
@@ -28,17 +28,11 @@ def members() -> tuple[str, str]:
     return found["0x12340x11e8"], found["0x1b360x0005"]
 
 
-def release(address: str) -> None:
-    (PCI / address / "driver_override").write_text("\n")
-    if (PCI / address / "driver").exists():
-        (PCI / address / "driver" / "unbind").write_text(address)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_member_can_be_driven_while_the_other_is_on_no_driver(backend: str) -> None:
     edu, testdev = members()
     bind_vfio(edu)
-    release(testdev)
+    unbind(testdev)
     with Device.open(edu, backend=backend) as device:
         assert Edu(device).factorial(4) == 24
 
@@ -70,10 +64,51 @@ def test_both_members_share_one_space_and_the_group_is_left_with_the_last(backen
         pass
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hot_reset_of_the_bus_takes_both_members_along(backend: str) -> None:
+    edu, testdev = members()
+    bind_vfio(edu)
+    bind_vfio(testdev)
+    host = Host.local()
+    with open_space(find(edu, host), backend, host) as space:
+        devices = [Device.open(name, space=space) for name in (edu, testdev)]
+        bars = [device.region(0).map() for device in devices]
+        interrupt = devices[0].irqs.msi()[0]
+        for device in devices:
+            device.set_bus_master(True)
+        reset = [entry.address for entry in devices[0].hot_reset()]
+        assert reset == [edu, testdev]
+        assert [device.bus_master for device in devices] == [False, False]
+        # Mappings and interrupts go on, and both devices still drive.
+        assert bars[0].read32(0) == 0x010000ED
+        bars[1].read32(0)
+        interrupt.trigger()
+        assert interrupt.wait(5.0) == 1
+        devices[0].irqs.close()
+        assert Edu(devices[0]).factorial(5) == 120
+    # The group is ours although only one member is open.
+    with Device.open(edu, backend=backend) as device:
+        assert testdev in [entry.address for entry in device.hot_reset()]
+        assert Edu(device).factorial(6) == 720
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hot_reset_that_would_reach_an_unbound_member_is_refused_and_names_it(
+    backend: str,
+) -> None:
+    edu, testdev = members()
+    bind_vfio(edu)
+    unbind(testdev)
+    with Device.open(edu, backend=backend) as device:
+        with pytest.raises(VfiotoolError, match=f"would reset {edu}, {testdev}"):
+            device.hot_reset()
+        assert Edu(device).factorial(4) == 24
+
+
 def test_a_member_on_a_host_driver_makes_the_group_not_viable() -> None:
     edu, testdev = members()
     bind_vfio(testdev)
-    release(edu)
+    unbind(edu)
     if subprocess.run(["modprobe", "uio_pci_generic"], check=False).returncode:
         pytest.skip("this kernel has no uio_pci_generic to stand for a host driver")
     (PCI / edu / "driver_override").write_text("uio_pci_generic")
@@ -87,4 +122,4 @@ def test_a_member_on_a_host_driver_makes_the_group_not_viable() -> None:
         assert caught.value.hint == f"vfiotool why {testdev}"
         assert os.path.basename((PCI / testdev / "iommu_group").resolve()) in caught.value.message
     finally:
-        release(edu)
+        unbind(edu)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors
+from vfio_guest import BACKENDS, EDU, PCI, bind_vfio, open_descriptors
 
 from vfiotool.errors import Unsupported, UsageError
 from vfiotool.vfio import Device
@@ -122,6 +124,23 @@ def test_the_kernel_s_request_stands_beside_the_others(device: Device) -> None:
     with device.irqs.msi():
         request.trigger()
         assert request.wait(5.0) == 1
+
+
+def test_the_kernel_asks_for_the_device_back_and_waits_until_it_is_closed(device: Device) -> None:
+    request = device.irqs.request()
+    assert request.wait(0.0) == 0
+    writer = f"open('/sys/bus/pci/devices/{EDU}/driver/unbind', 'w').write('{EDU}')"
+    with subprocess.Popen([sys.executable, "-c", writer]) as unbinding:
+        assert request.wait(30.0) >= 1
+        assert unbinding.poll() is None
+        # Still ours: nothing is torn away.
+        assert device.region(0).read32(0) == 0x010000ED
+        device.close()
+        assert unbinding.wait(30.0) == 0
+    assert not (PCI / EDU / "driver").exists()
+    bind_vfio(EDU)
+    with Device.open(EDU, backend=device.backend) as again:
+        assert again.region(0).read32(0) == 0x010000ED
 
 
 def test_what_the_device_has_not_is_unsupported(device: Device) -> None:

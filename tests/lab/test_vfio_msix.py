@@ -10,6 +10,7 @@ from vfio_guest import BACKENDS, PCI, bind_vfio
 
 from vfiotool.errors import Unsupported, UsageError
 from vfiotool.vfio import Device
+from vfiotool.vfio.device import FEATURE_GET
 from vfiotool.vfio.registers import Register, RegisterMap
 
 MACHINE = "storage"
@@ -116,6 +117,26 @@ def test_a_hot_reset_names_its_dependents(device: Device) -> None:
     assert device.name in [entry.address for entry in reset]
     assert not device.bus_master
     assert Controller(device.region(0).map()).version.read() >> 16 in (1, 2)
+
+
+def test_a_pcie_device_has_an_error_interrupt_beside_the_others(device: Device) -> None:
+    error = device.irqs.error()
+    with device.irqs.msix(1):
+        assert error.wait(0.0) == 0
+        error.trigger()
+        assert error.wait(5.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(1, "migration"), (6, "dma-logging-start"), (8, "dma-logging-report"), (11, "dma-buf")],
+)
+def test_a_feature_that_is_not_there_is_told_by_name(
+    device: Device, number: int, name: str
+) -> None:
+    assert not device.features()[name]
+    with pytest.raises(Unsupported, match=f"has no feature {name}"):
+        device.feature(number, FEATURE_GET, bytes(32))
 
 
 def test_low_power_is_entered_and_left_where_the_kernel_has_it(device: Device) -> None:

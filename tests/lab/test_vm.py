@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from vfio_guest import EDU, TESTDEV, unbind
 
 MACHINE = "basic"
 KERNELS = ("6.12", "iommufd")
 PROOF = "not yet seen to pass whole on each of its kernels"
 
-DEVICES = ("0000:00:01.0", "0000:00:02.0")
+DEVICES = (EDU, TESTDEV)
 
 
 def vfiotool(*words: str, code: int = 0) -> str:
@@ -51,6 +52,7 @@ def open_in_qemu(*options: str) -> str:
 
 
 def test_a_device_on_no_vfio_driver_is_not_ready() -> None:
+    unbind(DEVICES[0])
     assert "not-bound" in vfiotool("vm", "check", DEVICES[0], code=1)
     vfiotool("vm", "qemu", DEVICES[0], code=4)
 

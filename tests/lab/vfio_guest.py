@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -31,6 +32,13 @@ def bind_vfio(address: str) -> None:
     if not driver.exists():
         (PCI.parent / "drivers_probe").write_text(address)
     assert driver.resolve().name == "vfio-pci"
+
+
+def unbind(address: str) -> None:
+    """Take a device from whatever driver it is on, and let go of the override."""
+    (PCI / address / "driver_override").write_text("\n")
+    if (PCI / address / "driver").exists():
+        (PCI / address / "driver" / "unbind").write_text(address)
 
 
 @contextlib.contextmanager
@@ -63,3 +71,32 @@ def status_kib(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1])
     return 0
+
+
+class IommuFaults:
+    """What the kernel logs of faulting DMA from here on (drivers/iommu/intel/dmar.c; it leaves
+    some out where there are many)."""
+
+    _FAULT = re.compile(r"DMAR: \[(DMA|INTR-REMAP)|iommu.*fault|fault.*iommu", re.IGNORECASE)
+
+    def __init__(self) -> None:
+        self._log = open("/dev/kmsg", "rb", buffering=0)  # noqa: SIM115
+        self._log.seek(0, os.SEEK_END)
+        os.set_blocking(self._log.fileno(), False)
+
+    def seen(self) -> list[str]:
+        """The lines since the last call."""
+        found = []
+        while True:
+            try:
+                record = self._log.read(8192)
+            except BrokenPipeError:  # Records were overwritten before they were read.
+                continue
+            if not record:
+                return found
+            text = record.decode(errors="replace").partition(";")[2].partition("\n")[0]
+            if self._FAULT.search(text):
+                found.append(text)
+
+    def close(self) -> None:
+        self._log.close()

@@ -230,7 +230,8 @@ class Guest:
 
     def _kernel_arguments(self) -> str:
         words = [KERNEL_ARGUMENTS, IOMMU_ARGUMENTS[self.machine.iommu]]
-        return " ".join([*words, *self.options.kernel_arguments]).strip()
+        words += [*self.machine.kernel_arguments, *self.options.kernel_arguments]
+        return " ".join(word for word in words if word)
 
     def _settings(self, layer: Path | None) -> dict[str, str | Sequence[str]]:
         modules = self.kernel.modules

@@ -36,7 +36,8 @@ class Disk:
 
 @dataclass(frozen=True)
 class Machine:
-    """A guest's hardware. `load` are modules that the guest loads at start (no udev does)."""
+    """A guest's hardware. `load` are modules that the guest loads at start (no udev does),
+    `kernel_arguments` further words on its kernel's command line."""
 
     name: str
     summary: str
@@ -46,6 +47,7 @@ class Machine:
     networks: tuple[str, ...] = ()
     load: tuple[str, ...] = ()
     memory_mib: int = 1024
+    kernel_arguments: tuple[str, ...] = ()
 
 
 def device(model: str, **properties: str) -> Device:
@@ -53,7 +55,7 @@ def device(model: str, **properties: str) -> Device:
     return Device(model, tuple(properties.items()))
 
 
-def root_port(number: int) -> Device:
+def root_port(number: int, **properties: str) -> Device:
     """A PCIe root port `rp<number>` in slot 0x10 + number of the root bus."""
     return device(
         "pcie-root-port",
@@ -61,6 +63,7 @@ def root_port(number: int) -> Device:
         bus="pcie.0",
         addr=f"{0x10 + number:#x}",
         chassis=str(number),
+        **properties,
     )
 
 
@@ -91,6 +94,22 @@ IGB = (
     replace(
         device("igb", id="igb0", bus="rp2", netdev="net0", mac="52:54:00:00:02:00"), optional=True
     ),
+)
+# One slot, two functions: neither is reset without the other where its own reset will not do.
+TWO_FUNCTIONS = (
+    # At 2.5 GT/s the port does not tell whether its link is up; at more it says that it is not,
+    # and Linux gives up waiting for it after a reset.
+    root_port(6, **{"x-speed": "2_5"}),
+    device(
+        "nvme",
+        id="nvme5",
+        serial="lab-nvme-5",
+        bus="rp6",
+        addr="0x0.0x0",
+        multifunction="on",
+        drive="nvme5",
+    ),
+    device("nvme", id="nvme6", serial="lab-nvme-6", bus="rp6", addr="0x0.0x1", drive="nvme6"),
 )
 SHARED_GROUP = (
     root_port(4),
@@ -140,6 +159,21 @@ _ALL = (
         "shared-group",
         "edu and pci-testdev behind a PCIe-to-PCI bridge: one group",
         (*SHARED_GROUP, EMPTY_PORT),
+    ),
+    Machine(
+        "large",
+        "memory for a page of 1 GiB, an edu that reaches 64 bits, an NVMe slot of two functions",
+        (
+            device("edu", bus="pcie.0", addr="0x1", dma_mask="0xffffffffffffffff"),
+            *NVME_SRIOV,
+            *TWO_FUNCTIONS,
+            EMPTY_PORT,
+        ),
+        disks=(Disk("nvme0"), Disk("nvme5"), Disk("nvme6")),
+        load=("nvme",),
+        memory_mib=4096,
+        # While it runs no GiB in one piece is to be had.
+        kernel_arguments=("hugepagesz=1G", "hugepages=1"),
     ),
     Machine(
         "mdev",
