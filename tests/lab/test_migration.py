@@ -15,9 +15,17 @@ import pytest
 from vfio_guest import BACKENDS, mdev, open_descriptors
 
 from vfiotool.drivers.mtty import SerialPort
-from vfiotool.errors import KernelError, Unsupported
+from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device
-from vfiotool.vfio.migration import ERROR, PRE_COPY, RUNNING, STOP, Migration, probe
+from vfiotool.vfio.migration import (
+    ERROR,
+    PRE_COPY,
+    RUNNING,
+    STOP,
+    DirtyLog,
+    Migration,
+    probe,
+)
 
 MACHINE = "mdev"
 KERNELS = ("6.12", "iommufd")
@@ -63,6 +71,28 @@ def test_an_mtty_tells_what_it_can(backend: str, source: str) -> None:
         assert support.dirty_log
         # Two ports of struct serial_port behind a header of 24 bytes; the kernel's own number.
         assert support.size_bytes is not None and support.size_bytes > 24
+
+
+def test_a_device_s_own_log_of_dirty_pages_is_started_read_and_stopped(
+    backend: str, source: str
+) -> None:
+    """mtty has the calls and never writes to memory."""
+    with Device.open(source, backend=backend) as device:
+        for _ in range(2):
+            with DirtyLog(device, [(0x100000, 0x100000), (0x400000, 0x1000)]) as log:
+                assert log.report(0x100000, 0x100000) == bytes(256 // 8)
+                assert log.report(0x400000, 0x1000) == bytes(8)
+            with pytest.raises(UsageError, match="is closed"):
+                log.report(0x100000, 0x1000)
+        # Ranges that overlap are the kernel's to refuse.
+        with pytest.raises(KernelError, match="dma-logging-start"):
+            DirtyLog(device, [(0x100000, 0x2000), (0x101000, 0x1000)])
+    with (
+        mdev("mdpy", "mdpy-vga") as name,
+        Device.open(name, backend=backend) as device,
+        pytest.raises(Unsupported, match="no feature dma-logging-start"),
+    ):
+        DirtyLog(device, [(0x100000, 0x1000)])
 
 
 def test_a_device_without_migration_says_so(backend: str) -> None:
