@@ -156,6 +156,14 @@ def test_differences_ignore_time_and_name_what_changed() -> None:
     assert differences(recorded(1), recorded(1, 2)) == ["1 events before, 2 now"]
 
 
+def test_of_a_poll_only_the_bits_waited_for_are_compared() -> None:
+    event = {"event": "poll", "mask": 1, "wanted": 0}
+    assert differences([{**event, "value": 0}], [{**event, "value": 6}]) == []
+    assert differences([{**event, "value": 0}], [{**event, "value": 7}]) == [
+        "event 1 (poll): value 0 -> 1"
+    ]
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"t": 1}', "null"])
 def test_a_line_that_is_no_event_is_named(text: str) -> None:
     with pytest.raises(UsageError, match="line 2 of the trace"):

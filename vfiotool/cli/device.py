@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vfiotool.vfio import Device
 
 _WIDTHS = (1, 2, 4, 8)
+# Of a trace's numbers those that people count.
+_COUNTED = ("width", "vector", "count", "length")
 # The PCI regions by the names that people use for them; lspci's "Region n" is BAR n.
 _REGION_NAMES = {**{f"bar{n}": n for n in range(6)}, "rom": 6, "config": 7, "vga": 8}
 
@@ -81,6 +83,9 @@ def region_number(text: str) -> int:
     """A region by number or by name. Raises UsageError."""
     if text.lower() in _REGION_NAMES:
         return _REGION_NAMES[text.lower()]
+    if not text.isdecimal() and not text.lower().startswith("0x"):
+        names = ", ".join(_REGION_NAMES)
+        raise UsageError(f"{text[:80]!r} is no region", hint=f"one of {names}, or a number")
     return number(text, "a region")
 
 
@@ -114,16 +119,17 @@ def info(
         emit(found)
         return
     print(f"{found['device']}  {', '.join(found['kinds'])}  through {found['backend']}")
+    called = {n: name for name, n in _REGION_NAMES.items()} if "pci" in found["kinds"] else {}
     for region in found["regions"]:
         areas = ", ".join(f"{area['offset']:#x}+{area['size']:#x}" for area in region["mmap"])
-        flags = " ".join(region["flags"])
-        mapped = f"  mappable {areas}" if areas else ""
-        print(f"  region {region['index']}  {region['size']:#x} bytes  {flags}{mapped}")
+        flags = " ".join(region["flags"]) + (f"  mappable {areas}" if areas else "")
+        name = called.get(region["index"], f"region {region['index']}")
+        print(f"  {name:<9}  {region['size']:#12x} bytes  {flags}")
     for irq in found["irqs"]:
-        print(f"  {irq['name']}  {irq['count']}  {' '.join(irq['flags'])}")
-    print(f"  reset: {'yes' if found['reset'] else 'no'}")
+        print(f"  {irq['name']:<9}  {irq['count']:>12} irqs   {' '.join(irq['flags'])}")
+    print(f"  reset      {'yes' if found['reset'] else 'no'}")
     offered = [name for name, offers in found["features"].items() if offers]
-    print(f"  features: {', '.join(offered) or 'none'}")
+    print(f"  features   {', '.join(offered) or 'none'}")
 
 
 def _describe(device: Device) -> dict[str, Any]:
@@ -331,17 +337,29 @@ def _following(source: TextIO) -> Iterator[str]:
 
 
 def _shown(event: dict[str, object]) -> str:
-    """An event on one line: time, what, and its numbers in hexadecimal."""
-    rest = "  ".join(
-        f"{key}={value:#x}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else f"{key}={value}"
-        for key, value in event.items()
-        if key not in ("t", "device", "event")
-    )
+    """An event on one line: time, what, where, and the rest by name; what is counted in decimal,
+    what is made of bits or addresses in hexadecimal."""
+    from vfiotool.pci import Address
+    from vfiotool.vfio.irq import NAMES
+
+    is_pci = Address.is_address(str(event.get("device")))
+    places = {"region": {n: name for name, n in _REGION_NAMES.items()}, "index": NAMES}
+    parts = []
+    for key, value in event.items():
+        if key in ("t", "device", "event") or (key == "offset" and "region" in event):
+            continue
+        if key in places and isinstance(value, int):
+            name = places[key].get(value) if is_pci else None
+            offset = event.get("offset")
+            inside = f"+{offset:#x}" if isinstance(offset, int) else ""
+            parts.append((name or f"{key} {value}") + inside)
+        elif key in _COUNTED or isinstance(value, bool) or not isinstance(value, int):
+            parts.append(f"{key}={value}")
+        else:
+            parts.append(f"{key}={value:#x}")
     when = event.get("t")
     stamp = f"{when:12.6f}" if isinstance(when, int | float) else " " * 12
-    return f"{stamp}  {event.get('event')!s:<9} {rest}"
+    return f"{stamp}  {event.get('event')!s:<9} {'  '.join(parts)}".rstrip()
 
 
 def demo(
