@@ -48,9 +48,13 @@ def demo(name: str) -> Demo:
 def register_map(name: str, device: Device) -> RegisterMap:
     """The registers of `device` as the driver called `name` declares them (its `registers_of`).
     Raises NotFound for a driver that there is not, or that declares none."""
-    module = DEMOS.get(name)
-    found = getattr(import_module(module), "registers_of", None) if module else None
-    if found is None:
-        raise NotFound(f"no driver {name!r} declares registers", hint="edu and mtty do")
-    declared: RegisterMap = found(device)
-    return declared
+    declared = {
+        driver: found
+        for driver, module in DEMOS.items()
+        if (found := getattr(import_module(module), "registers_of", None))
+    }
+    if name not in declared:
+        names = ", ".join(sorted(declared))
+        raise NotFound(f"no driver {name!r} declares registers", hint=f"one of: {names}")
+    bound: RegisterMap = declared[name](device)
+    return bound
