@@ -92,7 +92,7 @@ class Migration:
         if found is None:
             raise Unsupported(
                 f"{device.name} cannot migrate: its VFIO driver offers no saving of its state",
-                hint="a variant driver for it may: vfiotool bind --driver",
+                hint=f"a variant driver for it may: vfiotool bind {device.name} --driver NAME",
                 device=device.name,
             )
         self.device = device
