@@ -42,7 +42,11 @@ def send_in_child(request: Request, timeout_s: float) -> list[Message]:
     finally:
         os.close(reader)
         abandon(child)
-    outcome = pickle.loads(data) if data else _lost(request)
+    try:
+        # Our own child's words; one that was killed may have left half of them.
+        outcome = pickle.loads(data)
+    except (pickle.UnpicklingError, EOFError):
+        outcome = _lost(request)
     if isinstance(outcome, VfiotoolError):
         raise outcome
     answers: list[Message] = outcome

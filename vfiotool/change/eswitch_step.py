@@ -9,8 +9,6 @@ from vfiotool.change.state import UNKNOWN, Identity, device_exists
 from vfiotool.change.step import Door, Step, check_identity, drifted
 from vfiotool.errors import KernelError
 from vfiotool.host import Host
-from vfiotool.host_netlink import family_number
-from vfiotool.netlink_devlink import FAMILY, set_eswitch
 from vfiotool.sriov import read_eswitch_mode
 from vfiotool.values import dataclass
 
@@ -61,6 +59,9 @@ class SetEswitchMode(Step):
         return read_eswitch_mode(host, self.pf) == self.after
 
     def run(self, door: Door) -> None:
+        from vfiotool.host_netlink import family_number
+        from vfiotool.netlink_devlink import FAMILY, set_eswitch
+
         if self.holds(door.host):
             return
         family = family_number(door.host, FAMILY)

@@ -9,9 +9,7 @@ from vfiotool.change.eswitch_step import SetEswitchMode
 from vfiotool.change.step import Step
 from vfiotool.change.vf_steps import SetVfCount
 from vfiotool.change.vfnet_step import SetVfProperty
-from vfiotool.doctor_conflicts import VF_TOOLS, read_claims, resolve_claim
 from vfiotool.host import SYS_PCI_DEVICES, Host
-from vfiotool.inventory import read_inventory
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.sriov import read_vfs
 
@@ -41,8 +39,13 @@ def _managers(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
         if isinstance(step, SetVfCount | SetEswitchMode)
         or (isinstance(step, SetVfProperty) and not step.keep)
     }
-    claims = [claim for claim in read_claims(host) if claim.tool in VF_TOOLS] if changed else []
-    # Reading all functions is dear, and few hosts have such a claim.
+    if not changed:
+        return
+    # All this is for changes of VFs alone, and few hosts have such a claim.
+    from vfiotool.doctor_conflicts import VF_TOOLS, read_claims, resolve_claim
+    from vfiotool.inventory import read_inventory
+
+    claims = [claim for claim in read_claims(host) if claim.tool in VF_TOOLS]
     inventory = read_inventory(host) if claims else None
     for claim in claims:
         assert inventory is not None
