@@ -44,13 +44,13 @@ def test_an_unconfirmed_change_is_taken_back(kernel: FakeKernel, journal: Journa
     assert revert_unconfirmed(kernel.host(), journal, token, 5) == "undone 1"
     assert kernel.state() == before
     with pytest.raises(NotFound, match="no change waits"):
-        confirm(journal)
+        confirm(kernel.host(), journal)
 
 
 def test_a_confirmed_change_stays(kernel: FakeKernel, journal: Journal) -> None:
     token = pend(journal, None)
     attach(journal, token, do(kernel.host(), journal, binding(NVME)).transaction)
-    assert confirm(journal) == [1]
+    assert confirm(kernel.host(), journal) == [1]
     assert revert_unconfirmed(kernel.host(), journal, token, 5) is None
     assert kernel.driver_of(NVME) == "vfio-pci"
 
@@ -86,6 +86,17 @@ def test_a_later_process_with_the_same_number_is_not_waited_for(
     kernel._put("/proc/4711/stat", b"4711 (sh) S " + b"0 " * 18 + b"999 0\n")
     token = pend(journal, None, pid=4711, since="7")
     assert revert_unconfirmed(kernel.host(), journal, token, 5) == "nothing to do"
+
+
+def test_a_change_that_is_still_being_made_cannot_be_confirmed(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    kernel._put("/proc/4711/stat", b"4711 (vfiotool) S " + b"0 " * 18 + b"7 0\n")
+    pend(journal, None, pid=4711, since="7")
+    with pytest.raises(NotFound, match="still being made"):
+        confirm(kernel.host(), journal)
+    # Its watcher is still there.
+    assert journal.pending.names() == ["token"]
 
 
 def test_nothing_to_do_needs_no_confirmation(journal: Journal) -> None:

@@ -60,15 +60,26 @@ def attach(journal: Journal, token: str, transaction: int | None) -> None:
         journal.pending.replace(token, json.dumps(entry).encode())
 
 
-def confirm(journal: Journal) -> list[int]:
-    """Keep every change that waits to be confirmed. Returns their numbers. Raises NotFound."""
+def confirm(host: Host, journal: Journal) -> list[int]:
+    """Keep every change that waits to be confirmed. Returns their numbers.
+
+    Raises NotFound if there is none; one that is still being made keeps its watcher.
+    """
     kept = []
+    running = False
     for token in journal.pending.names():
-        data = journal.pending.read(token)
+        entry = _read_entry(journal, token)
+        if entry is None:
+            continue
+        number = entry["transaction"] or _committed_by(journal, entry)
+        if number is None and _runs(host, entry):
+            running = True
+            continue
         journal.pending.remove(token)
-        number = None if data is None else json.loads(data)["transaction"]
         if number is not None:
             kept.append(number)
+    if not kept and running:
+        raise NotFound("the change is still being made", hint="confirm it when it is done")
     if not kept:
         raise NotFound(
             "no change waits to be confirmed: it was taken back, or confirmed already",

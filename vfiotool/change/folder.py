@@ -12,6 +12,7 @@ import stat
 
 from vfiotool.errors import Refused, UsageError, from_oserror
 
+_SCRATCH = ".new"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,199}", re.ASCII)
 
 
@@ -66,7 +67,8 @@ class Folder:
         return Folder(f"{self.path}/{name}", _parent=self)
 
     def names(self) -> list[str]:
-        return sorted(os.listdir(self.descriptor))
+        """The files, without those that `replace` is still writing."""
+        return sorted(name for name in os.listdir(self.descriptor) if not name.endswith(_SCRATCH))
 
     def open(self, name: str, flags: int) -> int:
         """A descriptor of a regular file of ours. Raises OSError; Refused for anything else."""
@@ -103,7 +105,7 @@ class Folder:
 
         Raises KernelError or NotPermitted, with the old file in place.
         """
-        scratch = f"{safe_name(name)}.{os.getpid()}.new"
+        scratch = f"{safe_name(name)}.{os.getpid()}{_SCRATCH}"
         try:
             descriptor = self.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with os.fdopen(descriptor, "wb") as file:

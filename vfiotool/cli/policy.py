@@ -203,7 +203,8 @@ def _report_applied(
 
 
 def keep(context: typer.Context) -> int:
-    numbers = confirm(_journal(render.host(context)))
+    host = render.host(context)
+    numbers = confirm(host, _journal(host))
     if render.state(context).json:
         render.emit({"confirmed": numbers})
     else:
