@@ -10,7 +10,7 @@ import pytest
 
 from tests.small_host import SmallHost
 from vfiotool.cli.app import main
-from vfiotool.errors import NotFound, Refused
+from vfiotool.errors import NotFound, Refused, Unsupported
 from vfiotool.host import Host
 from vfiotool.inventory import Inventory, read_inventory
 from vfiotool.snapshot import open_root
@@ -139,6 +139,8 @@ def test_a_vf_of_a_function_on_vfio_pci_wants_its_token() -> None:
     preflight.require_ready(host, inventory, [device], TOKEN)
     words = qemu.arguments([device, preflight.handed(inventory, pf)], vf_token=TOKEN)
     assert sum(word.endswith(f",vf-token={TOKEN}") for word in words) == 2
+    with pytest.raises(Unsupported, match="which iommufd does not take"):
+        qemu.arguments([device], iommufd=True, vf_token=TOKEN)
 
 
 def test_no_token_is_given_where_the_host_drives_the_physical_function() -> None:

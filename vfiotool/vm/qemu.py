@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vfiotool.errors import Unsupported
 from vfiotool.pci import Address
 from vfiotool.vm.preflight import Handed
 
@@ -18,8 +19,17 @@ def arguments(
 
     Each slot of the host becomes one PCIe root port, so that the functions of one card (a GPU and
     its audio) stay functions of one device in the guest. `iommufd` adds the object that the
-    devices then share; it needs QEMU 8.2 or newer.
+    devices then share; it needs QEMU 8.2 or newer. `vf_token` goes to those that have a guard.
+    Raises Unsupported for a token through iommufd.
     """
+    guarded = [device.name for device in devices if device.guard is not None]
+    if iommufd and vf_token is not None and guarded:
+        # uapi/linux/vfio.h: VFIO_DEVICE_BIND_IOMMUFD takes none, but for the newest kernels.
+        raise Unsupported(
+            f"{guarded[0]} wants a VF token, which iommufd does not take",
+            hint="leave --iommufd out",
+            device=guarded[0],
+        )
     words = ["-object", "iommufd,id=iommufd0"] if iommufd else []
     ports: dict[str, list[Handed]] = {}
     for device in devices:
