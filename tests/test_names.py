@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from memory_host import HostBuilder
 
 from vfiotool.names import DeviceNames, Names, read_names
@@ -87,3 +89,25 @@ def test_a_damaged_compressed_table_names_nothing() -> None:
         builder.file("/usr/share/misc/pci.ids", b"").host().read_bytes("/usr/share/misc/pci.ids.gz")
     )
     assert read_names(builder.host()).vendor("0001") is None
+
+
+_LINES = st.sampled_from(
+    [
+        b"8086  V",
+        b"\t10c9  D",
+        b"\t\t8086 a03c  S",
+        b"C 02  N",
+        b"\t00  E",
+        b"# c",
+        b"",
+        b"\t",
+        b"C ",
+    ]
+)
+
+
+@given(st.lists(st.one_of(_LINES, st.binary(max_size=20)), max_size=12))
+def test_any_table_gives_names_of_one_line_or_none(lines: list[bytes]) -> None:
+    found = Names(b"\n".join(lines)).lookup("8086", "10c9", "8086", "a03c", "020000")
+    for name in (found.vendor, found.device, found.subsystem, found.class_name):
+        assert name is None or "\n" not in name

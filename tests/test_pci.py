@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from math import isfinite
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from vfiotool.pci import (
     list_addresses,
     parse_identity,
     parse_resource,
+    parse_speed,
     read_function,
     read_functions,
 )
@@ -86,6 +88,12 @@ def test_any_uevent_gives_an_identity(text: str) -> None:
 @given(st.text(max_size=400))
 def test_any_resource_file_gives_regions(text: str) -> None:
     assert all(region.size > 0 for region in parse_resource(text))
+
+
+@given(st.one_of(st.text(max_size=40), st.floats().map(str)))
+def test_any_link_speed_is_a_number_that_json_has_or_none(text: str) -> None:
+    speed = parse_speed(text)
+    assert speed is None or isfinite(speed)
 
 
 def test_unset_malformed_and_foreign_resources_are_passed_over() -> None:

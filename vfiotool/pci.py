@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from math import isfinite
 from typing import NamedTuple
 
 from vfiotool.errors import UsageError
@@ -194,9 +195,11 @@ def parse_resource(text: str) -> tuple[Region, ...]:
 def parse_speed(text: str | None) -> float | None:
     """`"8.0 GT/s PCIe"` -> 8.0; None for `"Unknown"` and the absent."""
     try:
-        return float((text or "").split()[0])
+        speed = float((text or "").split()[0])
     except (ValueError, IndexError):
         return None
+    # JSON has neither "nan" nor "inf", which float() takes.
+    return speed if isfinite(speed) else None
 
 
 def list_addresses(host: Host) -> list[str]:
