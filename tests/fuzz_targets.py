@@ -1,40 +1,26 @@
-"""Fuzz with atheris what is parsed of a device: configuration space, VPD, sysfs attributes.
+"""The parsers that are fuzzed: what must hold for any bytes, and inputs to begin with.
 
-    python tests/fuzz/fuzz_inventory.py config|vpd|sysfs -runs=100000 [libFuzzer options] [CORPUS…]
-
-Any bytes must be read without an error, within the bounds that the modules promise. Inputs for
-`config` name a decoder and give its bytes, or are patches (offset, length, bytes) of a whole
-configuration space, or that space itself.
+`tests/fuzz/fuzz.py` fuzzes them with atheris; `tests/test_fuzz_corpus.py` replays what that found.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-
-import atheris
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-with atheris.instrument_imports(include=["vfiotool"]):
-    from vfiotool import capabilities
-    from vfiotool.capabilities_layout import read_registers
-    from vfiotool.capabilities_vpd import parse_vpd
-    from vfiotool.inventory_json import config_as_json, vpd_as_json
-    from vfiotool.iommu_scan import parse_facts, parse_windows
-    from vfiotool.names import Names
-    from vfiotool.pci import parse_identity, parse_resource, parse_speed
+from math import isfinite
 
 from config_space import build
+from snapshot_check import HEAD, check, with_head
 
-# Past the cache: a remembered answer would run no code.
-parse_config = capabilities.parse_config.__wrapped__
-capabilities._decode = capabilities._decode.__wrapped__  # type: ignore[assignment]
-capabilities._decode_registers = capabilities._decode_registers.__wrapped__  # type: ignore[assignment]
+from vfiotool import capabilities
+from vfiotool.capabilities_layout import read_registers
+from vfiotool.capabilities_vpd import parse_vpd
+from vfiotool.inventory_json import config_as_json, vpd_as_json
+from vfiotool.iommu_scan import parse_facts, parse_windows
+from vfiotool.names import Names
+from vfiotool.pci import parse_identity, parse_resource, parse_speed
 
 _BASE = bytes(
     build([(0x10, b"\x42\x00" + bytes(56)), (0x01, bytes(6))], [(0x000D, 1, bytes(4))], size=1024)
@@ -54,7 +40,11 @@ _WHOLE = 0xE0
 
 
 def check_config(data: bytes) -> None:
-    """Mostly one decoder on its own, which is fast; every eighth input a whole space."""
+    """Mostly one decoder on its own, which is fast; every eighth input a whole space.
+
+    The first byte names a decoder and its bytes follow, or patches (offset, length, bytes) of a
+    space follow, or that space itself.
+    """
     kind = data[0] if data else 0
     if kind < _WHOLE:
         fields = _DECODERS[kind % len(_DECODERS)](data[1:])
@@ -62,7 +52,7 @@ def check_config(data: bytes) -> None:
         if len(data) % 16 == 0:
             json.dumps(fields)
         return
-    space = parse_config(patched(data[1:]) if kind < 0xF0 else data[1:])
+    space = capabilities.parse_config(_patched(data[1:]) if kind < 0xF0 else data[1:])
     standard = [item.offset for item in space.capabilities if not item.extended]
     extended = [item.offset for item in space.capabilities if item.extended]
     assert len(standard) <= capabilities.STANDARD_HOPS
@@ -74,7 +64,7 @@ def check_config(data: bytes) -> None:
         json.dumps(config_as_json(space))
 
 
-def patched(data: bytes) -> bytes:
+def _patched(data: bytes) -> bytes:
     space = bytearray(_BASE)
     at = 0
     while at + 3 <= len(data):
@@ -104,58 +94,76 @@ def check_sysfs(data: bytes) -> None:
         assert 0 <= region.index <= 6 and region.size > 0
     for _, _, kind in parse_windows(text):
         assert kind
-    parse_speed(text)
-    names = Names(data)
-    names.lookup("8086", "10c9", "8086", "0001", "020000")
+    speed = parse_speed(text)
+    assert speed is None or isfinite(speed)
 
 
-_TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
-    "config": (
-        check_config,
-        [
-            *(bytes([number]) + bytes(range(64)) for number in range(len(_DECODERS))),
-            b"\xe0",
-            b"\xe0" + b"\x34\x00\x01\x40",
-            *(b"\xe0\x40\x00\x04" + bytes([id_, 0x60, 0xFF, 0xFF]) for id_ in _IDS if id_ < 256),
-            *(b"\xe0\x00\x01\x04" + id_.to_bytes(2, "little") + b"\x01\x10" for id_ in _IDS),
-            b"\xf0" + _BASE[:256],
-        ],
-    ),
-    "vpd": (
+def check_names(data: bytes) -> None:
+    found = Names(data).lookup("8086", "10c9", "8086", "0001", "020000")
+    for name in (found.vendor, found.device, found.subsystem, found.class_name):
+        assert name is None or "\n" not in name
+
+
+def check_snapshot(data: bytes) -> None:
+    check(with_head(data))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is fuzzed: `check` raises for a fault; inputs of up to `max_bytes`, the seeds first."""
+
+    check: Callable[[bytes], None]
+    max_bytes: int
+    seeds: tuple[bytes, ...]
+
+
+def _config_seeds() -> Iterable[bytes]:
+    yield from (bytes([number]) + bytes(range(64)) for number in range(len(_DECODERS)))
+    yield b"\xe0"
+    yield b"\xe0\x34\x00\x01\x40"
+    yield from (b"\xe0\x40\x00\x04" + bytes([id_, 0x60, 0xFF, 0xFF]) for id_ in _IDS if id_ < 256)
+    yield from (b"\xe0\x00\x01\x04" + id_.to_bytes(2, "little") + b"\x01\x10" for id_ in _IDS)
+    yield b"\xf0" + _BASE[:256]
+
+
+TARGETS = {
+    "config": Target(check_config, 320, tuple(_config_seeds())),
+    "vpd": Target(
         check_vpd,
-        [
+        160,
+        (
             b"\x82\x04\x00Card\x90\x0a\x00PN\x02XYRV\x01\x00\x78",
             b"\x82\x00\x00\x90\x00\x00\x91\x03\x00RW\x00\x78",
-        ],
+        ),
     ),
-    "sysfs": (
+    "sysfs": Target(
         check_sysfs,
-        [
+        160,
+        (
             b"DRIVER=nvme\nPCI_CLASS=10802\nPCI_ID=8086:0010\nPCI_SUBSYS_ID=1AF4:1100\n"
             b"PCI_SLOT_NAME=0000:00:01.0\nMODALIAS=pci:v\n",
             b"0x00000000fee00000 0x00000000feefffff msi\n0x0 0x10 direct\n",
             b"0x00000000fe000000 0x00000000fe01ffff 0x0000000000040200\n",
             b"8.0 GT/s PCIe\n",
-            b"8086  Intel\n\t10c9  Name\n\t\t8086 0001  Sub\nC 02  Net\n\t00  Ethernet\n",
-        ],
+        ),
+    ),
+    "names": Target(
+        check_names,
+        160,
+        (b"8086  Intel\n\t10c9  Name\n\t\t8086 0001  Sub\nC 02  Net\n\t00  Ethernet\n",),
+    ),
+    "snapshot": Target(
+        check_snapshot,
+        256,
+        (
+            b"",
+            HEAD,
+            HEAD + b"[/sys/a]\nclass = 0x00ff00\nlabel ~ x\nempty ~\n[end 6]\n",
+            HEAD + b"[/sys/a]\nuevent |\n| A=1\n| B=2\nraw | ~\n| \\x00\\\\\n|\n[end 9]\n",
+            HEAD
+            + b"[/sys/a]\nconfig # 64\n# 000: 8680\n# 03e: ffff\nvpd ! EIO\nodd ! 524\n"
+            + b"rom ?\n[end 9]\n",
+            HEAD + b"[/]\ndriver -> ../../x\n\n[/sys/a\\x20b]\n\\x5bx = 1\n[end 8]\n",
+        ),
     ),
 }
-
-
-def main() -> None:
-    target = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if target not in _TARGETS:
-        raise SystemExit(__doc__)
-    check, seeds = _TARGETS[target]
-    arguments = list(sys.argv)
-    if not any(not argument.startswith("-") for argument in arguments[1:]):
-        folder = Path(tempfile.mkdtemp())
-        for number, seed in enumerate(seeds):
-            (folder / str(number)).write_bytes(seed)
-        arguments.append(str(folder))
-    atheris.Setup(arguments, check)
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
