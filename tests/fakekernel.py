@@ -305,7 +305,7 @@ class FakeKernel(MemoryTree):
             raise _error(errno.ENOENT, path)
         if path == f"{PCI}/drivers_probe":
             if self._real(target) is None:
-                raise _error(errno.EINVAL, path)
+                raise _error(errno.ENODEV, path)
             self._probe(target)
         elif re.fullmatch(rf"{PCI}/drivers/[^/]+/(bind|unbind)", path):
             self._bind_or_unbind(path, name, target)
