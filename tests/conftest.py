@@ -41,6 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     tallies: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: dict[str, set[str]] = defaultdict(set)
     skips: Counter[str] = Counter()
+    figures = []
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) != "call":
@@ -48,6 +49,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             for name, tally in getattr(report, "user_properties", []):
                 if name == "guest":
                     _add(tally, tallies, reasons, skips)
+                    figures += [
+                        (tally["kernel"], test.rpartition("/")[2], measured)
+                        for test, measured in sorted(tally["measured"].items())
+                    ]
     if not tallies:
         return
     terminalreporter.section("tests inside guests")
@@ -57,6 +62,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reason, count in skips.most_common():
         where = ", ".join(sorted(reasons[reason]))
         terminalreporter.write_line(f"  skipped {count} on {where}: {reason}")
+    for kernel, test, measured in figures:
+        text = ", ".join(f"{name} {value}" for name, value in measured.items())
+        terminalreporter.write_line(f"  measured on {kernel}, {test}: {text}")
 
 
 def _add(

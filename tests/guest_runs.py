@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yardstick
+
 from vfiotool.errors import VfiotoolError
 from vfiotool.lab.channel import Kind
 from vfiotool.lab.guest import Guest, GuestLost, GuestTimeout
@@ -169,7 +171,7 @@ class _OneBoot:
             ["sh", "-c", f'{command} "$@"', "sh", *options],
             timeout_s=BOOT_AND_TESTS_S,
             sink=self.take,
-            env={"PYTHONPATH": f"{ROOT}:{FOLDER}"},
+            env={"PYTHONPATH": f"{ROOT}:{FOLDER}", yardstick.HOST_S: str(yardstick.measure())},
         )
         if not self.finished:
             self.lost(f"pytest ended with {done.exit_code} in the guest:\n{self.tail()}")

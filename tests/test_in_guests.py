@@ -69,4 +69,5 @@ def _tally(place: Place, outcome: Outcome) -> dict[str, object]:
         "failed": len(outcome.of("failed")),
         "skipped": [row["text"] for row in outcome.of("skipped")],
         "seconds": sum(row.get("seconds", 0.0) for row in outcome.rows),
+        "measured": {row["test"]: row["measured"] for row in outcome.rows if row.get("measured")},
     }

@@ -59,6 +59,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         outcome=report.outcome,
         text=text,
         seconds=report.duration,
+        measured=dict(report.user_properties),
     )
 
 
