@@ -1,4 +1,5 @@
-"""Fifty processes on one fake kernel: one history, nothing lost, nothing locked for ever."""
+"""Fifty processes on one fake kernel: one history, nothing lost, nothing locked for ever; and a
+neighbour who meddles between any two accesses."""
 
 from __future__ import annotations
 
@@ -7,9 +8,21 @@ from collections.abc import Callable
 from multiprocessing.managers import BaseManager
 from typing import Any
 
-from tests.changing import EDU, NIC, NVME, TESTDEV, UUID, furnished, run_folder
+from tests.changing import (
+    EDU,
+    NIC,
+    NVME,
+    TESTDEV,
+    UUID,
+    binding,
+    furnished,
+    releasing,
+    run_folder,
+)
 from tests.contention import check, operations, run_workers
 from tests.fakekernel import FakeKernel
+from tests.neighbour import Meddling, WatchedKernel
+from vfiotool.change.state import Binding
 from vfiotool.host import Host
 
 METHODS = ("read", "listdir", "readlink", "exists", "isdir", "write", "load_module", "netlink")
@@ -60,3 +73,22 @@ def test_fifty_processes_write_one_history() -> None:
         assert codes == [0] * PROCESSES
         outcomes = check(connect(), folder)
         assert outcomes["committed"] > 100
+
+
+def test_no_interference_of_a_neighbour_goes_unnoticed() -> None:
+    kernel = furnished()
+    tallies = []
+    for make, goal, prepare in (
+        (binding(NVME), Binding("vfio-pci", "vfio-pci"), None),
+        (releasing(NVME), Binding("nvme", None), binding(NVME)),
+    ):
+        meddling = Meddling(
+            lambda watch: Host(WatchedKernel(kernel, watch), live=True, name="watched"),  # type: ignore[arg-type]
+            lambda path, text: kernel.write(path, text.encode(), 1.0),
+            NVME,
+        )
+        meddling.everywhere(make, goal, prepare)
+        tallies.append(meddling.tally)
+    for tally in tallies:
+        assert tally["reported"] > 10
+        assert tally["put right"] > 0

@@ -1,11 +1,18 @@
-"""Fifty processes and a thousand operations on a real kernel; and a neighbour who meddles."""
+"""Fifty processes and a thousand operations on a real kernel; and a neighbour who meddles, at
+random and between any two accesses."""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import random
 import signal
+import struct
 import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,7 +20,10 @@ from tests.changing import UUID, binding, do, releasing, run_folder
 from tests.contention import check, operations, run_workers
 from tests.fakekernel import PCI
 from tests.lab.commands import modprobe
-from vfiotool.change.apply import recover
+from tests.neighbour import Meddling, WatchedTree
+from vfiotool.change import apply as apply_module
+from vfiotool.change.apply import Outcome, recover
+from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.journal import Journal
 from vfiotool.change.state import Binding, read_binding
 from vfiotool.errors import VfiotoolError
@@ -47,30 +57,62 @@ def test_fifty_processes_write_one_history() -> None:
         do(host, Journal(host, folder), releasing(EDU, TESTDEV))
 
 
-def meddle(until: float, seed: int) -> None:
+class Stamps:
+    """When the neighbour's writes began and landed, in memory that both processes share."""
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 16)
+
+    def put(self, began: float, landed: float) -> None:
+        struct.pack_into("=dd", self._shared, 0, began, landed)
+
+    def get(self) -> tuple[float, float]:
+        began, landed = struct.unpack_from("=dd", self._shared)
+        return began, landed
+
+    def since(self, when: float) -> bool:
+        """Whether a write has landed since, or was on its way when the neighbour was stopped."""
+        began, landed = self.get()
+        return landed >= when or began > landed
+
+
+def meddle(until: float, seed: int, stamps: Stamps) -> None:
     """Unbind and probe a device at random, as another tool would, without any lock."""
     chance = random.Random(seed)
+    landed = 0.0
     while time.monotonic() < until:
         driver = chance.choice(["vfio-pci", "nvme"])
         path = chance.choice([f"{PCI}/drivers/{driver}/unbind", f"{PCI}/drivers_probe"])
-        try:
-            with open(path, "w") as file:
-                file.write(DISK)
-        except OSError:
-            continue
+        stamps.put(time.monotonic(), landed)
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            file.write(DISK)
+        landed = time.monotonic()
+        stamps.put(landed, landed)
         time.sleep(chance.random() * 0.02)
 
 
-def test_every_interference_of_a_neighbour_is_reported() -> None:
-    """A change that is said to be done is done; one that was disturbed says so."""
+def test_every_interference_of_a_neighbour_is_reported(
+    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    """What is said to be done was done when it was last looked at; what was disturbed says so."""
     host = Host.local()
+    stamps = Stamps()
+    looked = 0.0
+    verify = apply_module._verify_all
+
+    def verify_all(*arguments: Any) -> None:
+        nonlocal looked
+        looked = time.monotonic()
+        verify(*arguments)
+
+    monkeypatch.setattr(apply_module, "_verify_all", verify_all)
     pid = os.fork()
     if pid == 0:
         try:
-            meddle(time.monotonic() + 600, 1)
+            meddle(time.monotonic() + 600, 1, stamps)
         finally:
             os._exit(0)
-    reported = agreed = 0
+    ends: Counter[str] = Counter()
     try:
         with run_folder() as folder:
             journal = Journal(host, folder)
@@ -78,12 +120,14 @@ def test_every_interference_of_a_neighbour_is_reported() -> None:
                 make = binding(DISK) if number % 2 == 0 else releasing(DISK)
                 os.kill(pid, signal.SIGCONT)
                 try:
-                    do(host, journal, make)
+                    outcome = do(host, journal, make)
                     os.kill(pid, signal.SIGSTOP)
-                    agreed += 1
+                    os.waitpid(pid, os.WUNTRACED)
+                    ends[judge(host, outcome, stamps, looked)] += 1
                 except VfiotoolError:
                     os.kill(pid, signal.SIGSTOP)
-                    reported += 1
+                    os.waitpid(pid, os.WUNTRACED)
+                    ends["reported"] += 1
                     recover(host, journal)
             assert all(record.outcome is not None for record in journal.history())
             os.kill(pid, signal.SIGKILL)
@@ -97,5 +141,39 @@ def test_every_interference_of_a_neighbour_is_reported() -> None:
         if pid:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    assert reported + agreed == 40
-    assert reported > 0
+    record_property("ends", dict(ends))
+    assert ends.total() == 40
+    assert ends["reported"] > 0
+
+
+def judge(host: Host, outcome: Outcome, stamps: Stamps, looked: float) -> str:
+    """Check a change that says that it is done, with the neighbour stopped."""
+    if all(step.holds(host) for step in outcome.steps if isinstance(step, BindDriver)):
+        return "done"
+    assert stamps.since(looked), f"{outcome.steps} are said to be done, and are not"
+    return "done, and disturbed after the last look"
+
+
+def test_no_interference_of_a_neighbour_goes_unnoticed(
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Between any two accesses of a change. A device that nothing but vfio-pci takes is quick."""
+
+    def write(path: str, text: str) -> None:
+        with open(path, "w") as file:
+            file.write(text)
+
+    free, taken = Binding(None, None), Binding("vfio-pci", "vfio-pci")
+    for name, make, goal, prepare in (
+        ("bind", binding(TESTDEV), taken, None),
+        ("release", releasing(TESTDEV), free, binding(TESTDEV)),
+    ):
+        meddling = Meddling(
+            lambda watch: Host(WatchedTree(watch), live=True, name="this host"),
+            write,
+            TESTDEV,
+            driver=None,
+        )
+        meddling.everywhere(make, goal, prepare)
+        record_property(name, dict(meddling.tally))
+        assert meddling.tally["reported"] > 10
