@@ -1,0 +1,37 @@
+"""Random histories of changes on a guest's own kernel; each is undone to its first state."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, Phase, settings
+
+from tests.lab.commands import modprobe
+from tests.stateful import Changes
+from vfiotool.host import Host
+
+MACHINE = "full"
+KERNELS = ("6.1", "6.12", "iommufd")
+PROOF = "long"
+
+
+class GuestChanges(Changes):
+    """Changes of this guest."""
+
+    def open_host(self) -> Host:
+        modprobe("vfio-pci", "igbvf")
+        return Host.local()
+
+    def teardown(self) -> None:
+        while len(self.states) > 1:
+            self.take_back()
+        super().teardown()
+
+
+GuestChanges.TestCase.settings = settings(
+    max_examples=5,
+    stateful_step_count=12,
+    deadline=None,
+    database=None,
+    phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)
+TestChanges = GuestChanges.TestCase
