@@ -75,6 +75,7 @@ class KillingTree(OsTree):
             return
         if self.moment == "flight":
             child = self.child()
+            reader, writer = os.pipe()
             if os.fork() == 0:
                 # The request goes out from here, so that the killed process cannot wait for it;
                 # and of that process's locks nothing may live on.
@@ -87,6 +88,9 @@ class KillingTree(OsTree):
                     child.write(path, data, timeout_s)
                 finally:
                     os._exit(0)
+            os.close(writer)
+            # Ends once the other process has closed what it got from this one.
+            os.read(reader, 1)
         elif self.moment == "after":
             super().write(path, data, timeout_s)
         os.kill(os.getpid(), signal.SIGKILL)
