@@ -1,14 +1,18 @@
 """Power loss while desired state is written: what the disk holds is the old state or the new one.
 
-A guest replaces its desired state on an ext4 disk as fast as it can. At random instants QEMU is
-stopped and the disk's image copied: the copy is what the disk holds if the power goes then, since
-what the guest had not written out is not in it. Each copy's journal is replayed by e2fsck, as the
-next mount would, and the file read with debugfs. The last instant is a kill -9 of QEMU itself.
+A guest replaces its desired state on an ext4 file system as fast as it can, and notes each version
+on the raw disk once `save` has returned. After each loss the file system's journal is replayed by
+e2fsck, as the next mount would, and the file read with debugfs.
+
+Two ways to lose it. The disk forgets: what was not flushed survives sector by sector or not, at
+200 random instants of one guest; a version that was noted must be there, or the one after it. And
+QEMU dies: kill -9 with several disks at work, of which the host keeps what was finished.
 """
 
 from __future__ import annotations
 
 import json
+import queue
 import random
 import shutil
 import subprocess
@@ -17,91 +21,170 @@ from pathlib import Path
 
 import pytest
 
+from tests.forgetful_disk import SECTOR, ForgetfulDisk
 from vfiotool.errors import VfiotoolError
 from vfiotool.lab.guest import Guest
 
 INSTANTS = 200
-WRITER = """
-import sys, itertools
+KILLS, DISKS = 25, 8
+FILE_SYSTEM_MIB = 20
+NOTE_AT = FILE_SYSTEM_MIB << 20
+NOTE_BYTES = 4096
+DISK_BYTES = NOTE_AT + NOTE_BYTES
+
+# One thread a disk, so that all have a write in hand: argv holds pairs of node and mount point.
+WRITER = f"""
+import itertools, mmap, os, sys, threading
 from vfiotool.change.policy import parse_policy
 from vfiotool.change.saved import DesiredState
-state = DesiredState("/mnt/vfiotool")
-for number in itertools.count():
-    # A changing length moves the file's end over block borders.
-    text = "version = 1\\n" + f"# {number} " + "x" * (number * 701 % 9000) + "\\n"
-    state.save(parse_policy(text, str(number)), number)
-    if number == 0:
-        print("writing", flush=True)
+
+def write(node, point, ready):
+    state = DesiredState(point + "/vfiotool")
+    raw = os.open(node, os.O_WRONLY | os.O_DIRECT)
+    page = mmap.mmap(-1, {NOTE_BYTES})
+    for number in itertools.count(1):
+        # A changing length moves the file's end over block borders.
+        text = "version = 1\\n" + f"# {{number}} " + "x" * (number * 701 % 9000) + "\\n"
+        state.save(parse_policy(text, str(number)), number)
+        page[:8] = number.to_bytes(8, "little")
+        os.pwrite(raw, page, {NOTE_AT})
+        ready.set()
+
+pairs = list(zip(sys.argv[1::2], sys.argv[2::2]))
+events = [threading.Event() for _ in pairs]
+for (node, point), event in zip(pairs, events):
+    threading.Thread(target=write, args=(node, point, event), daemon=True).start()
+for event in events:
+    event.wait()
+print("writing", flush=True)
+threading.Event().wait()
 """
 START = """
+writer=$1 disks=$(($2 * 2)); set --
 for disk in /sys/block/vd*; do
-    [ "$(cat $disk/serial)" = powerloss ] && node=/dev/${disk##*/}
+    serial=$(cat $disk/serial)
+    case $serial in powerloss*) ;; *) continue ;; esac
+    mkdir -p /tmp/$serial
+    mount -t ext4 /dev/${disk##*/} /tmp/$serial || exit 1
+    set -- "$@" /dev/${disk##*/} /tmp/$serial
 done
-mount -t ext4 $node /mnt || exit 1
+[ $# = $disks ] || exit 1
 mkfifo /tmp/ready
-python -c "$1" > /tmp/ready 2>/tmp/errors &
-read line < /tmp/ready && [ "$line" = writing ]
+python -c "$writer" "$@" > /tmp/ready 2>/tmp/errors &
+read line < /tmp/ready && [ "$line" = writing ] || { cat /tmp/errors; exit 1; }
 """
 
 pytestmark = [pytest.mark.lab, pytest.mark.proof]
 
 
-def read_desired(image: Path) -> dict[str, object] | None:
-    """The desired state on a disk that lost its power; None if there is none yet."""
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk's image with an empty file system, and room for the note behind it."""
+    for tool in ("mkfs.ext4", "e2fsck", "debugfs"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} (e2fsprogs) is not here")
+    image = tmp_path_factory.mktemp("blank") / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    command = ["mkfs.ext4", "-q", "-b", "1024", "-J", "size=4", image, f"{FILE_SYSTEM_MIB}m"]
+    subprocess.run(command, check=True)
+    return image
+
+
+def boot(disks: list[str]) -> Guest:
+    """A guest with those block devices (QEMU's words) as disks, not started yet."""
+    arguments: list[str] = []
+    for number, words in enumerate(disks):
+        name = f"powerloss{number}"
+        arguments += ["-blockdev", f"node-name={name},{words}"]
+        arguments += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
+    try:
+        return Guest("basic", "6.12", qemu_arguments=tuple(arguments), load=("virtio_blk", "ext4"))
+    except VfiotoolError as error:
+        pytest.skip(error.message)
+
+
+def start_writing(guest: Guest, disks: int) -> None:
+    command = ["sh", "-c", START, "start", WRITER, str(disks)]
+    ready = guest.exec(command, timeout_s=300, merge=True)
+    assert ready.exit_code == 0, ready.text
+
+
+def noted(image: Path) -> int:
+    """The last version whose `save` was seen to return."""
+    with image.open("rb") as file:
+        file.seek(NOTE_AT)
+        return int.from_bytes(file.read(8), "little")
+
+
+def check_disk(image: Path) -> int:
+    """The version that a disk holds after it lost its power, once it is seen to be whole."""
+    note = noted(image)
     fixed = subprocess.run(["e2fsck", "-fy", image], capture_output=True, text=True, check=False)
     # 1: errors corrected, which replaying a journal can count as; above that it is broken.
     assert fixed.returncode in (0, 1), fixed.stdout
     command = ["debugfs", "-R", "cat /vfiotool/applied.json", image]
     done = subprocess.run(command, capture_output=True, check=True)
-    if b"File not found" in done.stderr:
-        return None
-    found: dict[str, object] = json.loads(done.stdout)
-    return found
+    assert b"File not found" not in done.stderr, f"version {note} is gone altogether"
+    found = json.loads(done.stdout)
+    number = int(found["transaction"])
+    text = "version = 1\n" + f"# {number} " + "x" * (number * 701 % 9000) + "\n"
+    assert found["policy"] == {"name": str(number), "text": text}
+    assert number in (note, note + 1), f"{note} was saved, {number} is there"
+    return number
 
 
-def test_desired_state_is_old_or_new_after_a_power_loss(tmp_path: Path) -> None:
-    for tool in ("mkfs.ext4", "e2fsck", "debugfs"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} (e2fsprogs) is not here")
-    image, copy = tmp_path / "disk.img", tmp_path / "copy.img"
-    with image.open("wb") as file:
-        file.truncate(24 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-J", "size=4", image], check=True)
-    arguments = (
-        "-drive",
-        f"if=none,id=powerloss,format=raw,file={image}",
-        "-device",
-        "virtio-blk-pci,drive=powerloss,serial=powerloss",
-    )
+def test_a_disk_that_forgets_keeps_what_was_saved(blank: Path, tmp_path: Path) -> None:
     chance = random.Random(1)
-    versions: list[int] = []
-    try:
-        guest = Guest("basic", "6.12", qemu_arguments=arguments, load=("ext4",))
-    except VfiotoolError as error:
-        pytest.skip(error.message)
-    with guest:
-        ready = guest.exec(["sh", "-c", START, "start", WRITER], timeout_s=300)
-        assert ready.exit_code == 0, ready.text
-        for _ in range(INSTANTS - 1):
-            # Any instant will do: this spreads them, and waits for nothing.
-            time.sleep(chance.random() * 0.15)
-            guest.qmp.command("stop")
-            subprocess.run(["cp", "--sparse=always", image, copy], check=True)
-            guest.qmp.command("cont")
-            versions.append(check_copy(copy))
-        assert guest._process is not None
-        guest._process.kill()
-    versions.append(check_copy(image))
-    assert versions == sorted(versions), "an older state came back"
+    images: queue.Queue[bytes] = queue.Queue(maxsize=2)
+    wanted = False
+    lost = 0
+
+    def watch(disk: ForgetfulDisk) -> None:
+        nonlocal lost
+        # The note is read as the guest sees it: it was written after `save` had returned.
+        if not wanted or not int.from_bytes(disk.read(NOTE_AT, SECTOR)[:8], "little"):
+            return
+        if chance.random() < 0.15:
+            image = bytearray(disk.after_power_loss(chance))
+            image[NOTE_AT:] = disk.read(NOTE_AT, NOTE_BYTES)
+            lost += bool(disk.cache)
+            images.put(bytes(image))
+
+    socket_path = tmp_path / "socket"
+    copy = tmp_path / "copy.img"
+    versions = []
+    with ForgetfulDisk(blank.read_bytes(), socket_path, watch) as disk:
+        words = f"driver=nbd,server.type=unix,server.path={socket_path}"
+        with boot([words]) as guest:
+            start_writing(guest, 1)
+            wanted = True
+            for _ in range(INSTANTS):
+                copy.write_bytes(images.get(timeout=120))
+                versions.append(check_disk(copy))
+            wanted = False
+            # A disk that waits for a taker would keep the guest from ending.
+            while not images.empty():
+                images.get_nowait()
+    assert disk.flushes > len(set(versions)), "the guest does not flush: nothing was proved"
+    assert lost > INSTANTS // 2, "hardly an instant with something to lose"
     assert len(set(versions)) > INSTANTS // 4
 
 
-def check_copy(image: Path) -> int:
-    """The version that a disk holds, after checking that it is whole."""
-    found = read_desired(image)
-    assert found is not None
-    policy, number = found["policy"], found["transaction"]
-    assert isinstance(policy, dict) and isinstance(number, int)
-    text = "version = 1\n" + f"# {number} " + "x" * (number * 701 % 9000) + "\n"
-    assert policy == {"name": str(number), "text": text}
-    return number
+def test_a_killed_qemu_leaves_the_old_state_or_the_new_one(blank: Path, tmp_path: Path) -> None:
+    chance = random.Random(1)
+    versions = []
+    for _ in range(KILLS):
+        images = [tmp_path / f"disk{number}.img" for number in range(DISKS)]
+        for image in images:
+            subprocess.run(["cp", "--sparse=always", blank, image], check=True)
+        with boot([f"driver=file,filename={image}" for image in images]) as guest:
+            start_writing(guest, DISKS)
+            # Any instant will do: this spreads them, and waits for nothing.
+            time.sleep(chance.random() * 2)
+            assert guest._process is not None
+            guest._process.kill()
+            guest._process.wait()
+        versions += [check_disk(image) for image in images]
+    assert len(versions) == KILLS * DISKS
+    assert len(set(versions)) > 10
