@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 
 from config_space import build
 from snapshot_check import HEAD, check, with_head
 
 from vfiotool import capabilities
-from vfiotool.capabilities_layout import read_registers
 from vfiotool.capabilities_vpd import parse_vpd
 from vfiotool.inventory_json import config_as_json, vpd_as_json
 from vfiotool.iommu_scan import parse_facts, parse_windows
@@ -25,16 +23,12 @@ from vfiotool.pci import parse_identity, parse_resource, parse_speed
 _BASE = bytes(
     build([(0x10, b"\x42\x00" + bytes(56)), (0x01, bytes(6))], [(0x000D, 1, bytes(4))], size=1024)
 )
-_IDS = [*sorted(capabilities._STANDARD), *sorted(capabilities.extended.EXTENDED_REGISTERS)]
+_IDS = [*sorted(capabilities._STANDARD), *sorted(capabilities._EXTENDED)]
 _DECODERS: list[Callable[[bytes], object]] = [
     *(decoder for _, decoder in capabilities._STANDARD.values()),
     *(decoder for _, decoder in capabilities._EXTENDED.values()),
     capabilities.standard.decode_ea_bridge,
     capabilities.extended.decode_aer_root,
-    *(
-        partial(read_registers, registers)
-        for registers in capabilities.extended.EXTENDED_REGISTERS.values()
-    ),
 ]
 _WHOLE = 0xE0
 

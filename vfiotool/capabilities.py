@@ -11,7 +11,7 @@ drivers/pci/pci.c, __pci_find_next_cap_ttl; drivers/pci/pci-sysfs.c, pci_read_co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 from vfiotool import capabilities_extended as extended
@@ -34,9 +34,11 @@ STANDARD_HOPS = 48
 EXTENDED_HOPS = (4096 - 256) // 8
 HEADER_BYTES = 64
 _EXTENDED_START = 0x100
-_SPACES_KEPT = 512
+# So many results are kept: there are fewer kinds of functions than functions.
+SPACES_KEPT, CAPABILITIES_KEPT = 512, 4096
 _PCIX, _PCIE, _EA, _AER = 0x07, 0x10, 0x14, 0x0001
 
+S = TypeVar("S")
 T = TypeVar("T")
 _Decoder = Callable[[bytes], Fields]
 # id: (bytes that the decoder looks at, decoder).
@@ -73,7 +75,13 @@ _EXTENDED: dict[int, tuple[int, _Decoder]] = {
     0x001E: (16, extended.decode_l1_pm),
     0x0023: (10, extended.decode_dvsec),
     0x0024: (52, extended.decode_rebar),
+    **{
+        id_: (16, partial(read_registers, registers))
+        for id_, registers in extended.EXTENDED_REGISTERS.items()
+    },
 }
+_AER_ROOT: tuple[int, _Decoder] = (56, extended.decode_aer_root)
+_UNKNOWN: tuple[int, None] = (0, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,23 +128,24 @@ class ConfigSpace:
         return value if isinstance(value, str) else None
 
 
-class OncePerSpace(Generic[T]):
-    """What a function makes of configuration spaces; it is not asked twice of the same one.
+class Once(Generic[S, T]):
+    """What a function makes of configuration spaces or capabilities, each asked of once.
 
-    By identity: `parse_config` gives the same object for the same bytes, and the object is kept
-    here so that no other can take its place.
+    By identity: `parse_config` gives the same objects for the same bytes, and they are kept here
+    so that no other can take the place of one.
     """
 
-    def __init__(self, make: Callable[[ConfigSpace], T]) -> None:
+    def __init__(self, make: Callable[[S], T], kept: int) -> None:
         self._make = make
-        self._known: dict[int, tuple[ConfigSpace, T]] = {}
+        self._kept = kept
+        self._known: dict[int, tuple[S, T]] = {}
 
-    def __call__(self, space: ConfigSpace) -> T:
-        known = self._known.get(id(space))
+    def __call__(self, item: S) -> T:
+        known = self._known.get(id(item))
         if known is None:
-            if len(self._known) >= _SPACES_KEPT:
+            if len(self._known) >= self._kept:
                 self._known.clear()
-            known = self._known[id(space)] = (space, self._make(space))
+            known = self._known[id(item)] = (item, self._make(item))
         return known[1]
 
 
@@ -153,7 +162,7 @@ def read_config(host: Host, address: str) -> ConfigSpace | None:
 
 
 # The VFs of a physical function often have the very same bytes there: decode those once.
-@lru_cache(maxsize=_SPACES_KEPT)
+@lru_cache(maxsize=SPACES_KEPT)
 def parse_config(data: bytes) -> ConfigSpace:
     """Decode up to 4096 bytes of configuration space; never raises, whatever they hold."""
     data = data[:4096]
@@ -166,13 +175,20 @@ def parse_config(data: bytes) -> ConfigSpace:
     header = decode_header(data)
     found = _walk_standard(data, header, problems)
     kind = next((port_type(u16(data, at + 2)) for id_, at in found if id_ == _PCIE), -1)
+    bridge = header.layout == "bridge"
     capabilities = [
-        _standard_capability(id_, at, data, header.layout == "bridge") for id_, at in found
+        _standard_capability(
+            id_, at, data[at : min(at + _STANDARD.get(id_, _UNKNOWN)[0], 256)], bridge
+        )
+        for id_, at in found
     ]
     # Conventional functions have none; a host bridge's 4096 bytes can hold anything there.
     if len(data) > _EXTENDED_START and any(id_ in (_PCIE, _PCIX) for id_, _ in found):
+        root = kind in (ROOT_PORT, EVENT_COLLECTOR)
         capabilities += [
-            _extended_capability(head, at, data, kind)
+            _extended_capability(
+                head, at, data[at : at + _decoder_of(head & 0xFFFF, root)[0]], root
+            )
             for head, at in _walk_extended(data, problems)
         ]
     complete = len(data) > HEADER_BYTES or not header.status["capability_list"]
@@ -225,35 +241,26 @@ def _walk_extended(data: bytes, problems: list[str]) -> list[tuple[int, int]]:
     return found
 
 
-def _standard_capability(id_: int, at: int, data: bytes, bridge: bool) -> Capability:
-    size, decoder = _STANDARD.get(id_, (0, None))
+# Functions of one kind share most of their capabilities byte for byte.
+@lru_cache(maxsize=CAPABILITIES_KEPT)
+def _standard_capability(id_: int, at: int, body: bytes, bridge: bool) -> Capability:
+    _, decoder = _STANDARD.get(id_, _UNKNOWN)
     if id_ == _EA and bridge:
         decoder = standard.decode_ea_bridge
     name, title = standard.STANDARD_NAMES.get(id_, (f"unknown-{id_:02x}", f"Unknown {id_:02x}"))
-    fields = {} if decoder is None else _decode(decoder, data[at : min(at + size, 256)])
+    fields = {} if decoder is None else decoder(body)
     return Capability(id_, at, False, None, name, title, fields)
 
 
-def _extended_capability(head: int, at: int, data: bytes, kind: int) -> Capability:
+@lru_cache(maxsize=CAPABILITIES_KEPT)
+def _extended_capability(head: int, at: int, body: bytes, root: bool) -> Capability:
     id_ = head & 0xFFFF
-    size, decoder = _EXTENDED.get(id_, (0, None))
-    if id_ == _AER and kind in (ROOT_PORT, EVENT_COLLECTOR):
-        size, decoder = 56, extended.decode_aer_root
+    _, decoder = _decoder_of(id_, root)
     name, title = extended.EXTENDED_NAMES.get(id_, (f"unknown-{id_:04x}", f"Unknown {id_:04x}"))
-    fields: Fields = {}
-    if decoder is not None:
-        fields = _decode(decoder, data[at : at + size])
-    elif id_ in extended.EXTENDED_REGISTERS:
-        fields = _decode_registers(id_, data[at : at + 16])
+    fields = {} if decoder is None else decoder(body)
     return Capability(id_, at, True, head >> 16 & 0xF, name, title, fields)
 
 
-# Functions of one kind share most of their capabilities byte for byte.
-@lru_cache(maxsize=4096)
-def _decode(decoder: _Decoder, body: bytes) -> Fields:
-    return decoder(body)
-
-
-@lru_cache(maxsize=4096)
-def _decode_registers(id_: int, body: bytes) -> Fields:
-    return read_registers(extended.EXTENDED_REGISTERS[id_], body)
+def _decoder_of(id_: int, root: bool) -> tuple[int, _Decoder | None]:
+    """How an extended capability is decoded, below a root port or event collector or elsewhere."""
+    return _AER_ROOT if root and id_ == _AER else _EXTENDED.get(id_, _UNKNOWN)

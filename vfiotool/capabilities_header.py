@@ -5,6 +5,8 @@ Source: PCI Express Base Specification 6.0, 7.5.1; include/uapi/linux/pci_regs.h
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from vfiotool.capabilities_layout import (
     Fields,
     bits,
@@ -75,6 +77,7 @@ def decode_header(data: bytes) -> Header:
         bus = {"primary": data[0x18], "secondary": data[0x19], "subordinate": data[0x1A]}
     if layout == "bridge":
         control = _flags(read_register(_BRIDGE_CONTROL, data))
+    command, status = _command_and_status(data[:8])
     return Header(
         vendor=f"{u16(data, 0):04x}",
         device=f"{u16(data, 2):04x}",
@@ -82,8 +85,8 @@ def decode_header(data: bytes) -> Header:
         class_code=data[9:12][::-1].hex(),
         layout=layout,
         multi_function=bool(data[0x0E] & 0x80),
-        command=_flags(read_register(_COMMAND, data)),
-        status=_flags(read_register(_STATUS, data)),
+        command=command,
+        status=status,
         cache_line_bytes=data[0x0C] * 4,
         latency_timer=bits(data[0x0D], 0, 7),
         interrupt_pin="ABCD"[pin - 1] if 1 <= pin <= 4 else None,
@@ -91,6 +94,11 @@ def decode_header(data: bytes) -> Header:
         bus=bus,
         bridge_control=control,
     )
+
+
+@lru_cache(maxsize=512)
+def _command_and_status(data: bytes) -> tuple[Fields, Fields]:
+    return _flags(read_register(_COMMAND, data)), _flags(read_register(_STATUS, data))
 
 
 def _flags(value: object) -> Fields:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cached_property
 
-from vfiotool.capabilities import HEADER_BYTES, ConfigSpace, OncePerSpace, read_config
+from vfiotool.capabilities import HEADER_BYTES, SPACES_KEPT, ConfigSpace, Once, read_config
 from vfiotool.capabilities_layout import Value
 from vfiotool.capabilities_vpd import Vpd, parse_vpd
 from vfiotool.host import (
@@ -74,7 +74,7 @@ class DetailReader:
         self._host = host
         self._drivers: dict[str, str | None] = {}
         self._vf_indices = VfIndices(host)
-        self._link_of = OncePerSpace(link_of)
+        self._link_of = Once(link_of, SPACES_KEPT)
 
     def read_all(self, addresses: Iterable[str]) -> Iterator[tuple[PciFunction, Details]]:
         """Functions with their details, in their order; those that are gone are left out."""

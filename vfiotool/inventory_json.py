@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from json import JSONEncoder
 
-from vfiotool.capabilities import Capability, ConfigSpace, OncePerSpace
+from vfiotool.capabilities import (
+    CAPABILITIES_KEPT,
+    SPACES_KEPT,
+    Capability,
+    ConfigSpace,
+    Once,
+)
 from vfiotool.capabilities_header import Header
 from vfiotool.capabilities_vpd import Vpd
 from vfiotool.inventory_details import Details
@@ -18,13 +24,23 @@ class FunctionWriter:
     def __init__(self, names: Names) -> None:
         self._names = names
         self._encode = JSONEncoder().encode
-        self._config_text = OncePerSpace(lambda space: self._encode(config_as_json(space)))
+        self._config_text = Once(self._write_config, SPACES_KEPT)
+        self._capability_text = Once(self._write_capability, CAPABILITIES_KEPT)
 
     def text(self, function: PciFunction, details: Details) -> str:
         """`function_as_json` as text on one line."""
         whole = self._encode(_facts(function, details, self._names))
         config = "null" if details.config is None else self._config_text(details.config)
         return f'{whole[:-1]}, "config": {config}}}'
+
+    def _write_capability(self, capability: Capability) -> str:
+        return self._encode(_capability(capability))
+
+    def _write_config(self, space: ConfigSpace) -> str:
+        """`config_as_json` as text: functions that differ share most of their capabilities."""
+        whole = self._encode(_config_facts(space))
+        capabilities = ", ".join(map(self._capability_text, space.capabilities))
+        return f'{whole[:-1]}, "capabilities": [{capabilities}]}}'
 
 
 def function_as_json(function: PciFunction, details: Details, names: Names) -> dict[str, object]:
@@ -82,12 +98,16 @@ def _facts(function: PciFunction, details: Details, names: Names) -> dict[str, o
 
 def config_as_json(space: ConfigSpace) -> dict[str, object]:
     """Configuration space: `complete` is false where the reader was shown the header alone."""
+    capabilities = [_capability(capability) for capability in space.capabilities]
+    return {**_config_facts(space), "capabilities": capabilities}
+
+
+def _config_facts(space: ConfigSpace) -> dict[str, object]:
     return {
         "size": space.size,
         "complete": space.complete,
         "problems": list(space.problems),
         "header": None if space.header is None else _header(space.header),
-        "capabilities": [_capability(capability) for capability in space.capabilities],
     }
 
 

@@ -65,7 +65,7 @@ def load(*, followed: bool) -> Target:
 
         from vfiotool import capabilities
     # A remembered answer would run no code.
-    for name in ("parse_config", "_decode", "_decode_registers"):
+    for name in ("parse_config", "_standard_capability", "_extended_capability"):
         setattr(capabilities, name, getattr(capabilities, name).__wrapped__)
     if TARGET not in TARGETS:
         raise SystemExit(__doc__)
