@@ -88,9 +88,9 @@ def report(found: dict[str, Series], pairs: list[tuple[str, str, str]]) -> None:
         print(f"  {ours} / {theirs}: wall {wall:.2f}, processor {processor:.2f}   ({aim})")
 
 
-def lay_out_apart(root: Path, functions: int) -> None:
+def lay_out_apart(root: Path, functions: int, *options: str) -> None:
     """In a process of its own: the peak that the kernel gives a child begins with its parent's."""
-    subprocess.run([*PYTHON, bighost.__file__, str(root), str(functions)], check=True)
+    subprocess.run([*PYTHON, bighost.__file__, str(root), str(functions), *options], check=True)
 
 
 def bench_size(folder: Path, functions: int, runs: int, cache: str) -> dict[str, Series]:
@@ -116,6 +116,22 @@ def bench_size(folder: Path, functions: int, runs: int, cache: str) -> dict[str,
         ],
     )
     return found
+
+
+def bench_distinct(folder: Path, functions: int, runs: int, cache: str) -> None:
+    """Where no configuration space is like another: nothing that was decoded helps twice."""
+    root = folder / "distinct"
+    print("all configuration spaces different:", end=" ", flush=True)
+    lay_out_apart(root, functions, "--distinct")
+    found = measure(
+        {
+            "devices --json": [*VFIOTOOL, "--root", str(root), "devices", "--json"],
+            "lspci -vvv": ["lspci", "-O", f"sysfs.path={root}/sys/bus/pci", "-vvv"],
+        },
+        runs,
+        cache,
+    )
+    report(found, [("devices --json", "lspci -vvv", "at most 2.0")])
 
 
 def bench_start(folder: Path, runs: int, cache: str) -> None:
@@ -159,6 +175,7 @@ def main() -> None:
         sizes = {}
         for functions in arguments.sizes:
             sizes[functions] = bench_size(folder, functions, arguments.runs, cache)
+        bench_distinct(folder, 4096, arguments.runs, cache)
         print("microseconds a function (wall, start-up included)")
         for functions, found in sizes.items():
             each = "   ".join(

@@ -1,10 +1,11 @@
 """A laid-out host of any size: a directory that `vfiotool --root` and `lspci -O` can both read.
 
-    python tests/bench/bighost.py FOLDER 4096
+    python tests/bench/bighost.py FOLDER 4096 [--distinct]
 
 A unit of 64 functions is a root port, a network function and its 62 VFs; every eighth unit has a
 PCIe-to-PCI bridge with conventional functions that all share the bridge's group instead. Each
 function has the attributes, links and configuration space (4096 bytes) that a real one has.
+With `--distinct` no two functions have the same configuration space.
 Equal contents are one file with many names, which readers cannot tell and which saves memory.
 """
 
@@ -64,8 +65,9 @@ class Layout:
 class HostMaker:
     """Lays functions out, one group a function unless told otherwise."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, distinct: bool = False) -> None:
         self.out = Layout(root)
+        self.distinct = distinct
         self.groups = 0
         self.functions = 0
         for path in (
@@ -97,7 +99,7 @@ class HostMaker:
         class_code: int,
         driver: str | None,
         group: int,
-        config: bytes | bytearray,
+        config: bytearray,
         attributes: dict[str, str] | None = None,
         links: dict[str, str] | None = None,
     ) -> None:
@@ -144,6 +146,10 @@ class HostMaker:
         }
         for name, content in files.items():
             out.file(f"{path}/{name}", content)
+        if self.distinct:
+            # Latency timer, interrupt line, and a register of the first capability.
+            config[0x0D], config[0x3C] = self.functions & 0xF8, self.functions >> 8
+            config[0x42] = config[0x42] & 0xF8 | self.functions & 7
         out.file(f"{path}/config", bytes(config))
         if driver is not None:
             out.link(f"{path}/driver", f"{up}bus/pci/drivers/{driver}")
@@ -313,16 +319,16 @@ def _lay_conventional(maker: HostMaker, port: str, domain: int, bus: int) -> Non
         )
 
 
-def lay_out(root: Path, functions: int) -> HostMaker:
+def lay_out(root: Path, functions: int, *, distinct: bool = False) -> HostMaker:
     """Lay a host of `functions` functions (a multiple of 64) out below `root`."""
     assert functions % UNIT == 0, f"a multiple of {UNIT}"
     root.mkdir(parents=True, exist_ok=True)
-    maker = HostMaker(root)
+    maker = HostMaker(root, distinct=distinct)
     for unit in range(functions // UNIT):
         _lay_unit(maker, unit)
     return maker
 
 
 if __name__ == "__main__":
-    made = lay_out(Path(sys.argv[1]), int(sys.argv[2]))
+    made = lay_out(Path(sys.argv[1]), int(sys.argv[2]), distinct="--distinct" in sys.argv)
     print(f"{made.functions} functions in {made.groups} groups")

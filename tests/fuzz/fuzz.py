@@ -63,10 +63,11 @@ def load(*, followed: bool) -> Target:
     with instrument_imports(["vfiotool"], _NOT_FOLLOWED) if followed else nullcontext():
         from fuzz_targets import TARGETS
 
-        from vfiotool import capabilities
+        from vfiotool import capabilities, capabilities_header
     # A remembered answer would run no code.
-    for name in ("parse_config", "_standard_capability", "_extended_capability"):
-        setattr(capabilities, name, getattr(capabilities, name).__wrapped__)
+    for module in (capabilities, capabilities_header):
+        for name, value in list(vars(module).items()):
+            setattr(module, name, getattr(value, "__wrapped__", value))
     if TARGET not in TARGETS:
         raise SystemExit(__doc__)
     target: Target = TARGETS[TARGET]
