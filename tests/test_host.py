@@ -167,3 +167,16 @@ def test_a_refused_write_names_the_errno(number: int, branch: type[KernelError])
         host.write("/sys/bus/pci/drivers_probe", "0000:00:01.0")
     assert caught.value.errno_name == errno.errorcode[number]
     assert "/sys/bus/pci/drivers_probe" in caught.value.message
+
+
+def test_a_part_of_a_file_is_read_alike_from_every_kind_of_tree(tmp_path: Path) -> None:
+    (tmp_path / "sys").mkdir()
+    (tmp_path / "sys" / "config").write_bytes(bytes(range(256)))
+    laid_out = Host.at(str(tmp_path))
+    held = Host(MemoryTree({"/sys/config": bytes(range(256))}, {}), live=False, name="memory")
+    for host in (laid_out, held):
+        assert host.read_at("/sys/config", 250, 4) == bytes((250, 251, 252, 253))
+        assert host.read_at("/sys/config", 250, 12) == bytes(range(250, 256))
+        assert host.read_at("/sys/config", 4096, 4) == b""
+        with pytest.raises(OSError, match="No such file"):
+            host.read_at("/sys/nothing", 0, 4)

@@ -325,6 +325,19 @@ class Host:
         """The file's content. Raises OSError as the kernel does."""
         return self.tree.read(path)
 
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes of a file from `offset` on. Raises OSError as the kernel does.
+
+        For configuration space, each word of which the device itself is asked for.
+        """
+        if not isinstance(self.tree, OsTree):
+            return self.tree.read(path)[offset : offset + length]
+        descriptor = os.open(self.tree.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
     def read(self, path: str) -> str | None:
         """The file's text without surrounding white space, or None if absent or unreadable.
 

@@ -33,6 +33,7 @@ PARKED = "none"
 # PCIe Base Specification 7.9.3, Device Serial Number extended capability.
 _CAP_SERIAL = 0x0003
 _EXTENDED_AT = 0x100
+_SERIAL = struct.Struct("<IQ")
 _MAX_CAPABILITIES = 960
 # PCI Local Bus 3.0, appendix H.
 _CAP_MSIX = 0x11
@@ -147,17 +148,19 @@ def read_pci_identity(host: Host, address: str) -> Identity:
 
 def read_serial(host: Host, address: str) -> str | None:
     """The 64-bit device serial number as 16 hexadecimal digits, or None if there is none."""
-    try:
-        config = host.read_bytes(f"{SYS_PCI_DEVICES}/{address}/config")
-    except OSError:
-        return None
+    path = f"{SYS_PCI_DEVICES}/{address}/config"
     at = _EXTENDED_AT
     for _ in range(_MAX_CAPABILITIES):
-        if at < _EXTENDED_AT or at + 12 > len(config):
+        if at < _EXTENDED_AT:
             return None
-        (header,) = struct.unpack_from("<I", config, at)
+        try:
+            found = host.read_at(path, at, _SERIAL.size)
+        except OSError:
+            return None
+        if len(found) < _SERIAL.size:
+            return None
+        header, serial = _SERIAL.unpack(found)
         if header & 0xFFFF == _CAP_SERIAL:
-            (serial,) = struct.unpack_from("<Q", config, at + 4)
             return f"{serial:016x}"
         at = header >> 20
     return None
