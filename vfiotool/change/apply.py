@@ -114,15 +114,17 @@ def change(
     title: str,
     make: Callable[[], tuple[Step, ...]],
     *,
+    guard: Callable[[tuple[Step, ...]], object] | None = None,
     timeout_s: float = WRITE_DEADLINE_S,
     progress: Progress | None = None,
     undoes: int | None = None,
 ) -> Outcome:
     """Plan with `make` under the locks that the plan needs, and run it.
 
-    `timeout_s` is the deadline of each write. Raises UsageError on a root that is not the running
-    host; Refused, NotFound, KernelError, NotPermitted or Unsupported with everything rolled back;
-    Stuck where it could not be.
+    `guard` is asked last before the first write, and raises where nothing shall be done (see
+    `refuse_hurtful`). `timeout_s` is the deadline of each write. Raises UsageError on a root that
+    is not the running host; Refused, NotFound, KernelError, NotPermitted or Unsupported with
+    everything rolled back; Stuck where it could not be.
     """
     if not host.live:
         raise read_only_root(host.name)
@@ -137,6 +139,8 @@ def change(
                 return Outcome((), None)
             if set(lock_keys(host, steps)) <= set(keys):
                 _refuse_unfinished(journal, keys)
+                if guard is not None:
+                    guard(steps)
                 number = _run_all(host, journal, title, steps, keys, timeout_s, progress, undoes)
                 return Outcome(steps, number)
     raise KernelError(
@@ -508,17 +512,12 @@ def _take_back(
 ) -> None:
     steps = _inverses(record.steps)
     permits = tuple(allowed)
-
-    def guarded() -> tuple[Step, ...]:
-        refuse_hurtful(host, steps, permits)
-        return steps
-
-    title = f"undo {record.number}: {record.title}"
     change(
         host,
         journal,
-        title,
-        guarded,
+        f"undo {record.number}: {record.title}",
+        lambda: steps,
+        guard=lambda steps: refuse_hurtful(host, steps, permits),
         timeout_s=timeout_s,
         progress=progress,
         undoes=record.number,

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from vfiotool.change.apply import change
@@ -114,14 +115,11 @@ def run_policy(
         plan()
         return bool(absent)
 
-    def make() -> tuple[Step, ...]:
-        steps = plan()
-        refuse_hurtful(host, steps)
-        return steps
-
     try:
         waited = wait_for_devices(lacking, wait_s, queue=queue)
-        outcome = change(host, journal, f"boot {policy.name}", make, timeout_s=timeout_s)
+        title = f"boot {policy.name}"
+        guard = partial(refuse_hurtful, host)
+        outcome = change(host, journal, title, plan, guard=guard, timeout_s=timeout_s)
     except VfiotoolError as error:
         _record(run_folder, {"error": error.as_json()["error"], "absent": list(absent)})
         raise

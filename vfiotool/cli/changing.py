@@ -74,20 +74,22 @@ def perform(
     if not host.live:
         raise read_only_root(host.name)
     journal = Journal(host)
-    told: dict[tuple[Step, ...], tuple[str, ...]] = {}
+    notes: list[str] = []
 
-    def guarded() -> tuple[Step, ...]:
-        steps = make(host, journal)
+    def guard(steps: tuple[Step, ...]) -> None:
         refuse_hurtful(host, steps, allowed)
-        if steps not in told:
-            told[steps] = say_remarks(host, steps)
-        return steps
+        notes.extend(say_remarks(host, steps))
 
     outcome: Outcome = change(
-        host, journal, title, guarded, timeout_s=timeout_s, progress=progress_line()
+        host,
+        journal,
+        title,
+        lambda: make(host, journal),
+        guard=guard,
+        timeout_s=timeout_s,
+        progress=progress_line(),
     )
-    notes = told.get(outcome.steps, ())
-    return Changed(outcome.steps, outcome.transaction, dry=False, notes=notes)
+    return Changed(outcome.steps, outcome.transaction, dry=False, notes=tuple(notes))
 
 
 def carry_out(
