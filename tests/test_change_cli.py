@@ -209,3 +209,22 @@ def test_names_of_a_hostile_host_cannot_write_rules_into_an_export() -> None:
     with pytest.raises(UsageError):
         parse_policy(export_policy(kernel.host()))
     assert tomllib.loads(export_policy(kernel.host()))["mdev"][0]["parent"] == evil
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e9"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bind", "02:02.0", "--dry-run", "--timeout"],
+        ["recover", "--timeout"],
+        ["undo", "--timeout"],
+        ["apply", str(ROOT / "fixtures/plans/whole-group/policy.toml"), "--confirm-within"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_no_time_to_wait_is_bad_usage(
+    arguments: list[str], seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, payload, _ = run(capsys, "shared-group", *arguments, seconds)
+    assert code == 2
+    assert "is no deadline" in payload["error"]["message"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from vfiotool.cli import render
-from vfiotool.cli.changing import DEADLINE_S, DryRun, Timeout, print_line
+from vfiotool.cli.changing import DEADLINE_S, DryRun, Timeout, check_seconds, print_line
 from vfiotool.errors import AnswerIsNo, NotFound, Refused, UsageError, from_oserror
 from vfiotool.host import read_only_root
 
@@ -199,6 +199,7 @@ def run(
         policy = read_policy(f"{root}{POLICY}")
     except NotFound as error:
         raise NotFound(error.message, hint="vfiotool boot enable POLICY") from error
+    check_seconds("--timeout", timeout)
     done = boot_run.run_policy(render.host(context), policy, wait_s=wait, timeout_s=timeout)
     if render.state(context).json:
         render.emit({"late": late, **done.as_json()})

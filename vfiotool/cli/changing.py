@@ -33,6 +33,7 @@ Allow = Annotated[
 DEADLINE_S = WRITE_DEADLINE_S
 Told = tuple[Mapping[str, object], Iterable[str]]
 _QUIET_S = 1.0
+_LONGEST_S = 604_800.0
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def perform(
     allow: list[str] | None = None,
 ) -> Changed:
     """Plan, refuse what would hurt, and run; or just plan. Raises what `change` raises."""
-    if not timeout_s > 0:
-        raise UsageError(f"--timeout {timeout_s:g} is no deadline", hint="give seconds above 0")
+    check_seconds("--timeout", timeout_s)
     host = render.host(context)
     allowed = [Allowance.parse(text) for text in allow or []]
     if dry_run:
@@ -90,6 +90,15 @@ def perform(
         progress=progress_line(),
     )
     return Changed(outcome.steps, outcome.transaction, dry=False, notes=tuple(notes))
+
+
+def check_seconds(option: str, seconds: float) -> None:
+    """Raise UsageError for what is no time to wait: not above 0, endless, or no number."""
+    if not 0 < seconds <= _LONGEST_S:
+        raise UsageError(
+            f"{option} {seconds:g} is no deadline",
+            hint=f"give seconds above 0, and at most {_LONGEST_S:g}",
+        )
 
 
 def carry_out(

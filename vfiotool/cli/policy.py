@@ -34,6 +34,7 @@ from vfiotool.cli.changing import (
     Changed,
     DryRun,
     Timeout,
+    check_seconds,
     perform,
     print_line,
     print_steps,
@@ -135,6 +136,8 @@ def apply(
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
+    if confirm_within is not None:
+        check_seconds("--confirm-within", confirm_within)
     host = render.host(context)
     loaded = load(policy)
     rules = loaded.policy if isinstance(loaded, SavedPlan) else loaded
@@ -165,8 +168,6 @@ def apply(
 
 
 def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Changed:
-    if not seconds > 0:
-        raise UsageError(f"--confirm-within {seconds:g}: give seconds above 0")
     if not host.live:
         raise read_only_root(host.name)
     journal = Journal(host)
@@ -234,6 +235,7 @@ def take_back(
     timeout: Timeout = DEADLINE_S,
     unconfirmed: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> int:
+    check_seconds("--timeout", timeout)
     host = render.host(context)
     journal = _journal(host)
     if unconfirmed is not None:
@@ -307,6 +309,7 @@ def mend(
     ] = None,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
+    check_seconds("--timeout", timeout)
     host = render.host(context)
     begun = time.monotonic()
     results = recover(host, _journal(host), timeout_s=timeout, finish=finish)
