@@ -37,6 +37,8 @@ CONTRACT_COMMANDS = [
     "export",
     "import",
     "boot",
+    "vdpa",
+    "vm",
     "device",
     "demo",
     "lab",
@@ -55,6 +57,26 @@ def test_every_command_of_the_contract_has_help(
     assert name in COMMANDS
     assert main([name, "--help"]) == 0
     assert "Usage: vfiotool" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("area", [[], *([name] for name in ("vf", "device", "nvme", "lab", "vm"))])
+def test_no_help_is_cut_off_on_a_narrow_terminal(
+    area: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*area, "--help"]) == 0
+    lines = capsys.readouterr().out.partition("COMMAND [ARGS]...\n")[2].splitlines()
+    assert lines
+    assert [line for line in lines if line.endswith("...") or len(line) > 80] == []
+
+
+def test_help_lists_every_command_in_the_contracts_order(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["--help"])
+    shown = capsys.readouterr().out.partition("Commands:")[2].splitlines()
+    names = [line.split()[0] for line in shown if line.startswith("  ") and line[2] != " "]
+    assert [name for name in names if name in COMMANDS] == list(COMMANDS)
 
 
 def test_an_unknown_command_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,16 +46,20 @@ WidthOption = Annotated[int, typer.Option("--width", metavar="1|2|4|8", help="By
 def register(app: typer.Typer) -> None:
     """Add the commands of this area."""
     group = typer.Typer(no_args_is_help=True, help="Drive a VFIO device from user space.")
-    group.command("info")(info)
-    group.command("read")(read)
-    group.command("write", context_settings={"ignore_unknown_options": True})(write)
-    group.command("reset")(reset)
+    group.command("info", short_help="Show the regions and interrupts of a device.")(info)
+    group.command("read", short_help="Read registers, each in one access.")(read)
+    group.command(
+        "write",
+        short_help="Write one register in one access.",
+        context_settings={"ignore_unknown_options": True},
+    )(write)
+    group.command("reset", short_help="Reset a device, or all that share its reset.")(reset)
     group.command("dump")(dump)
     group.command("trace")(trace_command)
     register_frame(group)
     register_state(group)
     app.add_typer(group, name="device")
-    app.command("demo")(demo)
+    app.command("demo", short_help="Run a driver on a device and print each check.")(demo)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from vfiotool.cli import render
 
 def register(app: typer.Typer) -> None:
     """Add this area's command."""
-    app.command(help="Examine the host: IOMMU, modules, limits, conflicts; exit 1 on a blocker.")(
-        doctor
-    )
+    app.command(
+        help="Examine the host: IOMMU, modules, limits, conflicts; exit 1 on a blocker.",
+        short_help="Examine the host: IOMMU, modules, limits, conflicts.",
+    )(doctor)
 
 
 def doctor(context: typer.Context) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,13 +13,26 @@ from vfiotool import __version__
 from vfiotool.cli.render import State
 from vfiotool.errors import UsageError
 
-EPILOG = "Exit codes: 1 the answer is no, 2 usage, 3 no such device, 4 refused, 5 kernel, 6 stuck."
+EPILOG = (
+    "Exit codes: 1 the answer is no, 2 usage, 3 no such device, 4 refused, 5 the kernel failed, "
+    "6 stuck, 7 not permitted, 8 no such facility."
+)
+
+
+class _InOrder(typer.core.TyperGroup):
+    """Lists the commands as the contract groups them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from vfiotool.cli.app import COMMANDS
+
+        return [name for name in COMMANDS if name in self.commands]
 
 
 def application(modules: Iterable[ModuleType]) -> typer.Typer:
     """The application with the commands of the given area modules (each has `register(app)`)."""
     app = typer.Typer(
         name="vfiotool",
+        cls=_InOrder,
         help="Hand Linux devices to virtual machines and user-space drivers.",
         epilog=EPILOG,
         no_args_is_help=True,

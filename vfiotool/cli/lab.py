@@ -42,11 +42,15 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
         rich_markup_mode=None,
     )
-    lab.command("run", context_settings={"allow_interspersed_args": False})(run_command)
+    lab.command(
+        "run",
+        short_help="Run one command in a guest.",
+        context_settings={"allow_interspersed_args": False},
+    )(run_command)
     lab.command("shell")(shell_command)
     lab.command("machines")(machines_command)
-    lab.command("kernels")(kernels_command)
-    lab.command("demo")(demo_command)
+    lab.command("kernels", short_help="List the kernels that a guest can boot.")(kernels_command)
+    lab.command("demo", short_help="Show the whole way of a device in a guest.")(demo_command)
     app.add_typer(lab, name="lab")
 
 

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
     group.command("read")(read)
     group.command("write")(write)
     group.command("bench")(bench)
-    group.command("secondaries")(secondaries)
+    group.command("secondaries", short_help="List the controllers of this PF's VFs.")(secondaries)
     app.add_typer(group, name="nvme")
 
 

@@ -18,7 +18,7 @@ from vfiotool.host import Host
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("snapshot")(snapshot)
+    app.command("snapshot", short_help="Capture this host in a file, or compare two.")(snapshot)
 
 
 def snapshot(

@@ -74,7 +74,7 @@ class Node:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("tree")(tree)
+    app.command("tree", short_help="Show the PCI tree: groups, drivers, VFs, mdevs.")(tree)
 
 
 def tree(

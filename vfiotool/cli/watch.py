@@ -17,7 +17,7 @@ _SIGNS = {"add": "+", "remove": "-", "bind": ">", "unbind": "<", "lost": "!"}
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("watch")(watch)
+    app.command("watch", short_help="Print what happens to devices, one line each.")(watch)
 
 
 def watch(
