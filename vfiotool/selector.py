@@ -14,7 +14,6 @@ A selector is never guessed at: what names several devices is an error that list
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 
@@ -29,13 +28,13 @@ from vfiotool.host import (
     Host,
 )
 from vfiotool.pci import Address, list_addresses, read_identity
-from vfiotool.selector_serial import serials_of
 from vfiotool.sriov import read_vfs
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
-_ID = re.compile(r"[0-9a-f]{4}:[0-9a-f]{4}(:[0-9a-f]{4}:[0-9a-f]{4})?", re.I | re.ASCII)
-_STEP = re.compile(r"([01]?[0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII)
-_INDEX = re.compile(r"[0-9]{1,5}", re.ASCII)
+# Compiled by `re` when first used: most commands are given an address.
+_UUID = r"(?ai)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_ID = r"(?ai)[0-9a-f]{4}:[0-9a-f]{4}(:[0-9a-f]{4}:[0-9a-f]{4})?"
+_STEP = r"(?ai)([01]?[0-9a-f])\.([0-7])"
+_INDEX = r"(?a)[0-9]{1,5}"
 _MAX_SELECTOR = 512
 _MAX_LISTED = 16
 _MAX_DEPTH = 32
@@ -76,10 +75,10 @@ def path_of(host: Host, address: str) -> str:
 def _match(host: Host, text: str, depth: int) -> list[str]:
     if len(text) > _MAX_SELECTOR or not text.isprintable() or depth > _MAX_DEPTH:
         raise _malformed(text)
-    if _UUID.fullmatch(text):
-        return _mdev(host, text)
     if Address.is_address(text):
         return _address(host, text)
+    if re.fullmatch(_UUID, text):
+        return _mdev(host, text)
     kind, colon, rest = text.partition(":")
     if kind == "vf" and rest:
         return _vf(host, text, rest, depth)
@@ -109,10 +108,12 @@ def _suggestion(host: Host, text: str) -> str | None:
     for kind, folder in (("net", SYS_NET), ("block", SYS_BLOCK)):
         if text in host.listdir(folder):
             return f"did you mean {kind}:{text}?"
-    return f"did you mean id:{text}?" if _ID.fullmatch(text) else None
+    return f"did you mean id:{text}?" if re.fullmatch(_ID, text) else None
 
 
 def _none(text: str, known: Iterable[str], listing: str = "vfiotool devices") -> NotFound:
+    import difflib
+
     near = difflib.get_close_matches(text, list(known), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return NotFound(
@@ -146,7 +147,7 @@ def _mdev(host: Host, text: str) -> list[str]:
 
 
 def _by_id(host: Host, text: str, wanted: str) -> list[str]:
-    if not _ID.fullmatch(wanted):
+    if not re.fullmatch(_ID, wanted):
         raise _malformed(text, "write id:VENDOR:DEVICE, four hexadecimal digits each")
     found: list[str] = []
     known: set[str] = set()
@@ -165,6 +166,8 @@ def _by_id(host: Host, text: str, wanted: str) -> list[str]:
 
 
 def _by_serial(host: Host, text: str, wanted: str) -> list[str]:
+    from vfiotool.selector_serial import serials_of
+
     found: list[str] = []
     known: set[str] = set()
     for address in list_addresses(host):
@@ -210,7 +213,7 @@ def _is_in_slot(address: str, place: str) -> bool:
 
 def _path(host: Host, text: str, wanted: str) -> list[str]:
     steps = wanted.strip("/").split("/")
-    if not steps or not all(Address.is_address(step) or _STEP.fullmatch(step) for step in steps):
+    if not all(Address.is_address(step) or re.fullmatch(_STEP, step) for step in steps):
         raise _malformed(text, "write path:0000:00:1c.0/00.0: the bridges, then the device")
     known = list_addresses(host)
     found = [name for name in known if _leads(_chain(host, name), steps)]
@@ -223,7 +226,7 @@ def _leads(chain: list[str], steps: list[str]) -> bool:
     if len(chain) != len(steps):
         return False
     for name, step in zip(chain, steps, strict=True):
-        match = _STEP.fullmatch(step)
+        match = re.fullmatch(_STEP, step)
         if match is None:
             if str(Address.parse(step)) != name:
                 return False
@@ -240,7 +243,7 @@ def _chain(host: Host, address: str) -> list[str]:
 
 def _vf(host: Host, text: str, rest: str, depth: int) -> list[str]:
     pf_text, slash, number = rest.rpartition("/")
-    if not slash or not pf_text or not _INDEX.fullmatch(number):
+    if not slash or not pf_text or not re.fullmatch(_INDEX, number):
         raise _malformed(text, "write vf:PF/INDEX, such as vf:0000:01:00.0/3")
     pfs = _match(host, pf_text, depth + 1)
     vfs = {pf: read_vfs(host, pf) for pf in pfs}
@@ -309,7 +312,7 @@ def _owner(host: Host, path: str | None) -> str | None:
     for part in reversed((path or "").split("/")):
         if Address.is_address(part) and host.exists(f"{SYS_PCI_DEVICES}/{part}"):
             return part
-        if _UUID.fullmatch(part) and host.exists(f"{SYS_MDEV_DEVICES}/{part}"):
+        if re.fullmatch(_UUID, part) and host.exists(f"{SYS_MDEV_DEVICES}/{part}"):
             return part
     return None
 
