@@ -9,7 +9,6 @@ dropped, never followed.
 from __future__ import annotations
 
 import os
-import socket
 import struct
 from collections.abc import Iterator
 from types import TracebackType
@@ -199,6 +198,9 @@ class Socket:
     """
 
     def __init__(self, protocol: int, timeout_s: float = TIMEOUT_S) -> None:
+        # Not above: the codec alone, which every change imports, needs none of it.
+        import socket
+
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         try:
             self._socket = socket.socket(socket.AF_NETLINK, kind, protocol)
