@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from jsonschema import Draft202012Validator
 from reading import reading_commands, run
 from schemas import FOLDER, NAMES, faults
 
 from tests.printed import SCHEMA_OF, WITHOUT, command_of
 from vfiotool.cli.app import COMMANDS, main
-from vfiotool.cli.frame import application
+from vfiotool.cli.declare import Commands
+from vfiotool.cli.frame import commands_of
 from vfiotool.cli.watch import event_as_json
 from vfiotool.errors import VfiotoolError
 from vfiotool.host import Host
@@ -129,18 +129,17 @@ def test_an_undescribed_field_and_a_missing_one_are_found() -> None:
     assert faults("groups", good, strict=False)
 
 
-def leaves(group: Any, before: str = "") -> set[str]:
+def leaves(group: Commands, before: str = "") -> set[str]:
     """All commands by their full names."""
-    found: set[str] = set()
-    for name, command in group.commands.items():
-        whole = f"{before}{name}"
-        found |= leaves(command, f"{whole} ") if hasattr(command, "commands") else {whole}
+    found = {f"{before}{name}" for name in group.functions}
+    for name, below in group.groups.items():
+        found |= leaves(below, f"{before}{name} ")
     return found
 
 
 def test_every_command_has_a_schema_and_every_schema_a_command() -> None:
     areas = [import_module(f"vfiotool.cli.{area}") for area in sorted(set(COMMANDS.values()))]
-    commands = leaves(typer.main.get_command(application(areas)))
+    commands = leaves(commands_of(areas))
     # `snapshot diff A B` is told from `snapshot FILE` by its arguments.
     assert commands | {"snapshot diff"} == SCHEMA_OF.keys() | WITHOUT
     assert {*SCHEMA_OF.values(), "common", "error"} == set(NAMES)

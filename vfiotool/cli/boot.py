@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from vfiotool.cli import render
 from vfiotool.cli.changing import DEADLINE_S, DryRun, Timeout, check_seconds, print_line
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.errors import AnswerIsNo, NotFound, Refused, UsageError, from_oserror
 from vfiotool.host import read_only_root
 
@@ -20,9 +19,9 @@ _LARGEST_FOLDER = 10_000
 _UUID_NAME = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this area's commands."""
-    boot = typer.Typer(help="Apply a policy at every boot.", no_args_is_help=True)
+    boot = Commands(help="Apply a policy at every boot.")
     boot.command("enable", help="Install what applies a policy at every boot.")(enable)
     boot.command("disable", help="Take all of it away again.")(disable)
     boot.command("status", help="Tell what is installed, and how the last boot went.")(status)
@@ -31,7 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command("import", help="Turn another tool's settings into a policy.")(import_source)
 
 
-def _root(context: typer.Context) -> str:
+def _root(context: Context) -> str:
     """`boot` changes this machine alone: its files, its systemd."""
     host = render.host(context)
     if not host.live:
@@ -40,14 +39,14 @@ def _root(context: typer.Context) -> str:
 
 
 def enable(
-    context: typer.Context,
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="The policy file; it is copied.")],
+    context: Context,
+    policy: Annotated[str, Argument(metavar="POLICY", help="The policy file; it is copied.")],
     early: Annotated[
-        bool, typer.Option("--early", help="Take devices inside the initramfs, by their ids.")
+        bool, Option("--early", help="Take devices inside the initramfs, by their ids.")
     ] = False,
     wait: Annotated[
         int,
-        typer.Option(metavar="SECONDS", min=0, max=120, help="Longest wait for absent devices."),
+        Option(metavar="SECONDS", min=0, max=120, help="Longest wait for absent devices."),
     ] = 10,
     dry_run: DryRun = False,
 ) -> int:
@@ -92,9 +91,9 @@ def enable(
 
 
 def disable(
-    context: typer.Context,
+    context: Context,
     changed_too: Annotated[
-        bool, typer.Option("--changed-too", help="Also remove files that somebody has changed.")
+        bool, Option("--changed-too", help="Also remove files that somebody has changed.")
     ] = False,
     dry_run: DryRun = False,
 ) -> int:
@@ -135,7 +134,7 @@ def disable(
     return 0
 
 
-def status(context: typer.Context) -> int:
+def status(context: Context) -> int:
     from vfiotool.change import boot, boot_run
 
     root = _root(context)
@@ -181,12 +180,12 @@ def _print_status(found: Any, unit: str | None, last: dict[str, Any] | None) -> 
 
 
 def run(
-    context: typer.Context,
+    context: Context,
     wait: Annotated[
-        int, typer.Option(metavar="SECONDS", min=0, help="Longest wait for absent devices.")
+        int, Option(metavar="SECONDS", min=0, help="Longest wait for absent devices.")
     ] = 0,
     late: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="The late device that is the occasion.")
+        str | None, Option(metavar="DEVICE", help="The late device that is the occasion.")
     ] = None,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
@@ -216,16 +215,16 @@ def _warn(texts: list[str] | tuple[str, ...]) -> None:
 
 
 def import_source(
-    context: typer.Context,
+    context: Context,
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A file, a folder, - for standard input, or text."),
+        Argument(metavar="SOURCE", help="A file, a folder, - for standard input, or text."),
     ],
     kind: Annotated[
-        str | None, typer.Option("--from", metavar="KIND", help="What wrote it, if not seen.")
+        str | None, Option("--from", metavar="KIND", help="What wrote it, if not seen.")
     ] = None,
     node: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which node of a Proxmox cluster.")
+        str | None, Option(metavar="NAME", help="Which node of a Proxmox cluster.")
     ] = None,
 ) -> int:
     from vfiotool.change.importers import import_files

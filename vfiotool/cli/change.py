@@ -6,8 +6,6 @@ import uuid as uuids
 from dataclasses import asdict
 from typing import Annotated
 
-import typer
-
 from vfiotool import selector
 from vfiotool.change.facts import read_facts
 from vfiotool.change.journal import Journal
@@ -32,6 +30,7 @@ from vfiotool.cli.changing import (
     carry_out,
     print_line,
 )
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.errors import NotFound, Unsupported, UsageError
 from vfiotool.host import SYS_PCI_DEVICES, Host
 from vfiotool.iommu import IommuGroup, read_group
@@ -40,18 +39,18 @@ from vfiotool.netlink_devlink import MODES
 from vfiotool.pci import Address, list_addresses
 from vfiotool.sriov import read_vfs
 
-_Devices = Annotated[list[str], typer.Argument(metavar="DEVICE", help="As 0000:05:01.0.")]
+_Devices = Annotated[list[str], Argument(metavar="DEVICE", help="As 0000:05:01.0.")]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this area's commands."""
     app.command(help="Give devices to a VFIO driver (or another, or none).")(bind)
     app.command(help="Give devices back to the driver they had before.")(release)
-    vf = typer.Typer(help="SR-IOV virtual functions.", no_args_is_help=True)
+    vf = Commands(help="SR-IOV virtual functions.")
     vf.command("list", help="List the enabled VFs.")(vf_list)
     vf.command("set", help="Set how many VFs a physical function has.")(vf_set)
     app.add_typer(vf, name="vf")
-    mdev = typer.Typer(help="Mediated devices.", no_args_is_help=True)
+    mdev = Commands(help="Mediated devices.")
     mdev.command("types", help="List the types that parents offer.")(mdev_types)
     mdev.command("list", help="List the mediated devices.")(mdev_list)
     mdev.command("create", help="Make a mediated device.")(mdev_create)
@@ -66,14 +65,14 @@ def resolve(host: Host, text: str) -> str:
 
 
 def bind(
-    context: typer.Context,
+    context: Context,
     devices: _Devices,
     driver: Annotated[
         str | None,
-        typer.Option(help="The driver; the best VFIO driver if left out; none parks the device."),
+        Option(help="The driver; the best VFIO driver if left out; none parks the device."),
     ] = None,
     whole_group: Annotated[
-        bool, typer.Option("--whole-group", help="Take the group's other endpoints along.")
+        bool, Option("--whole-group", help="Take the group's other endpoints along.")
     ] = False,
     allow: Allow = None,
     dry_run: DryRun = False,
@@ -101,7 +100,7 @@ def bind(
 
 
 def release(
-    context: typer.Context,
+    context: Context,
     devices: _Devices,
     allow: Allow = None,
     dry_run: DryRun = False,
@@ -163,8 +162,8 @@ def _warn_not_viable(group: IommuGroup, taken: set[str]) -> None:
 
 
 def vf_list(
-    context: typer.Context,
-    pf: Annotated[str | None, typer.Argument(metavar="PF", help="Only this one's.")] = None,
+    context: Context,
+    pf: Annotated[str | None, Argument(metavar="PF", help="Only this one's.")] = None,
 ) -> int:
     host = render.host(context)
     if pf is None:
@@ -197,16 +196,16 @@ def vf_list(
 
 
 def vf_set(
-    context: typer.Context,
-    pf: Annotated[str, typer.Argument(metavar="PF", help="The physical function.")],
-    count: Annotated[int, typer.Argument(metavar="COUNT", help="How many VFs; 0 removes all.")],
+    context: Context,
+    pf: Annotated[str, Argument(metavar="PF", help="The physical function.")],
+    count: Annotated[int, Argument(metavar="COUNT", help="How many VFs; 0 removes all.")],
     autoprobe: Annotated[
         bool | None,
-        typer.Option(help="Offer the new VFs to host drivers; as the kernel is set if left out."),
+        Option(help="Offer the new VFs to host drivers; as the kernel is set if left out."),
     ] = None,
     eswitch: Annotated[
         str | None,
-        typer.Option(metavar="MODE", help="legacy or switchdev; as the card is set if left out."),
+        Option(metavar="MODE", help="legacy or switchdev; as the card is set if left out."),
     ] = None,
     allow: Allow = None,
     dry_run: DryRun = False,
@@ -237,7 +236,7 @@ def vf_set(
     return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
-def mdev_types(context: typer.Context) -> int:
+def mdev_types(context: Context) -> int:
     types = read_mdev_types(render.host(context))
     keys = ("parent", "type", "name", "device_api", "available_instances", "description")
     if render.state(context).json:
@@ -249,7 +248,7 @@ def mdev_types(context: typer.Context) -> int:
     return 0
 
 
-def mdev_list(context: typer.Context) -> int:
+def mdev_list(context: Context) -> int:
     mdevs = read_mdevs(render.host(context))
     keys = ("uuid", "parent", "type", "iommu_group")
     if render.state(context).json:
@@ -261,11 +260,11 @@ def mdev_list(context: typer.Context) -> int:
 
 
 def mdev_create(
-    context: typer.Context,
-    parent: Annotated[str, typer.Argument(metavar="PARENT", help="As mdev types names it.")],
-    kind: Annotated[str, typer.Argument(metavar="TYPE", help="As mdev types names it.")],
+    context: Context,
+    parent: Annotated[str, Argument(metavar="PARENT", help="As mdev types names it.")],
+    kind: Annotated[str, Argument(metavar="TYPE", help="As mdev types names it.")],
     uuid: Annotated[
-        str | None, typer.Option(metavar="U", help="Its UUID; a random one if left out.")
+        str | None, Option(metavar="U", help="Its UUID; a random one if left out.")
     ] = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
@@ -290,8 +289,8 @@ def mdev_create(
 
 
 def mdev_remove(
-    context: typer.Context,
-    uuid: Annotated[str, typer.Argument(metavar="UUID", help="As mdev list names it.")],
+    context: Context,
+    uuid: Annotated[str, Argument(metavar="UUID", help="As mdev list names it.")],
     allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Annotated
 
-import typer
-
 from vfiotool.change.apply import Outcome, Progress, change
 from vfiotool.change.guard import Allowance, refuse_hurtful
 from vfiotool.change.journal import Journal
@@ -17,18 +15,19 @@ from vfiotool.change.remarks import remarks
 from vfiotool.change.step import Step
 from vfiotool.change.steps import steps_as_json
 from vfiotool.cli import render
+from vfiotool.cli.declare import Context, Option
 from vfiotool.errors import UsageError
 from vfiotool.host import WRITE_DEADLINE_S, Host, read_only_root
 from vfiotool.values import dataclass
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps; touch nothing.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Print the steps; touch nothing.")]
 Timeout = Annotated[
     float,
-    typer.Option("--timeout", metavar="SECONDS", help="Deadline of each write to the kernel."),
+    Option("--timeout", metavar="SECONDS", help="Deadline of each write to the kernel."),
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option("--allow", metavar="KIND:WHAT", help="Cut off this one use (repeatable)."),
+    Option("--allow", metavar="KIND:WHAT", help="Cut off this one use (repeatable)."),
 ]
 DEADLINE_S = WRITE_DEADLINE_S
 Told = tuple[Mapping[str, object], Iterable[str]]
@@ -55,7 +54,7 @@ class Changed:
 
 
 def perform(
-    context: typer.Context,
+    context: Context,
     title: str,
     make: Callable[[Host, Journal | None], tuple[Step, ...]],
     *,
@@ -102,7 +101,7 @@ def check_seconds(option: str, seconds: float) -> None:
 
 
 def carry_out(
-    context: typer.Context,
+    context: Context,
     title: str,
     make: Callable[[Host, Journal | None], tuple[Step, ...]],
     tell: Callable[[Changed], Told],
@@ -128,7 +127,7 @@ def carry_out(
     return 0
 
 
-def _show_plan(context: typer.Context, done: Changed) -> None:
+def _show_plan(context: Context, done: Changed) -> None:
     if render.state(context).json:
         payload = done.as_json()
         payload.pop("transaction")

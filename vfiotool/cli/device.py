@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-import typer
-
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.cli.device_frame import register_frame
 from vfiotool.cli.device_state import register_state
 from vfiotool.cli.render import emit, host, say, state
@@ -27,25 +26,23 @@ _REGION_NAMES = {**{f"bar{n}": n for n in range(6)}, "rom": 6, "config": 7, "vga
 
 BackendOption = Annotated[
     str,
-    typer.Option(
-        "--backend", metavar="NAME", help="auto, iommufd, type1; noiommu only when asked for."
-    ),
+    Option("--backend", metavar="NAME", help="auto, iommufd, type1; noiommu only when asked for."),
 ]
 TraceOption = Annotated[
     str | None,
-    typer.Option("--trace", metavar="FILE", help="Record every access there, as JSON lines."),
+    Option("--trace", metavar="FILE", help="Record every access there, as JSON lines."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="PCI address or mdev UUID.")]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON object.")]
+DeviceArgument = Annotated[str, Argument(metavar="DEVICE", help="PCI address or mdev UUID.")]
 RegionArgument = Annotated[
-    str, typer.Argument(metavar="REGION", help="A number, or bar0 … bar5, rom, config.")
+    str, Argument(metavar="REGION", help="A number, or bar0 … bar5, rom, config.")
 ]
-WidthOption = Annotated[int, typer.Option("--width", metavar="1|2|4|8", help="Bytes an access.")]
+WidthOption = Annotated[int, Option("--width", metavar="1|2|4|8", help="Bytes an access.")]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add the commands of this area."""
-    group = typer.Typer(no_args_is_help=True, help="Drive a VFIO device from user space.")
+    group = Commands(help="Drive a VFIO device from user space.")
     group.command("info", short_help="Show the regions and interrupts of a device.")(info)
     group.command("read", short_help="Read registers, each in one access.")(read)
     group.command(
@@ -63,9 +60,7 @@ def register(app: typer.Typer) -> None:
 
 
 @contextmanager
-def opened(
-    context: typer.Context, name: str, backend: str, trace: str | None = None
-) -> Iterator[Device]:
+def opened(context: Context, name: str, backend: str, trace: str | None = None) -> Iterator[Device]:
     """The device, opened for the time of the block, with its trace if one is wanted."""
     from vfiotool.vfio import Device, Trace
 
@@ -106,12 +101,12 @@ def number(text: str, what: str) -> int:
     return value
 
 
-def _wants_json(context: typer.Context, as_json: bool) -> bool:
+def _wants_json(context: Context, as_json: bool) -> bool:
     return as_json or state(context).json
 
 
 def info(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -170,12 +165,12 @@ def _describe(device: Device) -> dict[str, Any]:
 
 
 def read(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     region: RegionArgument,
-    offset: Annotated[str, typer.Argument(metavar="OFFSET")],
+    offset: Annotated[str, Argument(metavar="OFFSET")],
     width: WidthOption = 4,
-    count: Annotated[int, typer.Option("--count", metavar="N", help="Registers in a row.")] = 1,
+    count: Annotated[int, Option("--count", metavar="N", help="Registers in a row.")] = 1,
     backend: BackendOption = "auto",
     trace: TraceOption = None,
     as_json: JsonOption = False,
@@ -198,11 +193,11 @@ def read(
 
 
 def write(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     region: RegionArgument,
-    offset: Annotated[str, typer.Argument(metavar="OFFSET")],
-    value: Annotated[str, typer.Argument(metavar="VALUE")],
+    offset: Annotated[str, Argument(metavar="OFFSET")],
+    value: Annotated[str, Argument(metavar="VALUE")],
     width: WidthOption = 4,
     backend: BackendOption = "auto",
     trace: TraceOption = None,
@@ -221,10 +216,10 @@ def write(
 
 
 def reset(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     hot: Annotated[
-        bool, typer.Option("--hot", help="Reset the whole slot or bus, if all on it is ours.")
+        bool, Option("--hot", help="Reset the whole slot or bus, if all on it is ours.")
     ] = False,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -244,8 +239,8 @@ def reset(
 
 
 def dump(
-    context: typer.Context,
-    driver: Annotated[str, typer.Argument(metavar="DRIVER", help="Whose registers: edu, …")],
+    context: Context,
+    driver: Annotated[str, Argument(metavar="DRIVER", help="Whose registers: edu, …")],
     device: DeviceArgument,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -276,16 +271,16 @@ def dump(
 
 
 def trace_command(
-    context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Made with --trace; - for stdin.")],
+    context: Context,
+    file: Annotated[str, Argument(metavar="FILE", help="Made with --trace; - for stdin.")],
     compare: Annotated[
-        str | None, typer.Option("--compare", metavar="FILE", help="Tell where FILE differs.")
+        str | None, Option("--compare", metavar="FILE", help="Tell where FILE differs.")
     ] = None,
     replay: Annotated[
-        str | None, typer.Option("--replay", metavar="DEVICE", help="Do it again on a device.")
+        str | None, Option("--replay", metavar="DEVICE", help="Do it again on a device.")
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on showing what is appended.")
+        bool, Option("--follow", "-f", help="Go on showing what is appended.")
     ] = False,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -367,8 +362,8 @@ def _shown(event: dict[str, object]) -> str:
 
 
 def demo(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="edu, mbochs, mdpy, mtty, nvme, …")],
+    context: Context,
+    name: Annotated[str, Argument(metavar="NAME", help="edu, mbochs, mdpy, mtty, nvme, …")],
     device: DeviceArgument,
     backend: BackendOption = "auto",
     trace: TraceOption = None,

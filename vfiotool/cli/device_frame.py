@@ -5,29 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.cli.render import emit, host, say, state
 from vfiotool.errors import UsageError
 
 
-def register_frame(group: typer.Typer) -> None:
+def register_frame(group: Commands) -> None:
     """Add `frame` to the group of `device` commands."""
     group.command("frame")(frame)
 
 
 def frame(
-    context: typer.Context,
-    device: Annotated[str, typer.Argument(metavar="DEVICE", help="The UUID of the mdev.")],
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="A PNG file.")],
+    context: Context,
+    device: Annotated[str, Argument(metavar="DEVICE", help="The UUID of the mdev.")],
+    output: Annotated[Path, Option("--output", metavar="FILE", help="A PNG file.")],
     pattern: Annotated[
-        bool, typer.Option("--pattern", help="Set the mode and draw a test picture first.")
+        bool, Option("--pattern", help="Set the mode and draw a test picture first.")
     ] = False,
     mode: Annotated[
-        str | None, typer.Option("--mode", metavar="WxH", help="For --pattern on mbochs.")
+        str | None, Option("--mode", metavar="WxH", help="For --pattern on mbochs.")
     ] = None,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    backend: Annotated[str, Option("--backend", metavar="NAME")] = "auto",
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Save the picture that a display device (mbochs, mdpy) shows."""
     from vfiotool.drivers import display

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
-import typer
-
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.cli.render import emit, host, say, state
 from vfiotool.errors import UsageError
 
@@ -27,21 +26,21 @@ _LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 4096
 _PIECE_LIMIT = 1 << 24
 
-DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="PCI address or mdev UUID.")]
-BackendOption = Annotated[str, typer.Option("--backend", metavar="NAME", help="auto, iommufd, …")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DeviceArgument = Annotated[str, Argument(metavar="DEVICE", help="PCI address or mdev UUID.")]
+BackendOption = Annotated[str, Option("--backend", metavar="NAME", help="auto, iommufd, …")]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
-def register_state(group: typer.Typer) -> None:
+def register_state(group: Commands) -> None:
     """Add `state` to the group of `device` commands."""
-    commands = typer.Typer(no_args_is_help=True, help="Save and restore a device's state.")
+    commands = Commands(help="Save and restore a device's state.")
     commands.command("show")(show)
     commands.command("save")(save)
     commands.command("restore")(restore)
     group.add_typer(commands, name="state")
 
 
-def _open(context: typer.Context, name: str, backend: str) -> Device:
+def _open(context: Context, name: str, backend: str) -> Device:
     from vfiotool.vfio import Device
 
     return Device.open(name, backend=backend, host=host(context))
@@ -54,7 +53,7 @@ def _identity(device: Device) -> dict[str, object]:
 
 
 def show(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -83,14 +82,12 @@ def show(
 
 
 def save(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
-    output: Annotated[Path, typer.Option("--output", metavar="FILE")],
-    pre_copy: Annotated[
-        bool, typer.Option(help="Read what can be read while the device runs.")
-    ] = True,
+    output: Annotated[Path, Option("--output", metavar="FILE")],
+    pre_copy: Annotated[bool, Option(help="Read what can be read while the device runs.")] = True,
     keep_running: Annotated[
-        bool, typer.Option("--keep-running", help="Let the device go on afterwards.")
+        bool, Option("--keep-running", help="Let the device go on afterwards.")
     ] = False,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -131,10 +128,10 @@ def save(
 
 
 def restore(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
-    source: Annotated[Path, typer.Option("--input", metavar="FILE")],
-    stopped: Annotated[bool, typer.Option("--stopped", help="Do not start it.")] = False,
+    source: Annotated[Path, Option("--input", metavar="FILE")],
+    stopped: Annotated[bool, Option("--stopped", help="Do not start it.")] = False,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

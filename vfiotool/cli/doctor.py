@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import typer
-
 from vfiotool.cli import render
+from vfiotool.cli.declare import Commands, Context
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this area's command."""
     app.command(
         help="Examine the host: IOMMU, modules, limits, conflicts; exit 1 on a blocker.",
@@ -15,7 +14,7 @@ def register(app: typer.Typer) -> None:
     )(doctor)
 
 
-def doctor(context: typer.Context) -> int:
+def doctor(context: Context) -> int:
     from vfiotool.doctor import examine
     from vfiotool.inventory import read_inventory
 
@@ -33,5 +32,5 @@ def doctor(context: typer.Context) -> int:
         lines += [f"         do:   {command}" for command in finding.remedy]
         if finding.page is not None:
             lines.append(f"         read: {finding.page}")
-    typer.echo(render.escape("\n".join(lines)))
+    print(render.escape("\n".join(lines)))
     return 0 if diagnosis.ready else 1

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from vfiotool.cli import render
+from vfiotool.cli.declare import Argument, Commands, Context
 from vfiotool.cli.devices import run_devices
 from vfiotool.cli.groups import run_groups
 from vfiotool.host import Host
 
 _Device = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="DEVICE", help="An address, id:…, serial:…, slot:…, path:…, vf:…, net:… or block:…"
     ),
 ]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this area's commands."""
     app.command(help="List IOMMU groups: domain, verdict, members with their roles.")(groups)
     app.command(help="List PCI functions with all that the host tells of them.")(devices)
@@ -28,22 +27,22 @@ def register(app: typer.Typer) -> None:
 
 
 def groups(
-    context: typer.Context,
-    ids: Annotated[list[int] | None, typer.Argument(metavar="ID", help="Only these.")] = None,
+    context: Context,
+    ids: Annotated[list[int] | None, Argument(metavar="ID", help="Only these.")] = None,
 ) -> int:
     return run_groups(render.host(context), ids or [], as_json=render.state(context).json)
 
 
 def devices(
-    context: typer.Context,
+    context: Context,
     selectors: Annotated[
-        list[str] | None, typer.Argument(metavar="SELECTOR", help="Only what these name.")
+        list[str] | None, Argument(metavar="SELECTOR", help="Only what these name.")
     ] = None,
 ) -> int:
     return run_devices(render.host(context), selectors or [], as_json=render.state(context).json)
 
 
-def show(context: typer.Context, device: _Device) -> int:
+def show(context: Context, device: _Device) -> int:
     from vfiotool.inventory_show import read_shown, shown_as_json
 
     host = render.host(context)
@@ -57,7 +56,7 @@ def show(context: typer.Context, device: _Device) -> int:
     return 0
 
 
-def why(context: typer.Context, device: _Device) -> int:
+def why(context: Context, device: _Device) -> int:
     from vfiotool.inventory import read_inventory
     from vfiotool.verdict import explain
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.cli.render import emit, say, state, write
 from vfiotool.errors import UsageError
 from vfiotool.lab import kernels, machines
@@ -18,29 +17,27 @@ if TYPE_CHECKING:
     from vfiotool.lab.guest import Guest
 
 MachineOption = Annotated[
-    str, typer.Option("--machine", metavar="NAME", help="What the guest is made of: lab machines.")
+    str, Option("--machine", metavar="NAME", help="What the guest is made of: lab machines.")
 ]
 KernelOption = Annotated[
-    str, typer.Option("--kernel", metavar="NAME", help="A name of `lab kernels`, or a bzImage.")
+    str, Option("--kernel", metavar="NAME", help="A name of `lab kernels`, or a bzImage.")
 ]
 ShareOption = Annotated[
     list[Path] | None,
-    typer.Option("--share", metavar="DIR", help="A folder that the guest may write to."),
+    Option("--share", metavar="DIR", help="A folder that the guest may write to."),
 ]
-MemoryOption = Annotated[int | None, typer.Option("--memory", metavar="MIB", min=256)]
-CpusOption = Annotated[int, typer.Option("--cpus", metavar="N", min=1, max=16)]
+MemoryOption = Annotated[int | None, Option("--memory", metavar="MIB", min=256)]
+CpusOption = Annotated[int, Option("--cpus", metavar="N", min=1, max=16)]
 AppendOption = Annotated[
     list[str] | None,
-    typer.Option("--append", metavar="WORD", help="One more word for the guest's kernel."),
+    Option("--append", metavar="WORD", help="One more word for the guest's kernel."),
 ]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add the lab's commands to `app`."""
-    lab = typer.Typer(
+    lab = Commands(
         help="Rehearse in QEMU guests with a virtual IOMMU, on real kernels.",
-        no_args_is_help=True,
-        rich_markup_mode=None,
     )
     lab.command(
         "run",
@@ -55,15 +52,15 @@ def register(app: typer.Typer) -> None:
 
 
 def run_command(
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND…")],
+    command: Annotated[list[str], Argument(metavar="COMMAND…")],
     machine: MachineOption = machines.DEFAULT,
     kernel: KernelOption = kernels.DEFAULT,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.1)] = 600.0,
+    timeout: Annotated[float, Option(metavar="SECONDS", min=0.1)] = 600.0,
     share: ShareOption = None,
     memory: MemoryOption = None,
     cpus: CpusOption = 1,
     append: AppendOption = None,
-    quiet: Annotated[bool, typer.Option(help="Do not say what is booted.")] = False,
+    quiet: Annotated[bool, Option(help="Do not say what is booted.")] = False,
 ) -> int:
     """Run COMMAND in a guest, in this folder, and exit with its exit code.
 
@@ -87,7 +84,7 @@ def run_command(
 
 
 def shell_command(
-    command: Annotated[list[str] | None, typer.Argument(metavar="COMMAND…")] = None,
+    command: Annotated[list[str] | None, Argument(metavar="COMMAND…")] = None,
     machine: MachineOption = machines.DEFAULT,
     kernel: KernelOption = kernels.DEFAULT,
     share: ShareOption = None,
@@ -130,7 +127,7 @@ def _guest(
     )
 
 
-def machines_command(context: typer.Context) -> int:
+def machines_command(context: Context) -> int:
     """List the machines that a guest can be."""
     rows = list(machines.MACHINES.values())
     if state(context).json:
@@ -142,12 +139,12 @@ def machines_command(context: typer.Context) -> int:
 
 
 def kernels_command(
-    context: typer.Context,
+    context: Context,
     get: Annotated[
-        list[str] | None, typer.Option("--get", metavar="NAME", help="Fetch or build this one.")
+        list[str] | None, Option("--get", metavar="NAME", help="Fetch or build this one.")
     ] = None,
     update: Annotated[
-        bool, typer.Option("--update", help="With --get: anew, from the newest packages.")
+        bool, Option("--update", help="With --get: anew, from the newest packages.")
     ] = False,
 ) -> int:
     """List the kernels that a guest can boot: what is here, what is missing, how to get it."""

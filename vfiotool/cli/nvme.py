@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from vfiotool.cli.declare import Commands, Context, Option
 from vfiotool.cli.device import BackendOption, DeviceArgument, JsonOption, opened
 from vfiotool.cli.render import emit, escape, say, state
 from vfiotool.errors import Refused, UsageError
@@ -22,13 +21,13 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
-NamespaceOption = Annotated[int, typer.Option("--nsid", metavar="N", help="The namespace.")]
-LbaOption = Annotated[int, typer.Option("--lba", metavar="N", help="The first block.")]
+NamespaceOption = Annotated[int, Option("--nsid", metavar="N", help="The namespace.")]
+LbaOption = Annotated[int, Option("--lba", metavar="N", help="The first block.")]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add the commands of this area."""
-    group = typer.Typer(no_args_is_help=True, help="Drive an NVMe disk from user space.")
+    group = Commands(help="Drive an NVMe disk from user space.")
     group.command("identify")(identify)
     group.command("read")(read)
     group.command("write")(write)
@@ -39,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 @contextmanager
 def controlled(
-    context: typer.Context, device: str, backend: str, *, shadow_doorbells: bool = False
+    context: Context, device: str, backend: str, *, shadow_doorbells: bool = False
 ) -> Iterator[Controller]:
     """The controller, brought up for the time of the block."""
     from vfiotool.drivers.nvme import Controller
@@ -57,12 +56,12 @@ def size(text: str) -> int:
     return int(digits) * _UNITS[unit]
 
 
-def _json(context: typer.Context, as_json: bool) -> bool:
+def _json(context: Context, as_json: bool) -> bool:
     return as_json or state(context).json
 
 
 def identify(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -106,11 +105,11 @@ def identify(
 
 
 def read(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
-    output: Annotated[str, typer.Option("--output", metavar="FILE", help="Or - for stdout.")],
+    output: Annotated[str, Option("--output", metavar="FILE", help="Or - for stdout.")],
     lba: LbaOption = 0,
-    blocks: Annotated[int, typer.Option("--blocks", metavar="N")] = 1,
+    blocks: Annotated[int, Option("--blocks", metavar="N")] = 1,
     nsid: NamespaceOption = 1,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,
@@ -151,9 +150,9 @@ def _output(path: str) -> Iterator[Any]:
 
 
 def write(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
-    source: Annotated[Path, typer.Option("--input", metavar="FILE")],
+    source: Annotated[Path, Option("--input", metavar="FILE")],
     lba: LbaOption = 0,
     nsid: NamespaceOption = 1,
     backend: BackendOption = "auto",
@@ -191,31 +190,27 @@ def write(
 
 
 def bench(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     rw: Annotated[
-        str, typer.Option("--rw", help="read, write, rw, randread, randwrite or randrw.")
+        str, Option("--rw", help="read, write, rw, randread, randwrite or randrw.")
     ] = "randread",
-    bs: Annotated[str, typer.Option("--bs", metavar="SIZE", help="Bytes a command.")] = "4k",
-    iodepth: Annotated[int, typer.Option("--iodepth", metavar="N", help="In flight a queue.")] = 1,
-    runtime: Annotated[float, typer.Option("--runtime", metavar="SECONDS")] = 5.0,
+    bs: Annotated[str, Option("--bs", metavar="SIZE", help="Bytes a command.")] = "4k",
+    iodepth: Annotated[int, Option("--iodepth", metavar="N", help="In flight a queue.")] = 1,
+    runtime: Annotated[float, Option("--runtime", metavar="SECONDS")] = 5.0,
     number: Annotated[
-        int, typer.Option("--number", metavar="N", help="End after N commands a queue.")
+        int, Option("--number", metavar="N", help="End after N commands a queue.")
     ] = 0,
-    queues: Annotated[int, typer.Option("--queues", metavar="N", help="Queue pairs.")] = 1,
-    batch: Annotated[
-        int, typer.Option("--batch", metavar="N", help="Send anew when N are done.")
-    ] = 1,
-    span: Annotated[
-        str, typer.Option("--size", metavar="SIZE", help="The part used; 0: all.")
-    ] = "0",
-    rwmixread: Annotated[int, typer.Option("--rwmixread", metavar="PERCENT")] = 50,
-    seed: Annotated[int, typer.Option("--seed", metavar="N")] = 1,
+    queues: Annotated[int, Option("--queues", metavar="N", help="Queue pairs.")] = 1,
+    batch: Annotated[int, Option("--batch", metavar="N", help="Send anew when N are done.")] = 1,
+    span: Annotated[str, Option("--size", metavar="SIZE", help="The part used; 0: all.")] = "0",
+    rwmixread: Annotated[int, Option("--rwmixread", metavar="PERCENT")] = 50,
+    seed: Annotated[int, Option("--seed", metavar="N")] = 1,
     shadow: Annotated[
-        bool, typer.Option("--shadow-doorbells", help="Use them where the controller has them.")
+        bool, Option("--shadow-doorbells", help="Use them where the controller has them.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Let a load that writes destroy what is there.")
+        bool, Option("--overwrite", help="Let a load that writes destroy what is there.")
     ] = False,
     nsid: NamespaceOption = 1,
     backend: BackendOption = "auto",
@@ -286,7 +281,7 @@ def _show(report: LoadReport, job: Job) -> None:
 
 
 def secondaries(
-    context: typer.Context,
+    context: Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
     as_json: JsonOption = False,

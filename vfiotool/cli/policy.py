@@ -8,8 +8,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated
 
-import typer
-
 from vfiotool.change.apply import NothingToUndo, Recovered, last_standing, recover, undo
 from vfiotool.change.confirm import arm, attach, confirm, revert_unconfirmed
 from vfiotool.change.export import export_policy
@@ -41,16 +39,17 @@ from vfiotool.cli.changing import (
     progress_line,
     say_remarks,
 )
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.errors import Stuck, UsageError, from_oserror
 from vfiotool.host import Host, read_only_root
 
-_Policy = Annotated[str, typer.Argument(metavar="POLICY", help="A policy, or a saved plan.")]
+_Policy = Annotated[str, Argument(metavar="POLICY", help="A policy, or a saved plan.")]
 _AbsentOk = Annotated[
-    bool, typer.Option("--absent-ok", help="Report rules whose device is absent, and go on.")
+    bool, Option("--absent-ok", help="Report rules whose device is absent, and go on.")
 ]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this area's commands."""
     app.command("plan", help="Show what a policy would change.")(show_plan)
     app.command("apply", help="Make the host as a policy says, or leave it as it was.")(apply)
@@ -79,7 +78,7 @@ def _existing(host: Host) -> Journal | None:
     return Journal.existing(host) if host.live else None
 
 
-def _emit_plan(context: typer.Context, plan: Plan, notes: tuple[str, ...] = ()) -> None:
+def _emit_plan(context: Context, plan: Plan, notes: tuple[str, ...] = ()) -> None:
     if render.state(context).json:
         steps = steps_as_json(plan.steps)
         render.emit({"steps": steps, "in_sync": not plan.steps, "notes": list(notes)})
@@ -96,10 +95,10 @@ def _tell_absent(plan: Plan) -> None:
 
 
 def show_plan(
-    context: typer.Context,
+    context: Context,
     policy: _Policy,
     out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Save the plan for apply FILE.plan.")
+        str | None, Option(metavar="FILE", help="Save the plan for apply FILE.plan.")
     ] = None,
     absent_ok: _AbsentOk = False,
 ) -> int:
@@ -125,11 +124,11 @@ def show_plan(
 
 
 def apply(
-    context: typer.Context,
+    context: Context,
     policy: _Policy,
     confirm_within: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Take it back unless confirmed by then."),
+        Option(metavar="SECONDS", help="Take it back unless confirmed by then."),
     ] = None,
     absent_ok: _AbsentOk = False,
     allow: Allow = None,
@@ -186,7 +185,7 @@ def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Ch
 
 
 def _report_applied(
-    context: typer.Context, done: Changed, plan: Plan, confirm_within: float | None
+    context: Context, done: Changed, plan: Plan, confirm_within: float | None
 ) -> None:
     if render.state(context).json:
         render.emit({**done.as_json(), "in_sync": True, "absent": list(plan.absent)})
@@ -203,7 +202,7 @@ def _report_applied(
         )
 
 
-def keep(context: typer.Context) -> int:
+def keep(context: Context) -> int:
     host = render.host(context)
     numbers = confirm(host, _journal(host))
     if render.state(context).json:
@@ -219,7 +218,7 @@ def _journal(host: Host) -> Journal:
     return Journal(host)
 
 
-def status(context: typer.Context, policy: _Policy, absent_ok: _AbsentOk = False) -> int:
+def status(context: Context, policy: _Policy, absent_ok: _AbsentOk = False) -> int:
     host = render.host(context)
     loaded = load(policy)
     rules = loaded.policy if isinstance(loaded, SavedPlan) else loaded
@@ -229,11 +228,11 @@ def status(context: typer.Context, policy: _Policy, absent_ok: _AbsentOk = False
 
 
 def take_back(
-    context: typer.Context,
+    context: Context,
     allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
-    unconfirmed: Annotated[str | None, typer.Option(hidden=True)] = None,
+    unconfirmed: Annotated[str | None, Option(hidden=True)] = None,
 ) -> int:
     check_seconds("--timeout", timeout)
     host = render.host(context)
@@ -262,7 +261,7 @@ def take_back(
     return 0
 
 
-def history(context: typer.Context) -> int:
+def history(context: Context) -> int:
     host = render.host(context)
     if not host.live:
         raise read_only_root(host.name)
@@ -303,9 +302,9 @@ def _record_as_json(record: Record, undone: set[int | None]) -> dict[str, object
 
 
 def mend(
-    context: typer.Context,
+    context: Context,
     finish: Annotated[
-        bool | None, typer.Option("--finish/--undo", help="Decide instead of the default.")
+        bool | None, Option("--finish/--undo", help="Decide instead of the default.")
     ] = None,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
@@ -338,7 +337,7 @@ def _print_recovered(results: tuple[Recovered, ...]) -> None:
             print_line(f"    {entry.detail}")
 
 
-def export(context: typer.Context) -> int:
+def export(context: Context) -> int:
     text = export_policy(render.host(context))
     if render.state(context).json:
         render.emit({"policy": text})

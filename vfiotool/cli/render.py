@@ -8,11 +8,11 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vfiotool.cli.declare import Context
 from vfiotool.host import Host
 from vfiotool.values import dataclass
 
 if TYPE_CHECKING:
-    import typer
     from rich.console import Console
 
 FORMAT_VERSION = "1.0"
@@ -29,13 +29,12 @@ class State:
     debug: bool = False
 
 
-def state(context: typer.Context) -> State:
+def state(context: Context) -> State:
     """The global options that the command was called with."""
-    found = context.find_object(State)
-    return found if found is not None else State()
+    return context.state
 
 
-def host(context: typer.Context) -> Host:
+def host(context: Context) -> Host:
     """The host that `--root` names: this machine, a directory, or a snapshot file."""
     return open_host(state(context).root)
 

@@ -8,36 +8,35 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
 
-import typer
-
 from vfiotool.cli import render
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.cli.groups import no_groups
 from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.host import Host
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add the command to the application."""
     app.command("snapshot", short_help="Capture this host in a file, or compare two.")(snapshot)
 
 
 def snapshot(
-    context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE | diff", help="Where to write, or `diff`.")],
+    context: Context,
+    file: Annotated[str, Argument(metavar="FILE | diff", help="Where to write, or `diff`.")],
     others: Annotated[
-        list[str] | None, typer.Argument(metavar="[A B]", help="With diff: two snapshots or roots.")
+        list[str] | None, Argument(metavar="[A B]", help="With diff: two snapshots or roots.")
     ] = None,
     anonymize: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--anonymize", help="Replace serial numbers, MACs, host names, UUIDs, IP addresses."
         ),
     ] = False,
     machine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The machine's name, for the header.")
+        str | None, Option(metavar="NAME", help="The machine's name, for the header.")
     ] = None,
     date: Annotated[
-        bool, typer.Option(help="Note the time of capture; without it, captures are reproducible.")
+        bool, Option(help="Note the time of capture; without it, captures are reproducible.")
     ] = True,
 ) -> None:
     """Capture this host in one file that --root opens anywhere; or compare two captures.
@@ -57,7 +56,7 @@ def snapshot(
 
 
 def _capture(
-    context: typer.Context, file: str, *, anonymize: bool, machine: str | None, date: bool
+    context: Context, file: str, *, anonymize: bool, machine: str | None, date: bool
 ) -> None:
     from vfiotool.snapshot import capture, save
 
@@ -131,7 +130,7 @@ def _ask_of_everything(host: Host) -> None:
                 read_eswitch_mode(host, function.address)
 
 
-def _diff(context: typer.Context, before: str, after: str) -> None:
+def _diff(context: Context, before: str, after: str) -> None:
     from vfiotool.snapshot_diff import compare, load_any
 
     changes = compare(load_any(before), load_any(after))

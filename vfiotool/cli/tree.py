@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from vfiotool.cli import render
+from vfiotool.cli.declare import Commands, Context, Option
 from vfiotool.errors import UsageError
 from vfiotool.host import Host
 from vfiotool.inventory import Inventory, read_inventory
@@ -72,16 +71,14 @@ class Node:
         }
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add the command to the application."""
     app.command("tree", short_help="Show the PCI tree: groups, drivers, VFs, mdevs.")(tree)
 
 
 def tree(
-    context: typer.Context,
-    svg: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw it as a picture instead.")
-    ] = None,
+    context: Context,
+    svg: Annotated[str | None, Option(metavar="FILE", help="Draw it as a picture instead.")] = None,
 ) -> int:
     """Show the PCI tree with IOMMU groups, drivers, VFs and mediated devices marked."""
     host = render.host(context)

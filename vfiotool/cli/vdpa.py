@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-import typer
-
 from vfiotool.change.journal import Journal
 from vfiotool.change.step import Step
 from vfiotool.change.vdpa_plan import (
@@ -26,16 +24,17 @@ from vfiotool.cli.changing import (
     carry_out,
     print_line,
 )
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.errors import UsageError
 from vfiotool.host import Host
 from vfiotool.vdpa import VdpaDevice, VdpaParent, VdpaSettings, read_devices, read_parents
 
-_Name = Annotated[str, typer.Argument(metavar="NAME", help="As vdpa list names it.")]
+_Name = Annotated[str, Argument(metavar="NAME", help="As vdpa list names it.")]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this area's commands."""
-    vdpa = typer.Typer(help="vDPA devices.", no_args_is_help=True)
+    vdpa = Commands(help="vDPA devices.")
     vdpa.command("parents", help="List what vDPA devices can be made on.")(parents)
     vdpa.command("list", help="List the vDPA devices.")(devices)
     vdpa.command("add", help="Make a vDPA device.")(add)
@@ -75,7 +74,7 @@ def device_as_json(device: VdpaDevice) -> dict[str, object]:
     }
 
 
-def parents(context: typer.Context) -> int:
+def parents(context: Context) -> int:
     host = render.host(context)
     found = read_parents(host)
     if render.state(context).json:
@@ -92,7 +91,7 @@ def parents(context: typer.Context) -> int:
     return 0
 
 
-def devices(context: typer.Context) -> int:
+def devices(context: Context) -> int:
     found = read_devices(render.host(context))
     if render.state(context).json:
         render.emit({"vdpas": [device_as_json(device) for device in found]})
@@ -110,19 +109,19 @@ def devices(context: typer.Context) -> int:
 
 
 def add(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A new name, such as vdpa0.")],
-    parent: Annotated[str, typer.Argument(metavar="PARENT", help="As vdpa parents names it.")],
+    context: Context,
+    name: Annotated[str, Argument(metavar="NAME", help="A new name, such as vdpa0.")],
+    parent: Annotated[str, Argument(metavar="PARENT", help="As vdpa parents names it.")],
     driver: Annotated[
-        str | None, typer.Option(help="vhost_vdpa or virtio_vdpa; the kernel's choice if left out.")
+        str | None, Option(help="vhost_vdpa or virtio_vdpa; the kernel's choice if left out.")
     ] = None,
-    mac: Annotated[str | None, typer.Option(help="MAC address of a network device.")] = None,
-    mtu: Annotated[int | None, typer.Option(help="MTU of a network device.")] = None,
+    mac: Annotated[str | None, Option(help="MAC address of a network device.")] = None,
+    mtu: Annotated[int | None, Option(help="MTU of a network device.")] = None,
     max_vqp: Annotated[
-        int | None, typer.Option("--max-vqp", help="Queue pairs of a network device, at most.")
+        int | None, Option("--max-vqp", help="Queue pairs of a network device, at most.")
     ] = None,
     features: Annotated[
-        str | None, typer.Option(metavar="MASK", help="Virtio feature bits to offer, as 0x….")
+        str | None, Option(metavar="MASK", help="Virtio feature bits to offer, as 0x….")
     ] = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
@@ -138,7 +137,7 @@ def add(
 
 
 def remove(
-    context: typer.Context,
+    context: Context,
     name: _Name,
     allow: Allow = None,
     dry_run: DryRun = False,
@@ -153,9 +152,9 @@ def remove(
 
 
 def bind(
-    context: typer.Context,
+    context: Context,
     name: _Name,
-    driver: Annotated[str, typer.Argument(metavar="DRIVER", help="vhost_vdpa or virtio_vdpa.")],
+    driver: Annotated[str, Argument(metavar="DRIVER", help="vhost_vdpa or virtio_vdpa.")],
     allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
@@ -175,7 +174,7 @@ def _mask(text: str | None) -> int | None:
         raise UsageError(f"--features {text!r} is not a number", hint="as 0x300000020") from error
 
 
-def _teller(context: typer.Context, name: str) -> Callable[[Changed], Told]:
+def _teller(context: Context, name: str) -> Callable[[Changed], Told]:
     """Tells of the device of that name after a change; that it is removed where it is not there."""
 
     def tell(_: Changed) -> Told:

@@ -9,27 +9,26 @@ from dataclasses import replace
 from typing import Annotated
 from uuid import UUID
 
-import typer
-
 from vfiotool.change.policy_facts import read_policy_facts
 from vfiotool.change.saved import ETC_FOLDER, DesiredState
 from vfiotool.cli import render
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.errors import UsageError
 from vfiotool.host import Host
 from vfiotool.inventory import Inventory, read_inventory
 from vfiotool.selector import resolve
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
 
-_Devices = Annotated[list[str], typer.Argument(metavar="DEVICE…", help="PCI functions or mdevs.")]
+_Devices = Annotated[list[str], Argument(metavar="DEVICE…", help="PCI functions or mdevs.")]
 _Token = Annotated[
     str | None,
-    typer.Option(metavar="UUID", help="Of VFs whose PF is on vfio-pci; else the policy's."),
+    Option(metavar="UUID", help="Of VFs whose PF is on vfio-pci; else the policy's."),
 ]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add this area's commands."""
-    area = typer.Typer(help="Hand devices to a virtual machine.", no_args_is_help=True)
+    area = Commands(help="Hand devices to a virtual machine.")
     area.command("check", help="Say whether a VM can open the devices now.")(check)
     area.command("qemu", help="Print the options for a q35 machine of QEMU.")(qemu_options)
     area.command("libvirt", help="Print libvirt's hostdev elements.")(libvirt_elements)
@@ -37,7 +36,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(area, name="vm")
 
 
-def check(context: typer.Context, devices: _Devices, vf_token: _Token = None) -> int:
+def check(context: Context, devices: _Devices, vf_token: _Token = None) -> int:
     host, inventory, chosen = _chosen(context, devices)
     token = _find_token(host, chosen, vf_token)
     found = [
@@ -59,11 +58,9 @@ def check(context: typer.Context, devices: _Devices, vf_token: _Token = None) ->
 
 
 def qemu_options(
-    context: typer.Context,
+    context: Context,
     devices: _Devices,
-    iommufd: Annotated[
-        bool, typer.Option("--iommufd", help="Use iommufd (QEMU 8.2 or newer).")
-    ] = False,
+    iommufd: Annotated[bool, Option("--iommufd", help="Use iommufd (QEMU 8.2 or newer).")] = False,
     vf_token: _Token = None,
 ) -> int:
     host, inventory, chosen = _chosen(context, devices)
@@ -93,7 +90,7 @@ def _find_token(host: Host, devices: list[preflight.Handed], given: str | None) 
     return next((rule.vf_token for rule, names in found if guards & set(names)), None)
 
 
-def libvirt_elements(context: typer.Context, devices: _Devices) -> int:
+def libvirt_elements(context: Context, devices: _Devices) -> int:
     text = libvirt.hostdevs(_ready(context, devices))
     if render.state(context).json:
         render.emit({"xml": text})
@@ -102,21 +99,19 @@ def libvirt_elements(context: typer.Context, devices: _Devices) -> int:
     return 0
 
 
-def ch_options(context: typer.Context, devices: _Devices) -> int:
+def ch_options(context: Context, devices: _Devices) -> int:
     _print_words(context, cloud_hypervisor.arguments(_ready(context, devices)))
     return 0
 
 
-def _chosen(
-    context: typer.Context, names: list[str]
-) -> tuple[Host, Inventory, list[preflight.Handed]]:
+def _chosen(context: Context, names: list[str]) -> tuple[Host, Inventory, list[preflight.Handed]]:
     host = render.host(context)
     inventory = read_inventory(host)
     unique = dict.fromkeys(resolve(host, name) for name in names)
     return host, inventory, [preflight.handed(inventory, name) for name in unique]
 
 
-def _ready(context: typer.Context, names: list[str]) -> list[preflight.Handed]:
+def _ready(context: Context, names: list[str]) -> list[preflight.Handed]:
     """The devices; on the running host only if a VM could open each of them now."""
     host, inventory, chosen = _chosen(context, names)
     if host.live:
@@ -124,7 +119,7 @@ def _ready(context: typer.Context, names: list[str]) -> list[preflight.Handed]:
     return chosen
 
 
-def _print_words(context: typer.Context, words: list[str]) -> None:
+def _print_words(context: Context, words: list[str]) -> None:
     """An option a line, each ready to be pasted into a shell."""
     if render.state(context).json:
         render.emit({"arguments": words})

@@ -7,29 +7,28 @@ import sys
 import time
 from typing import Annotated
 
-import typer
-
 from vfiotool.cli import render
+from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.monitor import Event, Monitor
 
 _SIGNS = {"add": "+", "remove": "-", "bind": ">", "unbind": "<", "lost": "!"}
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Commands) -> None:
     """Add the command to the application."""
     app.command("watch", short_help="Print what happens to devices, one line each.")(watch)
 
 
 def watch(
-    context: typer.Context,
+    context: Context,
     devices: Annotated[
-        list[str] | None, typer.Argument(metavar="[DEVICE…]", help="Only these devices' events.")
+        list[str] | None, Argument(metavar="[DEVICE…]", help="Only these devices' events.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="End after so many events.")
+        int | None, Option(min=1, metavar="N", help="End after so many events.")
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="End after this time.")
+        float | None, Option(min=0, metavar="SECONDS", help="End after this time.")
     ] = None,
 ) -> int:
     """Print bind, unbind, add, remove, VF and mdev events, one a line; --json for NDJSON.
