@@ -64,8 +64,9 @@ def load(*, followed: bool) -> Target:
         from fuzz_targets import TARGETS
 
         from vfiotool import capabilities, capabilities_header
-    # A remembered answer would run no code.
-    for module in (capabilities, capabilities_header):
+    # A remembered answer follows no branch. Where none is followed it may stay: what is remembered
+    # has been run.
+    for module in (capabilities, capabilities_header) if followed else ():
         for name, value in list(vars(module).items()):
             setattr(module, name, getattr(value, "__wrapped__", value))
     if TARGET not in TARGETS:
