@@ -10,6 +10,7 @@ import shlex
 import stat
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -166,10 +167,19 @@ def fake_bzimage(payload: bytes, release: bytes = b"6.12.1-test (me@x) #1") -> b
     return bytes(head) + bytes(16) + payload + b"rest"
 
 
-@pytest.mark.parametrize("compress", [lzma.compress, gzip.compress])
-def test_kernel_inside_a_bzimage_is_found(compress: object, tmp_path: Path) -> None:
+def zstd_frame(data: bytes) -> bytes:
+    """One frame of one uncompressed block (RFC 8878, 3.1.1)."""
+    size = len(data).to_bytes(4, "little")
+    block = (len(data) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\xa0" + size + block + data
+
+
+@pytest.mark.parametrize("compress", [lzma.compress, gzip.compress, zstd_frame])
+def test_kernel_inside_a_bzimage_is_found(
+    compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
     elf = b"\x7fELF" + bytes(range(256)) * 64
-    packed = fake_bzimage(compress(elf) + b"\0\1\2\3")  # type: ignore[operator]
+    packed = fake_bzimage(compress(elf) + len(elf).to_bytes(4, "little"))
     assert kernels.uncompressed(packed) == elf
     path = tmp_path / "vmlinuz"
     path.write_bytes(packed)
@@ -177,7 +187,8 @@ def test_kernel_inside_a_bzimage_is_found(compress: object, tmp_path: Path) -> N
 
 
 def test_unknown_compression_leaves_the_image_as_it_is() -> None:
-    assert kernels.uncompressed(fake_bzimage(b"\x28\xb5\x2f\xfd1234")) is None
+    assert kernels.uncompressed(fake_bzimage(b"LZOP1234")) is None
+    assert kernels.uncompressed(fake_bzimage(b"\x28\xb5\x2f\xfdbroken")) is None
 
 
 def test_a_path_that_is_no_kernel_is_refused(tmp_path: Path) -> None:

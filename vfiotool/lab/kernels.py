@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import lzma
 import os
@@ -24,6 +25,7 @@ from vfiotool.lab.cache import cache_root, digest, filled, locked, progress
 DEFAULT = "6.12"
 DEBIAN = {"6.1": "linux-image-amd64", "6.12": "linux-image-6.12-amd64"}
 NAMES = ("host", "6.1", "6.12", "iommufd")
+_MAX_KERNEL = 1 << 28
 # Families of drivers that no lab machine has hardware for; without them a kernel is half as large.
 LEFT_OUT = ("sound", "drivers/media", "drivers/net/wireless", "drivers/infiniband")
 
@@ -174,7 +176,33 @@ def uncompressed(image: bytes) -> bytes | None:
         return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload)
     if payload.startswith(b"\x1f\x8b"):
         return zlib.decompressobj(wbits=31).decompress(payload)
+    if payload.startswith(b"\x28\xb5\x2f\xfd"):
+        # The kernel's build appends the size (scripts/Makefile.lib, size_append).
+        return _unzstd(payload, int.from_bytes(payload[-4:], "little"))
     return None
+
+
+def _unzstd(data: bytes, size: int) -> bytes | None:
+    """The first frame of `data`, None without libzstd (which dpkg needs, so Debian has it).
+
+    Python's own decompressor came with 3.14. Calls as in zstd.h, all of them stable.
+    """
+    try:
+        zstd = ctypes.CDLL("libzstd.so.1")
+    except OSError:
+        return None
+    pointer, length = ctypes.c_char_p, ctypes.c_size_t
+    zstd.ZSTD_findFrameCompressedSize.argtypes = [pointer, length]
+    zstd.ZSTD_findFrameCompressedSize.restype = length
+    zstd.ZSTD_decompress.argtypes = [pointer, length, pointer, length]
+    zstd.ZSTD_decompress.restype = length
+    zstd.ZSTD_isError.argtypes = [length]
+    frame = zstd.ZSTD_findFrameCompressedSize(data, len(data))
+    if zstd.ZSTD_isError(frame) or size > _MAX_KERNEL:
+        return None
+    room = ctypes.create_string_buffer(size)
+    written = zstd.ZSTD_decompress(room, size, data, frame)
+    return room.raw[:written] if written == size else None
 
 
 def _fetch_debian(name: str) -> None:
