@@ -279,8 +279,10 @@ def test_vfio_pci_makes_vfs_only_where_its_option_is_set(folder: str) -> None:
 
 def test_a_function_that_is_given_away_loses_its_vfs_first(folder: str) -> None:
     kernel = SwitchKernel()
-    kernel.allow_vfio_vfs()
     do(kernel.host(), Journal(kernel.host(), folder), counting(ICE, 2))
+    with pytest.raises(Refused, match="enable_sriov is not set"):
+        plan_on(kernel.host(), sriov(ICE, 2, 'driver = "vfio-pci"'))
+    kernel.allow_vfio_vfs()
     before = kernel.state()
     apply(kernel, sriov(ICE, 1, 'driver = "vfio-pci"'), folder)
     assert kernel.driver_of(ICE) == "vfio-pci" and kernel.num_vfs(ICE) == 1

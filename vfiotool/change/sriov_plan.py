@@ -85,9 +85,10 @@ def plan_pf(facts: Facts, pf: str, goal: PfGoal, settings: Iterable[VfSettings] 
         raise UsageError(f"{pf} cannot have {goal.vfs} VFs without a driver", device=pf)
     _refuse_eswitch(device, sriov, goal)
     draft = _Draft(facts, device, sriov, goal, tuple(settings))
-    if sriov.num != goal.vfs and goal.vfs:
+    moves = goal.driver is not None and device.binding != _binding(goal.driver)
+    if goal.vfs and (moves or sriov.num != goal.vfs):
         _refuse_vfio(facts, device, goal)
-    if goal.driver is not None and device.binding != _binding(goal.driver):
+    if goal.driver is not None and moves:
         draft.remake(plan_bind(without_vfs(facts, pf), [pf], goal.driver))
     elif device.binding.driver in VFS_FIRST:
         draft.switch_with_vfs()
