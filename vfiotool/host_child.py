@@ -23,6 +23,8 @@ CALLOUT_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _READ_BYTES = 1 << 16
 _REPLY = struct.Struct("=ii")
 _REQUEST = struct.Struct("=ii")
+# The reply of a child that ended without one.
+_LOST = (errno.EIO, 0)
 
 
 def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
@@ -46,6 +48,7 @@ class DoorChild:
         requests, self._requests = os.pipe2(os.O_CLOEXEC)
         self._replies, replies = os.pipe2(os.O_CLOEXEC)
         self._open = True
+        self._answer = b""
         self.pid = os.fork()
         if self.pid == 0:
             # Whatever happens, the child must never run on in the parent's code.
@@ -72,10 +75,11 @@ class DoorChild:
 
     def read(self, path: str, timeout_s: float) -> bytes:
         """At most 64 KiB of a file. Raises OSError or Stuck (no answer)."""
-        length = self._ask(f"read {path}", path, None, timeout_s)
-        return _read_exactly(self._replies, length)
+        self._ask(f"read {path}", path, None, timeout_s)
+        return self._answer
 
     def _ask(self, what: str, path: str, data: bytes | None, timeout_s: float) -> int:
+        """The number of bytes written, or read and left in `_answer`."""
         where = path.encode()
         length = -1 if data is None else len(data)
         try:
@@ -85,12 +89,16 @@ class DoorChild:
                     f"{what}: no answer after {timeout_s:g} s",
                     hint="end what holds the device, then: vfiotool recover",
                 )
-            reply = _read_exactly(self._replies, _REPLY.size)
+            # Header and data come in one piece, but for files larger than a pipe takes at once.
+            reply = os.read(self._replies, _REPLY.size + _READ_BYTES)
+            number, count = _REPLY.unpack_from(reply) if len(reply) >= _REPLY.size else _LOST
+            if data is None and not number:
+                self._answer = reply[_REPLY.size :]
+                self._answer += _read_exactly(self._replies, count - len(self._answer))
         except BaseException:
             # Timed out or interrupted: its late answer must not be taken for that of the next.
             self.close()
             raise
-        number, count = _REPLY.unpack(reply) if len(reply) == _REPLY.size else (errno.EIO, 0)
         if number:
             raise OSError(number, os.strerror(number), path)
         return int(count)
@@ -124,8 +132,12 @@ def _serve(requests: int, replies: int) -> None:
         except OSError as error:
             os.write(replies, _REPLY.pack(error.errno or errno.EIO, 0))
         else:
-            os.write(replies, _REPLY.pack(0, len(data)))
-            os.write(replies, data)
+            _write_all(replies, _REPLY.pack(0, len(data)) + data)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _read_exactly(descriptor: int, length: int) -> bytes:

@@ -18,6 +18,7 @@ from vfiotool.change.state import (
     device_exists,
     driver_registered,
     read_binding,
+    read_driver,
 )
 from vfiotool.change.step import Door, Step, check_identity, drifted
 from vfiotool.errors import KernelError, Unsupported
@@ -97,19 +98,21 @@ class BindDriver(Step):
         if self.after.driver == ANY:
             self._hand_back(door, found)
             return
+        override = found.override
         if found.driver != self.after.driver:
-            self._set_override(door, found.override, self.after.driver or PARKED)
+            guide = self.after.driver or PARKED
+            self._set_override(door, override, guide)
             self._unbind(door, found.driver)
             if self.after.driver is not None:
                 self._probe(door, self.after.driver)
-        now = read_binding(door.host, self.bus, self.address)
-        self._set_override(door, now.override, self.after.override)
+            override = guide
+        self._set_override(door, override, self.after.override)
 
     def _hand_back(self, door: Door, found: Binding) -> None:
         self._set_override(door, found.override, None)
         if found.driver is not None and is_vfio_driver(found.driver):
             self._unbind(door, found.driver)
-        if read_binding(door.host, self.bus, self.address).driver is None:
+        if read_driver(door.host, self.bus, self.address) is None:
             door.write(BUSES[self.bus].probe, self.address)
 
     def _set_override(self, door: Door, found: str | None, wanted: str | None) -> None:
@@ -125,7 +128,7 @@ class BindDriver(Step):
         if driver is None:
             return
         door.write(f"{BUSES[self.bus].drivers}/{driver}/unbind", self.address)
-        still = read_binding(door.host, self.bus, self.address).driver
+        still = read_driver(door.host, self.bus, self.address)
         if still is not None:
             raise self._failed(f"it is bound to {still} after it was unbound")
 
@@ -133,7 +136,7 @@ class BindDriver(Step):
         if not driver_registered(door.host, self.bus, driver):
             raise self._failed(f"no driver named {driver} is registered with the kernel")
         door.write(BUSES[self.bus].probe, self.address)
-        bound = read_binding(door.host, self.bus, self.address).driver
+        bound = read_driver(door.host, self.bus, self.address)
         if bound is None:
             # drivers_probe succeeds even if nothing bound; `bind` tells why.
             try:
@@ -145,7 +148,7 @@ class BindDriver(Step):
                     device=self.address,
                     errno_name=error.errno_name,
                 ) from error
-            bound = read_binding(door.host, self.bus, self.address).driver
+            bound = read_driver(door.host, self.bus, self.address)
         if bound != driver:
             raise self._failed(f"{driver} did not take it (it has {bound or 'no driver'})")
 

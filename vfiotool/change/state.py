@@ -126,6 +126,15 @@ def read_locked(host: Host, name: str, path: str) -> str | None:
         ) from error
 
 
+def read_driver(host: Host, bus: str, name: str) -> str | None:
+    """A device's driver now: a link, which takes no lock to read. Raises NotFound."""
+    base = f"{BUSES[bus].devices}/{name}"
+    driver = host.linkname(f"{base}/driver")
+    if driver is None and not host.exists(base):
+        raise gone(name)
+    return driver
+
+
 def gone(name: str) -> NotFound:
     return NotFound(
         f"{name} is not there (any more)", hint="vfiotool devices lists what is", device=name
