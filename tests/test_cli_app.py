@@ -145,7 +145,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise ValueError("never meant to happen")
 
-    monkeypatch.setattr(app, "_run_typer", fail)
+    monkeypatch.setattr(app, "_run_command", fail)
 
 
 @pytest.mark.usefixtures("faulty")
@@ -172,3 +172,16 @@ def test_debug_shows_where_a_fault_is_and_keeps_the_exit_code(
 def test_debug_keeps_the_exit_code_of_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--debug", "--root", FIXTURE, "show", "0000:7f:1f.7"]) == 3
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_no_fault_of_vfiotools() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vfiotool", "--root", FIXTURE, "devices"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 5
+    assert done.stderr == "vfiotool: the output cannot be written: No space left on device\n"

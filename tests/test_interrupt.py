@@ -118,6 +118,6 @@ def test_the_command_says_that_it_was_interrupted(
     def interrupted(arguments: list[str]) -> int:
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(app, "_run_typer", interrupted)
+    monkeypatch.setattr(app, "_run_command", interrupted)
     assert app.main(["bind", EDU]) == 143
     assert "what was begun has been taken back" in capsys.readouterr().err

@@ -6,11 +6,12 @@ module of the command that was typed is imported, and `--version` and plain `gro
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib import import_module
 
 from vfiotool import __version__
-from vfiotool.errors import InternalError, VfiotoolError
+from vfiotool.errors import InternalError, KernelError, VfiotoolError
 
 COMMANDS: dict[str, str] = {
     "groups": "inspect",
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = _run_fast(arguments)
         if code is None:
-            code = _run_typer(arguments)
+            code = _run_command(arguments)
         sys.stdout.flush()
         return code
     except VfiotoolError as error:
@@ -70,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in own:
             _print_traceback()
+        if isinstance(error, OSError) and _is_of_output(error):
+            sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+            sys.stderr.write(f"vfiotool: the output cannot be written: {error.strerror}\n")
+            return KernelError.exit_code
         return report(InternalError.of(error), as_json="--json" in own)
 
 
@@ -80,6 +85,11 @@ def _interrupted(number: int | None) -> int:
         return 130
     sys.stderr.write("vfiotool: interrupted: what was begun has been taken back\n")
     return 128 + number
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Whether it comes of writing to standard output; what reads a host names its file."""
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def _print_traceback() -> None:
@@ -159,7 +169,7 @@ def _run_fast(arguments: list[str]) -> int | None:
     return run_groups(open_lean(root), [int(name) for name in names], as_json=as_json)
 
 
-def _run_typer(arguments: list[str]) -> int:
+def _run_command(arguments: list[str]) -> int:
     from vfiotool.cli.frame import run
 
     name = _command_name(arguments)
