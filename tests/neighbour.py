@@ -118,17 +118,22 @@ class Meddling:
         self.home = Binding(driver, None)
         self.tally: Counter[str] = Counter()
 
-    def everywhere(self, make: Make, goal: Binding, prepare: Make | None = None) -> None:
-        """Disturb `make`, which comes to `goal`, at each access; `prepare` is done before it."""
-        for kind in INTERFERENCES:
-            at, accesses = 0, 1
-            while at < accesses:
-                at += 1
+    def everywhere(
+        self, make: Make, goal: Binding, prepare: Make | None = None, every: int = 1
+    ) -> None:
+        """Disturb `make`, which comes to `goal`, at each access; `prepare` is done before it.
+
+        With `every` at each so many, another way of disturbing at others: a guest is slow.
+        """
+        for first, kind in enumerate(INTERFERENCES):
+            at = accesses = first % every + 1
+            while at <= accesses:
                 with run_folder() as folder:
                     if prepare is not None:
                         do(self._plain, Journal(self._plain, folder), prepare)
                     accesses = self._once(folder, kind, at, make, goal)
                 self.bring_home()
+                at += every
 
     def bring_home(self) -> None:
         """By bare writes: what a disturbed change left may be what it was told to leave."""
