@@ -11,6 +11,7 @@ import pytest
 
 from tests.fakekernel import end_state
 from tests.lab.commands import driver_of, modprobe, vfiotool
+from tests.yardstick import slowness
 from vfiotool.host import Host
 
 MACHINE = "full"
@@ -62,6 +63,8 @@ def test_release_of_a_held_device_keeps_its_deadline_and_recover_ends_it(
     # The holder is looked for among all processes, which is as much again.
     assert seconds < DEADLINE_S + SLACK_S + 3 * usual
     record_property("beyond_the_deadline_s", round(seconds - DEADLINE_S, 2))
+    record_property("usual_release_s", round(usual, 2))
+    record_property("slowness", round(slowness(), 1))
     assert f"process {holder.pid}" in done.json["error"]["message"]
     assert "recover" in done.json["error"]["hint"]
 
