@@ -104,6 +104,10 @@ def test_a_virtio_iommu_whose_driver_is_not_loaded(small: SmallHost) -> None:
     no_iommu(small, firmware=False, cmdline="quiet")
     small.file("/sys/firmware/acpi/tables/VIOT", "")
     assert finding(small, "iommu-effect").remedy[0] == "modprobe virtio_iommu"
+    small.file("/lib/modules/6.12.0/modules.builtin", "")
+    assert finding(small, "iommu-effect").remedy[0] == "a kernel with CONFIG_VIRTIO_IOMMU"
+    small.file("/lib/modules/6.12.0/kernel/drivers/iommu/virtio-iommu.ko.xz", "")
+    assert finding(small, "iommu-effect").remedy[0] == "modprobe virtio_iommu"
 
 
 def test_noiommu_groups_are_no_effect(small: SmallHost) -> None:

@@ -10,6 +10,7 @@ import re
 
 from vfiotool.doctor_distribution import Distribution
 from vfiotool.doctor_finding import IOMMU_PAGE, PARAMETERS_PAGE, VFIO_PAGE, Finding
+from vfiotool.doctor_kernel import module_state
 from vfiotool.host import (
     PROC_CMDLINE,
     PROC_OSRELEASE,
@@ -109,7 +110,9 @@ def _effect(host: Host, entries: list[str], groups: list[int]) -> Finding:
         return Finding("iommu-effect", "blocker", summary, evidence, (), VFIO_PAGE)
     remedy: tuple[str, ...] = ("dmesg | grep -i -e DMAR -e IOMMU -e AMD-Vi",)
     if _tables(host) == ["VIOT"]:
-        remedy = ("modprobe virtio_iommu", *remedy)
+        absent = module_state(host, "virtio_iommu")[0] == "absent"
+        load = "a kernel with CONFIG_VIRTIO_IOMMU" if absent else "modprobe virtio_iommu"
+        remedy = (load, *remedy)
     remedy = (*remedy, "to try vfiotool without an IOMMU of your own: vfiotool lab demo")
     summary = "no IOMMU is in use: nothing can be passed through safely"
     return Finding("iommu-effect", "blocker", summary, evidence, remedy, VFIO_PAGE)

@@ -40,6 +40,7 @@ _FOLDERS = {
     "vfio_pci": "drivers/vfio/pci",
     "vfio_iommu_type1": "drivers/vfio",
     "iommufd": "drivers/iommu/iommufd",
+    "virtio_iommu": "drivers/iommu",
 }
 _CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
 _LOW_LIMIT_BYTES = 1 << 30

@@ -41,10 +41,13 @@ def severity(check: str) -> str:
 def test_the_iommu_is_found_exactly_where_there_is_one(lab_machine: str) -> None:
     need("vfio-pci")
     code, found = doctor()
-    works = lab_machine != "no-iommu"
+    there = lab_machine != "no-iommu"
+    # Debian's 6.1 has no driver for a virtio IOMMU, neither built in nor as a module.
+    driver = Path("/sys/bus/virtio/drivers/virtio_iommu")
+    works = driver.is_dir() if lab_machine == "virtio-iommu" else there
     assert any(Path("/sys/class/iommu").iterdir()) == works
     assert found["iommu-effect"][0]["severity"] == ("ok" if works else "blocker")
-    assert found["iommu-firmware"][0]["severity"] == ("ok" if works else "blocker")
+    assert found["iommu-firmware"][0]["severity"] == ("ok" if there else "blocker")
     assert code == (0 if works else 1)
 
 
