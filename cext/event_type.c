@@ -1,7 +1,8 @@
 /* vfiotool._mmio.Event: an eventfd that an interrupt signals, and waiting for it.
  *
- * In C because the wait is the whole of an interrupt's cost on our side. The descriptor is made by
- * vt_eventfd (so that its failing can be tested) and owned from then on.
+ * In C because the wait is the whole of an interrupt's cost on our side; so are the trigger of a
+ * self-test and the unmasking that each INTx needs. The descriptor is made by vt_eventfd and owned
+ * from then on.
  */
 #include "module.h"
 
@@ -11,6 +12,9 @@
 
 #include "irq.h"
 #include "mmio.h"
+#include "uapi_compat.h"
+
+#define LONGEST_S 1e6 /* eleven days */
 
 typedef struct {
 	PyObject_HEAD
@@ -19,6 +23,9 @@ typedef struct {
 	int closing; /* close was called while another thread waited */
 	Py_ssize_t waiting;
 	uint64_t generation;
+	int device; /* -1: no interrupt of a device's */
+	unsigned index, vector;
+	int maskable;
 } Event;
 
 static double now_s(void)
@@ -27,14 +34,6 @@ static double now_s(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
-}
-
-static int whole_ms(double seconds)
-{
-	double exact = seconds * 1000;
-	int whole = (int)exact;
-
-	return whole < exact ? whole + 1 : whole;
 }
 
 /* 0, or -1 with an exception set. `object` is a number of seconds, or None if `none` may be. */
@@ -97,50 +96,116 @@ static void finish_closing(Event *self)
 	}
 }
 
+/* 0, or -1 with an exception set: it is off, or this is a child. */
+static int refuse_unusable(Event *self)
+{
+	if (self->open && !self->closing && self->generation == vt_fork_generation)
+		return 0;
+	vt_refuse((PyObject *)self, self->open && !self->closing ? VT_FORKED : VT_CLOSED, 0, 0);
+	return -1;
+}
+
+/* One wait with the interpreter's lock released, and the Unix signals that came meanwhile. As
+ * vt_eventfd_wait, but -1 is an exception that has been set. */
+static int block_once(Event *self, int64_t *left_ns, uint64_t spin_ns, uint64_t *signals)
+{
+	int result;
+
+	self->waiting++;
+	Py_BEGIN_ALLOW_THREADS
+	result = vt_eventfd_wait(self->fd, left_ns, spin_ns, signals);
+	Py_END_ALLOW_THREADS
+	self->waiting--;
+	if (self->closing) {
+		finish_closing(self);
+		vt_refuse((PyObject *)self, VT_CLOSED, 0, 0);
+		return -1;
+	}
+	if (result == -EINTR) {
+		double end = now_s() + (double)*left_ns / 1e9;
+
+		if (PyErr_CheckSignals())
+			return -1;
+		/* What the handlers took belongs to the time that the wait was given. */
+		if (*left_ns > 0)
+			*left_ns = end > now_s() ? (int64_t)((end - now_s()) * 1e9) : 0;
+		return 0;
+	}
+	if (result < 0) {
+		errno = -result;
+		PyErr_SetFromErrno(PyExc_OSError);
+		return -1;
+	}
+	return result;
+}
+
 static PyObject *wait_for(Event *self, PyObject *const *arguments, Py_ssize_t count,
 			  PyObject *names)
 {
-	double timeout = 0, spin = 0, end = 0;
+	double timeout = 0, spin = 0;
 	uint64_t signals = 0, spin_ns;
-	int endless, timeout_ms = -1, result;
+	int64_t left_ns = -1;
+	int endless, result;
 
-	if (take_arguments(arguments, count, names, &timeout, &endless, &spin))
+	if (take_arguments(arguments, count, names, &timeout, &endless, &spin) ||
+	    refuse_unusable(self))
 		return NULL;
-	if (!self->open || self->closing)
-		return vt_refuse((PyObject *)self, VT_CLOSED, 0, 0);
-	if (self->generation != vt_fork_generation)
-		return vt_refuse((PyObject *)self, VT_FORKED, 0, 0);
-	if (!endless) {
-		timeout_ms = timeout > 1e6 ? 1000000000 : whole_ms(timeout);
-		end = timeout_ms ? now_s() + timeout : 0;
-	}
+	if (!endless)
+		left_ns = timeout > LONGEST_S ? (int64_t)(LONGEST_S * 1e9) : (int64_t)(timeout * 1e9);
 	spin_ns = spin > 10 ? 10000000000u : (uint64_t)(spin * 1e9);
-	for (;;) {
-		self->waiting++;
-		Py_BEGIN_ALLOW_THREADS
-		result = vt_eventfd_wait(self->fd, timeout_ms, spin_ns, &signals);
-		Py_END_ALLOW_THREADS
-		self->waiting--;
-		if (self->closing) {
-			finish_closing(self);
-			return vt_refuse((PyObject *)self, VT_CLOSED, 0, 0);
-		}
-		if (result > 0)
-			return PyLong_FromUnsignedLongLong(signals);
-		if (result == 0 && timeout_ms >= 0)
-			return PyLong_FromLong(0);
-		if (result != 0 && result != -EINTR) {
-			errno = -result;
-			return PyErr_SetFromErrno(PyExc_OSError);
-		}
-		if (PyErr_CheckSignals())
-			return NULL;
-		if (!endless) {
-			double left = end - now_s();
-
-			timeout_ms = left > 0 ? whole_ms(left) : 0;
-		}
+	/* Often it has fired already: then this is the only call into the kernel. */
+	result = vt_eventfd_take(self->fd, &signals);
+	if (result < 0) {
+		errno = -result;
+		return PyErr_SetFromErrno(PyExc_OSError);
 	}
+	while (!result && (left_ns || spin_ns)) {
+		result = block_once(self, &left_ns, spin_ns, &signals);
+		spin_ns = 0;
+	}
+	return result < 0 ? NULL : PyLong_FromUnsignedLongLong(signals);
+}
+
+static PyObject *arm(Event *self, PyObject *arguments)
+{
+	if (!PyArg_ParseTuple(arguments, "iIIp", &self->device, &self->index, &self->vector,
+			      &self->maskable))
+		return NULL;
+	Py_RETURN_NONE;
+}
+
+static PyObject *act(Event *self, const char *verb, uint32_t action)
+{
+	int result = -EOPNOTSUPP;
+
+	if (refuse_unusable(self))
+		return NULL;
+	if (self->device >= 0 && (self->maskable || action == VT_IRQ_TRIGGER)) {
+		Py_BEGIN_ALLOW_THREADS
+		result = vt_irq_action(self->device, self->index, self->vector, 1, action);
+		Py_END_ALLOW_THREADS
+	}
+	if (result < 0)
+		return PyObject_CallMethod((PyObject *)self, "_refused", "si", verb, result);
+	Py_RETURN_NONE;
+}
+
+static PyObject *trigger(Event *self, PyObject *unused)
+{
+	(void)unused;
+	return act(self, "trigger", VT_IRQ_TRIGGER);
+}
+
+static PyObject *mask(Event *self, PyObject *unused)
+{
+	(void)unused;
+	return act(self, "mask", VT_IRQ_MASK);
+}
+
+static PyObject *unmask(Event *self, PyObject *unused)
+{
+	(void)unused;
+	return act(self, "unmask", VT_IRQ_UNMASK);
 }
 
 static PyObject *close_event(Event *self, PyObject *unused)
@@ -181,6 +246,7 @@ static int event_init(Event *self, PyObject *arguments, PyObject *keywords)
 		return -1;
 	}
 	self->fd = fd;
+	self->device = -1;
 	self->open = 1;
 	self->generation = vt_fork_generation;
 	return 0;
@@ -200,6 +266,13 @@ static void event_dealloc(Event *self)
 static PyMethodDef event_methods[] = {
 	{ "wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL | METH_KEYWORDS,
 	  "wait(timeout_s=None, *, spin_s=0.0): how often it fired, or 0 at the deadline." },
+	{ "trigger", (PyCFunction)(void (*)(void))trigger, METH_NOARGS,
+	  "Let the kernel signal it as if the device had: a self-test without hardware." },
+	{ "mask", (PyCFunction)(void (*)(void))mask, METH_NOARGS, "Hold it back (INTx)." },
+	{ "unmask", (PyCFunction)(void (*)(void))unmask, METH_NOARGS,
+	  "Let it through again. INTx is masked by the kernel whenever it fires: acknowledge the\n"
+	  "device first, then unmask." },
+	{ "_arm", (PyCFunction)(void (*)(void))arm, METH_VARARGS, NULL },
 	{ "_close", (PyCFunction)(void (*)(void))close_event, METH_NOARGS, NULL },
 	{ NULL, NULL, 0, NULL },
 };

@@ -14,8 +14,11 @@ int vt_irq_action(int device, uint32_t index, uint32_t start, uint32_t count, ui
 int vt_irq_unmask_fd(int device, uint32_t index, int32_t fd);
 
 int vt_eventfd(void);
-/* Waits for a signal on `fd`: 1 with `signals` set, 0 when `timeout_ms` has passed (-1: no limit),
- * -EINTR when a Unix signal arrived first. Spins for `spin_ns` before it blocks. */
-int vt_eventfd_wait(int fd, int timeout_ms, uint64_t spin_ns, uint64_t *signals);
+/* Takes what `fd` was signalled, without waiting: 1 with `signals` set, 0 if it was not, -errno. */
+int vt_eventfd_take(int fd, uint64_t *signals);
+/* Waits for a signal on `fd` after vt_eventfd_take has found none: 1 with `signals` set, 0 when
+ * `left_ns` (-1: no limit) have passed, -EINTR when a Unix signal arrived first; `left_ns` is then
+ * what is left. Spins for `spin_ns` before it blocks. */
+int vt_eventfd_wait(int fd, int64_t *left_ns, uint64_t spin_ns, uint64_t *signals);
 
 #endif

@@ -3,11 +3,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/vfio.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -312,15 +314,41 @@ static void holes_in_a_child_are_plugged_and_nothing_else(void)
 static void eventfds_count_and_time_out(void)
 {
 	uint64_t signals = 0, three = 3;
+	int64_t none = 0, short_ns = 1000000, endless = -1, long_ns = 60000000000;
 	int fd = vt_eventfd();
 
 	CHECK(fd >= 0);
-	CHECK(vt_eventfd_wait(fd, 0, 0, &signals) == 0);
-	CHECK(vt_eventfd_wait(fd, 1, 1000, &signals) == 0);
+	CHECK(vt_eventfd_take(fd, &signals) == 0);
+	CHECK(vt_eventfd_wait(fd, &none, 1000, &signals) == 0 && none == 0);
+	CHECK(vt_eventfd_wait(fd, &short_ns, 0, &signals) == 0 && short_ns == 0);
 	CHECK(write(fd, &three, sizeof(three)) == (ssize_t)sizeof(three));
-	CHECK(vt_eventfd_wait(fd, -1, 0, &signals) == 1 && signals == 3);
+	CHECK(vt_eventfd_wait(fd, &endless, 0, &signals) == 1 && signals == 3 && endless == -1);
+	CHECK(write(fd, &three, sizeof(three)) == (ssize_t)sizeof(three));
+	CHECK(vt_eventfd_wait(fd, &long_ns, 0, &signals) == 1);
+	CHECK(long_ns > 0 && long_ns <= 60000000000);
 	CHECK(vt_close(fd) == 0);
-	CHECK(vt_eventfd_wait(fd, 0, 0, &signals) == -EBADF);
+	CHECK(vt_eventfd_take(fd, &signals) == -EBADF);
+	CHECK(vt_eventfd_wait(fd, &long_ns, 1000, &signals) == -EBADF);
+}
+
+static void caught(int number)
+{
+	(void)number;
+}
+
+static void an_interrupted_wait_tells_what_is_left(void)
+{
+	const struct itimerval soon = { .it_value = { .tv_usec = 20000 } };
+	const struct sigaction action = { .sa_handler = caught };
+	int64_t left = 60000000000;
+	uint64_t signals;
+	int fd = vt_eventfd();
+
+	CHECK(fd >= 0 && !sigaction(SIGALRM, &action, NULL));
+	CHECK(!setitimer(ITIMER_REAL, &soon, NULL));
+	CHECK(vt_eventfd_wait(fd, &left, 0, &signals) == -EINTR);
+	CHECK(left > 30000000000 && left < 60000000000 - 10000000);
+	CHECK(vt_close(fd) == 0);
 }
 
 static void region_accesses_are_of_one_width(void)
@@ -349,6 +377,7 @@ int main(void)
 	children_are_told_apart();
 	holes_in_a_child_are_plugged_and_nothing_else();
 	eventfds_count_and_time_out();
+	an_interrupted_wait_tells_what_is_left();
 	region_accesses_are_of_one_width();
 	return 0;
 }

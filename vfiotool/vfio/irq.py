@@ -7,6 +7,7 @@ and independent of them. Source: VFIO_DEVICE_SET_IRQS in <linux/vfio.h>.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
 NAMES = {INTX: "intx", MSI: "msi", MSIX: "msix", ERR: "err", REQ: "req"}
-_ACTION_MASK = 1 << 3
-_ACTION_UNMASK = 1 << 4
 _ACTION_TRIGGER = 1 << 5
 
 
@@ -30,15 +29,22 @@ class Interrupt(native.Event):
 
     `wait(timeout_s=None, *, spin_s=0.0)` is C (`cext/event_type.c`): how often it fired since the
     last wait, at least 1; 0 when `timeout_s` seconds passed without. None waits without limit;
-    `spin_s` seconds are spent looking before it blocks. The interpreter's lock is released, Unix
-    signals are handled. Raises UsageError once the interrupt is off, also in a thread that waits
-    when it is turned off, and in a child process.
+    `spin_s` seconds are spent looking before it blocks. The interpreter's lock is released while
+    it waits, Unix signals are handled. Raises UsageError once the interrupt is off, also in a
+    thread that waits when it is turned off, and in a child process.
+
+    `trigger()`, `mask()` and `unmask()` are C as well. `trigger` lets the kernel signal the eventfd
+    as if the device had: a self-test without hardware. INTx is masked by the kernel whenever it
+    fires: acknowledge the device first, then `unmask`. Masking raises Unsupported for what cannot
+    be masked.
     """
 
     def __init__(self, owner: InterruptSet, vector: int) -> None:
         super().__init__(native.eventfd())
         self.owner = owner
         self.vector = vector
+        device, info = owner.owner.device, owner.info
+        self._arm(device.descriptor, info.index, vector, "maskable" in info.flags)
 
     @property
     def description(self) -> str:
@@ -73,18 +79,12 @@ class Interrupt(native.Event):
             if count := await self.wait_async():
                 yield count
 
-    def trigger(self) -> None:
-        """Let the kernel signal the eventfd as if the device had: a self-test without hardware."""
-        self.owner.act(_ACTION_TRIGGER, self.vector, "trigger")
-
-    def mask(self) -> None:
-        """Hold it back (INTx). Raises Unsupported where it cannot be masked."""
-        self.owner.act(_ACTION_MASK, self.vector, "mask")
-
-    def unmask(self) -> None:
-        """Let it through again. INTx is masked by the kernel whenever it fires: acknowledge the
-        device first, then unmask."""
-        self.owner.act(_ACTION_UNMASK, self.vector, "unmask")
+    def _refused(self, verb: str, result: int) -> None:
+        if verb != "trigger" and result == -errno.EOPNOTSUPP:
+            raise Unsupported(f"{self.description} cannot be masked")
+        raise native.failed(
+            result, f"{verb} {self.description}", device=self.owner.owner.device.name
+        )
 
 
 class TracedInterrupt(Interrupt):
@@ -143,14 +143,6 @@ class InterruptSet:
         if result > 0:
             raise KernelError(f"{operation}: there are only {result} vectors", device=device.name)
         native.check(result, operation, device=device.name)
-
-    def act(self, action: int, vector: int, verb: str) -> None:
-        """Mask, unmask or trigger one vector."""
-        self.refuse_closed()
-        if action != _ACTION_TRIGGER and "maskable" not in self.info.flags:
-            raise Unsupported(f"{self.name} of {self.owner.device.name} cannot be masked")
-        result = native.irq_action(self.owner.device.descriptor, self.info.index, vector, 1, action)
-        native.check(result, f"{verb} {self.name} {vector} of {self.owner.device.name}")
 
     def add(self, count: int = 1) -> None:
         """Turn on further vectors (MSI-X). Where the kernel cannot add to those in use
