@@ -39,6 +39,9 @@ struct load {
 	uint16_t *idle;
 	uint32_t idle_count;
 	uint64_t runs, next_run, issued, random;
+	struct vt_nvme_done held;
+	uint64_t held_ticks;
+	int holding;
 };
 
 static uint64_t draw(struct load *load)
@@ -80,12 +83,17 @@ static uint32_t send(struct load *load, uint64_t now)
 	return sent;
 }
 
-static void record(struct load *load, const struct vt_nvme_done *done, uint64_t latency_ns)
+static void record_held(struct load *load)
 {
 	struct vt_nvme_report *report = load->report;
+	const struct vt_nvme_done *done = &load->held;
+	uint64_t latency_ns;
 
+	if (!load->holding)
+		return;
+	load->holding = 0;
+	latency_ns = to_ns(load->held_ticks);
 	if (done->status) {
-		report->failed++;
 		if (!report->first_status)
 			report->first_status = done->status;
 	} else if (done->tag) {
@@ -101,19 +109,24 @@ static void record(struct load *load, const struct vt_nvme_done *done, uint64_t 
 	report->histogram[vt_nvme_bucket(latency_ns)]++;
 }
 
+/* Takes what is done and records it, but for the last one: that waits in `held` until the next
+ * commands are on their way, so that at depth 1 the controller is not kept waiting for it. */
 static int gather(struct load *load, uint64_t now)
 {
 	struct vt_nvme_queue *q = load->q;
-	struct vt_nvme_done done;
 	uint64_t started;
 
 	while (waiting(q)) {
-		int result = take(q, &done, &started);
+		int result;
 
+		record_held(load);
+		result = take(q, &load->held, &started);
 		if (result)
 			return result;
-		load->idle[load->idle_count++] = done.cid;
-		record(load, &done, to_ns(now - started));
+		load->held_ticks = now - started;
+		load->holding = 1;
+		load->report->failed += load->held.status != 0;
+		load->idle[load->idle_count++] = load->held.cid;
 	}
 	tell_head(q);
 	return 0;
@@ -140,6 +153,7 @@ static int drive(struct load *load)
 		ending |= now >= end || halted(q) || load->report->failed;
 		if (!ending && (load->idle_count >= job->batch || !q->in_flight))
 			send(load, ticks());
+		record_held(load);
 		/* A halted load still waits for what is in flight: its buffers are the device's. */
 		if (ending)
 			__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
