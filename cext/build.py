@@ -76,32 +76,44 @@ def _is_current(built: Path) -> bool:
     return built.exists() and built.stat().st_mtime > max(path.stat().st_mtime for path in inputs)
 
 
-def _compile(name: str, folder: Path, flags: list[str]) -> Path:
+def _compile(name: str, folder: Path, flags: list[str], *, apart: tuple[str, ...] = ()) -> None:
     """`folder`/NAME.abi3.so: the extension vfiotool.NAME as pyproject.toml has it, with `flags`
-    of its own. Built only if a source is newer."""
+    of its own and without the sources `apart`. Built only if a source is newer."""
     built = folder / f"{name}.abi3.so"
     if _is_current(built):
-        return built
+        return
     root = HERE.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = next(x for x in settings["ext-modules"] if x["name"] == f"vfiotool.{name}")
-    sources = [str(root / source) for source in found["sources"]]
+    sources = [root / source for source in found["sources"] if source not in apart]
     folder.mkdir(parents=True, exist_ok=True)
     if name == "_native":
-        generated = folder / "_native.c"
-        interface().emit_c_code(str(generated))
-        sources.append(str(generated))
-    command = ["gcc", "-shared", "-fPIC", *flags, *FLAGS]
-    command += [f"-I{HERE}", f"-I{sysconfig.get_path('include')}", "-lpthread"]
-    subprocess.run([*command, "-o", f"{built}.new", *sources], check=True)
+        sources.append(folder / "_native.c")
+        interface().emit_c_code(str(sources[-1]))
+    _link(built, sources, flags)
+
+
+def _link(built: Path, sources: list[Path], flags: list[str]) -> None:
+    command = ["gcc", "-shared", "-fPIC", *FLAGS]
+    command += [f"-I{HERE}", f"-I{sysconfig.get_path('include')}"]
+    command += ["-o", f"{built}.new", *map(str, sources), *flags, "-lpthread"]
+    subprocess.run(command, check=True)
     Path(f"{built}.new").rename(built)
-    return built
 
 
 def build_with_fault_injection() -> Path:
-    """The folder of a `vfiotool._native` for tests, any of whose calls into the kernel can be made
-    to fail (`vt_fault_set`). It is used in guests too, where compiling takes minutes."""
-    return _compile("_native", FAULT_BUILD, ["-O0", "-DVT_FAULT_INJECTION"]).parent
+    """The folder of both extensions for tests, any of whose calls into the kernel can be made to
+    fail (`vt_fault_set`). It is used in guests too, where compiling takes minutes."""
+    flags = ["-O0", "-DVT_FAULT_INJECTION"]
+    # The way into the kernel is a library of its own here, so that one count serves both.
+    way = FAULT_BUILD / "libvt_ioctl.so"
+    if not _is_current(way):
+        FAULT_BUILD.mkdir(parents=True, exist_ok=True)
+        _link(way, [HERE / "ioctl.c"], [*flags, "-fvisibility=default"])
+    flags += [f"-L{FAULT_BUILD}", "-lvt_ioctl", "-Wl,-rpath,$ORIGIN"]
+    for name in ("_native", "_mmio"):
+        _compile(name, FAULT_BUILD, flags, apart=("cext/ioctl.c",))
+    return FAULT_BUILD
 
 
 def build_with_sanitizers() -> Path:

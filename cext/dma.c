@@ -47,10 +47,11 @@ int vt_type1_map_many(int container, const uint64_t *triples, uint32_t count, ui
 	return 0;
 }
 
-int vt_type1_unmap_many(int container, const uint64_t *pairs, uint32_t count, uint64_t *unmapped)
+int vt_type1_unmap_many(int container, const uint64_t *pairs, uint32_t count, uint64_t *unmapped,
+			uint32_t *done)
 {
 	*unmapped = 0;
-	for (; count; count--, pairs += 2) {
+	for (*done = 0; *done < count; ++*done, pairs += 2) {
 		uint64_t size = pairs[1];
 		int result = vt_type1_unmap(container, pairs[0], &size, 0);
 

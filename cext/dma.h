@@ -13,8 +13,9 @@ int vt_type1_unmap(int container, uint64_t iova, uint64_t *size, uint32_t flags)
  * before the first failure, whose errno is returned. */
 int vt_type1_map_many(int container, const uint64_t *triples, uint32_t count, uint32_t flags,
 		      uint32_t *done);
-/* `pairs` are (iova, size); `unmapped` is the sum of the bytes that were mapped. */
-int vt_type1_unmap_many(int container, const uint64_t *pairs, uint32_t count, uint64_t *unmapped);
+/* `pairs` are (iova, size); `unmapped` is the sum of the bytes that were mapped, `done` as above. */
+int vt_type1_unmap_many(int container, const uint64_t *pairs, uint32_t count, uint64_t *unmapped,
+			uint32_t *done);
 /* `start` 1 begins, 0 ends the tracking of pages that devices write. */
 int vt_type1_dirty_track(int container, int start);
 /* One bit a page of `page_size` bytes into `bitmap`, which holds `bitmap_bytes`. */

@@ -83,10 +83,10 @@ int vt_iommufd_map_many(int iommufd, uint32_t ioas, const uint64_t *triples, uin
 }
 
 int vt_iommufd_unmap_many(int iommufd, uint32_t ioas, const uint64_t *pairs, uint32_t count,
-			  uint64_t *unmapped)
+			  uint64_t *unmapped, uint32_t *done)
 {
 	*unmapped = 0;
-	for (; count; count--, pairs += 2) {
+	for (*done = 0; *done < count; ++*done, pairs += 2) {
 		uint64_t size = pairs[1];
 		int result = vt_iommufd_unmap(iommufd, ioas, pairs[0], &size);
 

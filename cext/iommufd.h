@@ -19,7 +19,7 @@ int vt_iommufd_unmap(int iommufd, uint32_t ioas, uint64_t iova, uint64_t *size);
 int vt_iommufd_map_many(int iommufd, uint32_t ioas, const uint64_t *triples, uint32_t count,
 			uint32_t flags, uint32_t *done);
 int vt_iommufd_unmap_many(int iommufd, uint32_t ioas, const uint64_t *pairs, uint32_t count,
-			  uint64_t *unmapped);
+			  uint64_t *unmapped, uint32_t *done);
 /* A page table for device `devid` over `ioas` that records what devices write. */
 int vt_iommufd_dirty_hwpt(int iommufd, uint32_t devid, uint32_t ioas, uint32_t *hwpt);
 int vt_iommufd_dirty_track(int iommufd, uint32_t hwpt, int start);

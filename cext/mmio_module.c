@@ -1,4 +1,5 @@
-/* vfiotool._mmio: the hot paths as Python types: the window on a region here, `Event` beside.
+/* vfiotool._mmio: the hot paths as Python types: the window on a region here, `Event` and `Mapper`
+ * beside.
  *
  * One register access through cffi costs about 100 ns, and the check of its result in Python half
  * as much again; a method of a C type costs 20. The module knows no exception of vfiotool's: a
@@ -377,7 +378,7 @@ static int module_exec(PyObject *module)
 		return -1;
 	}
 	Py_DECREF(type);
-	return vt_add_event_type(module);
+	return vt_add_event_type(module) || vt_add_mapper_type(module) ? -1 : 0;
 }
 
 static PyModuleDef_Slot module_slots[] = {

@@ -17,5 +17,7 @@ PyObject *vt_refuse(PyObject *self, int reason, uint64_t offset, unsigned width)
 
 /* Adds the type `Event` to the module: 0, or -1 with an exception set. */
 int vt_add_event_type(PyObject *module);
+/* The same for `Mapper`. */
+int vt_add_mapper_type(PyObject *module);
 
 #endif

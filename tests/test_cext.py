@@ -70,7 +70,8 @@ def test_what_python_sees_of_c_holds_under_the_sanitizers() -> None:
 
     where = run("-c", "import vfiotool._native as n, vfiotool._mmio as m; print(n, m)")
     assert where.count(str(folder)) == 2
-    files = [str(HERE / name) for name in ("test_vfio_mmio.py", "test_vfio_events.py")]
+    names = ("test_vfio_mmio.py", "test_vfio_events.py", "test_vfio_mapper.py")
+    files = [str(HERE / name) for name in names]
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-o", "addopts="]
     assert " passed" in run("-m", "pytest", *options, *files, str(HERE / "test_nvme.py"))
 
@@ -101,11 +102,42 @@ def test_the_shipped_build_has_no_fault_injection() -> None:
 
 
 def test_the_test_build_has_it_and_is_made_once() -> None:
-    built = build_with_fault_injection() / "_native.abi3.so"
-    made = built.stat().st_mtime_ns
-    assert build_with_fault_injection() == built.parent
-    assert built.stat().st_mtime_ns == made
-    assert b"fault_at" in built.read_bytes()
+    folder = build_with_fault_injection()
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.so")}
+    assert sorted(made) == ["_mmio.abi3.so", "_native.abi3.so", "libvt_ioctl.so"]
+    assert build_with_fault_injection() == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.so")} == made
+    assert b"fault_at" in (folder / "libvt_ioctl.so").read_bytes()
+
+
+TOGETHER = """
+import errno, sys
+sys.path[:0] = ["tests/lab"]
+import faults_vfio
+faults_vfio.load_test_build(sys.argv[1])
+from vfiotool.vfio import native
+
+class Space(native.Mapper):
+    def _map_failed(self, result, address, iova, size):
+        raise OSError(-result, "map")
+
+space = Space()
+space._aim(native.open_node("/dev/null"), None)
+native.fault_set(3, errno.EXDEV)
+native.open_node("/dev/null")
+for expected in (errno.ENOTTY, errno.EXDEV, errno.ENOTTY):
+    try:
+        space.map(0, 0, 4096, read=True, write=True)
+    except OSError as error:
+        assert error.errno == expected, error
+print(native.fault_set(0, 0))
+"""
+
+
+def test_the_calls_of_both_extensions_are_counted_together() -> None:
+    command = [sys.executable, "-c", TOGETHER, build_with_fault_injection()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CEXT.parent, check=False)
+    assert done.stdout == "4\n", done.stderr
 
 
 def test_extensions_keep_to_the_stable_abi() -> None:

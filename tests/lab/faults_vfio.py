@@ -15,6 +15,7 @@ import gc
 import importlib.util
 import json
 import sys
+from array import array
 from pathlib import Path
 
 ERRNOS = (errno.EIO, errno.ENOMEM, errno.EBUSY, errno.EINVAL, errno.ENODEV, errno.EPERM)
@@ -22,16 +23,17 @@ ROUNDS = 2
 
 
 def load_test_build(folder: str) -> None:
-    """Put FOLDER's `_native` in the place of the installed one."""
+    """Put FOLDER's extensions in the place of the installed ones."""
     import vfiotool
 
-    path = str(next(Path(folder).glob("_native*.so")))
-    spec = importlib.util.spec_from_file_location("vfiotool._native", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["vfiotool._native"] = module
-    vfiotool._native = module  # type: ignore[attr-defined]
+    for path in sorted(Path(folder).glob("_*.so")):
+        name = path.name.partition(".")[0]
+        spec = importlib.util.spec_from_file_location(f"vfiotool.{name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[f"vfiotool.{name}"] = module
+        setattr(vfiotool, name, module)
 
 
 def main() -> None:
@@ -54,6 +56,11 @@ def main() -> None:
                 device.region(0).write32(4, 2)
                 device.region(0).read32(0)
             first.close()
+            many = device.dma.alloc_many(3, 4096)
+            pairs = array("Q", [n for buffer in many for n in (buffer.iova, buffer.size)])
+            device.space.unmap_many(pairs)
+            for buffer in many:
+                device.space.map(buffer.address, buffer.iova, 4096, read=True, write=True)
 
     scenario()
     baseline = (open_descriptors(), status_kib("VmLck"), status_kib("VmPin"))

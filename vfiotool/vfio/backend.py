@@ -14,9 +14,8 @@ import resource
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vfiotool.errors import KernelError, NotPermitted, Unsupported, UsageError, VfiotoolError
 from vfiotool.host import DEV_IOMMU, DEV_VFIO, PROC, Host
@@ -43,8 +42,17 @@ class Attachment:
     device_id: int | None = None
 
 
-class AddressSpace(ABC):
+class AddressSpace(native.Mapper, ABC):
     """I/O virtual addresses that one or more devices share, and the devices opened in it.
+
+    Mapping is C (`cext/mapper_type.c`):
+
+    `map(address, iova, size, *, read, write)` lets devices read and write `size` bytes of this
+    process at `iova`; `map_many(rows, *, read, write)` does so for each row (address, iova, size),
+    all of them or none. Raise UsageError where something is mapped already, KernelError.
+    `unmap(iova, size)` takes mappings away and returns the bytes that were mapped, which may be 0;
+    `unmap_many(rows)` does so for each row (iova, size). Rows are a sequence of tuples or, faster,
+    a buffer of unsigned 64-bit numbers such as `array("Q")` or a numpy array.
 
     Close it after its devices; a `Device` that made its own space does so itself. In a child
     process it is of no use: its descriptors are closed there, so that they hold nothing.
@@ -53,6 +61,7 @@ class AddressSpace(ABC):
     name: str
 
     def __init__(self, host: Host) -> None:
+        super().__init__()
         self.host = host
         self.generation = native.fork_generation()
         self.attachments: list[Attachment] = []
@@ -71,20 +80,12 @@ class AddressSpace(ABC):
         """Close what `attach` opened."""
 
     @abstractmethod
-    def map(self, address: int, iova: int, size: int, *, read: bool, write: bool) -> None:
-        """Let devices `read` and `write` `size` bytes of this process at `iova`."""
+    def _map_failed(self, result: int, address: int, iova: int, size: int) -> NoReturn:
+        """Raise for a mapping that failed with `result`, a negative errno."""
 
     @abstractmethod
-    def unmap(self, iova: int, size: int) -> int:
-        """Take mappings away; returns the bytes that were mapped, which may be 0."""
-
-    @abstractmethod
-    def map_many(self, triples: Sequence[tuple[int, int, int]], *, read: bool, write: bool) -> None:
-        """`map` for each (address, iova, size), in one call of C. All are mapped or none."""
-
-    @abstractmethod
-    def unmap_many(self, pairs: Sequence[tuple[int, int]]) -> int:
-        """`unmap` for each (iova, size), in one call of C; returns the bytes that were mapped."""
+    def _unmap_failed(self, result: int, iova: int, size: int) -> int:
+        """The bytes that were mapped in spite of `result`, a negative errno; or raise for it."""
 
     @abstractmethod
     def unmap_all(self) -> int:
@@ -151,6 +152,7 @@ class AddressSpace(ABC):
         if self.closed:
             return
         self.closed = True
+        self._aim(-1, None)
         _live.discard(self)
         for attachment in list(self.attachments):
             self.detach(attachment)
@@ -174,6 +176,7 @@ class AddressSpace(ABC):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         self.attachments.clear()
+        self._aim(-1, None)
         self.closed = True
 
     def __enter__(self) -> AddressSpace:

@@ -7,7 +7,7 @@ Documentation/driver-api/vfio.rst; <linux/iommufd.h>.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from typing import NoReturn
 
 from vfiotool.errors import KernelError, Refused, Unsupported
 from vfiotool.host import DEV_IOMMU, Host
@@ -36,6 +36,7 @@ class IommufdSpace(AddressSpace):
         self.iommufd = result
         try:
             self.ioas = native.ioas_alloc(self.iommufd)
+            self._aim(self.iommufd, self.ioas)
         except BaseException:
             self.close()
             raise
@@ -89,31 +90,19 @@ class IommufdSpace(AddressSpace):
         # Closing the device detaches and unbinds it.
         native.close(attachment.descriptor)
 
-    def map(self, address: int, iova: int, size: int, *, read: bool, write: bool) -> None:
-        result = native.ioas_map(self.iommufd, self.ioas, address, iova, size, read | write << 1)
-        if result < 0:
-            raise map_failure(result, address, iova, size, self.host, per_user=True)
+    def _map_failed(self, result: int, address: int, iova: int, size: int) -> NoReturn:
+        self.refuse_closed()
+        raise map_failure(result, address, iova, size, self.host, per_user=True)
 
-    def unmap(self, iova: int, size: int) -> int:
-        result = native.ioas_unmap(self.iommufd, self.ioas, iova, size)
+    def _unmap_failed(self, result: int, iova: int, size: int) -> int:
+        self.refuse_closed()
         if result == -errno.ENOENT:
             # Nothing there, or a part of a mapping: iommufd says the same of both.
             return 0
-        return native.check(result, f"unmap {size} bytes at I/O address {iova:#x}")
-
-    def map_many(self, triples: Sequence[tuple[int, int, int]], *, read: bool, write: bool) -> None:
-        result, done = native.ioas_map_many(self.iommufd, self.ioas, triples, read | write << 1)
-        if result < 0:
-            self.unmap_many([(iova, size) for _, iova, size in triples[:done]])
-            address, iova, size = triples[done]
-            raise map_failure(result, address, iova, size, self.host, per_user=True)
-
-    def unmap_many(self, pairs: Sequence[tuple[int, int]]) -> int:
-        result = native.ioas_unmap_many(self.iommufd, self.ioas, pairs)
-        return native.check(result, f"unmap {len(pairs)} ranges")
+        raise native.failed(result, f"unmap {size} bytes at I/O address {iova:#x}")
 
     def unmap_all(self) -> int:
-        result = native.ioas_unmap(self.iommufd, self.ioas, 0, (1 << 64) - 1)
+        result = native.ioas_unmap_all(self.iommufd, self.ioas)
         return 0 if result == -errno.ENOENT else native.check(result, "unmap all")
 
     def ranges(self) -> tuple[tuple[int, int], ...]:

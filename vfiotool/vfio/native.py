@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
-from array import array
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
-from vfiotool._mmio import Event, Window, fork_generation, set_refusal
+from vfiotool._mmio import Event, Mapper, Window, fork_generation, set_refusal
 from vfiotool.errors import (
     KernelError,
     NotPermitted,
@@ -32,7 +30,7 @@ except ImportError as _missing:  # pragma: no cover - a broken installation
         hint="install vfiotool with a C compiler at hand: pip install .",
     ) from _missing
 
-__all__ = ["Event", "Window", "ffi", "fork_generation", "lib"]
+__all__ = ["Event", "Mapper", "Window", "ffi", "fork_generation", "lib"]
 
 WINDOW_READ = 1
 WINDOW_WRITE = 2
@@ -242,36 +240,11 @@ def region_copy_in(device: int, position: int, buffer: Any, what: str) -> None:
         check(lib.vt_region_copy_in(device, position, raw, len(raw)), f"write {what}")
 
 
-def type1_map(container: int, address: int, iova: int, size: int, flags: int) -> int:
-    """VFIO_IOMMU_MAP_DMA; returns 0 or a negative errno."""
-    return int(lib.vt_type1_map(container, address, iova, size, flags))
-
-
-def type1_unmap(container: int, iova: int, size: int, *, everything: bool = False) -> int:
-    """VFIO_IOMMU_UNMAP_DMA; returns the bytes unmapped or a negative errno."""
-    length = ffi.new("uint64_t *", size)
-    result = lib.vt_type1_unmap(container, iova, length, 2 if everything else 0)
+def type1_unmap_all(container: int) -> int:
+    """VFIO_IOMMU_UNMAP_DMA of everything; returns the bytes unmapped or a negative errno."""
+    length = ffi.new("uint64_t *", 0)
+    result = lib.vt_type1_unmap(container, 0, length, 2)
     return int(result) if result < 0 else int(length[0])
-
-
-def _flat(rows: Sequence[tuple[int, ...]]) -> Any:
-    return ffi.from_buffer("uint64_t[]", array("Q", chain.from_iterable(rows)))
-
-
-def type1_map_many(
-    container: int, triples: Sequence[tuple[int, int, int]], flags: int
-) -> tuple[int, int]:
-    """As `type1_map` for each (address, iova, size): (0 or a negative errno, how many were)."""
-    done = ffi.new("uint32_t *")
-    result = lib.vt_type1_map_many(container, _flat(triples), len(triples), flags, done)
-    return int(result), int(done[0])
-
-
-def type1_unmap_many(container: int, pairs: Sequence[tuple[int, int]]) -> int:
-    """As `type1_unmap` for each (iova, size): all bytes unmapped, or a negative errno."""
-    total = ffi.new("uint64_t *")
-    result = lib.vt_type1_unmap_many(container, _flat(pairs), len(pairs), total)
-    return int(result) if result < 0 else int(total[0])
 
 
 def type1_dirty_track(container: int, start: bool) -> int:
@@ -317,32 +290,11 @@ def ioas_ranges(iommufd: int, ioas: int) -> list[tuple[int, int]]:
         return [(int(pairs[2 * i]), int(pairs[2 * i + 1])) for i in range(count[0])]
 
 
-def ioas_map(iommufd: int, ioas: int, address: int, iova: int, size: int, flags: int) -> int:
-    """IOMMU_IOAS_MAP at a fixed IOVA; returns 0 or a negative errno."""
-    return int(lib.vt_iommufd_map(iommufd, ioas, address, iova, size, flags))
-
-
-def ioas_unmap(iommufd: int, ioas: int, iova: int, size: int) -> int:
-    """IOMMU_IOAS_UNMAP; returns the bytes unmapped or a negative errno."""
-    length = ffi.new("uint64_t *", size)
-    result = lib.vt_iommufd_unmap(iommufd, ioas, iova, length)
+def ioas_unmap_all(iommufd: int, ioas: int) -> int:
+    """IOMMU_IOAS_UNMAP of everything; returns the bytes unmapped or a negative errno."""
+    length = ffi.new("uint64_t *", (1 << 64) - 1)
+    result = lib.vt_iommufd_unmap(iommufd, ioas, 0, length)
     return int(result) if result < 0 else int(length[0])
-
-
-def ioas_map_many(
-    iommufd: int, ioas: int, triples: Sequence[tuple[int, int, int]], flags: int
-) -> tuple[int, int]:
-    """As `type1_map_many`."""
-    done = ffi.new("uint32_t *")
-    result = lib.vt_iommufd_map_many(iommufd, ioas, _flat(triples), len(triples), flags, done)
-    return int(result), int(done[0])
-
-
-def ioas_unmap_many(iommufd: int, ioas: int, pairs: Sequence[tuple[int, int]]) -> int:
-    """As `type1_unmap_many`; places where nothing is mapped count nothing."""
-    total = ffi.new("uint64_t *")
-    result = lib.vt_iommufd_unmap_many(iommufd, ioas, _flat(pairs), len(pairs), total)
-    return int(result) if result < 0 else int(total[0])
 
 
 def dirty_hwpt(iommufd: int, devid: int, ioas: int) -> int:

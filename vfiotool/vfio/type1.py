@@ -7,7 +7,7 @@ with another IOMMU model and cannot map anything.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from typing import NoReturn
 
 from vfiotool.errors import KernelError, Refused, Unsupported
 from vfiotool.host import Host
@@ -44,6 +44,7 @@ class Type1Space(AddressSpace):
             self.closed = True
             raise open_failure(result, CONTAINER_NODE, "a container")
         self.container = result
+        self._aim(result, None)
         self._model_set = False
         self._groups: dict[str, tuple[int, int]] = {}
         try:
@@ -143,35 +144,20 @@ class Type1Space(AddressSpace):
         if attachment.target.group is not None:
             self._leave(attachment.target.group)
 
-    def map(self, address: int, iova: int, size: int, *, read: bool, write: bool) -> None:
-        result = native.type1_map(self.container, address, iova, size, read | write << 1)
-        if result < 0:
-            raise map_failure(result, address, iova, size, self.host, per_user=False)
+    def _map_failed(self, result: int, address: int, iova: int, size: int) -> NoReturn:
+        self.refuse_closed()
+        raise map_failure(result, address, iova, size, self.host, per_user=False)
 
-    def unmap(self, iova: int, size: int) -> int:
-        result = native.type1_unmap(self.container, iova, size)
+    def _unmap_failed(self, result: int, iova: int, size: int) -> NoReturn:
+        self.refuse_closed()
+        operation = f"unmap {size} bytes at I/O address {iova:#x}"
         if result == -errno.EINVAL:
-            raise KernelError(
-                f"unmap {size} bytes at I/O address {iova:#x}: it would cut a mapping in two",
-                errno_name="EINVAL",
-            )
-        return native.check(result, f"unmap {size} bytes at I/O address {iova:#x}")
-
-    def map_many(self, triples: Sequence[tuple[int, int, int]], *, read: bool, write: bool) -> None:
-        result, done = native.type1_map_many(self.container, triples, read | write << 1)
-        if result < 0:
-            self.unmap_many([(iova, size) for _, iova, size in triples[:done]])
-            address, iova, size = triples[done]
-            raise map_failure(result, address, iova, size, self.host, per_user=False)
-
-    def unmap_many(self, pairs: Sequence[tuple[int, int]]) -> int:
-        result = native.type1_unmap_many(self.container, pairs)
-        return native.check(result, f"unmap {len(pairs)} ranges")
+            raise KernelError(f"{operation}: it would cut a mapping in two", errno_name="EINVAL")
+        raise native.failed(result, operation)
 
     def unmap_all(self) -> int:
         if native.container_check(self.container, _UNMAP_ALL):
-            result = native.type1_unmap(self.container, 0, 0, everything=True)
-            return native.check(result, "unmap all")
+            return native.check(native.type1_unmap_all(self.container), "unmap all")
         half = 1 << 63
         return self.unmap(0, half) + self.unmap(half, half)
 
