@@ -7,6 +7,7 @@
 #include "module.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,14 +35,30 @@ struct rows {
 	uint32_t count;
 };
 
+/* Through `unsigned long`, where that has 64 bits: before Python 3.13 the conversion to `long long`
+ * goes byte by byte for all but small numbers, and addresses are not small. */
+static uint64_t to_u64(PyObject *integer)
+{
+#if ULONG_MAX == UINT64_MAX
+	return PyLong_AsUnsignedLong(integer);
+#else
+	return PyLong_AsUnsignedLongLong(integer);
+#endif
+}
+
 static int take_u64(PyObject *object, uint64_t *number)
 {
-	PyObject *index = PyLong_Check(object) ? NULL : PyNumber_Index(object);
+	PyObject *index;
 
-	if (!index && !PyLong_Check(object))
-		return -1;
-	*number = PyLong_AsUnsignedLongLong(index ? index : object);
-	Py_XDECREF(index);
+	if (PyLong_CheckExact(object)) {
+		*number = to_u64(object);
+	} else {
+		index = PyNumber_Index(object);
+		if (!index)
+			return -1;
+		*number = to_u64(index);
+		Py_DECREF(index);
+	}
 	return *number == UINT64_MAX && PyErr_Occurred() ? -1 : 0;
 }
 
@@ -95,7 +112,7 @@ static void release_rows(struct rows *rows)
 
 static int take_row(PyObject *row, Py_ssize_t width, uint64_t *numbers)
 {
-	PyObject *whole = PyTuple_Check(row) ? Py_NewRef(row) : PySequence_Tuple(row);
+	PyObject *whole = PyTuple_CheckExact(row) ? Py_NewRef(row) : PySequence_Tuple(row);
 	int failed = !whole;
 
 	if (!failed && PyTuple_Size(whole) != width) {
