@@ -180,11 +180,9 @@ static PyObject *act(Event *self, const char *verb, uint32_t action)
 
 	if (refuse_unusable(self))
 		return NULL;
-	if (self->device >= 0 && (self->maskable || action == VT_IRQ_TRIGGER)) {
-		Py_BEGIN_ALLOW_THREADS
+	/* The lock stays held: otherwise another thread could close the device under the call. */
+	if (self->device >= 0 && (self->maskable || action == VT_IRQ_TRIGGER))
 		result = vt_irq_action(self->device, self->index, self->vector, 1, action);
-		Py_END_ALLOW_THREADS
-	}
 	if (result < 0)
 		return PyObject_CallMethod((PyObject *)self, "_refused", "si", verb, result);
 	Py_RETURN_NONE;
