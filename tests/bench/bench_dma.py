@@ -3,8 +3,9 @@
     python tests/bench/bench_dma.py 0000:00:01.0 [--backend type1|iommufd]    in a guest
 
 For 4 KiB pages, 2 MiB huge pages and transparent huge pages: nanoseconds a page (4 KiB) for the
-plain C loop, the library's batch (one call of C for all), its single calls, and whole buffers
-(memory, address, mapping and back). The C loop does the same two ioctls on the same descriptors.
+plain C loop, the library's batches (one call of C for all; from a list of tuples and from an
+array), its single calls, and whole buffers (memory, address, mapping and back, which C is not
+asked for). The C loop does the same two ioctls on the same descriptors.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import argparse
 import ctypes
 import mmap
 import statistics
-import subprocess
-import tempfile
 import time
+from array import array
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import Any
+
+from rounds import compiled, in_turn, times
 
 from vfiotool.errors import VfiotoolError
 from vfiotool.vfio import Device
@@ -63,18 +67,9 @@ uint64_t cycle(int fd, uint32_t ioas, uint64_t va, uint64_t iova, uint64_t size,
 }
 """
 IOVA = 1 << 30
+Rows = Any  # whatever map_many and unmap_many take
 MADV_HUGEPAGE = 14
-
-
-def compiled() -> Callable[[int, int, int, int, int, int], int]:
-    folder = Path(tempfile.mkdtemp())
-    source, library = folder / "dma.c", folder / "dma.so"
-    source.write_text(C_SOURCE)
-    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
-    function = ctypes.CDLL(str(library)).cycle
-    function.restype = ctypes.c_uint64
-    function.argtypes = [ctypes.c_int, ctypes.c_uint32, *[ctypes.c_uint64] * 3, ctypes.c_int]
-    return lambda *arguments: int(function(*arguments))
+OPENINGS = 11
 
 
 def memory_of(kind: str, size: int, count: int) -> tuple[mmap.mmap, int]:
@@ -98,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=61)
     given = parser.parse_args()
     with Device.open(given.device, backend=given.backend) as device:
         print(f"{device.name} through {device.backend}; ns a page of 4 KiB, map and unmap")
@@ -112,27 +107,30 @@ def main() -> None:
             except (OSError, VfiotoolError) as error:
                 print(f"{kind}: not measured: {error}")
         backend = device.backend
-    opening(given.device, backend, given.rounds)
+    opening(given.device, backend)
 
 
 def bench(device: Device, kind: str, size: int, count: int, rounds: int) -> None:
-    cycle = compiled()
+    numbers = [ctypes.c_int, ctypes.c_uint32, *[ctypes.c_uint64] * 3, ctypes.c_int]
+    cycle = compiled(C_SOURCE, "cycle", numbers)
     space = device.space
     memory, start = memory_of(kind, size, count)
     fd = getattr(space, "iommufd", None) or getattr(space, "container", -1)
     ioas = getattr(space, "ioas", 0)
     triples = [(start + i * size, IOVA + i * size, size) for i in range(count)]
     pairs = [(iova, length) for _, iova, length in triples]
+    tables = array("Q", chain.from_iterable(triples)), array("Q", chain.from_iterable(pairs))
     pages = count * size // 4096
 
-    def timed(work: Callable[[], object]) -> float:
-        begin = time.perf_counter_ns()
-        work()
-        return (time.perf_counter_ns() - begin) / pages
+    def plain() -> float:
+        spent = cycle(fd, ioas, start, IOVA, size, count)
+        if not spent:
+            raise OSError("the plain C program could not map")
+        return spent / pages
 
-    def batch() -> None:
-        space.map_many(triples, read=True, write=True)
-        assert space.unmap_many(pairs) == count * size
+    def batch(rows: Rows, ranges: Rows) -> None:
+        space.map_many(rows, read=True, write=True)
+        assert space.unmap_many(ranges) == count * size
 
     def single() -> None:
         for address, iova, length in triples:
@@ -144,27 +142,32 @@ def bench(device: Device, kind: str, size: int, count: int, rounds: int) -> None
         for _ in range(count):
             device.dma.alloc(size).close()
 
-    ways: dict[str, Callable[[], float]] = {
-        "plain C": lambda: cycle(fd, ioas, start, IOVA, size, count) / pages,
-        "batch": lambda: timed(batch),
-        "single calls": lambda: timed(single),
-        "whole buffers": lambda: timed(buffers),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            taken[name].append(way())
-    c_median = statistics.median(taken["plain C"])
+    def timed(work: Callable[[], object]) -> float:
+        begin = time.perf_counter_ns()
+        work()
+        return (time.perf_counter_ns() - begin) / pages
+
+    taken = in_turn(
+        {
+            "plain C": plain,
+            "batch of tuples": lambda: timed(lambda: batch(triples, pairs)),
+            "batch of an array": lambda: timed(lambda: batch(*tables)),
+            "single calls": lambda: timed(single),
+        },
+        rounds,
+    )
     for name, values in taken.items():
         median = statistics.median(values)
-        print(f"{kind:<10} {name:<14} {median:10.1f} ns   {median / c_median:6.2f} times C")
+        print(f"{kind:<10} {name:<18} {median:10.1f} ns {times(values, taken['plain C'])}")
+    whole = statistics.median(timed(buffers) for _ in range(3))
+    print(f"{kind:<10} {'whole buffers':<18} {whole:10.1f} ns")
     memory.close()
 
 
-def opening(name: str, backend: str, rounds: int) -> None:
+def opening(name: str, backend: str) -> None:
     """Open to the first register read, and close."""
     opened, closed = [], []
-    for _ in range(rounds):
+    for _ in range(OPENINGS):
         begin = time.perf_counter_ns()
         device = Device.open(name, backend=backend)
         device.region(0).map().read32(0)

@@ -4,7 +4,8 @@
     python tests/bench/bench_mmio.py --device 00:01.0    over BAR 0 of a device on vfio-pci
 
 Prints nanoseconds of the thread's own time for each way and the ratios; asserts nothing. The C
-loop is compiled here, with the flags of the library, and reads the same mapping by its address.
+loop is compiled here and reads the same mapping by its address. "Traced" is what a trace costs
+when it is on; off, it costs the difference between a `Mapping` and the C type that it is made of.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import mmap
 import os
 import statistics
 import struct
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from rounds import compiled, in_turn, ratio
 
 from vfiotool.vfio import Device
-from vfiotool.vfio.native import Window
+from vfiotool.vfio.caps import Area
+from vfiotool.vfio.native import WINDOW_READ, WINDOW_WRITE, Window
+from vfiotool.vfio.region import Mapping, TracedMapping
+from vfiotool.vfio.trace import Trace
 
 LOOP = """
 #include <stdint.h>
@@ -41,17 +47,6 @@ uint64_t read_loop(const volatile uint32_t *registers, uint64_t count, uint32_t 
 WORDS = 16384
 
 
-def compiled() -> Callable[[int, int, object], int]:
-    folder = Path(tempfile.mkdtemp())
-    source, library = folder / "loop.c", folder / "loop.so"
-    source.write_text(LOOP)
-    subprocess.run(["gcc", "-O3", "-shared", "-fPIC", "-o", library, source], check=True)
-    function = ctypes.CDLL(str(library)).read_loop
-    function.restype = ctypes.c_uint64
-    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
-    return lambda address, count, out: int(function(address, count, out))
-
-
 def loop_ns(body: Callable[[int], object], count: int) -> float:
     """The cost of one `body(offset)`, the loop around it included."""
     numbers = range(count)
@@ -64,30 +59,47 @@ def loop_ns(body: Callable[[int], object], count: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", help="a device on vfio-pci; its BAR 0 is read")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--count", type=int, default=200_000)
     given = parser.parse_args()
     if given.device:
         with Device.open(given.device) as device:
             # edu answers 4-byte reads; its first KiB is enough for 32-bit registers.
-            report(device.region(0).map(), given.rounds, given.count // 20, 32)
+            report(device.region(0).map(), given.rounds, given.count // 20, 32, {})
         return
     fd = os.memfd_create("registers")
     os.ftruncate(fd, 4 * WORDS)
-    window = Window(fd, 0, 0, 4 * WORDS, 3, 0)
     plain = mmap.mmap(fd, 4 * WORDS)
-    report(window, given.rounds, given.count, WORDS, memoryview(plain).cast("I"), plain)
+    with open(os.devnull, "w") as nowhere:
+        report(stand_in(Mapping, fd, None), given.rounds, given.count, WORDS, {
+            "the C type alone": loops(Window(fd, 0, 0, 4 * WORDS, 3, 0).read32),
+            "traced": loops(stand_in(TracedMapping, fd, Trace(nowhere)).read32, 50),
+            "memoryview item": loops(memoryview(plain).cast("I").__getitem__),
+            "struct.unpack_from": loops(partial(struct.Struct("=I").unpack_from, plain)),
+        })  # fmt: skip
+
+
+def stand_in(kind: type[Any], fd: int, trace: Trace | None) -> Any:
+    """A mapping of ordinary memory, as a device's region would give it."""
+    info = SimpleNamespace(index=0, position=0)
+    device = SimpleNamespace(descriptor=fd, name="memory", mappings=set())
+    region = SimpleNamespace(info=info, device=device, index=0, trace=trace)
+    return kind(region, Area(0, 4 * WORDS), WINDOW_READ | WINDOW_WRITE, 0)
+
+
+def loops(body: Callable[[int], object], fewer: int = 1) -> Callable[[int], float]:
+    return lambda count: loop_ns(body, count // fewer)
 
 
 def report(
-    window: Window,
+    window: Mapping,
     rounds: int,
     count: int,
     words: int,
-    view: memoryview | None = None,
-    plain: mmap.mmap | None = None,
+    others: dict[str, Callable[[int], float]],
 ) -> None:
-    c_loop = compiled()
+    arguments = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
+    c_loop = compiled(LOOP, "read_loop", arguments, "-O3")
     buffer = bytearray(4 * words)
     out = (ctypes.c_uint32 * words).from_buffer(buffer)
     address = window.address(0, 4 * words)
@@ -96,7 +108,7 @@ def report(
     def bulk() -> float:
         begin = time.thread_time_ns()
         for _ in range(blocks):
-            window._read_into(0, buffer, 4, False)
+            window.read_into(0, buffer)
         return (time.thread_time_ns() - begin) / (blocks * words)
 
     ways: dict[str, Callable[[], float]] = {
@@ -105,20 +117,17 @@ def report(
         ),
         "bulk from Python": bulk,
         "single from Python": lambda: loop_ns(window.read32, count),
+        **{name: partial(other, count) for name, other in others.items()},
     }
-    if view is not None and plain is not None:
-        ways["memoryview item"] = lambda: loop_ns(view.__getitem__, count)
-        unpack = struct.Struct("=I").unpack_from
-        ways["struct.unpack_from"] = lambda: loop_ns(lambda _: unpack(plain, 0), count)
-    taken = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            taken[name].append(way())
+    taken = in_turn(ways, rounds)
     best = {name: min(values) for name, values in taken.items()}
     for name, values in taken.items():
         print(f"{name:<20} {best[name]:9.2f} ns   median {statistics.median(values):9.2f} ns")
+    single = taken["single from Python"]
     print(f"single above C       {best['single from Python'] - best['C loop']:9.2f} ns")
-    print(f"bulk / C             {best['bulk from Python'] / best['C loop']:9.3f}")
+    print(f"bulk / C             {ratio(taken['bulk from Python'], taken['C loop']):9.3f}")
+    if "the C type alone" in taken:
+        print(f"trace off / no trace {ratio(single, taken['the C type alone']):9.3f}")
 
 
 if __name__ == "__main__":
