@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from vfio_guest import BACKENDS, PCI, bind_vfio
 
-from vfiotool.errors import Unsupported, UsageError
+from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device
 from vfiotool.vfio.device import FEATURE_GET
 from vfiotool.vfio.registers import Register, RegisterMap
@@ -107,16 +107,21 @@ def test_reset_brings_registers_back_keeps_interrupts_and_ends_bus_mastering(
     assert interrupts[1].wait(5.0) == 1
 
 
-def test_a_hot_reset_names_its_dependents(device: Device) -> None:
+def test_a_hot_reset_of_a_port_leaves_its_device_quiet_and_usable(device: Device) -> None:
+    assert [entry.address for entry in device.hot_reset_dependents()] == [device.name]
+    interrupts = device.irqs.msix(1)
+    device.set_bus_master(True)
     try:
-        assert device.name in [entry.address for entry in device.hot_reset_dependents()]
-        device.irqs.msix(1)
-        reset = device.hot_reset()
-    except Unsupported as error:
-        pytest.skip(str(error))
-    assert device.name in [entry.address for entry in reset]
+        assert [entry.address for entry in device.hot_reset()] == [device.name]
+    except KernelError as error:
+        # QEMU's port tells that it tells of its link, and not that it is up: Linux from 6.2 on
+        # then gives up waiting for the device, which has been reset.
+        assert error.errno_name == "ENOTTY"
+        assert f"it reached {device.name}," in error.message
     assert not device.bus_master
     assert Controller(device.region(0).map()).version.read() >> 16 in (1, 2)
+    interrupts[0].trigger()
+    assert interrupts[0].wait(5.0) == 1
 
 
 def test_a_pcie_device_has_an_error_interrupt_beside_the_others(device: Device) -> None:

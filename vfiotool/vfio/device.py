@@ -302,34 +302,38 @@ class Device:
         """Reset the slot or bus of the device; returns what was reset.
 
         Every function concerned must be opened in this space (type1: its group); otherwise
-        KernelError names them all. Raises Unsupported where neither can be reset. As after
+        KernelError names them all. Raises Unsupported where neither can be reset, KernelError
+        (ENOTTY) where they were reset but the kernel did not see them come back in time. As after
         `reset`, bus mastering of all of them is off and their interrupts are armed again.
         """
         dependents = self.hot_reset_dependents()
         groups = sorted(
             {entry.group for entry in self.space.attachments if entry.group is not None}
         )
+        listed = ", ".join(entry.address for entry in dependents)
+        said, hint = f"it would reset {listed}", "open all of them in one address space first"
         try:
             native.hot_reset(self.descriptor, groups, self.name)
         except VfiotoolError as error:
-            listed = ", ".join(entry.address for entry in dependents)
+            # Of a slot or bus whose dependents it has told the kernel says ENOTTY only afterwards:
+            # pci_bridge_wait_for_secondary_bus in drivers/pci/pci.c.
             if error.errno_name == "ENOTTY":
-                raise Unsupported(
-                    f"neither slot nor bus of {self.name} can be reset here", device=self.name
-                ) from error
+                self._after_hot_reset(dependents)
+                said = f"it reached {listed}, and the kernel did not see all come back in time"
+                hint = "dmesg tells whether it was the link; they may work all the same"
             raise KernelError(
-                f"{error}: it would reset {listed}",
-                hint="open all of them in one address space first",
-                device=self.name,
-                errno_name=error.errno_name,
+                f"{error}: {said}", hint=hint, device=self.name, errno_name=error.errno_name
             ) from error
+        self._after_hot_reset(dependents)
+        return dependents
+
+    def _after_hot_reset(self, dependents: list[Dependent]) -> None:
         if self.trace is not None:
             self.trace.record("hot-reset")
         concerned = {entry.address for entry in dependents}
         for device in self.space.devices:
             if device.name in concerned:
                 device._after_reset()
-        return dependents
 
     def features(self) -> dict[str, bool]:
         """Which VFIO device features the kernel offers for this device, by probing each."""
