@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, EDU, PCI, bind_vfio, status_kib
+from vfio_guest import BACKENDS, EDU, PCI, bind_vfio, nvme_functions, status_kib
 
 from vfiotool.drivers.edu import BUFFER_START, Edu
 from vfiotool.drivers.nvme import Controller
@@ -57,15 +57,6 @@ def test_a_page_of_1_gib_is_mapped_whole_and_reached_at_both_ends(
             assert buffer.view[:4096] == sent
             assert buffer.view[4096:8192] == bytes(4096)
         assert max(status_kib("VmLck"), status_kib("VmPin")) == locked
-
-
-def nvme_functions() -> list[str]:
-    """The two functions of one slot."""
-    slots: dict[str, list[str]] = {}
-    for path in sorted(PCI.iterdir()):
-        if (path / "class").read_text().startswith("0x0108"):
-            slots.setdefault(path.name.partition(".")[0], []).append(path.name)
-    return next(found for found in slots.values() if len(found) == 2)
 
 
 @pytest.fixture

@@ -41,6 +41,15 @@ def unbind(address: str) -> None:
         (PCI / address / "driver" / "unbind").write_text(address)
 
 
+def nvme_functions() -> list[str]:
+    """The two NVMe functions of one slot, of the machine `large`."""
+    slots: dict[str, list[str]] = {}
+    for path in sorted(PCI.iterdir()):
+        if (path / "class").read_text().startswith("0x0108"):
+            slots.setdefault(path.name.partition(".")[0], []).append(path.name)
+    return next(found for found in slots.values() if len(found) == 2)
+
+
 @contextlib.contextmanager
 def mdev(parent: str, kind: str) -> Iterator[str]:
     """A mediated device of the type `kind` on `parent`, for the time of the block: its UUID."""
