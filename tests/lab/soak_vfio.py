@@ -1,11 +1,11 @@
 """The same thing a great many times: what it costs must come back.
 
     python soak_vfio.py [--device 0000:00:01.0] [--reset-device ADDRESS] [--backend NAME]
-                        [--maps N] [--buffers N] [--interrupts N] [--opens N] [--resets N]
+                        [--maps N] [--buffers N] [--interrupts N] [--opens N] [--resets N] [--full]
 
-Runs in a guest, with the devices on vfio-pci. After each kind it prints what was held before and
-after, and the growth a cycle; ends with 1 if anything has grown.
-test_vfio_soak.py runs it with small numbers; the full ones are 10⁶, 10⁵, 10⁵, 10⁴ and 10³.
+Runs in a guest, and puts the devices on vfio-pci. After each kind it prints what was held before
+and after, and the growth a cycle; ends with 1 if anything has grown.
+test_vfio_soak.py runs it with small numbers; `make soak` with the full ones.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vfio_guest import open_descriptors, status_kib
+from vfio_guest import bind_vfio, open_descriptors, status_kib
 
 from vfiotool.vfio import Device
 
+FULL = {"maps": 10**6, "buffers": 10**5, "interrupts": 10**5, "opens": 10**4, "resets": 10**3}
 # What may be more after any number of cycles; all else may not grow at all. The heap and the
 # interpreter's blocks are counted exactly, so a leak of 16 bytes a cycle is seen long before it
 # shows in the resident size, whose pools grow for some hundred cycles and then stand still.
@@ -139,9 +141,16 @@ def main() -> int:
     parser.add_argument("--device", default="0000:00:01.0")
     parser.add_argument("--reset-device", help="one that can be reset; default: none is")
     parser.add_argument("--backend", default="auto")
-    for name in ("maps", "buffers", "interrupts", "opens", "resets"):
+    for name in FULL:
         parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="all of them, a great many times")
     given = parser.parse_args()
+    if "VFIOTOOL_LAB_KERNEL" not in os.environ:
+        parser.error("this runs in a lab guest only: it takes devices from their drivers")
+    for name, count in FULL.items() if given.full else ():
+        setattr(given, name, count)
+    for address in {given.device, given.reset_device or given.device}:
+        bind_vfio(address)
 
     def open_and_close() -> None:
         with Device.open(given.device, backend=given.backend) as device:
