@@ -206,6 +206,10 @@ def test_the_commands_carry_a_state_through_a_file(
         leave_pending(device)
     shown = state("show", source)
     assert (shown["can_migrate"], shown["state"], shown["pre_copy"]) == (True, "running", True)
+    with mdev("mdpy", "mdpy-vga") as other:
+        shown = state("show", other)
+        assert (shown["can_migrate"], shown["state"]) == (False, None)
+        assert shown["reason"] == "its driver mdpy saves no state"
     file = tmp_path / "saved"
     saved = state("save", source, "--output", str(file))
     assert saved["running_bytes"] == 24 and saved["state"] == "stop"

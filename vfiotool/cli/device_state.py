@@ -63,22 +63,26 @@ def show(
 
     with _open(context, device, backend) as opened:
         support = probe(opened)
-        found: dict[str, Any] = {"device": opened.name, "can_migrate": support is not None}
-        if support is not None:
-            found["state"] = STATE_NAMES[Migration(opened).state]
-            found["pre_copy"] = support.pre_copy
-            found["p2p"] = support.p2p
-            found["dirty_log"] = support.dirty_log
-            found["size_bytes"] = support.size_bytes
+        found: dict[str, Any] = {
+            "device": opened.name,
+            "can_migrate": support is not None,
+            "reason": None if support else f"its driver {opened.target.driver} saves no state",
+            "state": STATE_NAMES[Migration(opened).state] if support else None,
+            "pre_copy": support.pre_copy if support else None,
+            "p2p": support.p2p if support else None,
+            "dirty_log": support.dirty_log if support else None,
+            "size_bytes": support.size_bytes if support else None,
+        }
     if as_json or state(context).json:
         emit(found)
         return
     if support is None:
-        print(f"{found['device']} cannot migrate: its VFIO driver does not save its state")
+        print(f"{found['device']} cannot migrate: {found['reason']}")
         return
     features = [name for name in ("pre_copy", "p2p", "dirty_log") if found[name]]
     print(f"{found['device']} can migrate: stop_copy {' '.join(features)}")
-    print(f"  state {found['state']}, about {found['size_bytes']} bytes")
+    size = found["size_bytes"]
+    print(f"  state {found['state']}" + ("" if size is None else f", about {size} bytes"))
 
 
 def save(
