@@ -28,7 +28,6 @@ from vfiotool.vfio.nvme_queue import Batch
 
 MACHINE = "storage"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 DISK = DISKS[1]
 EDU = "0000:00:01.0"
 

@@ -16,7 +16,6 @@ from vfiotool.vfio import Device
 
 MACHINE = "storage"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 DISK = DISKS[0]
 # Of the disk's 128 MiB: hashing is slow in an emulated guest.
 SIZE = 40 << 20

