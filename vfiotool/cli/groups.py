@@ -11,6 +11,7 @@ import os
 import sys
 
 from vfiotool.cli.halves import in_halves
+from vfiotool.cli.style import coloured, escape_line, paint
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.host import SYS_FIRMWARE_ACPI_TABLES, Host
 from vfiotool.iommu_scan import GroupScan, list_groups, parse_windows
@@ -177,16 +178,17 @@ def print_text(host: Host, groups: Iterable[int]) -> None:
 
     names = read_names(host)
     scan = GroupScan(host)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = coloured()
     for group in groups:
         members = scan.members(group)
         if members is None:
             continue
         viable = all(facts[4] != "host" for _, facts in members)
         domain = scan.attribute(group, "type")
-        kind = "" if domain is None else f"  {one_line(domain.decode('utf-8', 'backslashreplace'))}"
-        state = _paint("viable", "32", colour) if viable else _paint("not viable", "33", colour)
-        lines = [f"{_paint(f'group {group}', '1', colour)}{kind}  {state}"]
+        kind = "" if domain is None else f"  {domain.decode('utf-8', 'backslashreplace')}"
+        state = ("viable", "green") if viable else ("not viable", "yellow")
+        title = paint(f"group {group}", "bold", colour)
+        lines = [f"{title}{escape_line(kind)}  {paint(*state, colour)}"]
         width = max((len(name) for name, _ in members), default=0)
         for name, (vendor, device, code, driver, role) in members:
             known = names.lookup(vendor, device, class_code=code)
@@ -194,19 +196,6 @@ def print_text(host: Host, groups: Iterable[int]) -> None:
             title = known.device or known.class_name or ""
             what = _ROLES[role] if driver is None else f"{driver} ({_ROLES[role]})"
             lines.append(
-                one_line(f"  {name:<{width}}  {identity:<9}  {what:<34}  {title}".rstrip())
+                escape_line(f"  {name:<{width}}  {identity:<9}  {what:<34}  {title}".rstrip())
             )
         sys.stdout.write("\n".join(lines) + "\n")
-
-
-def _paint(text: str, code: str, colour: bool) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if colour else text
-
-
-def one_line(text: str) -> str:
-    """As render.escape, newlines too: a device's name must not begin a line of its own."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )

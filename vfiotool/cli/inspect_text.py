@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vfiotool.cli import render
-from vfiotool.cli.groups import one_line
 from vfiotool.cli.inspect_capabilities import summary
+from vfiotool.cli.style import escape_line
 from vfiotool.host import Host
 from vfiotool.inventory_show import ShownFunction, ShownMdev
 from vfiotool.iommu import IommuGroup, role_of
@@ -40,8 +40,8 @@ def print_devices(host: Host, chosen: Iterable[str]) -> None:
                 function.address,
                 f"{function.vendor}:{function.device}",
                 "-" if function.iommu_group is None else str(function.iommu_group),
-                one_line(function.driver or "-"),
-                one_line(" ".join(part for part in parts if part)),
+                escape_line(function.driver or "-"),
+                escape_line(" ".join(part for part in parts if part)),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -86,7 +86,7 @@ def _print_function(shown: ShownFunction) -> None:
     title = " ".join(part for part in (known.vendor, known.device) if part) or "unknown device"
     render.write(
         (function.address, "bold"),
-        f"  {one_line(title)} [{function.vendor}:{function.device}]",
+        f"  {escape_line(title)} [{function.vendor}:{function.device}]",
         f" rev {function.revision}",
     )
     subsystem = f"{function.subsystem_vendor}:{function.subsystem_device}"
@@ -172,15 +172,15 @@ def print_verdict(verdict: Verdict) -> None:
         answer = ("cannot be passed through yet", "bold red")
     render.write((verdict.address, "bold"), " ", answer)
     for blocker in verdict.blockers:
-        render.write((f"  {blocker.kind}", "red"), f"  {one_line(blocker.detail)}")
-        render.write((f"      {one_line(blocker.evidence)}", "dim"))
+        render.write((f"  {blocker.kind}", "red"), f"  {escape_line(blocker.detail)}")
+        render.write((f"      {escape_line(blocker.evidence)}", "dim"))
     for note in verdict.notes:
-        render.write(f"  note: {one_line(note)}")
+        render.write(f"  note: {escape_line(note)}")
     _print_group(verdict.group)
     if verdict.next:
         render.write(("next", "bold"))
     for command in verdict.next:
-        render.write((f"  {one_line(command)}", "cyan"))
+        render.write((f"  {escape_line(command)}", "cyan"))
 
 
 def _print_group(group: IommuGroup | None) -> None:
@@ -193,7 +193,7 @@ def _print_group(group: IommuGroup | None) -> None:
     for member in group.devices:
         what = _ROLES[member.role]
         text = f"  {member.address:<{width}}  {member.driver or '-'} ({what})"
-        render.write((one_line(text), _ROLE_STYLES[member.role]))
+        render.write((escape_line(text), _ROLE_STYLES[member.role]))
     for region in group.reserved_regions:
         render.write((f"  reserved {region.start:#x}-{region.end:#x} {region.type}", "dim"))
 
@@ -201,7 +201,7 @@ def _print_group(group: IommuGroup | None) -> None:
 def _facts(facts: Iterable[tuple[str, object]]) -> None:
     for name, value in facts:
         if value is not None:
-            render.write((f"  {name:<13}", "dim"), one_line(str(value)))
+            render.write((f"  {name:<13}", "dim"), escape_line(str(value)))
 
 
 def _power(function: PciFunction) -> str | None:

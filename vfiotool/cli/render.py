@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vfiotool.cli.declare import Context
+from vfiotool.cli.style import coloured, escape, escape_line, paint
 from vfiotool.host import Host
 from vfiotool.values import dataclass
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMAT_VERSION = "1.0"
-# Select Graphic Rendition, ECMA-48 8.3.117.
-_CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 
 
 @dataclass(frozen=True)
@@ -67,26 +65,11 @@ def write(*parts: str | tuple[str, str]) -> None:
     What could steer a terminal is escaped. Styles are shown on terminals alone, or as NO_COLOR
     and FORCE_COLOR have it.
     """
-    colour = _coloured()
-    sys.stdout.write("".join(_part(part, colour) for part in parts) + "\n")
-
-
-def _coloured() -> bool:
-    if os.environ.get("NO_COLOR"):
-        return False
-    if os.environ.get("FORCE_COLOR"):
-        return True
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def _part(part: str | tuple[str, str], colour: bool) -> str:
-    if isinstance(part, str):
-        return escape_line(part)
-    text, style = escape_line(part[0]), part[1]
-    if not (colour and style and text):
-        return text
-    codes = ";".join(str(_CODES[word]) for word in style.split())
-    return f"\x1b[{codes}m{text}\x1b[0m"
+    colour = coloured()
+    texts = [
+        paint(part, "", colour) if isinstance(part, str) else paint(*part, colour) for part in parts
+    ]
+    sys.stdout.write("".join(texts) + "\n")
 
 
 def say(text: str) -> None:
@@ -94,19 +77,16 @@ def say(text: str) -> None:
     sys.stderr.write(escape(text) + "\n")
 
 
-def escape(text: str) -> str:
-    """`text` with control characters and other unprintables as escapes; newlines are kept.
-
-    Names come from devices and may hold terminal escape sequences.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
-def escape_line(text: str) -> str:
-    """As `escape`, newlines too: for a name that stands within a line or a table."""
-    return escape(text).replace("\n", "\\n")
+__all__ = [
+    "FORMAT_VERSION",
+    "State",
+    "console",
+    "emit",
+    "escape",
+    "escape_line",
+    "host",
+    "open_host",
+    "say",
+    "state",
+    "write",
+]
