@@ -148,7 +148,7 @@ class Guest:
         self._clean.callback(qmp_ours.close)
         with theirs, qmp_theirs:
             command = self.command_line(theirs.fileno(), qmp_theirs.fileno())
-            progress(f"booting {self.describe()}")
+            progress("booting")
             self._errors = open(self.scratch / "qemu-errors", "w+b")  # noqa: SIM115
             self._clean.callback(self._errors.close)
             self._process = subprocess.Popen(
