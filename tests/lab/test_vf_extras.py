@@ -16,7 +16,6 @@ from vfiotool.host import Host
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 
 ENABLE = Path("/sys/module/vfio_pci/parameters/enable_sriov")
 TOKEN = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
