@@ -27,10 +27,14 @@ cd /sys/bus/pci/devices/$1
 modprobe ext4 || true
 echo 0 > sriov_drivers_autoprobe
 echo 2 > sriov_numvfs
-disk=/dev/$(ls /sys/class/block | grep -m 1 '^nvme[0-9]*n1$')
-mkfs.ext4 -q -F $disk
+for attempt in $(seq 100); do
+    disk=$(ls /sys/class/block | grep -m 1 '^nvme[0-9]*n1$' || true)
+    test -e /dev/${disk:-none} && break
+    sleep 0.2
+done
+mkfs.ext4 -q -F /dev/$disk
 mkdir /tmp/mounted
-mount $disk /tmp/mounted
+mount /dev/$disk /tmp/mounted
 sleep 100000 < /dev/nvme0 > /dev/null 2>&1 &
 """
 
