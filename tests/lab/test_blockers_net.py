@@ -18,7 +18,6 @@ from vfiotool.netlink_route import VfSettings, read_addresses, read_vf_settings,
 
 MACHINE = "net"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 
 CARDS = {"e1000e": "0x10d3", "igb": "0x10c9"}
 

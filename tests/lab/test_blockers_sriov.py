@@ -9,7 +9,6 @@ from blockers_guest import PCI, assert_passable, blockers, disk_of, need, run, w
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 
 
 @pytest.fixture
