@@ -129,6 +129,9 @@ def measure(device: Device, count: int, rounds: int) -> None:
             raise Lost("the peer lost a signal")
         return spent / count
 
+    def spinning() -> int:
+        return interrupt.wait(WAIT_S, spin_s=1e-3)
+
     kinds = (
         ("edu's MSI", by_register, by_register_in_asyncio, (base + RAISE, base + ACKNOWLEDGE)),
         ("loopback", by_trigger, by_trigger_in_asyncio, (None, None)),
@@ -139,9 +142,7 @@ def measure(device: Device, count: int, rounds: int) -> None:
             "C, poll and read": partial(peer, *registers, 0),
             "C, read first": partial(peer, *registers, 1),
             "blocking": partial(loop, bar, interrupt, count, partial(interrupt.wait, WAIT_S)),
-            "spinning 1 ms": partial(
-                loop, bar, interrupt, count, partial(interrupt.wait, WAIT_S, spin_s=1e-3)
-            ),
+            "spinning 1 ms": partial(loop, bar, interrupt, count, spinning),
             "asyncio": lambda run=asynchronous: asyncio.run(run(bar, interrupt, count)),
         }
         taken = in_turn(ways, rounds)
