@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vfiotool"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 HOST_COLUMN = [
-    {"errors", "values"},
+    {"errors"},
     {"host", "netlink"},
     {"pci", "capabilities", "iommu", "sriov", "mdev", "vdpa", "names"},
     {"inventory", "snapshot"},
@@ -27,9 +27,9 @@ HOST_COLUMN = [
 LEVEL = {name: level for level, names in enumerate(HOST_COLUMN) for name in names}
 # What each room of the other column may import from the package, besides itself.
 OTHER_COLUMN = {
-    "vfio": {"errors", "values", "host", "pci", "_native", "_mmio"},
-    "drivers": {"errors", "values", "host", "pci", "vfio"},
-    "virtio": {"errors", "values", "host", "netlink", "vfio.native"},
+    "vfio": {"errors", "host", "pci", "_native", "_mmio"},
+    "drivers": {"errors", "host", "pci", "vfio"},
+    "virtio": {"errors", "host", "netlink", "vfio.native"},
     "lab": {"errors"},
 }
 # The files that may write to the file system, and what they write there.

@@ -11,6 +11,7 @@ drivers/pci/pci.c, __pci_find_next_cap_ttl; drivers/pci/pci-sysfs.c, pci_read_co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
@@ -26,7 +27,6 @@ from vfiotool.capabilities_pcie import (
     port_type,
 )
 from vfiotool.host import SYS_PCI_DEVICES, Host
-from vfiotool.values import dataclass
 
 # drivers/pci/pci.c, PCI_FIND_CAP_TTL.
 STANDARD_HOPS = 48

@@ -5,6 +5,7 @@ Source: PCI Express Base Specification 6.0, 7.5.1; include/uapi/linux/pci_regs.h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from vfiotool.capabilities_layout import (
@@ -14,7 +15,6 @@ from vfiotool.capabilities_layout import (
     register,
     u16,
 )
-from vfiotool.values import dataclass
 
 LAYOUTS = {0: "device", 1: "bridge", 2: "cardbus"}
 _COMMAND = register(

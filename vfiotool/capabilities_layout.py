@@ -8,8 +8,7 @@ becomes a bool, a longer one an int, or what its converter makes of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-
-from vfiotool.values import dataclass
+from dataclasses import dataclass
 
 Value = bool | int | float | str | None | list["Value"] | dict[str, "Value"]
 Fields = dict[str, Value]

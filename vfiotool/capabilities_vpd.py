@@ -5,7 +5,7 @@ Source: PCI Local Bus Specification 3.0, appendix I; drivers/pci/vpd.c.
 
 from __future__ import annotations
 
-from vfiotool.values import dataclass
+from dataclasses import dataclass
 
 # Small resources have the length in the tag; of those only the end tag is allowed here.
 _IDENTIFIER, _READ_ONLY, _READ_WRITE, _END = 0x82, 0x90, 0x91, 0x78

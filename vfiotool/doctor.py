@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.doctor_conflicts import examine_conflicts
 from vfiotool.doctor_distribution import read_distribution
 from vfiotool.doctor_finding import SEVERITIES, Finding
@@ -9,7 +11,6 @@ from vfiotool.doctor_iommu import examine_iommu
 from vfiotool.doctor_kernel import examine_kernel
 from vfiotool.host import Host
 from vfiotool.inventory import Inventory
-from vfiotool.values import dataclass
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vfiotool.doctor_finding import PARAMETERS_PAGE, SRIOV_PAGE, VFIO_PAGE, Finding
 from vfiotool.host import OTHER_TOOLS, PROC_CMDLINE, SYS_MDEV_DEVICES, SYS_NET, Host
 from vfiotool.inventory import Inventory
 from vfiotool.pci import Address, PciFunction
 from vfiotool.usage_blocker import is_part_of, net_paths, observed_lines
-from vfiotool.values import dataclass
 
 _PAGES = {
     "NetworkManager": "https://networkmanager.dev/docs/api/latest/settings-sriov.html",

@@ -7,8 +7,9 @@ dracut(8); bootctl(1).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.host import Host
-from vfiotool.values import dataclass
 
 _FAMILIES = {
     "debian": "debian",

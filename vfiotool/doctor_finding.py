@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vfiotool.values import dataclass
+from dataclasses import dataclass
 
 SEVERITIES = ("ok", "note", "warning", "blocker")
 

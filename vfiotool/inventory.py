@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 from vfiotool.host import Host
@@ -9,7 +10,6 @@ from vfiotool.iommu import IommuGroup, has_iommu, read_groups
 from vfiotool.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
 from vfiotool.pci import PciFunction, list_addresses, read_functions
 from vfiotool.sriov import VirtualFunction, read_vfs
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -33,7 +34,6 @@ from vfiotool.pci import (
     read_functions,
     read_link,
 )
-from vfiotool.values import dataclass
 
 _ALIAS = re.compile(rb"^alias vfio_pci:(\S+) (\S+)$", re.MULTILINE)
 # Where a driver is not called as its module is (drivers/vfio/pci/vfio_pci.c, .../xe/main.c).

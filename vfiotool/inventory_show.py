@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.capabilities_vpd import Vpd
 from vfiotool.errors import NotFound
 from vfiotool.host import DEV_VFIO, SYS_MDEV_DEVICES, Host
@@ -11,7 +13,6 @@ from vfiotool.iommu import IommuGroup, group_as_json, read_group
 from vfiotool.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
 from vfiotool.names import Names, read_names
 from vfiotool.pci import Address, PciFunction, read_function
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ A role says what a member means for the group's viability, as the kernel counts 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from vfiotool.host import SYS_IOMMU, Host
 from vfiotool.iommu_scan import (
@@ -18,7 +19,6 @@ from vfiotool.iommu_scan import (
     role_of,
 )
 from vfiotool.pci import PciIdentity
-from vfiotool.values import dataclass
 
 __all__ = [
     "NO_DMA_DRIVERS",

@@ -12,11 +12,11 @@ the group's members given, ports that the kernel trusts are not blamed.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from vfiotool.capabilities import ConfigSpace, read_config
 from vfiotool.host import SYS_PCI_DEVICES, Host
 from vfiotool.pci import Address
-from vfiotool.values import dataclass
 
 # REQ_ACS_FLAGS of drivers/iommu/iommu.c, under the names of the capability's decoder.
 REQUIRED = {

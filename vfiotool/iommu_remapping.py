@@ -7,8 +7,9 @@ controller isolates (the GIC's ITS), and there is nothing to see.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.host import PROC, SYS_FIRMWARE_ACPI_TABLES, SYS_MODULE, Host
-from vfiotool.values import dataclass
 
 PROC_INTERRUPTS = f"{PROC}/interrupts"
 

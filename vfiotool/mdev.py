@@ -6,8 +6,9 @@ Documentation/ABI/testing/sysfs-bus-vfio-mdev.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.host import SYS_MDEV_DEVICES, SYS_MDEV_PARENTS, Host
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

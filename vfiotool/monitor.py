@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -28,7 +28,6 @@ from vfiotool.host import (
     SYS_VDPA_DEVICES,
     Host,
 )
-from vfiotool.values import dataclass
 
 if TYPE_CHECKING:
     import pyudev

@@ -7,9 +7,9 @@ host really has are ever parsed. Source of the format: pci.ids(5), https://pci-i
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from vfiotool.host import Host
-from vfiotool.values import dataclass
 
 # Debian and Arch, Fedora, Alpine, `update-pciids` of old; compressed where the distribution does.
 _PATHS = (

@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 
 from vfiotool.errors import KernelError, NotPermitted, Unsupported, VfiotoolError, errno_name
-from vfiotool.values import dataclass
 
 NETLINK_ROUTE = 0
 NETLINK_GENERIC = 16

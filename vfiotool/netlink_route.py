@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
+from dataclasses import dataclass
 
 from vfiotool.errors import KernelError
 from vfiotool.netlink import (
@@ -23,7 +24,6 @@ from vfiotool.netlink import (
     parse_attributes,
     u32,
 )
-from vfiotool.values import dataclass
 
 _RTM_GETLINK = 18
 _RTM_SETLINK = 19

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import NamedTuple
 
 from vfiotool.errors import UsageError
 from vfiotool.host import SYS_PCI_DEVICES, Host
 from vfiotool.iommu_scan import parse_id_pair
-from vfiotool.values import dataclass
 
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII

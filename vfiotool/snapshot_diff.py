@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+from dataclasses import dataclass
 
 from vfiotool.errors import UsageError
 from vfiotool.snapshot import load
 from vfiotool.snapshot_text import NOT_CAPTURED, Snapshot, escape
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,14 +23,13 @@ Everything unprintable and the backslash stand as ``\\xNN`` and ``\\\\``; in nam
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from vfiotool.errors import UsageError
-from vfiotool.values import dataclass
 
 MAGIC = "vfiotool snapshot 1"
 # A content that was not captured reads as this.
@@ -182,13 +181,13 @@ def parse_snapshot(data: bytes, name: str) -> Snapshot:
     return _Parser(name).parse(data)
 
 
-@dataclasses.dataclass
+@dataclass
 class _Parser:
     name: str
-    header: dict[str, str] = dataclasses.field(default_factory=dict)
-    files: dict[str, bytes | int] = dataclasses.field(default_factory=dict)
-    links: dict[str, str] = dataclasses.field(default_factory=dict)
-    directories: dict[str, int] = dataclasses.field(default_factory=dict)
+    header: dict[str, str] = field(default_factory=dict)
+    files: dict[str, bytes | int] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+    directories: dict[str, int] = field(default_factory=dict)
     number: int = 0
     held_bytes: int = 0
     unfinished: str | None = None

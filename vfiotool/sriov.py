@@ -5,10 +5,11 @@ Source: Documentation/PCI/pci-iov-howto.rst, Documentation/ABI/testing/sysfs-bus
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.errors import Stuck
 from vfiotool.host import ESWITCH, SYS_PCI_DEVICES, Host
 from vfiotool.pci import read_vf_indices
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

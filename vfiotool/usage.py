@@ -7,6 +7,7 @@ finding a user, and says what it could not see. All of it is reading.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from vfiotool.host import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, SYS_VDPA_DEVICES, Host
 from vfiotool.iommu import is_vfio_driver
@@ -18,7 +19,6 @@ from vfiotool.usage_layers import own_disks, stack_on
 from vfiotool.usage_network import network_usage
 from vfiotool.usage_nodes import node_usage
 from vfiotool.usage_storage import storage_usage
-from vfiotool.values import dataclass
 
 __all__ = ["Blocker", "Usage", "blockers", "survey"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from vfiotool.host import SYS_BLOCK, SYS_NET, Host
 from vfiotool.pci import Address
-from vfiotool.values import dataclass
 
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vfiotool.host import DEV, SYS_BLOCK, Host
 from vfiotool.usage_blocker import block_paths, is_part_of
-from vfiotool.values import dataclass
 
 _HIDDEN_PATH = re.compile(r"nvme(\d+)c\d+n(\d+)")
 _DM_KINDS = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vfiotool.host import (
     MOUNTS,
@@ -21,7 +22,6 @@ from vfiotool.host import (
 )
 from vfiotool.usage_blocker import Blocker, observed_lines
 from vfiotool.usage_layers import Layer, block_name, chain_text
-from vfiotool.values import dataclass
 
 # A use, and the function's own block device that it came through.
 Use = tuple[str, Blocker]

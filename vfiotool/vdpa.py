@@ -11,11 +11,11 @@ hold for ever: every question goes through a child with a deadline.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.host import DEV, SYS_VDPA_DEVICES, Host
-from vfiotool.values import dataclass
 from vfiotool.vdpa_features import BLOCK, NET, class_name, class_names, feature_names
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vfiotool.doctor_distribution import read_distribution
 from vfiotool.errors import NotFound
@@ -33,7 +34,6 @@ from vfiotool.iommu_remapping import interrupt_remapping, unsafe_interrupts_allo
 from vfiotool.mdev import Mdev
 from vfiotool.pci import PciFunction, read_function
 from vfiotool.usage import Blocker, survey
-from vfiotool.values import dataclass
 
 # drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist: known to be unsafe to assign.
 _DENIED = {

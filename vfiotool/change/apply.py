@@ -6,9 +6,9 @@ what hangs, or cannot be rolled back, raises Stuck and stays in the journal for 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from vfiotool.change.bind_step import BindDriver
@@ -27,7 +27,6 @@ from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import KernelError, NotFound, Stuck, VfiotoolError
 from vfiotool.host import PROC, WRITE_DEADLINE_S, Host, read_only_root
 from vfiotool.sriov import read_vfs
-from vfiotool.values import dataclass
 
 if TYPE_CHECKING:
     from vfiotool.netlink import Message, Request
@@ -52,14 +51,14 @@ class Outcome:
     transaction: int | None
 
 
-@dataclasses.dataclass
+@dataclass
 class _Door:
     """The journalled door of one transaction."""
 
     host: Host
     transaction: Transaction
     timeout_s: float
-    interrupts: Interrupts = dataclasses.field(default_factory=Interrupts)
+    interrupts: Interrupts = field(default_factory=Interrupts)
     number: int = 0
     undoing: bool = False
 

@@ -5,7 +5,7 @@ Source: Documentation/ABI/testing/sysfs-bus-pci, drivers/pci/pci-driver.c, drive
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vfiotool.change.state import (
@@ -24,7 +24,6 @@ from vfiotool.change.step import Door, Step, check_identity, drifted
 from vfiotool.errors import KernelError, Unsupported
 from vfiotool.host import Host
 from vfiotool.iommu import is_vfio_driver
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

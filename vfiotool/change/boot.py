@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from vfiotool.change.policy_facts import read_policy_facts
 from vfiotool.errors import Refused, Unsupported
 from vfiotool.host import Host
 from vfiotool.pci import list_addresses, read_identity
-from vfiotool.values import dataclass
 
 WAIT_S = 10
 _BUILDERS = (

@@ -11,10 +11,10 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from vfiotool.host import PROC_OSRELEASE, SYS_PCI_DEVICES, Host
 from vfiotool.pci import PciIdentity
-from vfiotool.values import dataclass
 
 _MODULES = "/lib/modules"
 

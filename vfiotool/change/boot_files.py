@@ -14,10 +14,10 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from vfiotool.errors import KernelError, Refused, from_oserror
-from vfiotool.values import dataclass
 
 MANIFEST = "etc/vfiotool/boot/manifest.json"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

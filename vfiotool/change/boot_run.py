@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,6 @@ from vfiotool.change.steps import steps_as_json
 from vfiotool.errors import VfiotoolError
 from vfiotool.host import SYS_VDPA_DEVICES, Host
 from vfiotool.host_child import CALLOUT_ENVIRONMENT
-from vfiotool.values import dataclass
 
 RECORD = "boot.json"
 SYSTEMD_RUNS = "/run/systemd/system"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vfiotool.change.boot_files import BootFile
 from vfiotool.errors import UsageError
-from vfiotool.values import dataclass
 
 POLICY = "etc/vfiotool/boot/policy.toml"
 SERVICE = "vfiotool-boot.service"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vfiotool.change.state import UNKNOWN, Identity, device_exists
@@ -10,7 +10,6 @@ from vfiotool.change.step import Door, Step, check_identity, drifted
 from vfiotool.errors import KernelError
 from vfiotool.host import Host
 from vfiotool.sriov import read_eswitch_mode
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from vfiotool.change.journal import Journal
@@ -30,7 +30,6 @@ from vfiotool.host import (
 )
 from vfiotool.pci import Address, parse_uevent
 from vfiotool.sriov import read_eswitch_mode, read_vfs
-from vfiotool.values import dataclass
 
 DEFAULT_DRIVER = "vfio-pci"
 _VFIO_ALIAS = "alias vfio_pci:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.mdev_steps import SetMdev
@@ -13,7 +14,6 @@ from vfiotool.host import Host
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.pci import read_functions
 from vfiotool.usage import Blocker, blockers
-from vfiotool.values import dataclass
 
 # The kinds of CONTRACT that tell why a passed-through device would not work. They are no reason
 # to keep a driver on it; every other kind is a use that taking the device cuts off.

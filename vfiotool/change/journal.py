@@ -9,12 +9,12 @@ what it announced has not been done.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vfiotool.change.folder import Folder
@@ -24,7 +24,6 @@ from vfiotool.change.step import Step
 from vfiotool.change.steps import step_from_json, step_to_json
 from vfiotool.errors import KernelError, NotPermitted, Refused, from_oserror
 from vfiotool.host import PROC, Host
-from vfiotool.values import dataclass
 
 RUN_FOLDER = "/run/vfiotool"
 KEPT = 1000
@@ -57,16 +56,16 @@ class Record:
     writer: tuple[int, str] | None
 
 
-@dataclasses.dataclass
+@dataclass
 class _Draft:
     head: dict[str, Any]
     outcome: str | None = None
     error: str | None = None
     stuck: str | None = None
     undoing: bool = False
-    started: set[int] = dataclasses.field(default_factory=set)
-    done: set[int] = dataclasses.field(default_factory=set)
-    undone: set[int] = dataclasses.field(default_factory=set)
+    started: set[int] = field(default_factory=set)
+    done: set[int] = field(default_factory=set)
+    undone: set[int] = field(default_factory=set)
     writer: tuple[int, str] | None = None
 
 
@@ -334,7 +333,7 @@ class Journal:
 
     def remember(self, bus: str, name: str, identity: Identity, binding: Binding) -> None:
         """Keep a device's binding until `forget`, over any number of further changes."""
-        entry = {"identity": dataclasses.asdict(identity), "binding": dataclasses.asdict(binding)}
+        entry = {"identity": asdict(identity), "binding": asdict(binding)}
         self._origins.replace(f"{bus}-{name}", json.dumps(entry).encode())
 
     def forget(self, bus: str, name: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vfiotool.change.state import read_mdev_place
 from vfiotool.change.step import Door, SetAttribute, Step, drifted
 from vfiotool.errors import KernelError
 from vfiotool.host import SYS_MDEV_DEVICES, SYS_MDEV_PARENTS, Host
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

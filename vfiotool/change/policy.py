@@ -8,12 +8,12 @@ import re
 import stat
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vfiotool.change.toml_places import Path, Place, key_places
 from vfiotool.errors import NotFound, Refused, UsageError, from_oserror
 from vfiotool.pci import Address
-from vfiotool.values import dataclass
 
 LARGEST_BYTES = 16 << 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from vfiotool.change.facts import Facts, read_facts, vf_address
 from vfiotool.change.journal import Journal
@@ -15,7 +16,6 @@ from vfiotool.host import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
 from vfiotool.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
 from vfiotool.netlink_route import VfSettings
 from vfiotool.pci import PciIdentity, list_addresses, read_identity
-from vfiotool.values import dataclass
 
 MSIX = "msix"
 

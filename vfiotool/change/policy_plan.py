@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from vfiotool.change.bind_step import BindDriver, LoadModule
 from vfiotool.change.facts import DeviceFacts, Facts, SriovFacts, vf_address
@@ -35,7 +35,6 @@ from vfiotool.change.vfnet_step import SETTINGS, SetVfProperty, wanted_of
 from vfiotool.errors import Ambiguous, NotFound, Refused, Unsupported, UsageError, VfiotoolError
 from vfiotool.iommu import is_vfio_driver, role_of
 from vfiotool.netlink_route import VfSettings
-from vfiotool.values import dataclass
 from vfiotool.vdpa import VdpaSettings
 
 _VGPU = "nvidia/current_vgpu_type"
@@ -49,14 +48,14 @@ class Plan:
     absent: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass
+@dataclass
 class _Draft:
     policy: Policy
     facts: PolicyFacts
     absent_ok: bool
-    steps: list[Step] = dataclasses.field(default_factory=list)
-    absent: list[str] = dataclasses.field(default_factory=list)
-    goals: dict[str, tuple[str | None, Place]] = dataclasses.field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    goals: dict[str, tuple[str | None, Place]] = field(default_factory=dict)
 
 
 def plan_policy(policy: Policy, facts: PolicyFacts, *, absent_ok: bool = False) -> Plan:

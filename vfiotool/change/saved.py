@@ -7,6 +7,7 @@ policy comes to the same steps again: otherwise the host has changed since.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from vfiotool.change.folder import Folder
@@ -14,7 +15,6 @@ from vfiotool.change.policy import Policy, parse_policy
 from vfiotool.change.step import Step
 from vfiotool.change.steps import step_from_json, step_to_json
 from vfiotool.errors import KernelError, Refused, UsageError
-from vfiotool.values import dataclass
 
 ETC_FOLDER = "/etc/vfiotool"
 _DESIRED = "applied.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.eswitch_step import SetEswitchMode
@@ -16,7 +16,6 @@ from vfiotool.change.vfnet_step import SetVfProperty
 from vfiotool.errors import Refused, Unsupported, UsageError
 from vfiotool.netlink_route import VfSettings
 from vfiotool.sriov import NO_ESWITCH
-from vfiotool.values import dataclass
 
 LEGACY, SWITCHDEV = "legacy", "switchdev"
 # Drivers that make VFs in legacy mode and switch with them there, unbound (eswitch_offloads.c of

@@ -7,6 +7,7 @@ shows under the device lock (`driver_override`, `sriov_numvfs`) are read with a 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from vfiotool.errors import NotFound, Stuck
 from vfiotool.host import (
@@ -23,7 +24,6 @@ from vfiotool.host import (
 )
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.pci import read_identity
-from vfiotool.values import dataclass
 
 # A binding whose driver is "whatever the kernel takes": the goal of a release without a record.
 ANY = "*"

@@ -10,12 +10,12 @@ reached.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from vfiotool.change.state import Identity, gone, read_locked, read_pci_identity
 from vfiotool.errors import KernelError, Refused
 from vfiotool.host import Host
-from vfiotool.values import dataclass
 
 if TYPE_CHECKING:
     from vfiotool.netlink import Message, Request

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.change.bind_step import BindDriver, LoadModule
 from vfiotool.change.state import ANY, Binding
 from vfiotool.change.step import Step
 from vfiotool.change.vdpa_steps import SetVdpa, SetVdpaAutoprobe
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
 from vfiotool.host import SYS_VDPA_AUTOPROBE, SYS_VDPA_DRIVERS, Host
-from vfiotool.values import dataclass
 from vfiotool.vdpa import (
     DRIVERS,
     VdpaDevice,

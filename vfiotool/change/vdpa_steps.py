@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vfiotool.change.step import Door, SetAttribute, Step
 from vfiotool.errors import KernelError
 from vfiotool.host import SYS_VDPA_AUTOPROBE, Host
-from vfiotool.values import dataclass
 from vfiotool.vdpa import (
     VdpaSettings,
     delete_request,

@@ -5,14 +5,13 @@ Source: Documentation/PCI/pci-iov-howto.rst, drivers/pci/iov.c.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vfiotool.change.state import UNKNOWN, Identity, gone, read_msix_count, read_num_vfs
 from vfiotool.change.step import Door, SetAttribute, Step, check_identity, drifted
 from vfiotool.errors import KernelError
 from vfiotool.host import SYS_PCI_DEVICES, Host
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ Source: include/uapi/linux/if_link.h, IFLA_VF_*; ip-link(8), `vf`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from vfiotool.change.step import Door, Step, drifted
 from vfiotool.errors import KernelError, NotFound
 from vfiotool.host import SYS_NET, SYS_PCI_DEVICES, Host
 from vfiotool.netlink_route import VfSettings, read_vf_settings, set_vf
-from vfiotool.values import dataclass
 
 SETTINGS = tuple(field.name for field in fields(VfSettings) if field.name != "index")
 

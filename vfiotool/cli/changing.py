@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Annotated
 
 from vfiotool.change.apply import Outcome, Progress, change
@@ -18,7 +19,6 @@ from vfiotool.cli import render
 from vfiotool.cli.declare import Context, Option
 from vfiotool.errors import UsageError
 from vfiotool.host import WRITE_DEADLINE_S, Host, read_only_root
-from vfiotool.values import dataclass
 
 DryRun = Annotated[bool, Option("--dry-run", help="Print the steps; touch nothing.")]
 Timeout = Annotated[

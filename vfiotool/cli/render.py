@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vfiotool.cli.declare import Context
 from vfiotool.cli.style import coloured, escape, escape_line, paint
 from vfiotool.host import Host
-from vfiotool.values import dataclass
 
 if TYPE_CHECKING:
     from rich.console import Console

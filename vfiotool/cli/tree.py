@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from vfiotool.cli import render
@@ -14,7 +14,6 @@ from vfiotool.inventory import Inventory, read_inventory
 from vfiotool.iommu import role_of
 from vfiotool.names import Names, read_names
 from vfiotool.pci import Address, Link, PciFunction
-from vfiotool.values import dataclass
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -6,10 +6,10 @@ A driver here can check its device: `demo` runs it and reports each check.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 
 from vfiotool.errors import NotFound
-from vfiotool.values import dataclass
 from vfiotool.vfio import Device
 from vfiotool.vfio.registers import RegisterMap
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from vfiotool.drivers.nvme import Controller
 from vfiotool.drivers.nvme_io import IoQueue
 from vfiotool.drivers.nvme_spec import Namespace
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
-from vfiotool.values import dataclass
 from vfiotool.vfio import DmaBuffer
 from vfiotool.vfio.nvme_queue import Load, LoadReport, failed_with, merge
 

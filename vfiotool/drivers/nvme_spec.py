@@ -7,9 +7,9 @@ Specification 1.0. Everything here is a pure value; `nvme.py` is the driver.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.values import dataclass
 from vfiotool.vfio.registers import Register, RegisterMap
 
 DOORBELLS = 0x1000

@@ -8,10 +8,10 @@ Registers are one byte wide, whatever they hold: a number of four bytes is read 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from vfiotool.drivers import Check
 from vfiotool.errors import UsageError
-from vfiotool.values import dataclass
 from vfiotool.vfio import Device, Registers
 
 VENDOR_DEVICE = 0x0005_1B36

@@ -9,9 +9,9 @@ were lost would be wrong.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from vfiotool.errors import KernelError
-from vfiotool.values import dataclass
 
 HOP_LIMIT = 64
 _HEADER = struct.Struct("=HHI")

@@ -12,10 +12,10 @@ import struct
 import uuid
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.host import Host
-from vfiotool.values import dataclass
 from vfiotool.vfio import native
 from vfiotool.vfio.backend import AddressSpace, open_space
 from vfiotool.vfio.caps import (

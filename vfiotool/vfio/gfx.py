@@ -10,10 +10,10 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.values import dataclass
 from vfiotool.vfio import native
 from vfiotool.vfio.device import Device
 from vfiotool.vfio.native import ffi, lib

@@ -12,9 +12,9 @@ import errno
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
-from vfiotool.values import dataclass
 from vfiotool.vfio import native
 from vfiotool.vfio.device import FEATURE_GET, FEATURE_SET, Device
 from vfiotool.vfio.native import ffi, lib

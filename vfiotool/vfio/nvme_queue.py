@@ -12,11 +12,10 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from vfiotool.errors import KernelError, UsageError
-from vfiotool.values import dataclass
 from vfiotool.vfio.dma import DmaBuffer
 from vfiotool.vfio.native import ffi, lib
 from vfiotool.vfio.region import Mapping

@@ -15,11 +15,10 @@ bit, two registers of one kind on one offset are errors there, not at run time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Literal, overload
 
 from vfiotool.errors import UsageError
-from vfiotool.values import dataclass
 from vfiotool.vfio.region import Registers
 
 Access = Literal["rw", "ro", "wo", "rc"]

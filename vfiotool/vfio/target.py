@@ -6,6 +6,7 @@ Source: Documentation/driver-api/vfio.rst ("VFIO Usage Example", "IOMMUFD and VF
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from vfiotool.errors import NotFound, Refused, UsageError, VfiotoolError
 from vfiotool.host import (
@@ -16,7 +17,6 @@ from vfiotool.host import (
     Host,
 )
 from vfiotool.pci import Address
-from vfiotool.values import dataclass
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 # The other buses whose devices VFIO drivers take (drivers/vfio/{platform,fsl-mc,cdx}); those of AP

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vfiotool.errors import NotFound, Refused
 from vfiotool.host import DEV_IOMMU, DEV_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
 from vfiotool.inventory import Inventory
 from vfiotool.iommu import is_vfio_driver
 from vfiotool.pci import Address, PciFunction
 from vfiotool.usage import blockers
-from vfiotool.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from vfiotool.change.importers.commands import (
     import_dpdk,
@@ -21,7 +22,6 @@ from vfiotool.change.importers.kernel import import_command_line, import_modprob
 from vfiotool.change.importers.libvirt import import_libvirt
 from vfiotool.change.importers.rules import Findings, Leftover, Rule, to_toml
 from vfiotool.errors import UsageError
-from vfiotool.values import dataclass
 
 KINDS = {
     "driverctl": "driverctl's folder, /etc/driverctl.d",

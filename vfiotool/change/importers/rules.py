@@ -6,13 +6,12 @@ that could leave a folder, or that nobody gives in good faith, are refused rathe
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from vfiotool.errors import UsageError
 from vfiotool.pci import Address
-from vfiotool.values import dataclass
 
 Value = str | int | bool | Mapping[str, "Value"] | list["Value"]
 
@@ -48,12 +47,12 @@ class Leftover:
         return {"where": self.where, "what": self.what, "why": self.why}
 
 
-@dataclasses.dataclass
+@dataclass
 class Findings:
     """What has been found so far; the importers add to it in the order of the source."""
 
-    rules: list[Rule] = dataclasses.field(default_factory=list)
-    leftovers: list[Leftover] = dataclasses.field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
+    leftovers: list[Leftover] = field(default_factory=list)
 
     def leave(self, where: str, what: str, why: str) -> None:
         self.leftovers.append(Leftover(where, what[:200], why))
