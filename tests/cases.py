@@ -75,7 +75,7 @@ CASES: dict[str, list[Operation]] = {
         binding(NVME),
         releasing(NVME),
     ],
-    "a driver that refuses": [binding(EDU, driver="nvme")],
+    "a driver that refuses": [binding(EDU, driver="pcieport")],
     "a driver that refuses a disk": [binding(NVME, driver="pcieport")],
     "one of several refuses": [binding(EDU, NVME, driver="nvme")],
     "a whole group": [binding(BEHIND, whole_group=True), releasing(BEHIND, BESIDE)],
@@ -83,7 +83,7 @@ CASES: dict[str, list[Operation]] = {
     "no such device": [binding("0000:77:00.0")],
     "a foreign override is kept when binding fails": [
         Write(attribute(EDU, "driver_override"), "foo\n"),
-        binding(EDU, driver="nvme"),
+        binding(EDU, driver="pcieport"),
     ],
     "a foreign unbind is put right": [
         binding(NVME),
