@@ -264,11 +264,19 @@ class FakeKernel(MemoryTree):
             self.locked.discard(address)
             act()
 
-    def hold(self, address: str, pid: int = 4242, comm: str = "qemu") -> None:
-        """A process opens the VFIO node of a device: unbinding it blocks until `let_go`."""
+    def hold(
+        self, address: str, pid: int = 4242, comm: str = "qemu", cdev: str | None = None
+    ) -> None:
+        """A process opens the VFIO node of a device: unbinding it blocks until `let_go`.
+
+        The node is the group's, or with `cdev` the device's own, which goes before the wait
+        (drivers/vfio/vfio_main.c, vfio_unregister_group_dev).
+        """
         group = (self.links.get(f"{self._real(address)}/iommu_group") or "/0").rpartition("/")[2]
         self._put(f"/proc/{pid}/comm", f"{comm}\n".encode())
-        self._link(f"/proc/{pid}/fd/5", f"/dev/vfio/{group}")
+        self._link(f"/proc/{pid}/fd/5", f"/dev/vfio/{f'devices/{cdev}' if cdev else group}")
+        if cdev:
+            self._put(f"{self._real(address)}/vfio-dev/{cdev}/dev", b"511:0\n")
         self.held[address] = pid
 
     def let_go(self, address: str) -> None:
@@ -292,8 +300,15 @@ class FakeKernel(MemoryTree):
         if blocks:
             self.locked.add(address)
             self.pending.append((address, act))
+            self._take_node_away(address)
             raise _stuck(path, text)
         act()
+
+    def _take_node_away(self, address: str) -> None:
+        folder = f"{self._real(address)}/vfio-dev"
+        for cdev in self.listdir(folder) if self.exists(folder) else ():
+            self._remove(f"{folder}/{cdev}")
+            self._link(f"/proc/{self.held[address]}/fd/5", f"/dev/vfio/devices/{cdev} (deleted)")
 
     def _target(self, path: str, text: str) -> str:
         if path.startswith((f"{PCI}/drivers/", f"{PCI}/drivers_probe")):

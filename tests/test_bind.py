@@ -218,6 +218,20 @@ def test_a_held_device_is_reported_stuck_with_its_holder_and_others_stay_workabl
     assert kernel.state() == before
 
 
+def test_the_holder_of_a_devices_own_node_is_named_although_the_node_has_gone(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    host = kernel.host()
+    do(host, journal, binding(NVME))
+    kernel.hold(NVME, pid=4242, comm="qemu", cdev="vfio0")
+    with pytest.raises(Stuck, match=r"held by process 4242 \(qemu\)"):
+        do(host, journal, releasing(NVME))
+    stuck = recover(host, journal, timeout_s=0.1)[0]
+    assert stuck.result == "stuck" and "process 4242 (qemu)" in (stuck.detail or "")
+    kernel.let_go(NVME)
+    assert [entry.result for entry in recover(host, journal)] == ["finished"]
+
+
 def test_undo_takes_changes_back_one_by_one(kernel: FakeKernel, journal: Journal) -> None:
     host = kernel.host()
     states = [kernel.state()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +18,11 @@ from vfiotool.iommu import (
     read_groups,
     role_of,
 )
-from vfiotool.iommu_scan import parse_facts
+from vfiotool.iommu_scan import GroupScan, list_groups, parse_facts, read_uevent
+from vfiotool.pci import list_addresses, parse_uevent, read_functions
+from vfiotool.snapshot import open_root
 
+HOSTS = Path(__file__).resolve().parent.parent / "fixtures" / "hosts"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 
 
@@ -132,3 +137,32 @@ def test_unreadable_attributes_of_a_group_are_none() -> None:
     group = read_group(builder.host(), 3)
     assert group is not None
     assert (group.type, group.reserved_regions) == (None, ())
+
+
+@pytest.mark.parametrize("name", ["vfs-enabled", "storage-in-use", "net-in-use", "mdev-parents"])
+def test_what_is_put_together_for_uevent_is_what_the_kernel_says_there(name: str) -> None:
+    host = open_root(str(HOSTS / name))
+    for address in list_addresses(host):
+        base = f"/sys/bus/pci/devices/{address}"
+        told = parse_uevent((read_uevent(host.tree, base) or b"").decode())
+        kernel = parse_uevent(host.read(f"{base}/uevent") or "")
+        for side in (told, kernel):
+            side["PCI_CLASS"] = f"{int(side['PCI_CLASS'], 16):06x}"
+        assert told == {key: kernel[key] for key in kernel if key in told}
+        assert set(kernel) - set(told) <= {"PCI_SLOT_NAME"}
+
+
+def test_no_uevent_is_read_of_a_function_that_has_a_modalias() -> None:
+    """Its reader would wait for the device's lock on Linux 6.1."""
+    host = open_root(str(HOSTS / "vfs-enabled"))
+    read = host.tree.read
+
+    def refuse(path: str) -> bytes:
+        assert "/bus/pci/devices/" not in path or not path.endswith("/uevent")
+        return read(path)
+
+    host.tree.read = refuse  # type: ignore[method-assign]
+    scan = GroupScan(host)
+    assert all(scan.members(group) for group in list_groups(host))
+    addresses = list_addresses(host)
+    assert len(read_functions(host, addresses)) == len(addresses) > 10

@@ -2,13 +2,13 @@
 
 `groups` must start fast and list thousands of functions, so nothing here needs dataclasses,
 regular expressions or more than the host's door; `iommu.py` gives the same facts as values.
-One `uevent` read tells a function's identity and driver (drivers/pci/pci-driver.c, pci_uevent;
-drivers/base/core.c, dev_uevent).
+`modalias` and the `driver` link tell a function's identity and driver, as its `uevent` would: that
+one read less would hang on kernels that take the device's lock for it (see `read_uevent`).
 """
 
 from __future__ import annotations
 
-from vfiotool.host import SYS_IOMMU_GROUPS, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
+from vfiotool.host import SYS_IOMMU_GROUPS, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host, Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # neither shpchp on a bridge nor pci-pf-stub (tests/lab/test_viable.py asks the kernel).
 NO_DMA_DRIVERS = frozenset({"pcieport", "pci-stub"})
 _VFIO_DRIVERS = frozenset({"vfio-fsl-mc", "vfio-platform", "vfio-amba", "vfio-cdx"})
+
+_ALIAS_LENGTH = len("pci:v00008086d000010C9sv00008086sd0000A03Cbc02sc00i00")
 
 _VANISHED: Facts = (None, None, None, None, "unbound")
 
@@ -69,13 +71,12 @@ class GroupScan:
             return [] if self._host.isdir(f"{SYS_IOMMU_GROUPS}/{group}") else None
         if len(names) > 1:
             names.sort()
-        read = self._tree.read
+        tree = self._tree
         known = self._facts
         found: Members = []
         for name in names:
-            try:
-                text = read(f"{SYS_PCI_DEVICES}/{name}/uevent")
-            except OSError:
+            text = read_uevent(tree, f"{SYS_PCI_DEVICES}/{name}")
+            if text is None:
                 found.append((name, self._foreign(group, name)))
                 continue
             # All before PCI_SLOT_NAME is the same for every VF of a function: parse it once.
@@ -105,6 +106,40 @@ class GroupScan:
             return _VANISHED
         driver = host.linkname(f"{target}/driver")
         return (None, None, None, driver, role_of(driver))
+
+
+def read_uevent(tree: Tree, base: str) -> bytes | None:
+    """What the `uevent` of the PCI function at `base` tells, or None if it is gone.
+
+    It is put together from `modalias` and the `driver` link, which the kernel gives at any time.
+    `uevent` itself waits for the device's lock on Debian 12's 6.1 (drivers/base/core.c,
+    uevent_show), and so hangs for as long as somebody keeps a device that is being unbound. It is
+    read where there is no `modalias`, which a running kernel always has.
+    """
+    try:
+        alias = tree.read(f"{base}/modalias").rstrip()
+    except OSError:
+        alias = b""
+    if len(alias) < _ALIAS_LENGTH or not alias.startswith(b"pci:v"):
+        try:
+            return tree.read(f"{base}/uevent")
+        except OSError:
+            return None
+    try:
+        driver = tree.readlink(f"{base}/driver").rpartition("/")[2].encode()
+    except OSError:
+        driver = b""
+    # pci:v00008086d000010C9sv00008086sd0000A03Cbc02sc00i00 (drivers/pci/pci-sysfs.c, modalias_show)
+    return b"".join(
+        (
+            b"DRIVER=%b\n" % driver if driver else b"",
+            b"PCI_CLASS=%b%b%b\n" % (alias[44:46], alias[48:50], alias[51:53]),
+            b"PCI_ID=%b:%b\n" % (alias[9:13], alias[18:22]),
+            b"PCI_SUBSYS_ID=%b:%b\n" % (alias[28:32], alias[38:42]),
+            b"PCI_SLOT_NAME=%b\n" % base[base.rindex("/") + 1 :].encode(),
+            b"MODALIAS=%b\n" % alias,
+        )
+    )
 
 
 def parse_facts(uevent: bytes) -> Facts:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from vfiotool.errors import UsageError
 from vfiotool.host import SYS_PCI_DEVICES, Host
-from vfiotool.iommu_scan import parse_id_pair
+from vfiotool.iommu_scan import parse_id_pair, read_uevent
 
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII
@@ -212,9 +212,15 @@ def list_addresses(host: Host) -> list[str]:
 
 
 def read_identity(host: Host, address: str) -> PciIdentity | None:
-    """The function's identity, or None if it is gone. One file read."""
-    text = host.read(f"{SYS_PCI_DEVICES}/{address}/uevent")
+    """The function's identity, or None if it is gone."""
+    text = read_uevent_text(host, f"{SYS_PCI_DEVICES}/{address}")
     return None if text is None else parse_identity(address, text)
+
+
+def read_uevent_text(host: Host, base: str) -> str | None:
+    """What a function's `uevent` tells, read past the device's lock; None if it is gone."""
+    data = read_uevent(host.tree, base)
+    return None if data is None else data.decode("utf-8", "backslashreplace")
 
 
 def read_function(host: Host, address: str) -> PciFunction | None:
@@ -269,7 +275,7 @@ def _read_function(
     vf_index: int | None,
 ) -> PciFunction | None:
     base = f"{SYS_PCI_DEVICES}/{address}"
-    text = host.read(f"{base}/uevent")
+    text = read_uevent_text(host, base)
     path = host.realpath(base)
     if text is None or path is None:
         return None

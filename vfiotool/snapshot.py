@@ -113,7 +113,7 @@ RULES: tuple[str, ...] = (
     "/etc/mdevctl.d/*/*",
 )
 # Reading these can wait for a lock that a user of the device holds.
-_GUARDED = ("sriov_numvfs", "driver_override")
+_GUARDED = ("sriov_numvfs", "driver_override", "uevent")
 # The content is not wanted: presence says it all, or it belongs to the firmware's maker.
 _PRESENCE = (host.SYS_FIRMWARE_ACPI_TABLES, host.DEV)
 _PRESENCE_NAMES = ("rom",)

@@ -61,6 +61,17 @@ class _Door:
     interrupts: Interrupts = field(default_factory=Interrupts)
     number: int = 0
     undoing: bool = False
+    nodes: tuple[str, ...] = ()
+
+    def take_up(self, number: int, step: Step) -> None:
+        """Make `step` the one in hand, and see which nodes its device has now.
+
+        The kernel takes a device's own node away before it waits for who has it open, so those
+        that were seen at an earlier try of the same step count on.
+        """
+        known = self.nodes if number == self.number else ()
+        self.nodes = tuple(dict.fromkeys((*known, *nodes_of(self.host, step))))
+        self.number = number
 
     def write(self, path: str, data: str) -> None:
         self.interrupts.raise_any()
@@ -224,8 +235,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _run_step(door: _Door, number: int, step: Step) -> None:
-    door.number = number
-    door.note("step")
+    door.take_up(number, step)
+    door.note("step", nodes=door.nodes)
     step.run(door)
     if not step.holds(door.host):
         raise not_done(step)
@@ -263,7 +274,7 @@ def _roll_back(door: _Door, steps: tuple[Step, ...], numbers: range, cause: Base
     """Undo the steps of those numbers, in that order. Raises Stuck if one cannot be undone."""
     door.undoing = True
     for number in numbers:
-        door.number = number
+        door.take_up(number, steps[number - 1])
         door.note("undoing")
         try:
             _undo_step(door, steps[number - 1])
@@ -296,7 +307,7 @@ def _undo_step(door: _Door, step: Step) -> None:
 def _left_stuck(door: _Door, steps: tuple[Step, ...], error: Stuck) -> Stuck:
     """Journal that the change is stuck at the door's step, and say who holds the device."""
     step, host, transaction = steps[max(door.number, 1) - 1], door.host, door.transaction
-    holders = read_holders(host, nodes_of(host, step))
+    holders = read_holders(host, (*door.nodes, *nodes_of(host, step)))
     names = ", ".join(f"process {pid} ({name})" for pid, name in holders)
     message = f"{error.message}; held by {names}" if holders else error.message
     door.undoing = True
@@ -381,7 +392,7 @@ def recover(
             continue
         with kept() as interrupts, held(journal.locks, record.keys, LOCK_DEADLINE_S):
             number = max(record.started, default=1)
-            door = _Door(host, transaction, timeout_s, interrupts, number)
+            door = _Door(host, transaction, timeout_s, interrupts, number, nodes=record.nodes)
             try:
                 results.append(_recover_one(door, journal, record, finish))
             except BaseException:

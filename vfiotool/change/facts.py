@@ -28,7 +28,7 @@ from vfiotool.host import (
     Host,
     Tree,
 )
-from vfiotool.pci import Address, parse_uevent
+from vfiotool.pci import Address, parse_uevent, read_uevent_text
 from vfiotool.sriov import read_eswitch_mode, read_vfs
 
 DEFAULT_DRIVER = "vfio-pci"
@@ -151,7 +151,7 @@ def _read_device(
 ) -> DeviceFacts:
     base = f"{SYS_PCI_DEVICES}/{address}"
     identity = read_pci_identity(host, address)
-    uevent = parse_uevent(host.read(f"{base}/uevent") or "")
+    uevent = parse_uevent(read_uevent_text(host, base) or "")
     class_code = uevent.get("PCI_CLASS")
     group = host.linkname(f"{base}/iommu_group")
     return DeviceFacts(

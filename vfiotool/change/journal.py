@@ -36,7 +36,8 @@ class Record:
 
     `writer` is the process, by id and start time, whose last write was not seen to return.
     `outcome` is `committed`, `rolled-back`, or None while it is open; `stuck` is the message of
-    the write that did not return. `started`, `done` and `undone` hold step numbers from 1.
+    the write that did not return. `started`, `done` and `undone` hold step numbers from 1; `nodes`
+    are the device nodes that the last step started with.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Record:
     done: frozenset[int]
     undone: frozenset[int]
     writer: tuple[int, str] | None
+    nodes: tuple[str, ...]
 
 
 @dataclass
@@ -67,6 +69,7 @@ class _Draft:
     done: set[int] = field(default_factory=set)
     undone: set[int] = field(default_factory=set)
     writer: tuple[int, str] | None = None
+    nodes: tuple[str, ...] = ()
 
 
 def parse_record(data: bytes) -> Record | None:
@@ -103,6 +106,7 @@ def _damaged(where: str) -> KernelError:
 def _take_entry(draft: _Draft, kind: str, entry: dict[str, Any]) -> None:
     if kind == "step":
         draft.started.add(entry["n"])
+        draft.nodes = tuple(entry.get("nodes", ()))
     elif kind == "done":
         draft.done.add(entry["n"])
     elif kind == "undoing":
@@ -137,6 +141,7 @@ def _finish(draft: _Draft) -> Record:
         done=frozenset(draft.done),
         undone=frozenset(draft.undone),
         writer=draft.writer,
+        nodes=draft.nodes,
     )
 
 

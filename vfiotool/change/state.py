@@ -241,6 +241,8 @@ def read_holders(host: Host, nodes: tuple[str, ...]) -> tuple[tuple[int, str], .
         if not pid.isdecimal():
             continue
         base = f"{PROC}/{pid}/fd"
-        if any(host.readlink(f"{base}/{fd}") in wanted for fd in host.listdir(base)):
+        files = (host.readlink(f"{base}/{fd}") or "" for fd in host.listdir(base))
+        # The node of a device that is being unbound is gone, and so procfs calls it.
+        if any(file.removesuffix(" (deleted)") in wanted for file in files):
             found.append((int(pid), host.read(f"{PROC}/{pid}/comm") or "?"))
     return tuple(sorted(found))
