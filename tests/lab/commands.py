@@ -11,6 +11,8 @@ from typing import Any
 
 from vfiotool.cli.app import main
 from vfiotool.host import Host
+from vfiotool.mdev import read_mdevs
+from vfiotool.pci import list_addresses
 
 PCI = "/sys/bus/pci/devices"
 
@@ -49,3 +51,21 @@ def modprobe(*names: str) -> None:
     """Load modules; those that are built in or absent are no error here."""
     for name in names:
         subprocess.run(["modprobe", name], check=False, capture_output=True)
+
+
+def restore(host: Host) -> None:
+    """Bring the guest back by bare writes, so that one test does not depend on another."""
+    for mdev in read_mdevs(host):
+        host.write(f"/sys/bus/mdev/devices/{mdev.uuid}/remove", "1")
+    for address in ("0000:01:00.0", "0000:02:00.0"):
+        base = f"/sys/bus/pci/devices/{address}"
+        if host.read(f"{base}/sriov_numvfs") not in (None, "0"):
+            host.write(f"{base}/sriov_numvfs", "0")
+    for address in list_addresses(host):
+        base = f"/sys/bus/pci/devices/{address}"
+        if host.read(f"{base}/driver_override") != "(null)":
+            host.write(f"{base}/driver_override", "\n")
+        if host.linkname(f"{base}/driver") == "vfio-pci":
+            host.write("/sys/bus/pci/drivers/vfio-pci/unbind", address)
+        if host.linkname(f"{base}/driver") is None:
+            host.write("/sys/bus/pci/drivers_probe", address)

@@ -107,7 +107,9 @@ def test_what_driverctl_keeps_is_imported_and_already_so(tmp_path: Path) -> None
 
 
 def test_what_mdevctl_keeps_is_imported_and_already_so(tmp_path: Path) -> None:
-    Path("/etc/mdevctl.d").mkdir(exist_ok=True)
+    for kind in ("callouts", "notifiers"):
+        # As the package makes them: mdevctl refuses to work without.
+        Path(f"/etc/mdevctl.d/scripts.d/{kind}").mkdir(parents=True, exist_ok=True)
     make = ["-u", UUID, "-p", "mtty", "-t", "mtty-2"]
     subprocess.run(["mdevctl", "start", *make], check=True, timeout=60)
     subprocess.run(["mdevctl", "define", "-a", "-u", UUID], check=True, timeout=60)

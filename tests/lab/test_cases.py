@@ -13,11 +13,11 @@ import pytest
 from tests.cases import CASES, run
 from tests.changing import EDU, NVME, run_folder
 from tests.fakekernel import FakeKernel, end_state
+from tests.lab.commands import restore
 from tests.mirror import mirror
 from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
 from vfiotool.host import Host
-from vfiotool.mdev import read_mdevs
 from vfiotool.pci import list_addresses
 
 MACHINE = "full"
@@ -64,24 +64,6 @@ def host() -> Iterator[Host]:
     yield host
     restore(host)
     assert end_state(host) == before
-
-
-def restore(host: Host) -> None:
-    """Bring the guest back by bare writes, so that one case does not depend on another."""
-    for mdev in read_mdevs(host):
-        host.write(f"/sys/bus/mdev/devices/{mdev.uuid}/remove", "1")
-    for address in ("0000:01:00.0", "0000:02:00.0"):
-        base = f"/sys/bus/pci/devices/{address}"
-        if host.read(f"{base}/sriov_numvfs") not in (None, "0"):
-            host.write(f"{base}/sriov_numvfs", "0")
-    for address in list_addresses(host):
-        base = f"/sys/bus/pci/devices/{address}"
-        if host.read(f"{base}/driver_override") != "(null)":
-            host.write(f"{base}/driver_override", "\n")
-        if host.linkname(f"{base}/driver") == "vfio-pci":
-            host.write("/sys/bus/pci/drivers/vfio-pci/unbind", address)
-        if host.linkname(f"{base}/driver") is None:
-            host.write("/sys/bus/pci/drivers_probe", address)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,7 +19,7 @@ import pytest
 from tests.changing import UUID, binding, do, releasing, run_folder
 from tests.contention import check, operations, run_workers
 from tests.fakekernel import PCI
-from tests.lab.commands import modprobe
+from tests.lab.commands import modprobe, restore
 from tests.neighbour import Meddling, WatchedTree
 from vfiotool.change import apply as apply_module
 from vfiotool.change.apply import Outcome, recover
@@ -55,6 +55,7 @@ def test_fifty_processes_write_one_history() -> None:
         outcomes = check(host, folder)
         assert outcomes["committed"] > 100
         do(host, Journal(host, folder), releasing(EDU, TESTDEV))
+    restore(host)
 
 
 class Stamps:
@@ -133,7 +134,9 @@ def test_every_interference_of_a_neighbour_is_reported(
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             pid = 0
-            # Once it is left alone, the device can be brought home again.
+            # Once it is left alone, the device can be brought home again; without a driver, as the
+            # neighbour may have left it, it would rightly be given back to none.
+            restore(host)
             do(host, journal, binding(DISK))
             do(host, journal, releasing(DISK))
             assert read_binding(host, "pci", DISK) == Binding("nvme", None)

@@ -121,7 +121,7 @@ def test_a_saved_plan_refuses_a_host_that_has_changed(tmp_path: Path) -> None:
 
 def test_a_policy_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
     policy = tmp_path / "p.toml"
-    text = f'[[device]]\nmatch = {{ address = "{EDU}" }}\ndriver = "nvme"\n'
+    text = f'[[device]]\nmatch = {{ address = "{EDU}" }}\ndriver = "pcieport"\n'
     policy.write_text(DISK_VFS + text)
     assert vfiotool("apply", str(policy)).code == 5
 
