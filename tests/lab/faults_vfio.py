@@ -107,7 +107,8 @@ def migration(device: Device) -> None:
     Migration(device).save(pieces.append)
     Migration(device).restore(iter(pieces))
     with DirtyLog(device, [(0x100000, 0x1000)]) as log:
-        log.report(0x100000, 0x1000)
+        if Path("/dev/iommu").exists():  # else the kernel has no code to report it
+            log.report(0x100000, 0x1000)
 
 
 def frame(device: Device) -> None:

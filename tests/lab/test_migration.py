@@ -80,6 +80,11 @@ def test_a_device_s_own_log_of_dirty_pages_is_started_read_and_stopped(
     with Device.open(source, backend=backend) as device:
         for _ in range(2):
             with DirtyLog(device, [(0x100000, 0x100000), (0x400000, 0x1000)]) as log:
+                if not Path("/dev/iommu").exists():
+                    # Debian's 6.12 starts a log and then has no code to report it.
+                    with pytest.raises(Unsupported, match="built without"):
+                        log.report(0x100000, 0x100000)
+                    continue
                 assert log.report(0x100000, 0x100000) == bytes(256 // 8)
                 assert log.report(0x400000, 0x1000) == bytes(8)
             with pytest.raises(UsageError, match="is closed"):

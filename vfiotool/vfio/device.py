@@ -351,6 +351,13 @@ class Device:
             failure = native.failed(result, f"feature {name} of {self.name}", device=self.name)
             if failure.errno_name == "ENOTTY":
                 raise Unsupported(f"{self.name} has no feature {name}", device=self.name)
+            if failure.errno_name == "ENOTSUP":
+                # Dirty logs are only reported where iommufd is built (linux/iova_bitmap.h).
+                raise Unsupported(
+                    f"this kernel was built without what feature {name} of {self.name} needs",
+                    hint="dma-logging-report needs CONFIG_IOMMUFD" if "logging" in name else None,
+                    device=self.name,
+                )
             raise failure
         return answer
 
