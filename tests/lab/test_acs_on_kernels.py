@@ -17,7 +17,6 @@ from vfiotool.iommu_acs import REQUIRED, find_mergers
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 
 ACS_CONTROL = 6
 

@@ -9,7 +9,7 @@ from blockers_guest import PCI, blockers, need, wait_for, why
 
 MACHINE = "display"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 EDU = "0000:00:01.0"
 

@@ -11,7 +11,7 @@ from blockers_guest import PCI, assert_passable, blockers, need, why
 
 MACHINE = ("shared-group", "no-iommu")
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 EDU = ("0x1234", "0x11e8")
 TESTDEV = ("0x1b36", "0x0005")

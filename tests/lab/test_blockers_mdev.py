@@ -12,7 +12,6 @@ from blockers_guest import assert_passable, blockers, need, why
 
 MACHINE = "mdev"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 CREATE = Path("/sys/class/mdev_bus/mtty/mdev_supported_types/mtty-1/create")

@@ -14,7 +14,7 @@ from blockers_guest import assert_passable, blockers, disk_of, need, run, wait_f
 
 MACHINE = "storage"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 FIRST = "0000:01:00.0"
 SECOND = "0000:02:00.0"

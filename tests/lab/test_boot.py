@@ -19,7 +19,7 @@ from vfiotool.cli.app import main
 
 MACHINE = "mdev"
 KERNELS = ("6.1", "6.12")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 EDU = "0000:00:01.0"
 DEVICE = Path(f"/sys/bus/pci/devices/{EDU}")

@@ -22,7 +22,7 @@ from vfiotool.pci import list_addresses
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 
 def needs(name: str) -> str | None:

@@ -17,7 +17,7 @@ from vfiotool.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 TESTDEV, NVME = "0000:00:02.0", "0000:03:00.0"
 DEADLINE_S = 3.0

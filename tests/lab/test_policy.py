@@ -20,7 +20,7 @@ from vfiotool.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 EDU, NVME, NIC = "0000:00:01.0", "0000:01:00.0", "0000:02:00.0"
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -16,7 +16,6 @@ from vfiotool.selector import path_of, resolve, resolve_all
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 
 PF, DISK = "0000:01:00.0", "0000:03:00.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1002"

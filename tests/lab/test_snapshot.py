@@ -21,7 +21,7 @@ from vfiotool.snapshot_text import format_snapshot
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 PF = "0000:01:00.0"
 VF = "0000:01:00.1"

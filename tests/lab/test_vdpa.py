@@ -18,7 +18,6 @@ from vfiotool.cli.app import main
 
 MACHINE = "basic"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
 
 MAC = "52:54:00:12:34:56"
 BUS = Path("/sys/bus/vdpa")

@@ -13,7 +13,7 @@ from vfio_guest import EDU, TESTDEV, unbind
 
 MACHINE = "basic"
 KERNELS = ("6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 DEVICES = (EDU, TESTDEV)
 

@@ -20,7 +20,7 @@ from vfiotool.monitor import Monitor
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "not yet seen to pass whole on each of its kernels"
+PROOF = "long"
 
 EDU, PF = "0000:00:01.0", "0000:01:00.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1003"
