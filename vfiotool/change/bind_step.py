@@ -5,6 +5,7 @@ Source: Documentation/ABI/testing/sysfs-bus-pci, drivers/pci/pci-driver.c, drive
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,6 +25,8 @@ from vfiotool.change.step import Door, Step, check_identity, drifted
 from vfiotool.errors import KernelError, Unsupported
 from vfiotool.host import Host
 from vfiotool.iommu import is_vfio_driver
+
+_SETTLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,20 @@ class BindDriver(Step):
                     errno_name=error.errno_name,
                 ) from error
             bound = read_driver(door.host, self.bus, self.address)
+        if self.after.override == driver and not is_vfio_driver(driver):
+            bound = self._settled(door.host, driver)
         if bound != driver:
             raise self._failed(f"{driver} did not take it (it has {bound or 'no driver'})")
+
+    def _settled(self, host: Host, driver: str) -> str | None:
+        """The driver once a host's driver has had time to let go again of what it was forced on:
+        nvme of Linux 6.1 takes any device, and looks at it in a work item."""
+        end = time.monotonic() + _SETTLE_S
+        bound = read_driver(host, self.bus, self.address)
+        while bound == driver and time.monotonic() < end:
+            time.sleep(0.02)
+            bound = read_driver(host, self.bus, self.address)
+        return bound
 
     def _failed(self, what: str) -> KernelError:
         return KernelError(f"{self.address}: {what}", device=self.address)
