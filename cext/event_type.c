@@ -299,9 +299,5 @@ static PyType_Spec event_spec = {
 
 int vt_add_event_type(PyObject *module)
 {
-	PyObject *type = PyType_FromSpec(&event_spec);
-	int result = type ? PyModule_AddObjectRef(module, "Event", type) : -1;
-
-	Py_XDECREF(type);
-	return result;
+	return vt_add_type(module, "Event", &event_spec);
 }

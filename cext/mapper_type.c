@@ -412,9 +412,5 @@ static PyType_Spec mapper_spec = {
 
 int vt_add_mapper_type(PyObject *module)
 {
-	PyObject *type = PyType_FromSpec(&mapper_spec);
-	int result = type ? PyModule_AddObjectRef(module, "Mapper", type) : -1;
-
-	Py_XDECREF(type);
-	return result;
+	return vt_add_type(module, "Mapper", &mapper_spec);
 }

@@ -366,18 +366,20 @@ static PyMethodDef functions[] = {
 	{ NULL, NULL, 0, NULL },
 };
 
+int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec)
+{
+	PyObject *type = PyType_FromSpec(spec);
+	int result = type ? PyModule_AddObjectRef(module, name, type) : -1;
+
+	Py_XDECREF(type);
+	return result;
+}
+
 static int module_exec(PyObject *module)
 {
-	PyObject *type = PyType_FromSpec(&window_spec);
-
 	vt_watch_forks();
-	if (!type)
+	if (vt_add_type(module, "Window", &window_spec))
 		return -1;
-	if (PyModule_AddObjectRef(module, "Window", type)) {
-		Py_DECREF(type);
-		return -1;
-	}
-	Py_DECREF(type);
 	return vt_add_event_type(module) || vt_add_mapper_type(module) ? -1 : 0;
 }
 

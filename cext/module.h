@@ -15,6 +15,8 @@
 /* Calls the function that vfio/native.py has set, which raises; always NULL. */
 PyObject *vt_refuse(PyObject *self, int reason, uint64_t offset, unsigned width);
 
+/* Adds the type that `spec` describes to the module as `name`: 0, or -1 with an exception set. */
+int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec);
 /* Adds the type `Event` to the module: 0, or -1 with an exception set. */
 int vt_add_event_type(PyObject *module);
 /* The same for `Mapper`. */

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,8 @@ PCI = "/sys/bus/pci"
 BOOT = "3b4e8c52-1111-4222-8333-0123456789ab"
 RTM_SETLINK, IFLA_VFINFO_LIST = 19, 22
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\n?")
+
+_HESITATION_S = 0.1
 
 ERRNOS = ("EBUSY", "ENODEV", "EIO", "EINVAL", "EACCES", "ENOENT", "ENOMEM")
 FAULTS = (*ERRNOS, "short", "silent", "partial", "hang")
@@ -46,11 +49,13 @@ class Fault:
 class Driver:
     """`ids` are `vendor:device` or `*`; `refuses` maps an address to the errno of its probe.
 
-    With `foreign`, its probe refuses devices of other ids that an override sends to it.
+    With `foreign`, its probe refuses devices of other ids that an override sends to it; with
+    `hesitant` it takes them, and lets go of them later, as nvme of Linux 6.1 does.
     """
 
     ids: frozenset[str] = frozenset()
     foreign: int = 0
+    hesitant: bool = False
     refuses: dict[str, int] = field(default_factory=dict)
     sriov: bool = True
 
@@ -382,8 +387,11 @@ class FakeKernel(MemoryTree):
         override = self.override_of(address)
         if override is not None:
             return override == driver
-        base = self._real(address)
-        found = parse_identity(address, self.files[f"{base}/uevent"].decode())
+        return self._has_id(address, driver)
+
+    def _has_id(self, address: str, driver: str) -> bool:
+        uevent = self.files[f"{self._real(address)}/uevent"].decode()
+        found = parse_identity(address, uevent)
         return bool({f"{found.vendor}:{found.device}", "*"} & self.drivers[driver].ids)
 
     def _refusal(self, address: str, driver: str) -> int:
@@ -393,9 +401,13 @@ class FakeKernel(MemoryTree):
                 return errno.EINVAL
             if self.files.get(f"{base}/sriov_numvfs", b"0\n") != b"0\n":
                 return errno.EBUSY
-        found = parse_identity(address, self.files[f"{base}/uevent"].decode())
-        own = {f"{found.vendor}:{found.device}", "*"} & self.drivers[driver].ids
-        return self.drivers[driver].refuses.get(address, 0 if own else self.drivers[driver].foreign)
+        chosen = self.drivers[driver]
+        takes = chosen.hesitant or self._has_id(address, driver)
+        return chosen.refuses.get(address, 0 if takes else chosen.foreign)
+
+    def _let_go_late(self, address: str, driver: str) -> None:
+        if self.driver_of(address) == driver:
+            self._detach(address)
 
     def _probe(self, address: str) -> None:
         if self.driver_of(address) is not None:
@@ -411,6 +423,8 @@ class FakeKernel(MemoryTree):
         self._link(f"{PCI}/drivers/{driver}/{address}", f"../../../../devices/pci0000:00/{address}")
         uevent = self.files[f"{base}/uevent"]
         self._put(f"{base}/uevent", f"DRIVER={driver}\n".encode() + uevent)
+        if self.drivers[driver].hesitant and not self._has_id(address, driver):
+            threading.Timer(_HESITATION_S, self._let_go_late, (address, driver)).start()
 
     def _detach(self, address: str) -> None:
         base = self._real(address)

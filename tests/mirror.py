@@ -17,7 +17,7 @@ SAMPLE_PARENTS: dict[str, tuple[int, dict[str, int]]] = {
 }
 
 
-def mirror(host: Host) -> FakeKernel:
+def mirror(host: Host, *, hesitant_nvme: bool = False) -> FakeKernel:
     """A fake kernel with the functions, drivers and mdev parents of a real one."""
     kernel = FakeKernel()
     found = [(name, read_identity(host, name)) for name in list_addresses(host)]
@@ -26,6 +26,7 @@ def mirror(host: Host) -> FakeKernel:
         bound = [one for _, one in found if one is not None and one.driver == driver]
         made = kernel.add_driver(driver, [f"{one.vendor}:{one.device}" for one in bound])
         made.foreign = 0 if is_vfio_driver(driver) or driver == "pci-stub" else errno.EIO
+        made.hesitant = driver == "nvme" and hesitant_nvme
     if "igbvf" in kernel.drivers:
         kernel.drivers["igbvf"].ids = frozenset(["8086:10ca"])
     for address, one in found:

@@ -53,15 +53,12 @@ def vf_address(host: Host, pf: str, index: int) -> str:
 class Changes(RuleBasedStateMachine):
     """A host that is changed and undone; `states` are what undo has to give back."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host) -> None:
         super().__init__()
-        self.host = self.open_host()
+        self.host = host
         self.folder = tempfile.mkdtemp(dir="/dev/shm")
         self.journal = Journal(self.host, f"{self.folder}/vfiotool")
         self.states = [self.state()]
-
-    def open_host(self) -> Host:
-        raise NotImplementedError
 
     def state(self) -> dict[object, object]:
         return end_state(self.host)

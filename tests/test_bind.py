@@ -125,6 +125,16 @@ def test_bind_restores_the_old_driver_when_the_probe_refuses(
     assert journal.history()[-1].outcome == "rolled-back"
 
 
+def test_a_driver_that_lets_go_after_its_probe_has_refused_too(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    kernel.drivers["nvme"].hesitant = True
+    before = kernel.state()
+    with pytest.raises(KernelError, match=r"nvme did not take it \(it has no driver\)"):
+        do(kernel.host(), journal, binding(EDU, driver="nvme"))
+    assert kernel.state() == before
+
+
 def test_bind_restores_an_override_that_another_tool_had_set(
     kernel: FakeKernel, journal: Journal
 ) -> None:

@@ -100,6 +100,7 @@ def test_json_is_taken_after_the_command_too() -> None:
 def test_what_lab_run_starts_keeps_its_own_options() -> None:
     line = ["lab", "run", "vfiotool", "groups", "--json"]
     assert _hoist_globals(line) == line
+    assert _hoist_globals(["lab", "run", "--json", *line[2:]]) == ["--json", *line]
     line = ["lab", "run", "--kernel", "6.1", "--", "vfiotool", "groups", "--json"]
     assert _hoist_globals(line) == line
 

@@ -15,7 +15,6 @@ from tests.stateful import DEVICES, Changes
 from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
 from vfiotool.errors import VfiotoolError
-from vfiotool.host import Host
 
 
 class Killed(BaseException):
@@ -25,9 +24,9 @@ class Killed(BaseException):
 class FaultyChanges(Changes):
     """Changes of a fake host, some of which fail, hang or die half-way."""
 
-    def open_host(self) -> Host:
+    def __init__(self) -> None:
         self.kernel = furnished()
-        return self.kernel.host()
+        super().__init__(self.kernel.host())
 
     def state(self) -> dict[object, object]:
         return self.kernel.state()

@@ -16,9 +16,9 @@ PROOF = "long"
 class GuestChanges(Changes):
     """Changes of this guest."""
 
-    def open_host(self) -> Host:
+    def __init__(self) -> None:
         modprobe("vfio-pci", "igbvf")
-        return Host.local()
+        super().__init__(Host.local())
 
     def teardown(self) -> None:
         while len(self.states) > 1:

@@ -63,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             _print_traceback()
         return report(error, as_json="--json" in own)
     except BrokenPipeError:
-        # The reader (head, less) has gone; keep the interpreter's exit from complaining again.
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+        _give_up_output()  # the reader (head, less) has gone
         return 0
     except KeyboardInterrupt as error:
         return _interrupted(getattr(error, "number", None))
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in own:
             _print_traceback()
         if isinstance(error, OSError) and _is_of_output(error):
-            sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+            _give_up_output()
             sys.stderr.write(f"vfiotool: the output cannot be written: {error.strerror}\n")
             return KernelError.exit_code
         return report(InternalError.of(error), as_json="--json" in own)
@@ -85,6 +84,11 @@ def _interrupted(number: int | None) -> int:
         return 130
     sys.stderr.write("vfiotool: interrupted: what was begun has been taken back\n")
     return 128 + number
+
+
+def _give_up_output() -> None:
+    """Keep the interpreter's exit from complaining again about what cannot be written."""
+    sys.stdout = open("/dev/null", "w")  # noqa: SIM115
 
 
 def _is_of_output(error: OSError) -> bool:
@@ -120,7 +124,10 @@ def _own_arguments(arguments: list[str]) -> list[str]:
         if argument == "--":
             return arguments[:position]
         if argument == "run" and position and arguments[position - 1] == "lab":
-            return arguments[: position + 1]
+            end = position + 1
+            while arguments[end : end + 1] in (["--json"], ["--debug"]):
+                end += 1
+            return arguments[:end]
     return arguments
 
 
