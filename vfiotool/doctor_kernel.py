@@ -238,7 +238,7 @@ def _lockdown(host: Host) -> list[Finding]:
 def _kvm(host: Host) -> Finding:
     path = f"{DEV}/kvm"
     if host.exists(path):
-        return Finding("kvm", "ok", "KVM is available", f"{path} is there")
+        return Finding("kvm", "ok", "this kernel offers KVM", f"{path} is there")
     summary = "there is no KVM: virtual machines will be emulated, and slow"
     remedy = ("modprobe kvm_intel || modprobe kvm_amd",)
     return Finding("kvm", "note", summary, f"{path} is absent", remedy, KVM_PAGE)

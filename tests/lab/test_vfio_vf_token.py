@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from vfio_guest import PCI, bind_vfio
 
+from tests.lab.commands import vfiotool
 from vfiotool.errors import NotPermitted
 from vfiotool.vfio import Device
 
@@ -48,9 +49,15 @@ def test_the_token_that_the_pf_set_opens_its_vfs(pf: Device) -> None:
     bind_vfio(vf)
     with pytest.raises(NotPermitted) as caught:
         Device.open(vf, backend="type1")
-    assert "VF token" in (caught.value.hint or "")
+    assert "token" in (caught.value.hint or "")
     with pytest.raises(NotPermitted):
         Device.open(vf, backend="type1", vf_token=str(uuid.uuid4()))
+    vendor = (PCI / pf.name / "vendor").read_text().strip()
+    refused = vfiotool("device", "read", vf, "config", "0", "--width", "2", "--backend", "type1")
+    assert refused.code == 7
+    assert "--vf-token" in refused.err
+    asked = ("device", "read", vf, "config", "0", "--width", "2", "--vf-token", str(token))
+    assert vfiotool(*asked, "--json").json["values"] == [int(vendor, 16)]
     with Device.open(vf, backend="type1", vf_token=str(token)) as device:
         assert device.info.is_pci
-        assert device.config.read16(0) == int((PCI / pf.name / "vendor").read_text(), 16)
+        assert device.config.read16(0) == int(vendor, 16)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.cli.device_frame import register_frame
 from vfiotool.cli.device_state import register_state
-from vfiotool.cli.render import emit, host, say, state
+from vfiotool.cli.render import emit, host, say, state, uuid_of
 from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ BackendOption = Annotated[
 TraceOption = Annotated[
     str | None,
     Option("--trace", metavar="FILE", help="Record every access there, as JSON lines."),
+]
+TokenOption = Annotated[
+    str | None,
+    Option("--vf-token", metavar="UUID", help="For a VF whose PF is driven from user space."),
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON object.")]
 DeviceArgument = Annotated[str, Argument(metavar="DEVICE", help="PCI address or mdev UUID.")]
@@ -60,7 +64,13 @@ def register(app: Commands) -> None:
 
 
 @contextmanager
-def opened(context: Context, name: str, backend: str, trace: str | None = None) -> Iterator[Device]:
+def opened(
+    context: Context,
+    name: str,
+    backend: str,
+    trace: str | None = None,
+    vf_token: str | None = None,
+) -> Iterator[Device]:
     """The device, opened for the time of the block, with its trace if one is wanted."""
     from vfiotool.vfio import Device, Trace
 
@@ -74,8 +84,15 @@ def opened(context: Context, name: str, backend: str, trace: str | None = None) 
             if output is not sys.stderr:
                 stack.enter_context(output)
             record = Trace(output)
-        target = host(context)
-        yield stack.enter_context(Device.open(name, backend=backend, host=target, trace=record))
+        yield stack.enter_context(
+            Device.open(
+                name,
+                backend=backend,
+                host=host(context),
+                trace=record,
+                vf_token=None if vf_token is None else uuid_of("--vf-token", vf_token),
+            )
+        )
 
 
 def region_number(text: str) -> int:
@@ -109,10 +126,11 @@ def info(
     context: Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
+    vf_token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the regions, interrupts and features that the kernel offers for a device."""
-    with opened(context, device, backend) as opened_device:
+    with opened(context, device, backend, vf_token=vf_token) as opened_device:
         found = _describe(opened_device)
     if _wants_json(context, as_json):
         emit(found)
@@ -172,6 +190,7 @@ def read(
     width: WidthOption = 4,
     count: Annotated[int, Option("--count", metavar="N", help="Registers in a row.")] = 1,
     backend: BackendOption = "auto",
+    vf_token: TokenOption = None,
     trace: TraceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -179,7 +198,7 @@ def read(
     index, start = region_number(region), number(offset, "an offset")
     if width not in _WIDTHS or count < 1:
         raise UsageError("--width is 1, 2, 4 or 8, --count at least 1")
-    with opened(context, device, backend, trace) as opened_device:
+    with opened(context, device, backend, trace, vf_token) as opened_device:
         source = opened_device.region(index)
         values = [source.read(start + width * i, width) for i in range(count)]
         name = opened_device.name
@@ -200,6 +219,7 @@ def write(
     value: Annotated[str, Argument(metavar="VALUE")],
     width: WidthOption = 4,
     backend: BackendOption = "auto",
+    vf_token: TokenOption = None,
     trace: TraceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -208,7 +228,7 @@ def write(
     stored = number(value, "a value")
     if width not in _WIDTHS:
         raise UsageError("--width is 1, 2, 4 or 8")
-    with opened(context, device, backend, trace) as opened_device:
+    with opened(context, device, backend, trace, vf_token) as opened_device:
         opened_device.region(index).write(start, stored, width)
         name = opened_device.name
     if _wants_json(context, as_json):
@@ -222,10 +242,11 @@ def reset(
         bool, Option("--hot", help="Reset the whole slot or bus, if all on it is ours.")
     ] = False,
     backend: BackendOption = "auto",
+    vf_token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Reset a device: by itself, or with --hot together with all on its slot or bus."""
-    with opened(context, device, backend) as opened_device:
+    with opened(context, device, backend, vf_token=vf_token) as opened_device:
         name = opened_device.name
         if hot:
             also = [entry.address for entry in opened_device.hot_reset()]
@@ -243,12 +264,13 @@ def dump(
     driver: Annotated[str, Argument(metavar="DRIVER", help="Whose registers: edu, …")],
     device: DeviceArgument,
     backend: BackendOption = "auto",
+    vf_token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print a device's registers, decoded as its driver declares them."""
     from vfiotool.drivers import register_map
 
-    with opened(context, device, backend) as opened_device:
+    with opened(context, device, backend, vf_token=vf_token) as opened_device:
         found = list(register_map(driver, opened_device).dump())
         name = opened_device.name
     if _wants_json(context, as_json):
@@ -366,6 +388,7 @@ def demo(
     name: Annotated[str, Argument(metavar="NAME", help="edu, mbochs, mdpy, mtty, nvme, …")],
     device: DeviceArgument,
     backend: BackendOption = "auto",
+    vf_token: TokenOption = None,
     trace: TraceOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -374,7 +397,7 @@ def demo(
 
     run = find_demo(name)
     checks = []
-    with opened(context, device, backend, trace) as opened_device:
+    with opened(context, device, backend, trace, vf_token) as opened_device:
         for check in run(opened_device):
             checks.append(check)
             if not _wants_json(context, as_json):

@@ -72,6 +72,18 @@ def write(*parts: str | tuple[str, str]) -> None:
     sys.stdout.write("".join(texts) + "\n")
 
 
+def uuid_of(option: str, text: str) -> str:
+    """A UUID in its usual spelling. Raises UsageError, which names the option."""
+    from uuid import UUID
+
+    from vfiotool.errors import UsageError
+
+    try:
+        return str(UUID(text))
+    except ValueError as error:
+        raise UsageError(f"{option} {text[:40]!r} is no UUID", hint="uuidgen") from error
+
+
 def say(text: str) -> None:
     """A line for people on standard error: warnings and notes, so that JSON stays alone."""
     sys.stderr.write(escape(text) + "\n")

@@ -7,13 +7,11 @@ import shlex
 import sys
 from dataclasses import replace
 from typing import Annotated
-from uuid import UUID
 
 from vfiotool.change.policy_facts import read_policy_facts
 from vfiotool.change.saved import ETC_FOLDER, DesiredState
 from vfiotool.cli import render
 from vfiotool.cli.declare import Argument, Commands, Context, Option
-from vfiotool.errors import UsageError
 from vfiotool.host import Host
 from vfiotool.inventory import Inventory, read_inventory
 from vfiotool.selector import resolve
@@ -74,10 +72,7 @@ def qemu_options(
 def _find_token(host: Host, devices: list[preflight.Handed], given: str | None) -> str | None:
     """The VF token that was given, or that the applied policy names for a device's guard."""
     if given is not None:
-        try:
-            return str(UUID(given))
-        except ValueError as error:
-            raise UsageError(f"--vf-token {given[:40]!r} is no UUID", hint="uuidgen") from error
+        return render.uuid_of("--vf-token", given)
     guards = {device.guard for device in devices} - {None}
     if not guards or not host.live or not os.path.isdir(ETC_FOLDER):
         return None

@@ -122,7 +122,8 @@ class Device:
     ) -> Device:
         """Open the device called `name` (PCI address or mdev UUID), in `space` if one is given,
         otherwise in a space of its own over `backend` ("auto", "iommufd", "type1", "noiommu").
-        `vf_token` is the UUID that the user-space driver of its PF has set, where there is one.
+        `vf_token` is the UUID that the user-space driver of its PF has set, where there is one;
+        only a group takes it, so "auto" is type1 then.
 
         Raises NotFound, Refused (exit 4: not on a VFIO driver, or its group is not viable; the
         hint is the command), NotPermitted, Unsupported, and KernelError with EBUSY when it is
@@ -131,6 +132,8 @@ class Device:
         if space is not None:
             return cls(space, name, trace=trace, vf_token=vf_token)
         host = host or Host.local()
+        if backend == "auto" and vf_token is not None:
+            backend = "type1"
         own = open_space(find(name, host), backend, host)
         try:
             return cls(own, name, owns_space=True, trace=trace, vf_token=vf_token)

@@ -84,7 +84,7 @@ class Type1Space(AddressSpace):
             return not_on_vfio(target)
         failure = native.failed(number, f"open {target.name}", device=target.name)
         if failure.errno_name == "EACCES":
-            failure.hint = "a VF of a PF driven from user space needs the PF's VF token"
+            failure.hint = "a VF whose PF is driven from user space needs its token: --vf-token"
         elif failure.errno_name == "EBUSY":
             failure.hint = "it is open elsewhere: end that program first"
         return failure
