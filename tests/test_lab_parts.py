@@ -35,7 +35,6 @@ def values_of(option: str, line: list[str]) -> list[str]:
 def test_basic_machine_is_this_command_line() -> None:
     assert arguments("basic") == [
         *("-nodefaults", "-vga", "none"),
-        *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),
         *("-machine", "q35,kernel-irqchip=split"),
         *("-device", "intel-iommu,intremap=on,caching-mode=on"),
         *("-device", "edu,bus=pcie.0,addr=0x1"),

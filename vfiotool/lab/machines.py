@@ -145,10 +145,6 @@ def e1000e(number: int, *, port: int, network: str, mac: str) -> Device:
     )
 
 
-# Ports do hotplug by themselves, as most hosts' do: left alone, QEMU's firmware does it, for which
-# the iommufd kernel has no driver.
-NATIVE_HOTPLUG = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
-
 _ALL = (
     Machine("basic", "edu, pci-testdev and an empty hotplug port", (EDU, TESTDEV, EMPTY_PORT)),
     Machine(
@@ -287,7 +283,7 @@ def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[st
     `disk_files` gives the file of each disk by its id; `models` are the device models that this
     QEMU has: an optional device that it lacks is left out.
     """
-    result = ["-nodefaults", "-vga", "none", *NATIVE_HOTPLUG, *iommu_arguments(machine.iommu)]
+    result = ["-nodefaults", "-vga", "none", *iommu_arguments(machine.iommu)]
     for disk in machine.disks:
         file = disk_files[disk.id].replace(",", ",,")
         result += ["-drive", f"if=none,id={disk.id},format=raw,cache=unsafe,file={file}"]
