@@ -176,6 +176,32 @@ def test_of_several_devices_all_are_bound_or_none(kernel: FakeKernel, journal: J
     assert kernel.state() == before
 
 
+def test_a_bridge_that_keeps_its_group_from_user_space_is_parked_and_given_back(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    kernel.add_driver("shpchp", ["1b36:000e"])
+    kernel.host().write("/sys/bus/pci/drivers_probe", BRIDGE)
+    before = kernel.state()
+    with pytest.raises(Refused, match="is a bridge"):
+        do(kernel.host(), journal, binding(BRIDGE))
+    do(kernel.host(), journal, binding(BRIDGE, driver="none"))
+    assert kernel.driver_of(BRIDGE) is None
+    do(kernel.host(), journal, releasing(BRIDGE))
+    assert kernel.state() == before
+
+
+@pytest.mark.parametrize("driver", ["pcieport", None])
+def test_a_bridge_that_is_in_nobodys_way_is_not_parked(
+    kernel: FakeKernel, journal: Journal, driver: str | None
+) -> None:
+    if driver:
+        kernel.drivers[driver].ids = frozenset(["1b36:000e"])
+        kernel.host().write("/sys/bus/pci/drivers_probe", BRIDGE)
+    assert kernel.driver_of(BRIDGE) == driver
+    with pytest.raises(Refused, match="is a bridge"):
+        do(kernel.host(), journal, binding(BRIDGE, driver="none"))
+
+
 def test_unknown_devices_bridges_and_bad_names_are_refused(
     kernel: FakeKernel, journal: Journal
 ) -> None:

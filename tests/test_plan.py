@@ -11,6 +11,7 @@ import pytest
 from tests.changing import (
     BEHIND,
     BESIDE,
+    BRIDGE,
     EDU,
     NIC,
     NVME,
@@ -207,6 +208,18 @@ def test_all_keys_of_a_match_must_hold() -> None:
     text = HEAD + device(address=NVME, id="1234:11e8")
     with pytest.raises(NotFound):
         plan_on(furnished().host(), text)
+
+
+def test_a_bridge_in_the_way_takes_a_rule_of_its_own() -> None:
+    kernel = furnished()
+    kernel.add_driver("shpchp", ["1b36:000e"])
+    kernel.host().write("/sys/bus/pci/drivers_probe", BRIDGE)
+    text = HEAD + device(address=BEHIND) + 'group = "whole"\n'
+    with pytest.raises(Refused, match="stays on shpchp") as caught:
+        plan_on(kernel.host(), text)
+    assert 'driver = "none"' in (caught.value.hint or "")
+    steps = plan_on(kernel.host(), text + device(address=BRIDGE) + 'driver = "none"\n').steps
+    assert [step.target for step in steps] == [BEHIND, BESIDE, BRIDGE]
 
 
 def test_a_group_that_would_not_be_viable_is_refused_unless_taken_whole() -> None:

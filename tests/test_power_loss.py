@@ -26,7 +26,7 @@ from vfiotool.errors import VfiotoolError
 from vfiotool.lab.guest import Guest
 
 INSTANTS = 200
-KILLS, DISKS = 25, 8
+KILLS, DISKS = 200, 2
 FILE_SYSTEM_MIB = 20
 NOTE_AT = FILE_SYSTEM_MIB << 20
 NOTE_BYTES = 4096

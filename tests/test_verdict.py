@@ -72,6 +72,21 @@ def test_the_other_members_and_what_uses_them_are_named(small: SmallHost) -> Non
     assert verdict.next[:2] == ("umount /data", f"vfiotool bind {EDU} --whole-group")
 
 
+def test_a_bridge_in_the_way_is_parked_and_endpoints_go_along(small: SmallHost) -> None:
+    bridge = "0000:00:1c.0"
+    small.function(EDU, group=3)
+    small.function(bridge, class_code="060401", driver="shpchp", group=3)
+    verdict = ask(small, EDU)
+    assert kinds(verdict) == [("group-member", bridge)]
+    parking = f"vfiotool bind {bridge} --driver none"
+    assert verdict.next[:2] == (parking, f"vfiotool bind {EDU}")
+    small.function(DISK, driver="nvme", group=3)
+    assert ask(small, EDU).next[:2] == (parking, f"vfiotool bind {EDU} --whole-group")
+    # A CardBus bridge would take its cards along.
+    small.function(bridge, class_code="060700", driver="yenta_cardbus", group=3)
+    assert parking not in ask(small, EDU).next
+
+
 def test_why_a_group_has_several_members_is_a_note(small: SmallHost) -> None:
     port = "0000:00:1c.0"
     config = build([(0x10, b"\x42\x00" + bytes(56))], bridge=True)

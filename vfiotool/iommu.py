@@ -25,6 +25,7 @@ __all__ = [
     "GroupMember",
     "IommuGroup",
     "ReservedRegion",
+    "bridge_in_the_way",
     "group_as_json",
     "has_iommu",
     "is_vfio_driver",
@@ -78,6 +79,16 @@ def parse_reserved_regions(text: str) -> tuple[ReservedRegion, ...]:
 def has_iommu(host: Host) -> bool:
     """Whether the kernel drives an IOMMU: the ground truth is the class, not the command line."""
     return bool(host.listdir(SYS_IOMMU))
+
+
+def bridge_in_the_way(class_code: str | None, driver: str | None) -> bool:
+    """Whether a function is a bridge whose driver keeps its group from user space, such as shpchp
+    or lpc_ich, and which can be parked: what lies behind it stays when that driver goes.
+
+    Not CardBus bridges (class 0607), which take their cards along (drivers/pcmcia/yenta_socket.c).
+    """
+    code = class_code or ""
+    return code.startswith("06") and not code.startswith("0607") and role_of(driver) == "host"
 
 
 def read_group(host: Host, group: int) -> IommuGroup | None:

@@ -11,7 +11,7 @@ from vfiotool.change.mdev_steps import SetMdev
 from vfiotool.change.state import ANY, PARKED, Binding
 from vfiotool.change.step import Step
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
-from vfiotool.iommu import is_vfio_driver
+from vfiotool.iommu import bridge_in_the_way, is_vfio_driver
 from vfiotool.mdev import Mdev, MdevType
 
 _DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}", re.ASCII)
@@ -86,8 +86,10 @@ def _refuse_with_vfs(device: DeviceFacts) -> None:
 def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
     _refuse_with_vfs(device)
     if device.is_bridge:
+        if driver == "none" and bridge_in_the_way(device.class_code, device.binding.driver):
+            return
         raise Refused(
-            f"{device.address} is a bridge: what lies behind it would be lost",
+            f"{device.address} is a bridge: it is not given away with what lies behind it",
             hint=f"bridges stay with their driver; name the devices behind {device.address}",
             device=device.address,
         )

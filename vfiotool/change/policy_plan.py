@@ -33,7 +33,7 @@ from vfiotool.change.vdpa_plan import plan_vdpa_add
 from vfiotool.change.vf_steps import SetMsixCount, SetVfCount, SetVgpuType
 from vfiotool.change.vfnet_step import SETTINGS, SetVfProperty, wanted_of
 from vfiotool.errors import Ambiguous, NotFound, Refused, Unsupported, UsageError, VfiotoolError
-from vfiotool.iommu import is_vfio_driver, role_of
+from vfiotool.iommu import bridge_in_the_way, is_vfio_driver, role_of
 from vfiotool.netlink_route import VfSettings
 from vfiotool.vdpa import VdpaSettings
 
@@ -308,7 +308,9 @@ def _refuse_unviable(draft: _Draft, address: str) -> None:
         raise Refused(
             f"{address} shares group {device.group} with {name}, which stays on "
             f"{other.binding.driver}: the group would not be viable",
-            hint='group = "whole" takes the other endpoints along',
+            hint='park that bridge by a rule of its own: match its address, driver = "none"'
+            if bridge_in_the_way(other.class_code, other.binding.driver)
+            else 'group = "whole" takes the other endpoints along',
             device=address,
         )
 

@@ -37,7 +37,8 @@ class Disk:
 @dataclass(frozen=True)
 class Machine:
     """A guest's hardware. `load` are modules that the guest loads at start (no udev does),
-    `kernel_arguments` further words on its kernel's command line."""
+    `kernel_arguments` further words on its kernel's command line. Without `firmware_hotplug`
+    ports and bridges plug by their own controllers, on pciehp and shpchp."""
 
     name: str
     summary: str
@@ -48,6 +49,7 @@ class Machine:
     load: tuple[str, ...] = ()
     memory_mib: int = 1024
     kernel_arguments: tuple[str, ...] = ()
+    firmware_hotplug: bool = True
 
 
 def device(model: str, **properties: str) -> Device:
@@ -198,6 +200,12 @@ _ALL = (
         load=("nvme",),
     ),
     Machine(
+        "native-hotplug",
+        "edu and pci-testdev behind a bridge, which like the ports has a hotplug controller",
+        (EDU, *SHARED_GROUP, EMPTY_PORT),
+        firmware_hotplug=False,
+    ),
+    Machine(
         "storage",
         "five NVMe disks, a group each; the last two are identical but for their serial numbers",
         (
@@ -284,6 +292,8 @@ def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[st
     QEMU has: an optional device that it lacks is left out.
     """
     result = ["-nodefaults", "-vga", "none", *iommu_arguments(machine.iommu)]
+    if not machine.firmware_hotplug:
+        result += ["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]
     for disk in machine.disks:
         file = disk_files[disk.id].replace(",", ",,")
         result += ["-drive", f"if=none,id={disk.id},format=raw,cache=unsafe,file={file}"]
