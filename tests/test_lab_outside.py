@@ -147,3 +147,44 @@ def test_a_device_unplugged_while_watching_and_listing_breaks_nothing(guest: Gue
     kinds = [event["event"] for event in events if event["device"] == address]
     assert kinds == ["add", "remove"]
     assert read(guest, "/tmp/ready") == "watching\n", "watch said nothing else"
+
+
+# In the guest: drive a device and wait for the error that the machine reports of its link.
+ERROR = """
+import subprocess, sys
+sys.path.insert(0, "tests/lab")
+from vfio_guest import BACKENDS, bind_vfio
+from vfiotool.vfio import Device
+bind_vfio(sys.argv[1])
+# Linux 6.1 leaves it to each driver to let errors be reported.
+subprocess.run(["setpci", "-s", sys.argv[1], "CAP_EXP+8.w=f:f"], check=True)
+for backend in BACKENDS:
+    with Device.open(sys.argv[1], backend=backend) as device:
+        error = device.irqs.error()
+        print("ready", flush=True)
+        print(backend, error.wait(60), flush=True)
+"""
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_error_of_the_link_reaches_the_driver_in_user_space(kernel: str) -> None:
+    try:
+        kernels.prepare(kernel)
+        qemu.find()
+    except VfiotoolError as error:
+        pytest.skip(f"no lab here: {error.message}; {error.hint}")
+    # Of QEMU's cards only virtio's lets its errors be switched on.
+    card = "virtio-rng-pci,id=card,bus=rp9,aer=on,disable-legacy=on,iommu_platform=on"
+    told = bytearray()
+    with Guest("basic", kernel, qemu_arguments=("-device", card)) as guest:
+
+        def hear(_: object, data: bytes) -> None:
+            told.extend(data)
+            if told.endswith(b"ready\n"):
+                line = {"command-line": "pcie_aer_inject_error card POISON_TLP"}
+                guest.qmp.command("human-monitor-command", line)
+
+        done = guest.exec(["python", "-c", ERROR, "0000:01:00.0"], timeout_s=LIMIT_S, sink=hear)
+    backends = ("type1", "iommufd") if kernel == "iommufd" else ("type1",)
+    assert done.exit_code == 0, told.decode()
+    assert told.decode() == "".join(f"ready\n{name} 1\n" for name in backends)

@@ -21,6 +21,7 @@ from vfiotool.netlink import (
 )
 
 FAMILY = "devlink"
+_BUS = "pci"
 _VERSION = 1
 _CMD_ESWITCH_GET = 29
 _CMD_ESWITCH_SET = 30
@@ -47,7 +48,7 @@ def set_eswitch(family: int, address: str, mode: str) -> Request:
 
 
 def _handle(address: str) -> tuple[bytes, bytes]:
-    return string(_ATTR_BUS_NAME, "pci"), string(_ATTR_DEV_NAME, address)
+    return string(_ATTR_BUS_NAME, _BUS), string(_ATTR_DEV_NAME, address)
 
 
 def parse_eswitch(message: Message) -> str | None:

@@ -1,4 +1,7 @@
-"""VF settings over rtnetlink, on the kernel's own simulated network card."""
+"""VF settings over rtnetlink and eswitch modes over devlink, on the kernel's own simulated card.
+
+Debian's kernels are built without it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from pathlib import Path
 import pytest
 from blockers_guest import need, run, wait_for
 
+from vfiotool import netlink, netlink_devlink
 from vfiotool.errors import KernelError
 from vfiotool.host import Host
 from vfiotool.netlink_route import VfSettings, read_links, read_vf_settings, set_vf
 
 MACHINE = "basic"
-KERNELS = ("6.1", "6.12", "iommufd")
-PROOF = "no netdevsim in the kernels of the lab"
+KERNELS = ("iommufd",)
 
 BUS = Path("/sys/bus/netdevsim")
 
@@ -24,7 +27,7 @@ BUS = Path("/sys/bus/netdevsim")
 @pytest.fixture
 def card() -> Iterator[str]:
     """The interface of a simulated card with three VFs."""
-    need("netdevsim")
+    need("netdevsim", tools=("ip", "devlink"))
     (BUS / "new_device").write_text("7 1")
     device = BUS / "devices" / "netdevsim7"
     try:
@@ -96,3 +99,24 @@ def test_a_vf_that_is_not_there_is_the_kernels_error(card: str) -> None:
 def test_an_interface_names_the_device_that_it_belongs_to(card: str) -> None:
     (link,) = [link for link in read_links() if link.name == card]
     assert (link.parent_bus, link.parent_device) == ("netdevsim", "netdevsim7")
+
+
+def test_an_eswitch_changes_its_mode_and_back(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netlink_devlink, "_BUS", "netdevsim")
+    host = Host.local()
+    name = "netdevsim7"
+
+    def told_by_devlink() -> str:
+        shown = json.loads(run("devlink", "-j", "dev", "eswitch", "show", f"netdevsim/{name}"))
+        return str(shown["dev"][f"netdevsim/{name}"]["mode"])
+
+    with netlink.Socket(netlink.NETLINK_GENERIC, 5.0) as channel:
+        family = netlink.resolve_family(channel, netlink_devlink.FAMILY)
+    assert netlink_devlink.read_eswitch(name, 5.0) == told_by_devlink() == "legacy"
+    for mode in ("switchdev", "legacy"):
+        host.netlink(netlink_devlink.set_eswitch(family, name, mode))
+        assert netlink_devlink.read_eswitch(name, 5.0) == told_by_devlink() == mode
+
+
+def test_a_device_without_an_eswitch_has_no_mode(card: str) -> None:
+    assert netlink_devlink.read_eswitch("0000:00:01.0", 5.0) is None

@@ -67,8 +67,9 @@ class IommufdSpace(AddressSpace):
     def _attach_failure(self, number: int, target: Target, *, bound: bool) -> Exception:
         verb = "attach" if bound else "bind"
         busy = number == -errno.EBUSY
-        if number == -errno.EINVAL and not bound:
-            # The kernel says EINVAL of a second open and of a group that is not viable alike.
+        if number in (-errno.EINVAL, -errno.EPERM) and not bound:
+            # The kernel says EINVAL of a second open and of a group that is not viable alike, and
+            # EPERM where a bridge's driver claims the group's DMA (iommu_device_claim_dma_owner).
             busy, viable = _group_state(target)
             if not busy and not viable:
                 return Refused(
