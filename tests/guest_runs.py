@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yardstick
 
 from vfiotool.errors import VfiotoolError
+from vfiotool.lab import kernels, qemu
 from vfiotool.lab.channel import Kind
 from vfiotool.lab.guest import Guest, GuestLost, GuestTimeout
 
@@ -54,6 +56,15 @@ class Outcome:
 
     def of(self, outcome: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["outcome"] == outcome]
+
+
+def need_lab(kernel: str) -> None:
+    """Skip, saying why, where this machine cannot boot a guest on this kernel."""
+    try:
+        kernels.prepare(kernel)
+        qemu.find()
+    except VfiotoolError as error:
+        pytest.skip(f"no lab here: {error.message}; {error.hint}")
 
 
 def constants(path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from guest_runs import need_lab
 
-from vfiotool.errors import NotFound, VfiotoolError
-from vfiotool.lab import kernels, qemu
+from vfiotool.errors import NotFound
 from vfiotool.lab.guest import Guest, GuestLost, GuestTimeout
 from vfiotool.lab.run import run
 
@@ -27,11 +27,7 @@ CLI = [sys.executable, "-m", "vfiotool", "lab", "run", "--kernel", KERNEL]
 
 @pytest.fixture(scope="module", autouse=True)
 def lab_is_possible() -> None:
-    try:
-        kernels.prepare(KERNEL)
-        qemu.find()
-    except VfiotoolError as error:
-        pytest.skip(f"no lab here: {error.message}; {error.hint}")
+    need_lab(KERNEL)
 
 
 @pytest.fixture(scope="module")

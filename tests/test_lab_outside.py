@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from guest_runs import need_lab
 from reading import run
 
-from vfiotool.errors import VfiotoolError
-from vfiotool.lab import kernels, qemu
 from vfiotool.lab.guest import Guest
 
 pytestmark = [pytest.mark.lab, pytest.mark.proof]
@@ -54,6 +53,7 @@ open(f"{folder}/live.json", "w").write(json.dumps(found))
 LISTING = """
 import json, os, sys
 sys.path.insert(0, "tests")
+from guest_runs import need_lab
 from reading import run
 seen = {"with": 0, "without": 0, "codes": []}
 while not os.path.exists("/tmp/stop"):
@@ -77,11 +77,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=KERNELS)
 def guest(shared: Path, request: pytest.FixtureRequest) -> Iterator[Guest]:
-    try:
-        kernels.prepare(request.param)
-        qemu.find()
-    except VfiotoolError as error:
-        pytest.skip(f"no lab here: {error.message}; {error.hint}")
+    need_lab(request.param)
     with Guest("sriov", request.param, share=(shared,), load=("vfio-pci",)) as running:
         yield running
 
@@ -168,11 +164,7 @@ for backend in BACKENDS:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_an_error_of_the_link_reaches_the_driver_in_user_space(kernel: str) -> None:
-    try:
-        kernels.prepare(kernel)
-        qemu.find()
-    except VfiotoolError as error:
-        pytest.skip(f"no lab here: {error.message}; {error.hint}")
+    need_lab(kernel)
     # Of QEMU's cards only virtio's lets its errors be switched on.
     card = "virtio-rng-pci,id=card,bus=rp9,aer=on,disable-legacy=on,iommu_platform=on"
     told = bytearray()

@@ -70,6 +70,15 @@ class IommuGroup:
     reserved_regions: tuple[ReservedRegion, ...]
     devices: tuple[GroupMember, ...]
 
+    @property
+    def bridges_in_the_way(self) -> tuple[str, ...]:
+        """The addresses of the bridges that have to be parked (`bridge_in_the_way`)."""
+        return tuple(
+            member.address
+            for member in self.devices
+            if bridge_in_the_way(member.class_code, member.driver)
+        )
+
 
 def parse_reserved_regions(text: str) -> tuple[ReservedRegion, ...]:
     """Lines of `start end type`; malformed ones are passed over."""

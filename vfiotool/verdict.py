@@ -28,13 +28,7 @@ from vfiotool.host import (
     Host,
 )
 from vfiotool.inventory import Inventory
-from vfiotool.iommu import (
-    IommuGroup,
-    bridge_in_the_way,
-    group_as_json,
-    is_vfio_driver,
-    read_group,
-)
+from vfiotool.iommu import IommuGroup, group_as_json, is_vfio_driver, read_group
 from vfiotool.iommu_acs import find_mergers
 from vfiotool.iommu_remapping import interrupt_remapping, unsafe_interrupts_allowed
 from vfiotool.mdev import Mdev
@@ -120,11 +114,7 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
     notes += _farewells(found)
     commands = [*_remedies(host, found)]
     if not any(blocker.vital or blocker.kind in _HOPELESS for blocker in found):
-        bridges = [
-            one.address
-            for one in (() if group is None else group.devices)
-            if bridge_in_the_way(one.class_code, one.driver)
-        ]
+        bridges = () if group is None else group.bridges_in_the_way
         commands += [f"vfiotool bind {name} --driver none" for name in bridges]
         ends = {name for name, _ in others} - set(bridges)
         if not on_vfio or ends:

@@ -7,6 +7,7 @@ module of the command that was typed is imported, and `--version` and plain `gro
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from importlib import import_module
 
@@ -88,7 +89,7 @@ def _interrupted(number: int | None) -> int:
 
 def _give_up_output() -> None:
     """Keep the interpreter's exit from complaining again about what cannot be written."""
-    sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _is_of_output(error: OSError) -> bool:

@@ -33,7 +33,7 @@ from vfiotool.cli.changing import (
 from vfiotool.cli.declare import Argument, Commands, Context, Option
 from vfiotool.errors import NotFound, Unsupported, UsageError
 from vfiotool.host import SYS_PCI_DEVICES, Host
-from vfiotool.iommu import IommuGroup, bridge_in_the_way, read_group
+from vfiotool.iommu import IommuGroup, read_group
 from vfiotool.mdev import read_mdev_types, read_mdevs
 from vfiotool.netlink_devlink import MODES
 from vfiotool.pci import Address, list_addresses
@@ -158,7 +158,7 @@ def _warn_not_viable(group: IommuGroup, taken: set[str]) -> None:
     way = [member for member in group.devices if member.role == "host"]
     others = ", ".join(f"{member.address} ({member.driver})" for member in way)
     render.say(f"vfiotool: group {group.id} is not viable yet: {others} in the way")
-    bridges = [one.address for one in way if bridge_in_the_way(one.class_code, one.driver)]
+    bridges = group.bridges_in_the_way
     for bridge in bridges:
         render.say(f"  vfiotool bind {bridge} --driver none")
     if len(bridges) < len(way):

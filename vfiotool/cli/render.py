@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vfiotool.cli.declare import Context
 from vfiotool.cli.style import coloured, escape, escape_line, paint
+from vfiotool.errors import UsageError
 from vfiotool.host import Host
 
 if TYPE_CHECKING:
@@ -75,8 +76,6 @@ def write(*parts: str | tuple[str, str]) -> None:
 def uuid_of(option: str, text: str) -> str:
     """A UUID in its usual spelling. Raises UsageError, which names the option."""
     from uuid import UUID
-
-    from vfiotool.errors import UsageError
 
     try:
         return str(UUID(text))
