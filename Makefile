@@ -54,4 +54,4 @@ bench: venv
 	$(PY) -m tests.bench
 
 clean:
-	rm -rf .venv build vfiotool.egg-info vfiotool/*.so
+	rm -rf .venv build vfiotool.egg-info vfiotool/native/*.so

@@ -1,8 +1,8 @@
 """Builds vfiotool's two C extensions; named in pyproject.toml, so that no setup.py is needed.
 
-`vfiotool._native` is cffi's API mode: its C is generated at build time from the library's headers,
-compiled against them, and not committed. `vfiotool._mmio` is a type written by hand
-(see `mmio_module.c`). Both keep to Python's stable ABI.
+`vfiotool.native._library` is cffi's API mode: its C is generated at build time from the
+library's headers, compiled against them, and not committed. `vfiotool.native._types` is written
+by hand (see `python/types_module.c`). Both keep to Python's stable ABI.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 
-# What vfio/native.py sees of the library, one header a concern; a new one is named here and in
-# pyproject.toml. `ioctl.h` is for the library itself, `mmio.h` for `vfiotool._mmio`.
+# What native/library.py sees of the library, one header a concern; a new one is named here and in
+# pyproject.toml. `ioctl.h` is for the library itself, `mmio.h` for `vfiotool.native._types`.
 HEADERS = (
-    "handle.h",
-    "vfio.h",
-    "dma.h",
-    "iommufd.h",
-    "irq.h",
-    "nvme_queue.h",
-    "nvme_load.h",
-    "gfx.h",
-    "migration.h",
+    "vfio/handle.h",
+    "vfio/vfio.h",
+    "vfio/dma.h",
+    "vfio/iommufd.h",
+    "vfio/irq.h",
+    "nvme/nvme_queue.h",
+    "nvme/nvme_load.h",
+    "vfio/gfx.h",
+    "vfio/migration.h",
 )
 
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
@@ -47,18 +47,18 @@ def interface() -> FFI:
     for name in HEADERS:
         ffi.cdef(declarations((HERE / name).read_text()))
     includes = "".join(f'#include "{name}"\n' for name in HEADERS)
-    ffi.set_source("vfiotool._native", includes, py_limited_api=True)
+    ffi.set_source("vfiotool.native._library", includes, py_limited_api=True)
     return ffi
 
 
 class BuildExtensions(build_ext):
-    """`build_ext` that first generates the C of `vfiotool._native`."""
+    """`build_ext` that first generates the C of `vfiotool.native._library`."""
 
     def build_extension(self, extension) -> None:  # type: ignore[no-untyped-def]
         extension.include_dirs.append(str(HERE))
         extension.extra_compile_args.extend(FLAGS)
-        if extension.name == "vfiotool._native":
-            generated = Path(self.build_temp) / "_native.c"
+        if extension.name == "vfiotool.native._library":
+            generated = Path(self.build_temp) / "_library.c"
             generated.parent.mkdir(parents=True, exist_ok=True)
             interface().emit_c_code(str(generated))
             extension.sources = [*extension.sources, str(generated)]
@@ -72,23 +72,23 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g",
 
 
 def _is_current(built: Path) -> bool:
-    inputs = [*HERE.glob("*.[ch]"), Path(__file__), HERE.parent / "pyproject.toml"]
+    inputs = [*HERE.rglob("*.[ch]"), Path(__file__), HERE.parent / "pyproject.toml"]
     return built.exists() and built.stat().st_mtime > max(path.stat().st_mtime for path in inputs)
 
 
 def _compile(name: str, folder: Path, flags: list[str], *, apart: tuple[str, ...] = ()) -> None:
-    """`folder`/NAME.abi3.so: the extension vfiotool.NAME as pyproject.toml has it, with `flags`
-    of its own and without the sources `apart`. Built only if a source is newer."""
+    """`folder`/NAME.abi3.so: the extension vfiotool.native.NAME as pyproject.toml has it,
+    with `flags` of its own and without the sources `apart`. Built only if a source is newer."""
     built = folder / f"{name}.abi3.so"
     if _is_current(built):
         return
     root = HERE.parent
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = next(x for x in settings["ext-modules"] if x["name"] == f"vfiotool.{name}")
+    found = next(x for x in settings["ext-modules"] if x["name"] == f"vfiotool.native.{name}")
     sources = [root / source for source in found["sources"] if source not in apart]
     folder.mkdir(parents=True, exist_ok=True)
-    if name == "_native":
-        sources.append(folder / "_native.c")
+    if name == "_library":
+        sources.append(folder / "_library.c")
         interface().emit_c_code(str(sources[-1]))
     _link(built, sources, flags)
 
@@ -109,10 +109,10 @@ def build_with_fault_injection() -> Path:
     way = FAULT_BUILD / "libvt_ioctl.so"
     if not _is_current(way):
         FAULT_BUILD.mkdir(parents=True, exist_ok=True)
-        _link(way, [HERE / "ioctl.c"], [*flags, "-fvisibility=default"])
+        _link(way, [HERE / "vfio" / "ioctl.c"], [*flags, "-fvisibility=default"])
     flags += [f"-L{FAULT_BUILD}", "-lvt_ioctl", "-Wl,-rpath,$ORIGIN"]
-    for name in ("_native", "_mmio"):
-        _compile(name, FAULT_BUILD, flags, apart=("cext/ioctl.c",))
+    for name in ("_library", "_types"):
+        _compile(name, FAULT_BUILD, flags, apart=("cext/vfio/ioctl.c",))
     return FAULT_BUILD
 
 
@@ -120,10 +120,11 @@ def build_with_sanitizers() -> Path:
     """The folder of a package `vfiotool` for tests, whose C parts run under the address and the
     undefined behaviour sanitizer; its Python is this folder's, by links."""
     package = SANITIZED_BUILD / "vfiotool"
-    for name in ("_native", "_mmio"):
-        _compile(name, package, SANITIZERS)
-    for entry in (HERE.parent / "vfiotool").iterdir():
-        link = package / entry.name
-        if entry.suffix != ".so" and entry.name != "__pycache__" and not link.is_symlink():
-            link.symlink_to(entry)
+    for name in ("_library", "_types"):
+        _compile(name, package / "native", SANITIZERS)
+    for folder in (Path("vfiotool"), Path("vfiotool", "native")):
+        for entry in (HERE.parent / folder).iterdir():
+            link = SANITIZED_BUILD / folder / entry.name
+            if entry.suffix != ".so" and entry.name != "__pycache__" and not link.exists():
+                link.symlink_to(entry)
     return SANITIZED_BUILD

@@ -6,24 +6,28 @@ The summary's last lines tell what the tests inside guests came to, and why some
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
-from guest_runs import PROOFS_WANTED
 
-from tests.printed import listen, schema_of
+from tests.guests.runs import PROOFS_WANTED
+from tests.oracles.printed import listen, schema_of
 
 
 def hold_against_schema(command: str, payload: dict[str, Any]) -> None:
     """Fails the test whose command printed something else than what is published."""
-    from schemas import faults
+    from tests.oracles.schemas import faults
 
     wrong = faults(schema_of(command, payload), payload)
     if wrong:
         # No Exception: what a command meets is told as an error of the command's.
         pytest.fail(f"what `{command}` printed is not as published: {wrong[:5]}")
 
+
+# A shell leaves SIGINT ignored for what it runs in the background, and tests send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Here and not in a fixture: before any test imports the modules of commands.
 listen(hold_against_schema)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reading import reading_commands, run
 
-from vfiotool.snapshot import load, open_root
-from vfiotool.snapshot_text import format_snapshot
+from tests.cli.reading import reading_commands, run
+from vfiotool.snapshot.capture import load, open_root
+from vfiotool.snapshot.text import format_snapshot
 
 HOSTS = Path(__file__).resolve().parent.parent / "fixtures" / "hosts"
 NAMES = sorted(path.name for path in HOSTS.iterdir())
@@ -72,7 +72,7 @@ def test_the_domain_above_ffff_sorts_after_all_others() -> None:
 def test_names_with_newlines_and_escapes_leave_the_output_whole(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from vfiotool.cli.app import main
+    from vfiotool.cli.main import main
 
     root = str(HOSTS / "hostile-names")
     for command in (["groups"], ["devices"], ["tree"], ["show", "00:01.0"], ["why", "00:01.0"]):

@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
-    from vfiotool.cli.app import main as run
+    from vfiotool.cli.main import main as run
 
     sys.exit(run())
 

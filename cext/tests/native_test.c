@@ -13,13 +13,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "dma.h"
-#include "iommufd.h"
-#include "ioctl.h"
-#include "irq.h"
-#include "mmio.h"
-#include "uapi_compat.h"
-#include "vfio.h"
+#include "vfio/dma.h"
+#include "vfio/iommufd.h"
+#include "vfio/ioctl.h"
+#include "vfio/irq.h"
+#include "vfio/mmio.h"
+#include "vfio/uapi_compat.h"
+#include "vfio/vfio.h"
 
 #define CHECK(condition)                                                                         \
 	do {                                                                                     \

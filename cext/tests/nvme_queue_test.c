@@ -9,8 +9,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "nvme_load.h"
-#include "nvme_queue.h"
+#include "nvme/nvme_load.h"
+#include "nvme/nvme_queue.h"
 
 #define PAGE 4096u
 #define SQ 8u

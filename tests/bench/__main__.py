@@ -9,9 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
 LAB = [sys.executable, "-m", "vfiotool", "lab", "run", "--quiet"]
 KERNELS = ("6.1", "6.12", "iommufd")
 EDU = "0000:00:01.0"
@@ -19,7 +17,7 @@ BOOTS = 3
 
 
 def bench(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(FOLDER / f"bench_{name}.py"), *arguments]
+    return [sys.executable, "-m", f"tests.bench.bench_{name}", *arguments]
 
 
 def in_guest(command: list[str], *, bind: bool = True) -> list[str]:

@@ -1,6 +1,6 @@
 """Map and unmap, from Python and from plain C, on one container or IOAS.
 
-    python tests/bench/bench_dma.py 0000:00:01.0 [--backend type1|iommufd]    in a guest
+    python -m tests.bench.bench_dma 0000:00:01.0 [--backend type1|iommufd]    in a guest
 
 For 4 KiB pages, 2 MiB huge pages and transparent huge pages: nanoseconds a page (4 KiB) for the
 plain C loop, the library's batches (one call of C for all; from a list of tuples and from an
@@ -21,11 +21,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rounds import compiled, in_turn, times
-
+from tests.bench.rounds import compiled, in_turn, times
 from vfiotool.errors import VfiotoolError
+from vfiotool.native.library import address_of
 from vfiotool.vfio import Device
-from vfiotool.vfio.native import address_of
 
 C_SOURCE = """
 #include <linux/vfio.h>

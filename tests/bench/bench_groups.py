@@ -1,6 +1,6 @@
 """How fast and how big: listing laid-out hosts, against lspci on the same trees in the same run.
 
-    python tests/bench/bench_groups.py [--sizes 512 4096 16384] [--runs 7] [--folder FOLDER]
+    python -m tests.bench.bench_groups [--sizes 512 4096 16384] [--runs 7] [--folder FOLDER]
 
 Whole processes, run in turn, medians: wall time, processor time (of all processes together) and
 peak memory. Prints the ratios that docs/benchmarks.md records; asserts nothing. Byte code is
@@ -19,8 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import bighost
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIXTURE = ROOT / "fixtures" / "hosts" / "shared-group"
@@ -90,7 +88,8 @@ def report(found: dict[str, Series], pairs: list[tuple[str, str, str]]) -> None:
 
 def lay_out_apart(root: Path, functions: int, *options: str) -> None:
     """In a process of its own: the peak that the kernel gives a child begins with its parent's."""
-    subprocess.run([*PYTHON, bighost.__file__, str(root), str(functions), *options], check=True)
+    command = [*PYTHON, "-m", "tests.bench.bighost", str(root), str(functions), *options]
+    subprocess.run(command, check=True)
 
 
 def bench_size(folder: Path, functions: int, runs: int, cache: str) -> dict[str, Series]:

@@ -1,6 +1,6 @@
 """Interrupt round trips: from the write that raises edu's MSI to the wait that returns.
 
-    python tests/bench/bench_irq.py 0000:00:01.0 [--backend NAME]      in a guest, on vfio-pci
+    python -m tests.bench.bench_irq 0000:00:01.0 [--backend NAME]      in a guest, on vfio-pci
 
 Two signals: edu's MSI (raised and acknowledged by a register write each, on the same mapping for
 all ways), and the kernel's loopback trigger. For each a peer in C that does poll(2) and read(2) as
@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from rounds import compiled, in_turn, times
-
+from tests.bench.rounds import compiled, in_turn, times
 from vfiotool.vfio import Device, Interrupt, Mapping
 
 RAISE, ACKNOWLEDGE = 0x60, 0x64

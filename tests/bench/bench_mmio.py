@@ -1,7 +1,7 @@
 """What one register access costs: C loop, bulk and single reads from Python, on one mapping.
 
-    python tests/bench/bench_mmio.py                     over ordinary memory, on any machine
-    python tests/bench/bench_mmio.py --device 00:01.0    over BAR 0 of a device on vfio-pci
+    python -m tests.bench.bench_mmio                     over ordinary memory, on any machine
+    python -m tests.bench.bench_mmio --device 00:01.0    over BAR 0 of a device on vfio-pci
 
 Prints nanoseconds of the thread's own time for each way and the ratios; asserts nothing. The C
 loop is compiled here and reads the same mapping by its address. "Traced" is what a trace costs
@@ -22,11 +22,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from rounds import compiled, in_turn, ratio
-
+from tests.bench.rounds import compiled, in_turn, ratio
+from vfiotool.native.library import WINDOW_READ, WINDOW_WRITE, Window
 from vfiotool.vfio import Device
 from vfiotool.vfio.caps import Area
-from vfiotool.vfio.native import WINDOW_READ, WINDOW_WRITE, Window
 from vfiotool.vfio.region import Mapping, TracedMapping
 from vfiotool.vfio.trace import Trace
 

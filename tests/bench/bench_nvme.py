@@ -1,6 +1,6 @@
 """NVMe random reads on null-co disks: our driver, the kernel's with fio, another program's.
 
-    python tests/bench/bench_nvme.py [--kernel 6.12] [--rounds 5] [--peer COMMAND]
+    python -m tests.bench.bench_nvme [--kernel 6.12] [--rounds 5] [--peer COMMAND]
 
 Starts a guest with four controllers over QEMU's null-co, blocks of 512 and of 4096 bytes, two on
 the kernel's driver and two on vfio-pci; then measures in turn, one block a read, in rounds:
@@ -56,7 +56,7 @@ def hardware() -> tuple[str, ...]:
 def outside(options: argparse.Namespace) -> int:
     from vfiotool.lab.guest import Guest
 
-    inner = [sys.executable, __file__, "--inside", "--rounds", str(options.rounds)]
+    inner = [sys.executable, "-m", __spec__.name, "--inside", "--rounds", str(options.rounds)]
     inner += ["--seconds", str(options.seconds), "--backend", options.backend]
     inner += ["--peer", options.peer] if options.peer else []
     inner += ["--json"] if options.json else []
@@ -128,8 +128,8 @@ def peer(template: str, address: str, size: int, depth: int, seconds: float) -> 
 
 
 def ours(address: str, backend: str, size: int, depth: int, batch: int, seconds: float) -> float:
-    from vfiotool.drivers import nvme_bench
-    from vfiotool.drivers.nvme import Controller
+    from vfiotool.drivers.nvme import bench as nvme_bench
+    from vfiotool.drivers.nvme.controller import Controller
     from vfiotool.vfio import Device
 
     with Device.open(address, backend=backend) as device:
@@ -140,10 +140,10 @@ def ours(address: str, backend: str, size: int, depth: int, batch: int, seconds:
 
 
 def python_loop(address: str, backend: str, size: int, depth: int, seconds: float) -> float:
-    from vfiotool.drivers import nvme_spec
-    from vfiotool.drivers.nvme import Controller
+    from vfiotool.drivers.nvme import spec as nvme_spec
+    from vfiotool.drivers.nvme.controller import Controller
+    from vfiotool.drivers.nvme.queue_pair import Batch
     from vfiotool.vfio import Device
-    from vfiotool.vfio.nvme_queue import Batch
 
     with Device.open(address, backend=backend) as device:
         controller = Controller(device)

@@ -1,6 +1,6 @@
 """How long planning takes: a policy of 1,000 rules on a laid-out host of 4,096 functions.
 
-    python tests/bench/bench_plan.py [--functions 4096] [--rules 1000] [--runs 5] [--folder FOLDER]
+    python -m tests.bench.bench_plan [--functions 4096] [--rules 1000] [--runs 5] [--folder FOLDER]
 
 The library's call (read the policy, read the host, plan) in a process of its own for each run,
 and the whole command `vfiotool --root … plan --json`; wall time, processor time, peak memory.
@@ -19,13 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from vfiotool.change.policy import parse_policy
-from vfiotool.change.policy_facts import read_policy_facts
-from vfiotool.change.policy_plan import plan_policy
-from vfiotool.host import Host
-from vfiotool.pci import list_addresses, read_identity
-
-BIGHOST = Path(__file__).with_name("bighost.py")
+from vfiotool.devices.pci import list_addresses, read_identity
+from vfiotool.host.host import Host
+from vfiotool.policy.facts import read_policy_facts
+from vfiotool.policy.parse import parse_policy
+from vfiotool.policy.plan import plan_policy
 
 
 def write_policy(root: str, rules: int) -> str:
@@ -92,12 +90,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = os.path.join(folder, "host")
-        subprocess.run([sys.executable, BIGHOST, root, str(options.functions)], check=True)
+        lay_out = [sys.executable, "-m", "tests.bench.bighost", root, str(options.functions)]
+        subprocess.run(lay_out, check=True)
         path = os.path.join(folder, "policy.toml")
         Path(path).write_text(write_policy(root, options.rules))
         runs = []
         for _ in range(options.runs):
-            command = [sys.executable, __file__, "--once", root, path]
+            command = [sys.executable, "-m", __spec__.name, "--once", root, path]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             runs.append(json.loads(done.stdout))
         print(f"{options.rules} rules, {options.functions} functions, {runs[0]['steps']} steps")

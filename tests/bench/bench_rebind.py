@@ -1,6 +1,6 @@
 """Rebinding one device and eight, against driverctl in the same guest.
 
-    python tests/bench/bench_rebind.py [--kernel 6.12] [--runs 5]     on the host: boots a guest
+    python -m tests.bench.bench_rebind [--kernel 6.12] [--runs 5]     on the host: boots a guest
 
 One round takes devices to vfio-pci and gives them back. Three ways: the library in a warm process,
 the command as a process of its own, and driverctl (which takes one device a call, and is given
@@ -59,11 +59,11 @@ def endpoints(count: int) -> list[str]:
 def library() -> Callable[[list[str]], None]:
     """A round of the library, in a process that has one host and one journal for all of them."""
     from vfiotool.change.apply import change
-    from vfiotool.change.facts import read_facts
     from vfiotool.change.journal import Journal
-    from vfiotool.change.plan import plan_bind, plan_release
-    from vfiotool.change.step import Step
-    from vfiotool.host import Host
+    from vfiotool.change.plans.bind import plan_bind, plan_release
+    from vfiotool.change.plans.facts import read_facts
+    from vfiotool.change.steps.base import Step
+    from vfiotool.host.host import Host
 
     host = Host.local()
     journal = Journal(host)
@@ -131,7 +131,7 @@ def main() -> None:
     if options.in_guest:
         print(json.dumps(measure(options.runs)))
         return
-    inside = [sys.executable, __file__, "--in-guest", "--runs", str(options.runs)]
+    inside = [sys.executable, "-m", __spec__.name, "--in-guest", "--runs", str(options.runs)]
     command = [sys.executable, "-m", "vfiotool", "lab", "run", "--machine", options.machine]
     command += ["--kernel", options.kernel, "--timeout", "1800", "--", *inside]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -1,6 +1,6 @@
 """What `vfiotool watch` costs: CPU time over a minute of 100 events a second, in a lab guest.
 
-    vfiotool lab run --machine basic -- python tests/bench/bench_watch.py [SECONDS]
+    vfiotool lab run --machine basic -- python -m tests.bench.bench_watch [SECONDS]
 
 edu is bound to vfio-pci and unbound fifty times a second, two events each. The processor time of
 `watch` is given beside that of `udevadm monitor --kernel` for as many events, where there is one,

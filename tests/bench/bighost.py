@@ -1,6 +1,6 @@
 """A laid-out host of any size: a directory that `vfiotool --root` and `lspci -O` can both read.
 
-    python tests/bench/bighost.py FOLDER 4096 [--distinct]
+    python -m tests.bench.bighost FOLDER 4096 [--distinct]
 
 A unit of 64 functions is a root port, a network function and its 62 VFs; every eighth unit has a
 PCIe-to-PCI bridge with conventional functions that all share the bridge's group instead. Each
@@ -17,8 +17,7 @@ import struct
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config_space import Extended, Standard, build
+from tests.fakes.config_space import Extended, Standard, build
 
 UNIT = 64
 # Buses from 80h on are those behind conventional bridges.

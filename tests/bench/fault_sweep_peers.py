@@ -274,7 +274,7 @@ def disk_jobs() -> Iterable[Job]:
 
 
 def vfiotool(*words: str) -> int:
-    from vfiotool.cli.app import main
+    from vfiotool.cli.main import main
 
     return main([*words])
 
@@ -331,7 +331,7 @@ POLICY = f'version = 1\n[[mdev]]\nparent = "mtty"\ntype = "mtty-1"\nuuid = "{UUI
 
 def installed_state() -> str:
     """vfiotool's counterpart of a definition: the policy's copy, and a manifest that knows it."""
-    from vfiotool.change.boot import read_status
+    from vfiotool.boot.enable import read_status
 
     status = read_status("/")
     copy = Path("/etc/vfiotool/boot/policy.toml")
@@ -343,8 +343,8 @@ def installed_state() -> str:
 
 
 def install_policy() -> int:
-    from vfiotool.change.boot import disable
-    from vfiotool.change.boot_files import BootFile, install
+    from vfiotool.boot.enable import disable
+    from vfiotool.boot.files import BootFile, install
     from vfiotool.errors import VfiotoolError
 
     try:
@@ -389,10 +389,6 @@ def mdev_jobs() -> Iterable[Job]:
 
 
 def in_guest(what: str) -> None:
-    import vfiotool.change.policy_plan
-    import vfiotool.cli.boot
-    import vfiotool.cli.change
-    import vfiotool.cli.policy  # noqa: F401
 
     for job in disk_jobs() if what == "disk" else mdev_jobs():
         print(json.dumps(sweep(job)), flush=True)
@@ -415,7 +411,8 @@ def main() -> None:
             "3000",
             "--",
             sys.executable,
-            __file__,
+            "-m",
+            "tests.bench.fault_sweep_peers",
             what,
         ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -7,8 +7,8 @@
 Without a corpus it starts from the target's seeds in a folder of its own; an empty corpus is
 given them. Following branches takes most of the time: with `--every N` only every Nth input's are
 followed (and those of a corpus), for volume once a corpus hardly grows. `--keep` makes the small
-inputs of a corpus a regression test, which `tests/test_fuzz_corpus.py` replays: merge the corpus
-first (`-merge=1 NEW OLD`), so that nothing stands in it twice. Targets: `tests/fuzz_targets.py`;
+inputs of a corpus a regression test, which `tests/fuzz/test_corpus.py` replays: merge the corpus
+first (`-merge=1 NEW OLD`), so that nothing stands in it twice. Targets: `tests/fuzz/targets.py`;
 options: https://llvm.org/docs/LibFuzzer.html. An input that takes longer than `-timeout` seconds
 counts as a hang.
 """
@@ -30,22 +30,22 @@ from typing import TYPE_CHECKING
 from atheris import Fuzz, Setup, instrument_imports
 
 if TYPE_CHECKING:
-    from fuzz_targets import Target
+    from tests.fuzz.targets import Target
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(FOLDER.parents[1]))
 
 TARGET = sys.argv.pop(1) if len(sys.argv) > 1 else ""
 _KEPT_BYTES = 400
-_OURS = ("vfiotool", "fuzz_targets", "snapshot_check", "config_space")
+_OURS = ("vfiotool", "tests")
 # Branches of these lead the fuzzer nowhere: the reader of registers follows its tables, which took
 # half of the time, and the others parse nothing.
 _NOT_FOLLOWED = [
-    "vfiotool.capabilities_layout",
+    "vfiotool.devices.config.layout",
     "vfiotool.errors",
-    "vfiotool.host",
-    "vfiotool.inventory_details",
-    "vfiotool.inventory_json",
+    "vfiotool.host.host",
+    "vfiotool.devices.details",
+    "vfiotool.devices.as_json",
 ]
 
 
@@ -61,9 +61,9 @@ def load(*, followed: bool) -> Target:
     for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
         del sys.modules[name]
     with instrument_imports(["vfiotool"], _NOT_FOLLOWED) if followed else nullcontext():
-        from fuzz_targets import TARGETS
-
-        from vfiotool import capabilities, capabilities_header
+        from tests.fuzz.targets import TARGETS
+        from vfiotool.devices.config import decode as capabilities
+        from vfiotool.devices.config import header as capabilities_header
     # A remembered answer follows no branch. Where none is followed it may stay: what is remembered
     # has been run.
     for module in (capabilities, capabilities_header) if followed else ():

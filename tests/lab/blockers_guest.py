@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vfiotool.cli.app import main
+from vfiotool.cli.main import main
 
 PCI = Path("/sys/bus/pci/devices")
 

@@ -9,10 +9,10 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from vfiotool.cli.app import main
-from vfiotool.host import Host
-from vfiotool.mdev import read_mdevs
-from vfiotool.pci import list_addresses
+from vfiotool.cli.main import main
+from vfiotool.devices.mdev import read_mdevs
+from vfiotool.devices.pci import list_addresses
+from vfiotool.host.host import Host
 
 PCI = "/sys/bus/pci/devices"
 

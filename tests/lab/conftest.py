@@ -1,6 +1,6 @@
 """What runs in here runs in lab guests only: it binds, unbinds and mounts for real.
 
-tests/test_in_guests.py boots the guests and reports each file's outcome on the host.
+tests/guests/test_in_guests.py boots the guests and reports each file's outcome on the host.
 """
 
 from __future__ import annotations

@@ -30,16 +30,16 @@ ROUNDS = 2
 
 def load_test_build(folder: str) -> None:
     """Put FOLDER's extensions in the place of the installed ones."""
-    import vfiotool
+    from vfiotool import native
 
     for path in sorted(Path(folder).glob("_*.so")):
         name = path.name.partition(".")[0]
-        spec = importlib.util.spec_from_file_location(f"vfiotool.{name}", path)
+        spec = importlib.util.spec_from_file_location(f"vfiotool.native.{name}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        sys.modules[f"vfiotool.{name}"] = module
-        setattr(vfiotool, name, module)
+        sys.modules[f"vfiotool.native.{name}"] = module
+        setattr(native, name, module)
 
 
 def life(device: Device) -> None:
@@ -133,7 +133,7 @@ class Runs:
     """One scenario, run with each of its calls failing."""
 
     def __init__(self, name: str, address: str, backend: str) -> None:
-        from vfiotool.vfio import native
+        from vfiotool.native import library as native
 
         self.fault_set = native.fault_set
         self.name, self.address, self.backend = name, address, backend
@@ -157,7 +157,7 @@ class Runs:
         return (0 if self.name == "life" else skipped[0]), total
 
     def held(self) -> tuple[dict[str, str], int, int]:
-        from vfio_guest import open_descriptors, status_kib
+        from tests.lab.vfio_guest import open_descriptors, status_kib
 
         return open_descriptors(), status_kib("VmLck"), status_kib("VmPin")
 

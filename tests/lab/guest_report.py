@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.printed import listen
+from tests.oracles.printed import listen
 
 REPORT_FD = 3
 _at_work = [""]

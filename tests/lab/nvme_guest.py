@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from vfio_guest import PCI, bind_vfio
+from tests.lab.vfio_guest import PCI, bind_vfio
 
 DISKS = tuple(f"0000:0{number}:00.0" for number in range(1, 6))
 

@@ -20,8 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vfio_guest import bind_vfio, open_descriptors, status_kib
-
+from tests.lab.vfio_guest import bind_vfio, open_descriptors, status_kib
 from vfiotool.vfio import Device
 
 FULL = {"maps": 10**6, "buffers": 10**5, "interrupts": 10**5, "opens": 10**4, "resets": 10**3}

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from blockers_guest import why
 
-from vfiotool.capabilities import read_config
-from vfiotool.host import Host
-from vfiotool.inventory import Inventory, read_inventory
-from vfiotool.iommu_acs import REQUIRED, find_mergers
+from tests.lab.blockers_guest import why
+from vfiotool.devices.acs import REQUIRED, find_mergers
+from vfiotool.devices.config.decode import read_config
+from vfiotool.devices.inventory import Inventory, read_inventory
+from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakekernel import end_state
+from tests.fakes.kernel import end_state
 from tests.lab.commands import PCI, driver_of, modprobe, override_of, vfiotool
-from vfiotool.host import Host
+from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

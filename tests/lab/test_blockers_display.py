@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from blockers_guest import PCI, blockers, need, wait_for, why
+
+from tests.lab.blockers_guest import PCI, blockers, need, wait_for, why
 
 MACHINE = "display"
 KERNELS = ("6.1", "6.12", "iommufd")

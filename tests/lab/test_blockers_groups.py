@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from blockers_guest import PCI, assert_passable, blockers, need, why
+
+from tests.lab.blockers_guest import PCI, assert_passable, blockers, need, why
 
 MACHINE = ("shared-group", "no-iommu")
 KERNELS = ("6.1", "6.12", "iommufd")

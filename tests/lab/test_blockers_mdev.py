@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from blockers_guest import assert_passable, blockers, need, why
+
+from tests.lab.blockers_guest import assert_passable, blockers, need, why
 
 MACHINE = "mdev"
 KERNELS = ("6.1", "6.12", "iommufd")

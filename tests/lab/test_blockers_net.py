@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from blockers_guest import PCI, assert_passable, blockers, need, run, wait_for, why
 
-from vfiotool.host import Host
-from vfiotool.netlink_route import VfSettings, read_addresses, read_vf_settings, set_vf
+from tests.lab.blockers_guest import PCI, assert_passable, blockers, need, run, wait_for, why
+from vfiotool.host.host import Host
+from vfiotool.netlink.route import VfSettings, read_addresses, read_vf_settings, set_vf
 
 MACHINE = "net"
 KERNELS = ("6.1", "6.12", "iommufd")

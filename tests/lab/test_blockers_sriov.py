@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from blockers_guest import PCI, assert_passable, blockers, disk_of, need, run, wait_for, why
+
+from tests.lab.blockers_guest import (
+    PCI,
+    assert_passable,
+    blockers,
+    disk_of,
+    need,
+    run,
+    wait_for,
+    why,
+)
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")

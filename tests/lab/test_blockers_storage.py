@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from blockers_guest import assert_passable, blockers, disk_of, need, run, wait_for, why
+
+from tests.lab.blockers_guest import assert_passable, blockers, disk_of, need, run, wait_for, why
 
 MACHINE = "storage"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from vfiotool.change.boot import own_places
-from vfiotool.cli.app import main
+from vfiotool.boot.enable import own_places
+from vfiotool.cli.main import main
 
 MACHINE = "mdev"
 KERNELS = ("6.1", "6.12")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fakekernel import end_state
+from tests.fakes.kernel import end_state
 from tests.lab.commands import driver_of, modprobe, vfiotool
-from vfiotool.host import Host
+from vfiotool.host.host import Host
 
 MACHINE = "native-hotplug"
 KERNELS = ("6.1", "6.12", "iommufd")

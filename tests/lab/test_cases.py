@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cases import CASES, run
-from tests.changing import EDU, NVME, run_folder
-from tests.fakekernel import FakeKernel, end_state
+from tests.change.cases import CASES, run
+from tests.change.changing import EDU, NVME, run_folder
+from tests.fakes.kernel import FakeKernel, end_state
+from tests.fakes.mirror import mirror
 from tests.lab.commands import restore
-from tests.mirror import mirror
 from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
-from vfiotool.host import Host
-from vfiotool.pci import list_addresses
+from vfiotool.devices.pci import list_addresses
+from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

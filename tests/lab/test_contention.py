@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 
-from tests.changing import UUID, binding, do, releasing, run_folder
-from tests.contention import check, operations, run_workers
-from tests.fakekernel import PCI
+from tests.change.changing import UUID, binding, do, releasing, run_folder
+from tests.change.contention import check, operations, run_workers
+from tests.fakes.kernel import PCI
+from tests.fakes.neighbour import Meddling, WatchedTree
 from tests.lab.commands import modprobe, restore
-from tests.neighbour import Meddling, WatchedTree
 from vfiotool.change import apply as apply_module
 from vfiotool.change.apply import Outcome, recover
-from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.journal import Journal
-from vfiotool.change.state import Binding, read_binding
+from vfiotool.change.steps.bind import BindDriver
+from vfiotool.change.steps.state import Binding, read_binding
 from vfiotool.errors import VfiotoolError
-from vfiotool.host import Host
+from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

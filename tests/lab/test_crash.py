@@ -22,19 +22,20 @@ from statistics import median
 
 import pytest
 
-from tests.changing import run_folder
-from tests.fakekernel import end_state
+from tests.change.changing import run_folder
+from tests.fakes.kernel import end_state
+from tests.guests.yardstick import slowness
 from tests.lab.commands import modprobe
-from tests.yardstick import slowness
 from vfiotool.change import apply as apply_module
 from vfiotool.change.apply import change, recover, undo
 from vfiotool.change.journal import Journal
-from vfiotool.change.policy import parse_policy
-from vfiotool.change.policy_facts import read_policy_facts
-from vfiotool.change.policy_plan import plan_policy
-from vfiotool.change.step import Step
+from vfiotool.change.steps.base import Step
 from vfiotool.errors import VfiotoolError
-from vfiotool.host import Host, OsTree
+from vfiotool.host.host import Host
+from vfiotool.host.tree import OsTree
+from vfiotool.policy.facts import read_policy_facts
+from vfiotool.policy.parse import parse_policy
+from vfiotool.policy.plan import plan_policy
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

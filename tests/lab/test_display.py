@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, mdev, open_descriptors
 
+from tests.lab.vfio_guest import BACKENDS, mdev, open_descriptors
 from vfiotool.drivers import demo
 from vfiotool.drivers.display import Mbochs, Mdpy, edid, open_display, pattern, png, show_pattern
 from vfiotool.errors import KernelError, UsageError

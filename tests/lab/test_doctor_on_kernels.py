@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blockers_guest import need
 
-from vfiotool.cli.app import main
+from tests.lab.blockers_guest import need
+from vfiotool.cli.main import main
 
 MACHINE = ("basic", "no-iommu", "virtio-iommu")
 KERNELS = ("6.1", "6.12", "iommufd")

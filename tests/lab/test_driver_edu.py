@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from math import factorial
 
 import pytest
-from vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors
 
-from vfiotool.cli.app import main
+from tests.lab.vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors
+from vfiotool.cli.main import main
 from vfiotool.drivers.edu import ADDRESS_BITS, BUFFER_SIZE, Edu
 from vfiotool.errors import UsageError
 from vfiotool.vfio import Device

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from vfio_guest import BACKENDS, mdev
 
-from vfiotool.cli.app import main
+from tests.lab.vfio_guest import BACKENDS, mdev
+from vfiotool.cli.main import main
 from vfiotool.drivers import demo
 from vfiotool.drivers.mtty import FIFO_BYTES, SerialPort
 from vfiotool.errors import NotFound, Unsupported, UsageError

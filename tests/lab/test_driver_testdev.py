@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from vfio_guest import BACKENDS, EDU, TESTDEV, bind_vfio
 
+from tests.lab.vfio_guest import BACKENDS, EDU, TESTDEV, bind_vfio
 from vfiotool.drivers import demo
 from vfiotool.drivers.pci_testdev import PciTestdev
 from vfiotool.errors import UsageError

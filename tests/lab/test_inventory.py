@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lspci_oracle import Comparison, compare, parse
 
-from vfiotool.capabilities import parse_config, read_config
-from vfiotool.host import Host
-from vfiotool.inventory import read_inventory
-from vfiotool.inventory_details import DetailReader, link_of
-from vfiotool.pci import list_addresses, read_function, read_functions
+from tests.oracles.lspci import Comparison, compare, parse
+from vfiotool.devices.config.decode import parse_config, read_config
+from vfiotool.devices.details import DetailReader, link_of
+from vfiotool.devices.inventory import read_inventory
+from vfiotool.devices.pci import list_addresses, read_function, read_functions
+from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, mdev, open_descriptors
 
+from tests.lab.vfio_guest import BACKENDS, mdev, open_descriptors
 from vfiotool.drivers.mtty import SerialPort
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device

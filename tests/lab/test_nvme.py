@@ -14,17 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nvme_guest import DISKS, to_vfio
-from vfio_guest import BACKENDS, open_descriptors
 
-from vfiotool.drivers import demo, nvme_bench, nvme_spec
-from vfiotool.drivers.nvme import Controller
-from vfiotool.drivers.nvme_async import AsyncQueue
-from vfiotool.drivers.nvme_io import IoQueue
-from vfiotool.drivers.nvme_spec import Namespace
+from tests.lab.nvme_guest import DISKS, to_vfio
+from tests.lab.vfio_guest import BACKENDS, open_descriptors
+from vfiotool.drivers import demo
+from vfiotool.drivers.nvme import bench as nvme_bench
+from vfiotool.drivers.nvme import spec as nvme_spec
+from vfiotool.drivers.nvme.aio import AsyncQueue
+from vfiotool.drivers.nvme.controller import Controller
+from vfiotool.drivers.nvme.io import IoQueue
+from vfiotool.drivers.nvme.queue_pair import Batch
+from vfiotool.drivers.nvme.spec import Namespace
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device
-from vfiotool.vfio.nvme_queue import Batch
 
 MACHINE = "storage"
 KERNELS = ("6.1", "6.12", "iommufd")
@@ -285,7 +287,7 @@ def test_closing_in_the_middle_of_a_load_leaves_a_usable_disk(backend: str) -> N
 
 HOLDER = """
 import sys
-from vfiotool.drivers.nvme import Controller
+from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.vfio import Device
 controller = Controller(Device.open(sys.argv[1], backend=sys.argv[2]))
 queue = controller.create_queue()

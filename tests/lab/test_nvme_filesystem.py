@@ -8,10 +8,10 @@ import random
 from pathlib import Path
 
 import pytest
-from nvme_guest import DISKS, bind_nvme, checksums, mounted, run, sha256_of, to_vfio
-from vfio_guest import BACKENDS
 
-from vfiotool.drivers.nvme import Controller
+from tests.lab.nvme_guest import DISKS, bind_nvme, checksums, mounted, run, sha256_of, to_vfio
+from tests.lab.vfio_guest import BACKENDS
+from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.vfio import Device
 
 MACHINE = "storage"

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nvme_guest import bind_nvme, run, to_vfio
-from vfio_guest import BACKENDS, PCI
 
-from vfiotool.drivers.nvme import Controller
+from tests.lab.nvme_guest import bind_nvme, run, to_vfio
+from tests.lab.vfio_guest import BACKENDS, PCI
+from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.errors import KernelError
 from vfiotool.vfio import Device
 from vfiotool.vfio.device import FEATURE_SET

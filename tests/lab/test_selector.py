@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from vfiotool.devices.selector import path_of, resolve, resolve_all
 from vfiotool.errors import Ambiguous, NotFound
-from vfiotool.host import Host
-from vfiotool.selector import path_of, resolve, resolve_all
+from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from reading import reading_commands, run
-
-from vfiotool.host import Host
-from vfiotool.snapshot import load, open_root
-from vfiotool.snapshot_text import format_snapshot
+from tests.cli.reading import reading_commands, run
+from vfiotool.host.host import Host
+from vfiotool.snapshot.capture import load, open_root
+from vfiotool.snapshot.text import format_snapshot
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.change.stateful import Changes
 from tests.lab.commands import modprobe
-from tests.stateful import Changes
-from vfiotool.host import Host
+from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

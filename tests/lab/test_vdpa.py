@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vfiotool.cli.app import main
+from vfiotool.cli.main import main
 
 MACHINE = "basic"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import PCI, driver_of, modprobe, vfiotool
 
-from tests.fakekernel import end_state
-from vfiotool.host import Host
+from tests.fakes.kernel import end_state
+from tests.lab.commands import PCI, driver_of, modprobe, vfiotool
+from vfiotool.host.host import Host
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")

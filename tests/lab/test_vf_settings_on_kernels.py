@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from blockers_guest import need, run, wait_for
 
-from vfiotool import netlink, netlink_devlink
+from tests.lab.blockers_guest import need, run, wait_for
 from vfiotool.errors import KernelError
-from vfiotool.host import Host
-from vfiotool.netlink_route import VfSettings, read_links, read_vf_settings, set_vf
+from vfiotool.host.host import Host
+from vfiotool.netlink import codec as netlink
+from vfiotool.netlink import devlink as netlink_devlink
+from vfiotool.netlink.route import VfSettings, read_links, read_vf_settings, set_vf
 
 MACHINE = "basic"
 KERNELS = ("iommufd",)

@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-from vfio_guest import BACKENDS, EDU, PCI, TESTDEV, bind_vfio, open_descriptors
 
+from tests.lab.vfio_guest import BACKENDS, EDU, PCI, TESTDEV, bind_vfio, open_descriptors
 from vfiotool.drivers.edu import Edu
 from vfiotool.errors import KernelError, NotFound, Refused, Unsupported, UsageError, VfiotoolError
-from vfiotool.host import Host
+from vfiotool.host.host import Host
 from vfiotool.vfio import Device, find, open_space
 
 MACHINE = "basic"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors, status_kib
 
+from tests.lab.vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors, status_kib
 from vfiotool.drivers.edu import ADDRESS_BITS, Edu
 from vfiotool.errors import Unsupported, UsageError
 from vfiotool.vfio import Device

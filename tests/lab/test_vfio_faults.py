@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, EDU, bind_vfio, mdev, nvme_functions
+
+from tests.lab.vfio_guest import BACKENDS, EDU, bind_vfio, mdev, nvme_functions
 
 MACHINE = ("basic", "large", "mdev")
 KERNELS = ("6.1", "6.12", "iommufd")
@@ -28,7 +29,7 @@ SCENARIOS = {
 
 @pytest.fixture(scope="module")
 def test_build() -> Path:
-    """`vfiotool._native` compiled with fault injection: on the host by tests/test_cext.py."""
+    """The extensions compiled with fault injection: on the host by tests/native/test_cext.py."""
     sys.path.insert(0, str(ROOT))
     from cext.build import build_with_fault_injection
 

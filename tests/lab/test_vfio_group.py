@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, PCI, bind_vfio, open_descriptors, unbind
 
+from tests.lab.vfio_guest import BACKENDS, PCI, bind_vfio, open_descriptors, unbind
 from vfiotool.drivers.edu import Edu
 from vfiotool.errors import KernelError, Refused, VfiotoolError
-from vfiotool.host import Host
+from vfiotool.host.host import Host
 from vfiotool.vfio import Device, find, open_space
 
 MACHINE = "shared-group"

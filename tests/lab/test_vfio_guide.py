@@ -9,9 +9,9 @@ from math import factorial
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, EDU, bind_vfio
 
-from vfiotool.cli.app import main
+from tests.lab.vfio_guest import BACKENDS, EDU, bind_vfio
+from vfiotool.cli.main import main
 from vfiotool.vfio import Device, Trace
 from vfiotool.vfio.trace import differences, load
 

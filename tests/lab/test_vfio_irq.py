@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from vfio_guest import BACKENDS, EDU, PCI, bind_vfio, open_descriptors
 
+from tests.lab.vfio_guest import BACKENDS, EDU, PCI, bind_vfio, open_descriptors
 from vfiotool.errors import Unsupported, UsageError
 from vfiotool.vfio import Device
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, EDU, PCI, bind_vfio, nvme_functions, status_kib
 
+from tests.lab.vfio_guest import BACKENDS, EDU, PCI, bind_vfio, nvme_functions, status_kib
 from vfiotool.drivers.edu import BUFFER_START, Edu
-from vfiotool.drivers.nvme import Controller
+from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.errors import KernelError
-from vfiotool.host import Host
+from vfiotool.host.host import Host
 from vfiotool.vfio import AddressSpace, Device, find, open_space
 
 MACHINE = "large"

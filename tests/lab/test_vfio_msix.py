@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, PCI, bind_vfio
 
+from tests.lab.vfio_guest import BACKENDS, PCI, bind_vfio
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device
 from vfiotool.vfio.device import FEATURE_GET

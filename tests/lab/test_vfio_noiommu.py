@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vfio_guest import EDU, bind_vfio
 
+from tests.lab.vfio_guest import EDU, bind_vfio
 from vfiotool.errors import Refused, Unsupported, VfiotoolError
 from vfiotool.vfio import Device
 

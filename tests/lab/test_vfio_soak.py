@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from vfio_guest import BACKENDS, EDU, IommuFaults, bind_vfio
 
+from tests.lab.vfio_guest import BACKENDS, EDU, IommuFaults, bind_vfio
 from vfiotool.drivers.edu import ADDRESS_BITS, BUFFER_START, Edu
-from vfiotool.vfio import Device, native
+from vfiotool.native import library as native
+from vfiotool.vfio import Device
 
 MACHINE = "basic"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vfio_guest import PCI, bind_vfio
 
 from tests.lab.commands import vfiotool
+from tests.lab.vfio_guest import PCI, bind_vfio
 from vfiotool.errors import NotPermitted
 from vfiotool.vfio import Device
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from vfiotool.host import Host
-from vfiotool.iommu import IommuGroup, read_group, read_groups
+from vfiotool.devices.iommu import IommuGroup, read_group, read_groups
+from vfiotool.host.host import Host
 
 MACHINE = "shared-group"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from vfio_guest import EDU, TESTDEV, unbind
+
+from tests.lab.vfio_guest import EDU, TESTDEV, unbind
 
 MACHINE = "basic"
 KERNELS = ("6.12", "iommufd")
@@ -67,7 +68,8 @@ def test_qemu_opens_what_vm_qemu_prints() -> None:
 
 @pytest.mark.usefixtures("bound")
 def test_qemu_opens_them_over_iommufd_where_the_kernel_has_it() -> None:
-    from vfiotool.host import DEV_IOMMU, Host
+    from vfiotool.host.host import Host
+    from vfiotool.host.paths import DEV_IOMMU
 
     if not Host.local().exists(DEV_IOMMU):
         pytest.skip("this kernel has no iommufd")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from vfiotool.host import Host
-from vfiotool.monitor import Monitor
+from vfiotool.host.host import Host
+from vfiotool.host.monitor import Monitor
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")

@@ -11,25 +11,27 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from vfiotool.change.bind_step import BindDriver
-from vfiotool.change.eswitch_step import SetEswitchMode
 from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
-from vfiotool.change.interrupt import Interrupts, kept
 from vfiotool.change.journal import Journal, Record, Transaction, started_at, writer_of
 from vfiotool.change.locks import held, lock_keys
-from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
-from vfiotool.change.state import ANY, device_nodes, read_binding, read_holders
-from vfiotool.change.step import Step
-from vfiotool.change.steps import not_done
-from vfiotool.change.vdpa_steps import SetVdpa
-from vfiotool.change.vf_steps import SetVfCount
-from vfiotool.change.vfnet_step import SetVfProperty
+from vfiotool.change.signals import Interrupts, kept
+from vfiotool.change.steps.base import Step
+from vfiotool.change.steps.bind import BindDriver
+from vfiotool.change.steps.eswitch import SetEswitchMode
+from vfiotool.change.steps.mdev import SetMdev, SetMdevAttribute
+from vfiotool.change.steps.registry import not_done
+from vfiotool.change.steps.sriov import SetVfCount
+from vfiotool.change.steps.state import ANY, device_nodes, read_binding, read_holders
+from vfiotool.change.steps.vdpa import SetVdpa
+from vfiotool.change.steps.vf_network import SetVfProperty
+from vfiotool.devices.sriov import read_vfs
 from vfiotool.errors import KernelError, NotFound, Stuck, VfiotoolError
-from vfiotool.host import PROC, WRITE_DEADLINE_S, Host, read_only_root
-from vfiotool.sriov import read_vfs
+from vfiotool.host.host import WRITE_DEADLINE_S, Host
+from vfiotool.host.paths import PROC
+from vfiotool.host.tree import read_only_root
 
 if TYPE_CHECKING:
-    from vfiotool.netlink import Message, Request
+    from vfiotool.netlink.codec import Message, Request
 
 LOCK_DEADLINE_S = 60.0
 _REPLANS = 8

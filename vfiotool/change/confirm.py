@@ -20,8 +20,8 @@ from vfiotool.change.apply import recover, undo_number
 from vfiotool.change.folder import safe_name
 from vfiotool.change.journal import Journal, started_at
 from vfiotool.errors import KernelError, NotFound
-from vfiotool.host import Host
-from vfiotool.host_child import CALLOUT_ENVIRONMENT
+from vfiotool.host.child import CALLOUT_ENVIRONMENT
+from vfiotool.host.host import Host
 
 _SYSTEMD = "/run/systemd/system"
 

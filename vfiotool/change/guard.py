@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vfiotool.change.bind_step import BindDriver
-from vfiotool.change.mdev_steps import SetMdev
-from vfiotool.change.step import Step
-from vfiotool.change.vdpa_steps import SetVdpa
+from vfiotool.change.steps.base import Step
+from vfiotool.change.steps.bind import BindDriver
+from vfiotool.change.steps.mdev import SetMdev
+from vfiotool.change.steps.vdpa import SetVdpa
+from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.devices.pci import read_functions
 from vfiotool.errors import Refused, UsageError
-from vfiotool.host import Host
-from vfiotool.iommu import is_vfio_driver
-from vfiotool.pci import read_functions
-from vfiotool.usage import Blocker, blockers
+from vfiotool.host.host import Host
+from vfiotool.usage.survey import Blocker, blockers
 
 # The kinds of CONTRACT that tell why a passed-through device would not work. They are no reason
 # to keep a driver on it; every other kind is a use that taking the device cuts off.

@@ -19,11 +19,12 @@ from typing import Any
 
 from vfiotool.change.folder import Folder
 from vfiotool.change.locks import held, try_lock
-from vfiotool.change.state import Binding, Identity
-from vfiotool.change.step import Step
-from vfiotool.change.steps import step_from_json, step_to_json
+from vfiotool.change.steps.base import Step
+from vfiotool.change.steps.registry import step_from_json, step_to_json
+from vfiotool.change.steps.state import Binding, Identity
 from vfiotool.errors import KernelError, NotPermitted, Refused, from_oserror
-from vfiotool.host import PROC, Host
+from vfiotool.host.host import Host
+from vfiotool.host.paths import PROC
 
 RUN_FOLDER = "/run/vfiotool"
 KEPT = 1000

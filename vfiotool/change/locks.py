@@ -12,16 +12,17 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from vfiotool.change.bind_step import BindDriver
 from vfiotool.change.folder import Folder
-from vfiotool.change.mdev_steps import SetMdev, SetMdevAttribute
-from vfiotool.change.state import BUSES, read_mdev_place
-from vfiotool.change.step import Step
-from vfiotool.change.vdpa_steps import SetVdpa, SetVdpaAutoprobe
-from vfiotool.change.vf_steps import SetMsixCount, SetVgpuType
-from vfiotool.change.vfnet_step import SetVfProperty
+from vfiotool.change.steps.base import Step
+from vfiotool.change.steps.bind import BindDriver
+from vfiotool.change.steps.mdev import SetMdev, SetMdevAttribute
+from vfiotool.change.steps.sriov import SetMsixCount, SetVgpuType
+from vfiotool.change.steps.state import BUSES, read_mdev_place
+from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe
+from vfiotool.change.steps.vf_network import SetVfProperty
 from vfiotool.errors import KernelError
-from vfiotool.host import SYS_PCI_DEVICES, Host
+from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_PCI_DEVICES
 
 
 def lock_keys(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from vfiotool.change.bind_step import BindDriver
-from vfiotool.change.eswitch_step import SetEswitchMode
-from vfiotool.change.step import Step
-from vfiotool.change.vf_steps import SetVfCount
-from vfiotool.change.vfnet_step import SetVfProperty
-from vfiotool.host import SYS_PCI_DEVICES, Host
-from vfiotool.iommu import is_vfio_driver
-from vfiotool.sriov import read_vfs
+from vfiotool.change.steps.base import Step
+from vfiotool.change.steps.bind import BindDriver
+from vfiotool.change.steps.eswitch import SetEswitchMode
+from vfiotool.change.steps.sriov import SetVfCount
+from vfiotool.change.steps.vf_network import SetVfProperty
+from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.devices.sriov import read_vfs
+from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_PCI_DEVICES
 
 
 def remarks(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
@@ -42,8 +43,8 @@ def _managers(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
     if not changed:
         return
     # All this is for changes of VFs alone, and few hosts have such a claim.
-    from vfiotool.doctor_conflicts import VF_TOOLS, read_claims, resolve_claim
-    from vfiotool.inventory import read_inventory
+    from vfiotool.devices.inventory import read_inventory
+    from vfiotool.doctor.conflicts import VF_TOOLS, read_claims, resolve_claim
 
     claims = [claim for claim in read_claims(host) if claim.tool in VF_TOOLS]
     inventory = read_inventory(host) if claims else None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vfiotool.cli.render import State
+    from vfiotool.cli.output import State
 
 Function = Callable[..., Any]
 

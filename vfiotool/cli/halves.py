@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import TypeVar
 
-    from vfiotool.host import Host
+    from vfiotool.host.host import Host
 
     Item = TypeVar("Item")
 

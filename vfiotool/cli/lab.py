@@ -9,9 +9,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 from vfiotool.cli.declare import Argument, Commands, Context, Option
-from vfiotool.cli.render import emit, say, state, write
+from vfiotool.cli.output import emit, say, state, write
 from vfiotool.errors import UsageError
-from vfiotool.lab import kernels, machines
+from vfiotool.lab import machines
+from vfiotool.lab.kernels import catalogue as kernels
 
 if TYPE_CHECKING:
     from vfiotool.lab.guest import Guest

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vfiotool.cli.declare import Argument, Commands, Context, Function, Option, Parameter
-from vfiotool.cli.render import State
+from vfiotool.cli.output import State
 
 _MISSING = inspect.Parameter.empty
 _SIMPLE: tuple[type, ...] = (str, int, float, Path)

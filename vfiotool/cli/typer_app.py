@@ -11,7 +11,7 @@ import typer
 
 from vfiotool import __version__
 from vfiotool.cli.declare import Argument, Commands, Context, Function, Parameter
-from vfiotool.cli.render import State
+from vfiotool.cli.output import State
 from vfiotool.errors import UsageError
 
 EPILOG = (
@@ -24,7 +24,7 @@ class _InOrder(typer.core.TyperGroup):
     """Lists the commands as the contract groups them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        from vfiotool.cli.app import COMMANDS
+        from vfiotool.cli.main import COMMANDS
 
         return [name for name in COMMANDS if name in self.commands]
 

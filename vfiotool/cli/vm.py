@@ -8,13 +8,13 @@ import sys
 from dataclasses import replace
 from typing import Annotated
 
-from vfiotool.change.policy_facts import read_policy_facts
-from vfiotool.change.saved import ETC_FOLDER, DesiredState
-from vfiotool.cli import render
+from vfiotool.cli import output as render
 from vfiotool.cli.declare import Argument, Commands, Context, Option
-from vfiotool.host import Host
-from vfiotool.inventory import Inventory, read_inventory
-from vfiotool.selector import resolve
+from vfiotool.devices.inventory import Inventory, read_inventory
+from vfiotool.devices.selector import resolve
+from vfiotool.host.host import Host
+from vfiotool.policy.facts import read_policy_facts
+from vfiotool.policy.saved import ETC_FOLDER, DesiredState
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
 
 _Devices = Annotated[list[str], Argument(metavar="DEVICE…", help="PCI functions or mdevs.")]

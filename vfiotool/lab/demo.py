@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from vfiotool.lab import scenes
 from vfiotool.lab.channel import Kind
 from vfiotool.lab.guest import Guest
+from vfiotool.lab.inside import scenes
 
 MACHINE = "full"
 LIMIT_S = 1800.0

@@ -20,9 +20,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from vfiotool.errors import NotFound, Unsupported, VfiotoolError
-from vfiotool.lab import image, kernels, machines, packages, qemu
-from vfiotool.lab.cache import progress
+from vfiotool.lab import image, machines, qemu
 from vfiotool.lab.channel import Channel, ChannelClosed, Kind
+from vfiotool.lab.kernels import catalogue as kernels
+from vfiotool.lab.kernels import packages
+from vfiotool.lab.kernels.cache import progress
 from vfiotool.lab.qmp import Qmp
 
 BOOT_LIMIT_S = 180.0

@@ -19,7 +19,7 @@ BOOT_MODULES = (
     "9p",
     "overlay",
 )
-HERE = Path(__file__).parent
+INSIDE = Path(__file__).parent / "inside"
 
 
 def module_name(path: str) -> str:
@@ -116,9 +116,9 @@ def initramfs(
     archive = Archive()
     archive.device("dev/console", 5, 1)
     archive.file("bin/busybox", busybox.read_bytes())
-    archive.file("init", (HERE / "guest-init.sh").read_bytes())
-    archive.file("second.sh", (HERE / "guest-second.sh").read_bytes())
-    archive.file("agent.py", (HERE / "agent.py").read_bytes())
+    archive.file("init", (INSIDE / "guest-init.sh").read_bytes())
+    archive.file("second.sh", (INSIDE / "guest-second.sh").read_bytes())
+    archive.file("agent.py", (INSIDE / "agent.py").read_bytes())
     order: tuple[str, ...] = ()
     if modules is not None:
         text = (modules / "modules.dep").read_text(encoding="utf-8")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.lab import packages
-from vfiotool.lab.cache import cache_root, digest, locked, progress
+from vfiotool.lab.kernels import packages
+from vfiotool.lab.kernels.cache import cache_root, digest, locked, progress
 
 PROGRAM = "qemu-system-x86_64"
 KVM_NODE = Path("/dev/kvm")

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vfiotool.lab import kernels, machines
+from vfiotool.lab import machines
 from vfiotool.lab.guest import Guest, Sink
+from vfiotool.lab.kernels import catalogue as kernels
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from vfiotool.errors import KernelError, NotPermitted, Unsupported, UsageError, VfiotoolError
-from vfiotool.host import DEV_IOMMU, DEV_VFIO, PROC, Host
-from vfiotool.vfio import native
+from vfiotool.host.host import Host
+from vfiotool.host.paths import DEV_IOMMU, DEV_VFIO, PROC
+from vfiotool.native import library as native
 from vfiotool.vfio.target import Target, not_on_vfio
 
 if TYPE_CHECKING:

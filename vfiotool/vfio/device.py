@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
-from vfiotool.host import Host
-from vfiotool.vfio import native
+from vfiotool.host.host import Host
+from vfiotool.native import library as native
 from vfiotool.vfio.backend import AddressSpace, open_space
 from vfiotool.vfio.caps import (
     IRQ_FLAGS,

@@ -13,7 +13,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from vfiotool.errors import KernelError, Unsupported, UsageError
-from vfiotool.vfio import native
+from vfiotool.native import library as native
 from vfiotool.vfio.iova import PAGE, IovaAllocator
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.vfio import native
+from vfiotool.native import library as native
+from vfiotool.native.library import ffi, lib
 from vfiotool.vfio.device import Device
-from vfiotool.vfio.native import ffi, lib
 
 PlaneKind = Literal["dmabuf", "region"]
 _KINDS: dict[PlaneKind, int] = {"dmabuf": 2, "region": 4}

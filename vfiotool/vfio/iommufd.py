@@ -10,8 +10,9 @@ import errno
 from typing import NoReturn
 
 from vfiotool.errors import KernelError, Refused, Unsupported
-from vfiotool.host import DEV_IOMMU, Host
-from vfiotool.vfio import native
+from vfiotool.host.host import Host
+from vfiotool.host.paths import DEV_IOMMU
+from vfiotool.native import library as native
 from vfiotool.vfio.backend import (
     GROUP_VIABLE,
     AddressSpace,

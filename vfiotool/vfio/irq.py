@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from vfiotool.errors import KernelError, Unsupported, UsageError
-from vfiotool.vfio import native
+from vfiotool.native import library as native
 from vfiotool.vfio.caps import IrqInfo
 
 if TYPE_CHECKING:

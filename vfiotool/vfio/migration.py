@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
-from vfiotool.vfio import native
+from vfiotool.native import library as native
+from vfiotool.native.library import ffi, lib
 from vfiotool.vfio.device import FEATURE_GET, FEATURE_SET, Device
-from vfiotool.vfio.native import ffi, lib
 
 ERROR, STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = range(8)
 STATE_NAMES = (

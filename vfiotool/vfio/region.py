@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
-from vfiotool.vfio import native
+from vfiotool.native import library as native
 from vfiotool.vfio.caps import Area, RegionInfo
 
 if TYPE_CHECKING:

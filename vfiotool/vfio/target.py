@@ -8,15 +8,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vfiotool.devices.pci import Address
 from vfiotool.errors import NotFound, Refused, UsageError, VfiotoolError
-from vfiotool.host import (
-    DEV_VFIO,
-    SYS_BUS,
-    SYS_MDEV_DEVICES,
-    SYS_PCI_DEVICES,
-    Host,
-)
-from vfiotool.pci import Address
+from vfiotool.host.host import Host
+from vfiotool.host.paths import DEV_VFIO, SYS_BUS, SYS_MDEV_DEVICES, SYS_PCI_DEVICES
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 # The other buses whose devices VFIO drivers take (drivers/vfio/{platform,fsl-mc,cdx}); those of AP

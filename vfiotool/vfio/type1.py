@@ -10,8 +10,8 @@ import errno
 from typing import NoReturn
 
 from vfiotool.errors import KernelError, Refused, Unsupported
-from vfiotool.host import Host
-from vfiotool.vfio import native
+from vfiotool.host.host import Host
+from vfiotool.native import library as native
 from vfiotool.vfio.backend import (
     ALL_ADDRESSES,
     CONTAINER_NODE,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vfiotool.devices.inventory import Inventory
+from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.devices.pci import Address, PciFunction
 from vfiotool.errors import NotFound, Refused
-from vfiotool.host import DEV_IOMMU, DEV_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, Host
-from vfiotool.inventory import Inventory
-from vfiotool.iommu import is_vfio_driver
-from vfiotool.pci import Address, PciFunction
-from vfiotool.usage import blockers
+from vfiotool.host.host import Host
+from vfiotool.host.paths import DEV_IOMMU, DEV_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES
+from vfiotool.usage.survey import blockers
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vfiotool.devices.pci import Address
 from vfiotool.errors import Unsupported
-from vfiotool.pci import Address
 from vfiotool.vm.preflight import Handed
 
 # Slots of the root bus for the root ports, counted down from the top of what q35 leaves free.

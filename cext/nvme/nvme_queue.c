@@ -1,0 +1,349 @@
+#define _GNU_SOURCE
+#include "nvme/nvme_queue.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "nvme/nvme_ring.h"
+
+static uint64_t fork_generation;
+
+static void count_fork(void)
+{
+	fork_generation++;
+}
+
+uint64_t vt_nvme_ns_a_tick_32;
+
+/* One moment on both clocks: of some tries the one that was least disturbed in between. */
+static void read_both(uint64_t *clock, uint64_t *tick)
+{
+	uint64_t narrowest = UINT64_MAX;
+
+	for (int i = 0; i < 16; i++) {
+		uint64_t before = ticks(), between = clock_ns(), span = ticks() - before;
+
+		if (span < narrowest) {
+			narrowest = span;
+			*clock = between;
+			*tick = before + span / 2;
+		}
+	}
+}
+
+static void calibrate(void)
+{
+	uint64_t clock = 0, first = 0, end = 0, last = 0;
+
+	read_both(&clock, &first);
+	while (clock_ns() - clock < 10000000u)
+		rest();
+	read_both(&end, &last);
+	if (last <= first)
+		last = first + 1;
+	vt_nvme_ns_a_tick_32 = (uint64_t)(((unsigned __int128)(end - clock) << 32) / (last - first));
+	pthread_atfork(NULL, NULL, count_fork);
+}
+
+static volatile uint32_t *word_at(uint64_t address)
+{
+	return (volatile uint32_t *)(uintptr_t)address;
+}
+
+static int layout_fits(const struct vt_nvme_layout *layout)
+{
+	uint64_t shadows = layout->tail_shadow | layout->head_shadow | layout->tail_event |
+			   layout->head_event;
+	int all = layout->tail_shadow && layout->head_shadow && layout->tail_event &&
+		  layout->head_event;
+
+	return layout->submission && !(layout->submission % COMMAND_BYTES) && layout->completion &&
+	       !(layout->completion % sizeof(struct completion)) && layout->tail_doorbell &&
+	       !(layout->tail_doorbell % 4) && layout->head_doorbell &&
+	       !(layout->head_doorbell % 4) && !(shadows % 4) && (!shadows || all) &&
+	       layout->sq_entries >= 2 && layout->sq_entries <= ENTRIES_MAX &&
+	       layout->cq_entries >= layout->sq_entries && layout->cq_entries <= ENTRIES_MAX &&
+	       layout->page_size >= 4096 && !(layout->page_size & (layout->page_size - 1)) &&
+	       !(layout->lists % 8) && !(layout->lists_iova % layout->page_size);
+}
+
+int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queue)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	struct vt_nvme_queue *q;
+
+	if (!layout_fits(layout))
+		return -EINVAL;
+	pthread_once(&once, calibrate);
+	q = calloc(1, sizeof(*q));
+	if (!q)
+		return -ENOMEM;
+	q->depth = layout->sq_entries - 1;
+	q->slots = calloc(q->depth, sizeof(*q->slots));
+	q->free_cids = calloc(q->depth, sizeof(*q->free_cids));
+	if (!q->slots || !q->free_cids) {
+		vt_nvme_free(q);
+		return -ENOMEM;
+	}
+	for (uint32_t i = 0; i < q->depth; i++)
+		q->free_cids[i] = (uint16_t)(q->depth - 1 - i);
+	q->commands = (struct command *)(uintptr_t)layout->submission;
+	q->completions = (volatile struct completion *)(uintptr_t)layout->completion;
+	q->tail_bell = (struct doorbell){ word_at(layout->tail_doorbell),
+					  word_at(layout->tail_shadow),
+					  word_at(layout->tail_event), 0 };
+	q->head_bell = (struct doorbell){ word_at(layout->head_doorbell),
+					  word_at(layout->head_shadow),
+					  word_at(layout->head_event), 0 };
+	q->sq_entries = layout->sq_entries;
+	q->cq_entries = layout->cq_entries;
+	q->page_size = layout->page_size;
+	q->id = layout->id;
+	q->lists = (uint64_t *)(uintptr_t)layout->lists;
+	q->lists_iova = layout->lists_iova;
+	q->phase = 1;
+	/* What is in flight and what is untold must never fill the completion queue together. */
+	q->untold_limit = layout->lazy ? layout->cq_entries - layout->sq_entries : 0;
+	if (!q->untold_limit)
+		q->untold_limit = 1;
+	q->generation = fork_generation;
+	*queue = q;
+	return 0;
+}
+
+void vt_nvme_free(struct vt_nvme_queue *q)
+{
+	if (!q)
+		return;
+	free(q->slots);
+	free(q->free_cids);
+	free(q);
+}
+
+int vt_nvme_enter(struct vt_nvme_queue *q)
+{
+	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
+		return q->stopped ? -ESHUTDOWN : -EBUSY;
+	/* In a child the rings are not mapped: MADV_DONTFORK. */
+	if (q->generation != fork_generation) {
+		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
+		return -ESTALE;
+	}
+	return 0;
+}
+
+int vt_nvme_leave(struct vt_nvme_queue *q, int result)
+{
+	__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
+	return result;
+}
+
+int vt_nvme_stop(struct vt_nvme_queue *q)
+{
+	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
+		return q->stopped ? 0 : -EBUSY;
+	/* It stays busy for ever: that is what turns every later call away. */
+	q->stopped = 1;
+	return 0;
+}
+
+void vt_nvme_halt(struct vt_nvme_queue *q)
+{
+	__atomic_store_n(&q->halted, 1, __ATOMIC_RELEASE);
+}
+
+/* Base Specification 2.0, 4.1.1: the first entry may begin within a page, the second is either
+ * the second page or a list of all but the first. */
+static int set_data(struct vt_nvme_queue *q, uint16_t cid, uint64_t iova, uint32_t bytes,
+		    uint64_t *prp1, uint64_t *prp2)
+{
+	uint64_t page = q->page_size, first = page - iova % page, next = iova + first, entries;
+	uint64_t *list;
+
+	*prp1 = htole64(iova);
+	*prp2 = 0;
+	if (iova % 4 || bytes % 4)
+		return -EINVAL;
+	if (bytes <= first)
+		return 0;
+	entries = (bytes - first + page - 1) / page;
+	if (entries == 1) {
+		*prp2 = htole64(next);
+		return 0;
+	}
+	/* One page of entries is enough for 2 MiB, more than controllers take in a command. */
+	if (!q->lists || entries > page / sizeof(*list))
+		return -EINVAL;
+	list = q->lists + cid * (page / sizeof(*list));
+	for (uint64_t i = 0; i < entries; i++, next += page)
+		list[i] = htole64(next);
+	*prp2 = htole64(q->lists_iova + cid * page);
+	return 0;
+}
+
+int vt_nvme_make(struct vt_nvme_queue *q, uint16_t cid, const struct vt_nvme_io *io,
+		 struct command *command)
+{
+	uint64_t prp1 = 0, prp2 = 0;
+
+	if (io->blocks > BLOCKS_MAX || (io->bytes && !io->blocks))
+		return -EINVAL;
+	if (io->bytes && set_data(q, cid, io->iova, io->bytes, &prp1, &prp2))
+		return -EINVAL;
+	*command = (struct command){
+		.opcode = io->opcode,
+		.cid = htole16(cid),
+		.nsid = htole32(io->nsid),
+		.prp1 = prp1,
+		.prp2 = prp2,
+		.lba = io->blocks ? htole64(io->lba) : 0,
+		.blocks = io->blocks ? htole16((uint16_t)(io->blocks - 1)) : 0,
+		.control = htole16(io->control),
+	};
+	return 0;
+}
+
+static uint16_t next_cid(const struct vt_nvme_queue *q)
+{
+	return q->free_cids[q->depth - q->in_flight - 1];
+}
+
+int vt_nvme_submit(struct vt_nvme_queue *q, const struct vt_nvme_io *ios, uint32_t count)
+{
+	uint64_t now = ticks();
+	uint32_t done = 0;
+	int result = vt_nvme_enter(q);
+
+	if (result)
+		return result;
+	for (; done < count && q->in_flight < q->depth; done++) {
+		uint16_t cid = next_cid(q);
+
+		result = vt_nvme_make(q, cid, &ios[done], &q->commands[q->tail]);
+		if (result)
+			break;
+		take_cid(q, cid, ios[done].tag, now);
+	}
+	if (done)
+		ring(&q->tail_bell, q->tail);
+	return vt_nvme_leave(q, done ? (int)done : result);
+}
+
+int vt_nvme_submit_many(struct vt_nvme_queue *q, const struct vt_nvme_io *pattern,
+			const uint64_t *lbas, const uint64_t *tags, uint32_t count,
+			uint64_t stride, uint64_t slots)
+{
+	struct vt_nvme_io io = *pattern;
+	uint64_t now = ticks();
+	uint32_t done = 0;
+	int result = vt_nvme_enter(q);
+
+	if (result)
+		return result;
+	for (; done < count && q->in_flight < q->depth; done++) {
+		uint16_t cid = next_cid(q);
+
+		io.lba = lbas[done];
+		io.iova = pattern->iova + tags[done] * stride;
+		result = tags[done] < slots ? vt_nvme_make(q, cid, &io, &q->commands[q->tail]) :
+					      -EINVAL;
+		if (result)
+			break;
+		take_cid(q, cid, tags[done], now);
+	}
+	if (done)
+		ring(&q->tail_bell, q->tail);
+	return vt_nvme_leave(q, done ? (int)done : result);
+}
+
+int vt_nvme_submit_raw(struct vt_nvme_queue *q, const void *bytes, uint64_t tag)
+{
+	struct command *command;
+	uint16_t cid;
+	int result = vt_nvme_enter(q);
+
+	if (result)
+		return result;
+	if (q->in_flight == q->depth)
+		return vt_nvme_leave(q, 0);
+	cid = next_cid(q);
+	command = &q->commands[q->tail];
+	memcpy(command, bytes, COMMAND_BYTES);
+	command->cid = htole16(cid);
+	take_cid(q, cid, tag, ticks());
+	ring(&q->tail_bell, q->tail);
+	return vt_nvme_leave(q, 1);
+}
+
+static uint64_t deadline_after(uint64_t timeout_ns)
+{
+	return ticks() + to_ticks(timeout_ns);
+}
+
+int vt_nvme_poll(struct vt_nvme_queue *q, struct vt_nvme_done *done, uint32_t room, uint32_t least,
+		 uint64_t timeout_ns)
+{
+	uint64_t deadline = timeout_ns ? deadline_after(timeout_ns) : 0, started, now;
+	uint32_t count = 0;
+	int result = vt_nvme_enter(q);
+
+	if (result)
+		return result;
+	if (least > room)
+		least = room;
+	do {
+		now = ticks();
+		for (; count < room && waiting(q); count++) {
+			result = take(q, &done[count], &started);
+			if (result)
+				break;
+			q->free_cids[q->depth - q->in_flight - 1] = done[count].cid;
+			done[count].latency_ns = to_ns(now - started);
+		}
+	} while (!result && count < least && q->in_flight && timeout_ns && await(q, deadline));
+	tell_head(q);
+	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
+	return vt_nvme_leave(q, count ? (int)count : result);
+}
+
+int vt_nvme_poll_tags(struct vt_nvme_queue *q, uint64_t *tags, uint32_t room, uint32_t least,
+		      uint64_t timeout_ns, uint32_t *status)
+{
+	uint64_t deadline = timeout_ns ? deadline_after(timeout_ns) : 0, started;
+	struct vt_nvme_done done;
+	uint32_t count = 0;
+	int result = vt_nvme_enter(q);
+
+	*status = 0;
+	if (result)
+		return result;
+	if (least > room)
+		least = room;
+	do {
+		for (; count < room && waiting(q); count++) {
+			result = take(q, &done, &started);
+			if (result)
+				break;
+			q->free_cids[q->depth - q->in_flight - 1] = done.cid;
+			tags[count] = done.tag;
+			*status = *status ? *status : done.status;
+		}
+	} while (!result && count < least && q->in_flight && timeout_ns && await(q, deadline));
+	tell_head(q);
+	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
+	return vt_nvme_leave(q, count ? (int)count : result);
+}
+
+void vt_nvme_count(const struct vt_nvme_queue *q, struct vt_nvme_counters *counters)
+{
+	*counters = (struct vt_nvme_counters){
+		.submitted = q->submitted,
+		.completed = q->completed,
+		.failed = q->failed,
+		.tail_writes = q->tail_bell.writes,
+		.head_writes = q->head_bell.writes,
+		.in_flight = q->in_flight,
+		.depth = q->depth,
+	};
+}

@@ -1,0 +1,204 @@
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+#include "vfio/mmio.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SPIN_NS 20000u
+#define NAP_MAX_NS 100000u
+
+uint64_t vt_fork_generation;
+
+static void count_fork(void)
+{
+	vt_fork_generation++;
+}
+
+void vt_watch_forks(void)
+{
+	static int watching;
+
+	if (!watching)
+		watching = pthread_atfork(NULL, NULL, count_fork) == 0;
+}
+
+int vt_window_map(struct vt_window *window, int fd, uint64_t position, uint64_t start,
+		  uint64_t size, uint32_t access, uint64_t alignment)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	uint64_t room, phase, address;
+	int protection = (access & VT_WINDOW_READ ? PROT_READ : 0) |
+			 (access & VT_WINDOW_WRITE ? PROT_WRITE : 0);
+	void *reserved;
+
+	if (!size || (alignment & (alignment - 1)) || position % page)
+		return -EINVAL;
+	if (alignment < page)
+		alignment = page;
+	/* The kernel can use large pages where virtual and physical address agree modulo their
+	 * size; the region offset agrees with the physical address, so `position` gives the phase. */
+	phase = position & (alignment - 1);
+	room = size + (alignment == page ? 0 : 2 * alignment);
+	if (room < size)
+		return -EINVAL;
+	reserved = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (reserved == MAP_FAILED)
+		return -errno;
+	address = (uint64_t)(uintptr_t)reserved;
+	if (alignment != page)
+		address = ((address + alignment - 1) & ~(alignment - 1)) + phase;
+	if (mmap((void *)(uintptr_t)address, size, protection, MAP_SHARED | MAP_FIXED, fd,
+		 (off_t)position) == MAP_FAILED ||
+	    madvise((void *)(uintptr_t)address, size, MADV_DONTFORK)) {
+		int error = errno;
+
+		munmap(reserved, room);
+		return -error;
+	}
+	*window = (struct vt_window){
+		.base = (volatile uint8_t *)(uintptr_t)address,
+		.size = size,
+		.start = start,
+		.access = access,
+		.granted = access,
+		.generation = vt_fork_generation,
+		.reserved = reserved,
+		.reserved_size = room,
+	};
+	return 0;
+}
+
+void vt_window_unmap(struct vt_window *window)
+{
+	if (window->reserved)
+		munmap(window->reserved, window->reserved_size);
+	memset(window, 0, sizeof(*window));
+}
+
+void vt_window_block(struct vt_window *window, int blocked)
+{
+	window->access = blocked ? 0 : window->granted;
+}
+
+enum vt_refusal vt_window_check(const struct vt_window *window, uint64_t offset, uint64_t count,
+				uint32_t width, uint32_t access)
+{
+	uint64_t at = offset - window->start;
+
+	if (!window->reserved)
+		return VT_CLOSED;
+	if (window->generation != vt_fork_generation)
+		return VT_FORKED;
+	if (!(window->granted & access))
+		return VT_ACCESS;
+	if (!(window->access & access))
+		return VT_BLOCKED;
+	if (offset < window->start || at > window->size || count > (window->size - at) / width)
+		return VT_RANGE;
+	if (at & (width - 1))
+		return VT_ALIGN;
+	return VT_OK;
+}
+
+#define COPY_LOOPS(bits, swap_in, swap_out)                                                      \
+	static void read_many##bits(const struct vt_window *window, uint64_t offset,             \
+				    uint32_t step, void *out, uint64_t count)                    \
+	{                                                                                        \
+		const volatile uint##bits##_t *from =                                            \
+			(const volatile uint##bits##_t *)(window->base +                         \
+							  (offset - window->start));             \
+		char *to = out;                                                                  \
+                                                                                                 \
+		for (; count; count--, to += sizeof(uint##bits##_t), from += step) {             \
+			uint##bits##_t value = swap_in(*from);                                   \
+			memcpy(to, &value, sizeof(value));                                       \
+		}                                                                                \
+		vt_read_barrier();                                                               \
+	}                                                                                        \
+	static void write_many##bits(const struct vt_window *window, uint64_t offset,            \
+				     uint32_t step, const void *in, uint64_t count)              \
+	{                                                                                        \
+		volatile uint##bits##_t *to =                                                    \
+			(volatile uint##bits##_t *)(window->base + (offset - window->start));    \
+		const char *from = in;                                                           \
+                                                                                                 \
+		vt_write_barrier();                                                              \
+		for (; count; count--, from += sizeof(uint##bits##_t), to += step) {             \
+			uint##bits##_t value;                                                    \
+			memcpy(&value, from, sizeof(value));                                     \
+			*to = swap_out(value);                                                   \
+		}                                                                                \
+	}
+
+COPY_LOOPS(8, , )
+COPY_LOOPS(16, le16toh, htole16)
+COPY_LOOPS(32, le32toh, htole32)
+COPY_LOOPS(64, le64toh, htole64)
+
+void vt_window_read_many(const struct vt_window *window, uint64_t offset, uint32_t width,
+			 uint32_t step, void *out, uint64_t count)
+{
+	switch (width) {
+	case 1: read_many8(window, offset, step, out, count); break;
+	case 2: read_many16(window, offset, step, out, count); break;
+	case 4: read_many32(window, offset, step, out, count); break;
+	default: read_many64(window, offset, step, out, count); break;
+	}
+}
+
+void vt_window_write_many(const struct vt_window *window, uint64_t offset, uint32_t width,
+			  uint32_t step, const void *in, uint64_t count)
+{
+	switch (width) {
+	case 1: write_many8(window, offset, step, in, count); break;
+	case 2: write_many16(window, offset, step, in, count); break;
+	case 4: write_many32(window, offset, step, in, count); break;
+	default: write_many64(window, offset, step, in, count); break;
+	}
+}
+
+static uint64_t load(const struct vt_window *window, uint64_t offset, uint32_t width)
+{
+	switch (width) {
+	case 1: return vt_load8(window, offset);
+	case 2: return vt_load16(window, offset);
+	case 4: return vt_load32(window, offset);
+	default: return vt_load64(window, offset);
+	}
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+int vt_window_poll(const struct vt_window *window, uint64_t offset, uint32_t width, uint64_t mask,
+		   uint64_t wanted, uint64_t timeout_ns, uint64_t *value)
+{
+	uint64_t begin = now_ns(), spent = 0, nap = 1000;
+
+	for (;;) {
+		*value = load(window, offset, width);
+		if ((*value & mask) == wanted)
+			return 1;
+		if (spent >= timeout_ns)
+			return 0;
+		if (spent > SPIN_NS) {
+			struct timespec pause = { .tv_nsec = (long)nap };
+
+			if (nap > timeout_ns - spent)
+				pause.tv_nsec = (long)(timeout_ns - spent);
+			nanosleep(&pause, NULL);
+			nap = nap * 2 > NAP_MAX_NS ? NAP_MAX_NS : nap * 2;
+		}
+		spent = now_ns() - begin;
+	}
+}

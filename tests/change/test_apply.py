@@ -1,0 +1,226 @@
+"""The executor's promises that are not about faults: confirmation, recovery's choices, undo."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.change.changing import EDU, NVME, STUBBORN, binding, do, furnished, releasing, run_folder
+from tests.fakes.kernel import FakeKernel, Fault
+from vfiotool.change.apply import recover, undo, undo_number
+from vfiotool.change.confirm import attach, confirm, revert_unconfirmed
+from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
+from vfiotool.change.journal import Journal
+from vfiotool.change.steps.registry import steps_as_json
+from vfiotool.errors import KernelError, NotFound, Refused, Stuck, UsageError
+from vfiotool.host.host import Host
+from vfiotool.netlink.codec import Message, Request
+
+
+@pytest.fixture
+def kernel() -> FakeKernel:
+    return furnished()
+
+
+@pytest.fixture
+def journal(kernel: FakeKernel) -> Iterator[Journal]:
+    with run_folder() as folder:
+        yield Journal(kernel.host(), folder)
+
+
+def pend(journal: Journal, transaction: int | None, pid: int = 1 << 22, since: str = "7") -> str:
+    entry = {"transaction": transaction, "pid": pid, "since": since, "after": 0}
+    journal.pending.replace("token", json.dumps(entry).encode())
+    return "token"
+
+
+def test_an_unconfirmed_change_is_taken_back(kernel: FakeKernel, journal: Journal) -> None:
+    before = kernel.state()
+    token = pend(journal, None)
+    attach(journal, token, do(kernel.host(), journal, binding(NVME)).transaction)
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) == "undone 1"
+    assert kernel.state() == before
+    with pytest.raises(NotFound, match="no change waits"):
+        confirm(kernel.host(), journal)
+
+
+def test_a_confirmed_change_stays(kernel: FakeKernel, journal: Journal) -> None:
+    token = pend(journal, None)
+    attach(journal, token, do(kernel.host(), journal, binding(NVME)).transaction)
+    assert confirm(kernel.host(), journal) == [1]
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) is None
+    assert kernel.driver_of(NVME) == "vfio-pci"
+
+
+def test_a_change_that_died_before_its_end_is_recovered_at_the_deadline(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    before = kernel.state()
+    token = pend(journal, None)
+    kernel.faults = (Fault("hang", 2),)
+    with pytest.raises(Stuck):
+        do(kernel.host(), journal, binding(NVME))
+    kernel.clear_faults()
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) == "1 undone"
+    assert kernel.state() == before
+
+
+def test_a_process_killed_between_its_commit_and_the_watcher_is_taken_back_all_the_same(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    do(kernel.host(), journal, binding(EDU))
+    before = kernel.state()
+    entry = {"transaction": None, "pid": os.getpid(), "since": "7", "after": 1}
+    journal.pending.replace("token", json.dumps(entry).encode())
+    do(kernel.host(), journal, binding(NVME))
+    assert revert_unconfirmed(kernel.host(), journal, "token", 5) == "undone 2"
+    assert kernel.state() == before
+
+
+def test_a_later_process_with_the_same_number_is_not_waited_for(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    kernel._put("/proc/4711/stat", b"4711 (sh) S " + b"0 " * 18 + b"999 0\n")
+    token = pend(journal, None, pid=4711, since="7")
+    assert revert_unconfirmed(kernel.host(), journal, token, 5) == "nothing to do"
+
+
+def test_a_change_that_is_still_being_made_cannot_be_confirmed(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    kernel._put("/proc/4711/stat", b"4711 (vfiotool) S " + b"0 " * 18 + b"7 0\n")
+    pend(journal, None, pid=4711, since="7")
+    with pytest.raises(NotFound, match="still being made"):
+        confirm(kernel.host(), journal)
+    # Its watcher is still there.
+    assert journal.pending.names() == ["token"]
+
+
+def test_nothing_to_do_needs_no_confirmation(journal: Journal) -> None:
+    attach(journal, pend(journal, None), None)
+    assert journal.pending.names() == []
+
+
+def test_recover_can_be_told_to_undo_or_to_finish(kernel: FakeKernel, journal: Journal) -> None:
+    for finish, driver in ((False, "nvme"), (True, "vfio-pci")):
+        kernel.faults = (Fault("hang", len(kernel.writes) + 2),)
+        with pytest.raises(Stuck):
+            do(kernel.host(), journal, binding(NVME))
+        kernel.clear_faults()
+        recover(kernel.host(), journal, finish=finish)
+        assert kernel.driver_of(NVME) == driver
+
+
+def test_a_change_can_be_undone_once(kernel: FakeKernel, journal: Journal) -> None:
+    number = do(kernel.host(), journal, binding(EDU)).transaction
+    assert number is not None
+    undo_number(kernel.host(), journal, number)
+    with pytest.raises(NotFound, match="does not stand"):
+        undo_number(kernel.host(), journal, number)
+
+
+def test_a_neighbours_change_between_the_steps_is_detected(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    host = kernel.host()
+
+    def meddle(number: int, path: str, data: str) -> None:
+        # While the second device is taken, somebody gives the first one back.
+        if path.endswith("nvme/unbind") and NVME not in data:
+            kernel.before_write = None
+            kernel._effect("/sys/bus/pci/drivers/vfio-pci/unbind", "unbind", NVME, NVME, False)
+
+    kernel.drivers["vfio-pci"].refuses.clear()
+    kernel.before_write = meddle
+    with pytest.raises(KernelError, match=f"{NVME}: bind-driver from nvme .* did not hold"):
+        do(host, journal, binding(NVME, STUBBORN))
+    assert (kernel.driver_of(NVME), kernel.driver_of(STUBBORN)) == ("nvme", "nvme")
+
+
+def test_the_steps_have_the_contracts_shape(kernel: FakeKernel, journal: Journal) -> None:
+    (row,) = steps_as_json(binding(NVME)(kernel.host(), journal))
+    assert row == {
+        "number": 1,
+        "verb": "bind-driver",
+        "target": NVME,
+        "from": "nvme",
+        "to": "vfio-pci",
+        "undo": "bind to nvme, clear the override",
+    }
+
+
+def swap_on(kernel: FakeKernel, address: str) -> None:
+    """The host swaps to a disk of this controller."""
+    node = f"/sys/devices/pci0000:00/{address}/nvme/nvme0/nvme0n1"
+    kernel._put(f"{node}/dev", b"259:0\n")
+    kernel._put(f"{node}/size", b"2048\n")
+    kernel._link("/sys/class/block/nvme0n1", f"../../{node.removeprefix('/sys/')}")
+    kernel._put("/proc/swaps", b"Filename Type Size Used Priority\n/dev/nvme0n1 partition 9 0 -2\n")
+
+
+def test_undo_does_not_take_a_device_that_is_in_use_by_now(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    host = kernel.host()
+    do(host, journal, binding(NVME))
+    do(host, journal, releasing(NVME))
+    swap_on(kernel, NVME)
+    with pytest.raises(Refused, match="would hurt this host"):
+        undo(host, journal)
+    assert kernel.driver_of(NVME) == "nvme"
+
+
+def test_recover_does_not_take_a_device_that_is_in_use_by_now(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    host = kernel.host()
+    do(host, journal, binding(NVME))
+    steps = releasing(NVME)(host, journal)
+    transaction = journal.begin("release", steps, ["device-x"])
+    transaction.note("step", n=1)
+    transaction.leave()
+    # The release had got as far as the driver when its process was killed.
+    for step in steps:
+        step.run(_Bare(host))
+    swap_on(kernel, NVME)
+    assert [entry.result for entry in recover(host, journal)] == ["finished"]
+    assert kernel.driver_of(NVME) == "nvme"
+
+
+class _Bare:
+    """A door without a journal."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def write(self, path: str, data: str) -> None:
+        self.host.write(path, data)
+
+    def load_module(self, name: str) -> None:
+        self.host.load_module(name)
+
+    def netlink(self, request: Request) -> list[Message]:
+        return self.host.netlink(request)
+
+
+def test_what_hurts_is_refused_unless_it_is_allowed_by_name(kernel: FakeKernel) -> None:
+    host = kernel.host()
+    swap_on(kernel, NVME)
+    with run_folder() as folder:
+        steps = binding(NVME)(host, Journal(host, folder))
+    (blocker,) = find_blockers(host, steps)
+    assert blocker.kind == "swap"
+    with pytest.raises(Refused, match="it would hurt this host") as caught:
+        refuse_hurtful(host, steps)
+    assert caught.value.exit_code == 4
+    wanted = f"swap:{blocker.subject}"
+    assert f"--allow {wanted}" in (caught.value.hint or "")
+    with pytest.raises(Refused):
+        refuse_hurtful(host, steps, [Allowance.parse("swap:/dev/other")])
+    refuse_hurtful(host, steps, [Allowance.parse(wanted)])
+    for text in ("swap", "swap:", ":x", ""):
+        with pytest.raises(UsageError, match="is not KIND:WHAT"):
+            Allowance.parse(text)

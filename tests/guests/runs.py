@@ -1,0 +1,227 @@
+"""Runs tests/lab in guests for test_in_guests.py: who needs which guest, and what came out.
+
+Files that share a kernel and a machine share a boot. Boots run side by side as far as there are
+processors; each file's host test waits for its rows. A file that takes the guest down is reported
+as such, and the files after it get a guest of their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import queue
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.guests import yardstick
+from vfiotool.errors import VfiotoolError
+from vfiotool.lab import qemu
+from vfiotool.lab.channel import Kind
+from vfiotool.lab.guest import Guest, GuestLost, GuestTimeout
+from vfiotool.lab.kernels import catalogue as kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "tests" / "lab"
+KERNELS = ("6.1", "6.12", "iommufd")
+# Set by `make proofs`.
+PROOFS_WANTED = "VFIOTOOL_PROOFS"
+# For all files of one boot together; a hanging test fails here and not never.
+BOOT_AND_TESTS_S = 1800.0
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A guest: what a file's tests run in."""
+
+    machine: str
+    kernel: str
+
+
+@dataclass
+class Outcome:
+    """What became of one file in one place. `lost` says why there may be rows missing."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    lost: str | None = None
+    unavailable: str | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def of(self, outcome: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["outcome"] == outcome]
+
+
+def need_lab(kernel: str) -> None:
+    """Skip, saying why, where this machine cannot boot a guest on this kernel."""
+    try:
+        kernels.prepare(kernel)
+        qemu.find()
+    except VfiotoolError as error:
+        pytest.skip(f"no lab here: {error.message}; {error.hint}")
+
+
+def constants(path: Path) -> dict[str, Any]:
+    """The literal module constants of a test file, read without running it.
+
+    MACHINE and KERNELS say where it runs; PROOF, why it runs in `make proofs` alone.
+    """
+    found: dict[str, Any] = {"MACHINE": "basic", "KERNELS": KERNELS, "PROOF": ""}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            target, value = node.targets[0].id, node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            target, value = node.target.id, node.value
+        else:
+            continue
+        if target in found:
+            found[target] = ast.literal_eval(value)
+    return found
+
+
+def places(folder: Path = FOLDER) -> list[tuple[Place, str]]:
+    """Every (guest, file) that there is to run, files by their path from the root."""
+    result = []
+    for path in sorted(folder.glob("test_*.py")):
+        read = constants(path)
+        machines = read["MACHINE"] if isinstance(read["MACHINE"], tuple) else (read["MACHINE"],)
+        for machine in machines:
+            for kernel in read["KERNELS"]:
+                result.append((Place(machine, kernel), str(path.relative_to(ROOT))))
+    return sorted(result)
+
+
+def left_out(file: str) -> str:
+    """Why a file is left to `make proofs`; empty if it is not, or if proofs were asked for."""
+    return "" if os.environ.get(PROOFS_WANTED) else str(constants(ROOT / file)["PROOF"])
+
+
+class GuestRuns:
+    """Starts the guests for the files that were chosen and hands out their outcomes."""
+
+    def __init__(self, chosen: Iterable[tuple[Place, str]]) -> None:
+        self.outcomes: dict[tuple[Place, str], Outcome] = {}
+        groups: dict[Place, list[str]] = defaultdict(list)
+        for place, file in chosen:
+            self.outcomes[place, file] = Outcome()
+            groups[place].append(file)
+        self._queue: queue.SimpleQueue[tuple[Place, list[str]]] = queue.SimpleQueue()
+        for item in groups.items():
+            self._queue.put(item)
+        cpus = len(os.sched_getaffinity(0))
+        jobs = int(os.environ.get("VFIOTOOL_LAB_JOBS", "0")) or max(1, min(cpus, 4))
+        for number in range(min(jobs, len(groups))):
+            threading.Thread(target=self._work, name=f"guest-{number}", daemon=True).start()
+
+    def outcome(self, place: Place, file: str) -> Outcome:
+        """Wait for what becomes of `file` in `place`; every path of the work below sets it."""
+        outcome = self.outcomes[place, file]
+        outcome.done.wait()
+        return outcome
+
+    def _work(self) -> None:
+        while True:
+            try:
+                place, files = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._run_place(place, files)
+            except VfiotoolError as error:
+                hint = f"; {error.hint}" if error.hint else ""
+                for file in files:
+                    self.outcomes[place, file].unavailable = error.message + hint
+            except Exception as error:
+                for file in files:
+                    self.outcomes[place, file].lost = f"{type(error).__name__}: {error}"
+            finally:
+                for file in files:
+                    self.outcomes[place, file].done.set()
+
+    def _run_place(self, place: Place, files: list[str]) -> None:
+        left = list(files)
+        while left:
+            guest = Guest(place.machine, place.kernel, cwd=ROOT)
+            run = _OneBoot(self, place, left)
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(guest)
+                except GuestLost as error:
+                    for file in left:
+                        self.outcomes[place, file].lost = error.message
+                    return
+                try:
+                    run.go(guest)
+                except (GuestLost, GuestTimeout) as error:
+                    run.lost(error.message)
+            left = run.left
+
+
+class _OneBoot:
+    """One guest that runs the files in `left` in order; rows arrive line by line."""
+
+    def __init__(self, runs: GuestRuns, place: Place, left: list[str]) -> None:
+        self.runs = runs
+        self.place = place
+        self.left = list(left)
+        self.text = b""
+        self.noise = bytearray()
+        self.finished = False
+
+    def go(self, guest: Guest) -> None:
+        python = Path(sys.prefix) / "bin/python"
+        command = f"exec 3>&1 1>&2; exec {python} -m pytest -p tests.lab.guest_report"
+        options = ["-p", "no:cacheprovider", "-q", "--no-header", "--tb=short"]
+        options += ["--import-mode=importlib", "-o", "addopts=", *self.left]
+        done = guest.exec(
+            ["sh", "-c", f'{command} "$@"', "sh", *options],
+            timeout_s=BOOT_AND_TESTS_S,
+            sink=self.take,
+            env={"PYTHONPATH": str(ROOT), yardstick.HOST_S: str(yardstick.measure())},
+        )
+        if not self.finished:
+            self.lost(f"pytest ended with {done.exit_code} in the guest:\n{self.tail()}")
+        for file in list(self.left):
+            self.end(file)
+
+    def take(self, kind: Kind, data: bytes) -> None:
+        if kind is not Kind.OUTPUT:
+            self.noise += data
+            return
+        *lines, self.text = (self.text + data).split(b"\n")
+        for line in lines:
+            self.row(json.loads(line))
+
+    def row(self, row: dict[str, Any]) -> None:
+        if row["outcome"] == "finished":
+            self.finished = True
+            return
+        file = row["file"]
+        # pytest runs file by file: with the first test of the next one, the last one is complete.
+        while row["outcome"] == "started" and self.left and self.left[0] != file:
+            self.end(self.left[0])
+        if outcome := self.runs.outcomes.get((self.place, file)):
+            outcome.rows.append(row)
+
+    def end(self, file: str) -> None:
+        self.left.remove(file)
+        self.runs.outcomes[self.place, file].done.set()
+
+    def lost(self, why: str) -> None:
+        """The file at work takes the blame; those after it are left for another guest."""
+        if self.left:
+            outcome = self.runs.outcomes[self.place, self.left[0]]
+            started = outcome.of("started")
+            at = f" in {started[-1]['test']}" if started else ""
+            outcome.lost = f"{why}{at}\n{self.tail()}"
+            self.end(self.left[0])
+
+    def tail(self) -> str:
+        return self.noise.decode(errors="replace")[-3000:]

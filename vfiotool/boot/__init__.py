@@ -1,0 +1,1 @@
+"""A policy applied at every boot."""

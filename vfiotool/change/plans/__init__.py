@@ -1,0 +1,1 @@
+"""From facts and a wish to steps."""

@@ -1,0 +1,184 @@
+"""Plans: from facts and a wish to steps. Pure functions of frozen values, no host is touched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from vfiotool.change.plans.facts import DeviceFacts, Facts
+from vfiotool.change.steps.base import Step
+from vfiotool.change.steps.bind import BindDriver, LoadModule
+from vfiotool.change.steps.mdev import SetMdev
+from vfiotool.change.steps.state import ANY, PARKED, Binding
+from vfiotool.devices.iommu import bridge_in_the_way, is_vfio_driver
+from vfiotool.devices.mdev import Mdev, MdevType
+from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
+
+_DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}", re.ASCII)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+
+
+def driver_name(text: str) -> str:
+    """`text` if it can be a driver's name, which becomes a path part. Raises UsageError."""
+    if _DRIVER.fullmatch(text) is None:
+        raise UsageError(
+            f"{text[:80]!r} cannot be a driver's name",
+            hint="give a name as under bus/pci/drivers, such as vfio-pci, or none to park",
+        )
+    return text
+
+
+def mdev_uuid(text: str) -> str:
+    """`text` in the form that sysfs shows. Raises UsageError if it is no UUID."""
+    if _UUID.fullmatch(text.lower()) is None:
+        raise UsageError(
+            f"{text[:80]!r} is not a UUID",
+            hint="write it as 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001, or leave --uuid out",
+        )
+    return text.lower()
+
+
+def group_endpoints(facts: Facts, address: str) -> tuple[str, ...]:
+    """The PCI endpoints of a device's group, itself first; bridges stay with their driver."""
+    device = facts.device(address)
+    names = facts.members.get(device.group, ()) if device.group is not None else ()
+    others = (facts.devices[name] for name in names if name != address and name in facts.devices)
+    return (address, *(other.address for other in others if not other.is_bridge))
+
+
+def plan_bind(
+    facts: Facts, addresses: Iterable[str], driver: str | None = None, *, whole_group: bool = False
+) -> tuple[Step, ...]:
+    """Give each device `driver`, or the best VFIO driver; the driver `none` parks.
+
+    Raises NotFound, Refused for a bridge or a PF whose VFs are enabled, Unsupported where no
+    IOMMU stands behind a device that is to go to a VFIO driver.
+    """
+    wanted = None if driver is None else driver_name(driver)
+    chosen: list[str] = []
+    for address in addresses:
+        chosen.extend(group_endpoints(facts, address) if whole_group else (address,))
+    steps: list[Step] = []
+    for address in dict.fromkeys(chosen):
+        device = facts.device(address)
+        name = wanted or device.best_driver
+        goal = Binding(None, PARKED) if name == "none" else Binding(name, name)
+        if device.binding == goal:
+            continue
+        _refuse_unfit(facts, device, name)
+        steps += load_steps(facts, steps, goal.driver)
+        steps.append(BindDriver(address, device.binding, goal, device.identity))
+    return tuple(steps)
+
+
+def _refuse_with_vfs(device: DeviceFacts) -> None:
+    """A PF's driver takes the VFs away when it goes, and vfio-pci refuses a PF that has any."""
+    if device.sriov is None or not device.sriov.num:
+        return
+    raise Refused(
+        f"{device.address} has {device.sriov.num} VFs, which a change of its driver would destroy: "
+        f"{', '.join(device.sriov.vfs)}",
+        hint=f"vfiotool vf set {device.address} 0",
+        device=device.address,
+    )
+
+
+def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
+    _refuse_with_vfs(device)
+    if device.is_bridge:
+        if driver == "none" and bridge_in_the_way(device.class_code, device.binding.driver):
+            return
+        raise Refused(
+            f"{device.address} is a bridge: it is not given away with what lies behind it",
+            hint=f"bridges stay with their driver; name the devices behind {device.address}",
+            device=device.address,
+        )
+    if not is_vfio_driver(driver):
+        return
+    if device.group is None and not facts.noiommu:
+        raise Unsupported(
+            f"{device.address} is in no IOMMU group: {driver} cannot take it",
+            hint="vfiotool doctor tells how to switch the IOMMU on",
+            device=device.address,
+        )
+
+
+def load_steps(facts: Facts, steps: list[Step], driver: str | None) -> list[Step]:
+    """The step that loads a driver's module, unless it is registered or the plan loads it."""
+    if driver is None or driver in facts.drivers:
+        return []
+    step = LoadModule(driver, driver)
+    return [] if step in steps else [step]
+
+
+def plan_release(facts: Facts, addresses: Iterable[str]) -> tuple[Step, ...]:
+    """Give each device back to the driver it had before, or to the kernel's choice.
+
+    A device that is not taken from its driver needs no step. Raises NotFound, and Refused for a
+    PF whose VFs are enabled.
+    """
+    steps: list[Step] = []
+    for address in dict.fromkeys(addresses):
+        device = facts.device(address)
+        if not device.binding.taken:
+            continue
+        _refuse_with_vfs(device)
+        origin = device.origin
+        goal = Binding(ANY if origin is None else origin.driver, None)
+        if origin is not None:
+            steps += load_steps(facts, steps, origin.driver)
+        steps.append(BindDriver(address, device.binding, goal, device.identity))
+    return tuple(steps)
+
+
+def plan_mdev_create(
+    types: Iterable[MdevType], mdevs: Iterable[Mdev], parent: str, kind: str, uuid: str
+) -> tuple[Step, ...]:
+    """Make an mdev; none if it is there already. Raises NotFound, UsageError, Refused."""
+    uuid = mdev_uuid(uuid)
+    offered = {entry.type: entry for entry in types if entry.parent == parent}
+    if not offered:
+        raise NotFound(
+            f"{parent[:80]!r} is no parent of mdevs on this host", hint="vfiotool mdev types"
+        )
+    if kind not in offered:
+        raise NotFound(
+            f"{parent} has no mdev type {kind[:80]!r}: it has {', '.join(sorted(offered))}",
+            hint="vfiotool mdev types",
+        )
+    for mdev in mdevs:
+        if mdev.uuid != uuid:
+            continue
+        if (mdev.parent, mdev.type) == (parent, kind):
+            return ()
+        raise UsageError(
+            f"{uuid} exists already, as {mdev.parent}/{mdev.type}",
+            hint="choose another UUID, or leave --uuid out",
+            device=uuid,
+        )
+    if offered[kind].available_instances == 0:
+        raise Refused(
+            f"{parent} has no instance of {kind} left",
+            hint="vfiotool mdev list shows what uses it up; vfiotool mdev remove UUID frees one",
+        )
+    return (SetMdev(uuid, parent, kind, exists=True),)
+
+
+def plan_mdev_remove(mdevs: Iterable[Mdev], uuid: str) -> tuple[Step, ...]:
+    """Remove an mdev. Raises NotFound, UsageError."""
+    uuid = mdev_uuid(uuid)
+    for mdev in mdevs:
+        if mdev.uuid == uuid and mdev.parent is not None and mdev.type is not None:
+            return (SetMdev(uuid, mdev.parent, mdev.type, exists=False),)
+    raise NotFound(f"there is no mdev {uuid}", hint="vfiotool mdev list", device=uuid)
+
+
+__all__ = [
+    "driver_name",
+    "group_endpoints",
+    "load_steps",
+    "plan_bind",
+    "plan_mdev_create",
+    "plan_mdev_remove",
+    "plan_release",
+]

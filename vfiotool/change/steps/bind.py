@@ -1,0 +1,220 @@
+"""Steps that give a device a driver.
+
+Source: Documentation/ABI/testing/sysfs-bus-pci, drivers/pci/pci-driver.c, drivers/base/bus.c.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from vfiotool.change.steps.base import Door, Step, check_identity, drifted
+from vfiotool.change.steps.state import (
+    ANY,
+    BUSES,
+    PARKED,
+    UNKNOWN,
+    Binding,
+    Identity,
+    device_exists,
+    driver_registered,
+    read_binding,
+    read_driver,
+)
+from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.errors import KernelError, Unsupported
+from vfiotool.host.host import Host
+
+_SETTLE_S = 1.0
+
+
+@dataclass(frozen=True)
+class BindDriver(Step):
+    """Give a PCI or vDPA device a driver (None: park it) and an override.
+
+    The override is set before the old driver lets go, so that no other driver takes the device in
+    between (Documentation/ABI/testing/sysfs-bus-pci, driver_override); `new_id` is never used.
+    """
+
+    verb: ClassVar[str] = "bind-driver"
+    nested: ClassVar[dict[str, type]] = {
+        "before": Binding,
+        "after": Binding,
+        "identity": Identity,
+    }
+    address: str
+    before: Binding
+    after: Binding
+    identity: Identity = UNKNOWN
+    bus: str = "pci"
+    # A VF that this plan makes or destroys: where it stands when the step runs is no drift.
+    fresh: bool = False
+
+    @property
+    def target(self) -> str:
+        return self.address
+
+    def ends(self) -> tuple[object, object]:
+        return self.before.driver, self.after.driver
+
+    def words(self) -> tuple[str, str]:
+        if self.before.driver != self.after.driver:
+            return str(self.before), str(self.after)
+        # The driver stays, and only what keeps it on the device changes.
+        overrides = (self.before.override, self.after.override)
+        first, second = (f"override {text}" if text else "no override" for text in overrides)
+        return f"{self.before} with {first}", second
+
+    def undo_text(self) -> str | None:
+        if self.before.driver == ANY:
+            return "give it back to the kernel's choice"
+        override = self.before.override
+        kept = f"set the override {override}" if override else "clear the override"
+        driver = self.before.driver
+        return f"bind to {driver}, {kept}" if driver else f"leave without a driver, {kept}"
+
+    def inverse(self) -> Step:
+        return replace(self, before=self.after, after=self.before)
+
+    def present(self, host: Host) -> bool:
+        return device_exists(host, self.bus, self.address)
+
+    def check(self, host: Host) -> None:
+        if self.bus == "pci":
+            check_identity(host, self.address, self.identity)
+        found = read_binding(host, self.bus, self.address)
+        if self.fresh or self.before.driver == ANY:
+            return
+        if found not in (self.before, self.after):
+            raise drifted(self.address, found, self.before, self.after)
+
+    def holds(self, host: Host) -> bool:
+        found = read_binding(host, self.bus, self.address)
+        if self.after.driver == ANY:
+            return found.override is None
+        return found == self.after
+
+    def run(self, door: Door) -> None:
+        found = read_binding(door.host, self.bus, self.address)
+        if self.after.driver == ANY:
+            self._hand_back(door, found)
+            return
+        override = found.override
+        if found.driver != self.after.driver:
+            guide = self.after.driver or PARKED
+            self._set_override(door, override, guide)
+            self._unbind(door, found.driver)
+            if self.after.driver is not None:
+                self._probe(door, self.after.driver)
+            override = guide
+        self._set_override(door, override, self.after.override)
+
+    def _hand_back(self, door: Door, found: Binding) -> None:
+        self._set_override(door, found.override, None)
+        if found.driver is not None and is_vfio_driver(found.driver):
+            self._unbind(door, found.driver)
+        if read_driver(door.host, self.bus, self.address) is None:
+            door.write(BUSES[self.bus].probe, self.address)
+
+    def _set_override(self, door: Door, found: str | None, wanted: str | None) -> None:
+        if found == wanted:
+            return
+        path = f"{BUSES[self.bus].devices}/{self.address}/driver_override"
+        door.write(path, f"{wanted or ''}\n")
+        now = read_binding(door.host, self.bus, self.address).override
+        if now != wanted:
+            raise self._failed(f"its driver_override reads {now!r} after {wanted!r} was written")
+
+    def _unbind(self, door: Door, driver: str | None) -> None:
+        if driver is None:
+            return
+        door.write(f"{BUSES[self.bus].drivers}/{driver}/unbind", self.address)
+        still = read_driver(door.host, self.bus, self.address)
+        if still is not None:
+            raise self._failed(f"it is bound to {still} after it was unbound")
+
+    def _probe(self, door: Door, driver: str) -> None:
+        if not driver_registered(door.host, self.bus, driver):
+            raise self._failed(f"no driver named {driver} is registered with the kernel")
+        door.write(BUSES[self.bus].probe, self.address)
+        bound = read_driver(door.host, self.bus, self.address)
+        if bound is None:
+            # drivers_probe succeeds even if nothing bound; `bind` tells why.
+            try:
+                door.write(f"{BUSES[self.bus].drivers}/{driver}/bind", self.address)
+            except KernelError as error:
+                raise KernelError(
+                    f"{self.address}: {driver} did not take it: {error.message}",
+                    hint="the kernel's log (dmesg) may tell more",
+                    device=self.address,
+                    errno_name=error.errno_name,
+                ) from error
+            bound = read_driver(door.host, self.bus, self.address)
+        if self.after.override == driver and not is_vfio_driver(driver):
+            bound = self._settled(door.host, driver)
+        if bound != driver:
+            raise self._failed(f"{driver} did not take it (it has {bound or 'no driver'})")
+
+    def _settled(self, host: Host, driver: str) -> str | None:
+        """The driver once a host's driver has had time to let go again of what it was forced on:
+        nvme of Linux 6.1 takes any device, and looks at it in a work item."""
+        end = time.monotonic() + _SETTLE_S
+        bound = read_driver(host, self.bus, self.address)
+        while bound == driver and time.monotonic() < end:
+            time.sleep(0.02)
+            bound = read_driver(host, self.bus, self.address)
+        return bound
+
+    def _failed(self, what: str) -> KernelError:
+        return KernelError(f"{self.address}: {what}", device=self.address)
+
+
+@dataclass(frozen=True)
+class LoadModule(Step):
+    """Have modprobe load the module that brings a driver. Nothing has to be undone for it."""
+
+    verb: ClassVar[str] = "load-module"
+    module: str
+    driver: str
+    bus: str = "pci"
+
+    @property
+    def target(self) -> str:
+        return self.module
+
+    def ends(self) -> tuple[object, object]:
+        return None, "loaded"
+
+    def undo_text(self) -> str | None:
+        return None
+
+    def inverse(self) -> Step | None:
+        return None
+
+    def present(self, host: Host) -> bool:
+        return True
+
+    def check(self, host: Host) -> None:
+        return
+
+    def holds(self, host: Host) -> bool:
+        return driver_registered(host, self.bus, self.driver)
+
+    def run(self, door: Door) -> None:
+        if self.holds(door.host):
+            return
+        try:
+            door.load_module(self.module)
+        except KernelError as error:
+            if not is_vfio_driver(self.driver):
+                raise KernelError(
+                    f"no driver named {self.driver} is registered, and no module brings it: "
+                    f"{error.message}",
+                    hint="give the name of a driver under bus/pci/drivers",
+                    errno_name=error.errno_name,
+                ) from error
+            raise Unsupported(
+                f"this kernel has no {self.driver}: {error.message}",
+                hint=f"install or build the module {self.module} (CONFIG_VFIO_PCI for vfio-pci)",
+            ) from error

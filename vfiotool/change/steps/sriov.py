@@ -1,0 +1,155 @@
+"""Steps on a physical function and its VFs.
+
+Source: Documentation/PCI/pci-iov-howto.rst, drivers/pci/iov.c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from vfiotool.change.steps.base import Door, SetAttribute, Step, check_identity, drifted
+from vfiotool.change.steps.state import UNKNOWN, Identity, gone, read_msix_count, read_num_vfs
+from vfiotool.errors import KernelError
+from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_PCI_DEVICES
+
+
+@dataclass(frozen=True)
+class SetVfCount(Step):
+    """Set a physical function's number of VFs, through 0 where the kernel wants it.
+
+    A change between two numbers destroys all VFs of the function. A partial enable succeeds in
+    the kernel; it is read back and counts as a failure here (Documentation/PCI/pci-iov-howto.rst).
+    """
+
+    verb: ClassVar[str] = "set-vf-count"
+    nested: ClassVar[dict[str, type]] = {"identity": Identity}
+    pf: str
+    before: int
+    after: int
+    identity: Identity = UNKNOWN
+
+    @property
+    def target(self) -> str:
+        return self.pf
+
+    @property
+    def path(self) -> str:
+        return f"{SYS_PCI_DEVICES}/{self.pf}/sriov_numvfs"
+
+    def ends(self) -> tuple[object, object]:
+        return self.before, self.after
+
+    def undo_text(self) -> str | None:
+        return f"set {self.before} VFs"
+
+    def inverse(self) -> Step:
+        return replace(self, before=self.after, after=self.before)
+
+    def present(self, host: Host) -> bool:
+        return host.exists(self.path)
+
+    def check(self, host: Host) -> None:
+        check_identity(host, self.pf, self.identity)
+        found = read_num_vfs(host, self.pf)
+        if found not in (self.before, self.after):
+            raise drifted(self.pf, f"{found} VFs", self.before, self.after)
+
+    def holds(self, host: Host) -> bool:
+        return read_num_vfs(host, self.pf) == self.after
+
+    def run(self, door: Door) -> None:
+        found = read_num_vfs(door.host, self.pf)
+        if found == self.after:
+            return
+        if found:
+            self._write(door, 0)
+        if self.after:
+            self._write(door, self.after)
+
+    def _write(self, door: Door, count: int) -> None:
+        door.write(self.path, str(count))
+        found = read_num_vfs(door.host, self.pf)
+        if found != count:
+            raise KernelError(
+                f"{self.pf}: the kernel enabled {found} VFs where {count} were asked for",
+                hint="the device, its firmware or the bus has room for no more",
+                device=self.pf,
+            )
+
+
+@dataclass(frozen=True)
+class SetAutoprobe(SetAttribute):
+    """Whether the kernel offers new VFs of a physical function to host drivers."""
+
+    verb: ClassVar[str] = "set-autoprobe"
+    pf: str
+    before: bool
+    after: bool
+
+    @property
+    def target(self) -> str:
+        return self.pf
+
+    @property
+    def path(self) -> str:
+        return f"{SYS_PCI_DEVICES}/{self.pf}/sriov_drivers_autoprobe"
+
+    @property
+    def values(self) -> tuple[str | None, str]:
+        return str(int(self.before)), str(int(self.after))
+
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=value == "1")
+
+
+@dataclass(frozen=True)
+class SetVfNumber(SetAttribute):
+    """Base of the steps that set one number of a VF; `before` is None where it was not told."""
+
+    vf: str
+    before: int | None
+    after: int
+
+    @property
+    def target(self) -> str:
+        return self.vf
+
+    @property
+    def values(self) -> tuple[str | None, str]:
+        return None if self.before is None else str(self.before), str(self.after)
+
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=int(value))
+
+
+@dataclass(frozen=True)
+class SetMsixCount(SetVfNumber):
+    """How many MSI-X vectors a VF has (ABI/testing/sysfs-bus-pci, sriov_vf_msix_count).
+
+    The VF must have no driver. The attribute cannot be read: the capability tells the number.
+    """
+
+    verb: ClassVar[str] = "set-msix-count"
+
+    @property
+    def path(self) -> str:
+        return f"{SYS_PCI_DEVICES}/{self.vf}/sriov_vf_msix_count"
+
+    def _read(self, host: Host) -> str | None:
+        if not host.exists(self.path):
+            raise gone(f"{self.vf} sriov_vf_msix_count")
+        count = read_msix_count(host, self.vf)
+        return None if count is None else str(count)
+
+
+@dataclass(frozen=True)
+class SetVgpuType(SetVfNumber):
+    """The vGPU type of a VF that stays on NVIDIA's driver (its `current_vgpu_type`)."""
+
+    verb: ClassVar[str] = "set-vgpu-type"
+
+    @property
+    def path(self) -> str:
+        return f"{SYS_PCI_DEVICES}/{self.vf}/nvidia/current_vgpu_type"

@@ -1,0 +1,107 @@
+"""Steps on vDPA devices: make one on a parent, or remove it (include/uapi/linux/vdpa.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from vfiotool.change.steps.base import Door, SetAttribute, Step
+from vfiotool.devices.vdpa import (
+    VdpaSettings,
+    delete_request,
+    find_family,
+    new_request,
+    read_device_names,
+)
+from vfiotool.errors import KernelError
+from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_VDPA_AUTOPROBE
+
+
+@dataclass(frozen=True)
+class SetVdpa(Step):
+    """Make vDPA device `name` on `parent` (`exists` true), or remove it.
+
+    The settings are those that the device is made with, and made again with when a removal is
+    undone. Binding it to vhost_vdpa or virtio_vdpa is a BindDriver on the bus `vdpa`.
+    """
+
+    verb: ClassVar[str] = "set-vdpa"
+    name: str
+    parent: str
+    exists: bool
+    mac: str | None = None
+    mtu: int | None = None
+    max_vqp: int | None = None
+    features: int | None = None
+
+    @property
+    def target(self) -> str:
+        return self.name
+
+    @property
+    def settings(self) -> VdpaSettings:
+        return VdpaSettings(self.mac, self.mtu, self.max_vqp, self.features)
+
+    def ends(self) -> tuple[object, object]:
+        return (None, self.parent) if self.exists else (self.parent, None)
+
+    def undo_text(self) -> str | None:
+        return "remove it" if self.exists else f"make it on {self.parent} again"
+
+    def inverse(self) -> Step:
+        return replace(self, exists=not self.exists)
+
+    def present(self, host: Host) -> bool:
+        # A removed device is made again on its parent, which netlink alone shows.
+        return True
+
+    def check(self, host: Host) -> None:
+        # Both ends are states of this step; a device of that name on another parent is refused by
+        # whoever plans, who has read the parents.
+        new_request(0, self.name, self.parent, self.settings)
+
+    def holds(self, host: Host) -> bool:
+        return (self.name in read_device_names(host)) == self.exists
+
+    def run(self, door: Door) -> None:
+        if self.holds(door.host):
+            return
+        family = find_family(door.host)
+        if self.exists:
+            door.netlink(new_request(family, self.name, self.parent, self.settings))
+        else:
+            door.netlink(delete_request(family, self.name))
+        if not self.holds(door.host):
+            done = "made" if self.exists else "removed"
+            raise KernelError(
+                f"{self.name} was not {done} though the kernel took the request", device=self.name
+            )
+
+
+@dataclass(frozen=True)
+class SetVdpaAutoprobe(SetAttribute):
+    """Whether new vDPA devices are offered to drivers at once (the bus's drivers_autoprobe).
+
+    It is off while a device is made for a virtual machine: else the host would take it first, and
+    look for partitions on the disk of a guest.
+    """
+
+    verb: ClassVar[str] = "set-vdpa-autoprobe"
+    before: bool
+    after: bool
+
+    @property
+    def target(self) -> str:
+        return "vdpa"
+
+    @property
+    def path(self) -> str:
+        return SYS_VDPA_AUTOPROBE
+
+    @property
+    def values(self) -> tuple[str, str]:
+        return str(int(self.before)), str(int(self.after))
+
+    def turned(self, value: str) -> Step:
+        return replace(self, before=self.after, after=value == "1")

@@ -1,0 +1,1 @@
+"""Commands that drive a device from user space."""

@@ -1,0 +1,309 @@
+"""`nvme identify|read|write|bench|secondaries`: vfiotool's own NVMe driver on the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from vfiotool.cli.declare import Commands, Context, Option
+from vfiotool.cli.drive.device import BackendOption, DeviceArgument, JsonOption, opened
+from vfiotool.cli.output import emit, escape, say, state
+from vfiotool.errors import Refused, UsageError
+
+if TYPE_CHECKING:
+    from vfiotool.drivers.nvme.bench import Job
+    from vfiotool.drivers.nvme.controller import Controller
+    from vfiotool.drivers.nvme.queue_pair import LoadReport
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+NamespaceOption = Annotated[int, Option("--nsid", metavar="N", help="The namespace.")]
+LbaOption = Annotated[int, Option("--lba", metavar="N", help="The first block.")]
+
+
+def register(app: Commands) -> None:
+    """Add the commands of this area."""
+    group = Commands(help="Drive an NVMe disk from user space.")
+    group.command("identify")(identify)
+    group.command("read")(read)
+    group.command("write")(write)
+    group.command("bench")(bench)
+    group.command("secondaries", short_help="List the controllers of this PF's VFs.")(secondaries)
+    app.add_typer(group, name="nvme")
+
+
+@contextmanager
+def controlled(
+    context: Context, device: str, backend: str, *, shadow_doorbells: bool = False
+) -> Iterator[Controller]:
+    """The controller, brought up for the time of the block."""
+    from vfiotool.drivers.nvme.controller import Controller
+
+    with opened(context, device, backend) as opened_device:
+        yield Controller(opened_device, shadow_doorbells=shadow_doorbells)
+
+
+def size(text: str) -> int:
+    """A number of bytes: 512, 4k, 1M. Raises UsageError."""
+    digits = text.strip().rstrip("kKmMgGtT")
+    unit = text.strip()[len(digits) :].lower()
+    if not digits.isdecimal() or unit not in _UNITS:
+        raise UsageError(f"{text[:80]!r} is no size: write it as 512, 4k or 1M")
+    return int(digits) * _UNITS[unit]
+
+
+def _json(context: Context, as_json: bool) -> bool:
+    return as_json or state(context).json
+
+
+def identify(
+    context: Context,
+    device: DeviceArgument,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the controller and its namespaces are."""
+    with controlled(context, device, backend) as controller:
+        told = controller.identity
+        version = controller.registers.version.fields()
+        found: dict[str, Any] = {
+            "device": controller.device.name,
+            "backend": controller.device.backend,
+            "model": told.model,
+            "serial": told.serial,
+            "firmware": told.firmware,
+            "version": f"{version['major']}.{version['minor']}.{version['tertiary']}",
+            "controller_id": told.controller_id,
+            "max_transfer_bytes": controller.max_transfer,
+            "queue_pairs": controller.queue_limit,
+            "volatile_write_cache": told.volatile_write_cache,
+            "shadow_doorbells": told.doorbell_buffers,
+            "virtualization_management": told.virtualization,
+            "namespaces": [
+                {"nsid": disk.nsid, "blocks": disk.blocks, "block_bytes": disk.block_bytes}
+                for disk in map(controller.namespace, controller.namespaces())
+            ],
+        }
+    if _json(context, as_json):
+        emit(found)
+        return
+    print(escape(f"{found['model']}  serial {found['serial']}  firmware {found['firmware']}"))
+    print(
+        f"  NVMe {found['version']}, {found['queue_pairs']} queue pairs, "
+        f"{found['max_transfer_bytes']} bytes a command, through {found['backend']}"
+    )
+    for disk in found["namespaces"]:
+        total = disk["blocks"] * disk["block_bytes"]
+        print(
+            f"  namespace {disk['nsid']}: {disk['blocks']} blocks of {disk['block_bytes']}", end=""
+        )
+        print(f" ({total / (1 << 20):.1f} MiB)")
+
+
+def read(
+    context: Context,
+    device: DeviceArgument,
+    output: Annotated[str, Option("--output", metavar="FILE", help="Or - for stdout.")],
+    lba: LbaOption = 0,
+    blocks: Annotated[int, Option("--blocks", metavar="N")] = 1,
+    nsid: NamespaceOption = 1,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Copy blocks of a namespace to a file."""
+    if blocks < 1 or lba < 0:
+        raise UsageError("--blocks is at least 1, --lba at least 0")
+    if output == "-" and _json(context, as_json):
+        raise UsageError("--json and the data cannot both go to standard output")
+    with controlled(context, device, backend) as controller:
+        disk = controller.namespace(nsid)
+        queue = controller.create_queue()
+        digest = hashlib.sha256()
+        step = max(1, (8 << 20) // disk.block_bytes)
+        with _output(output) as sink:
+            for start in range(lba, lba + blocks, step):
+                data = queue.read(disk, start, min(step, lba + blocks - start))
+                digest.update(data)
+                sink.write(data)
+        name = controller.device.name
+    if _json(context, as_json):
+        told = {"device": name, "nsid": nsid, "lba": lba, "blocks": blocks}
+        emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
+
+
+@contextmanager
+def _output(path: str) -> Iterator[Any]:
+    if path == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        file = open(path, "wb")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    with file:
+        yield file
+
+
+def write(
+    context: Context,
+    device: DeviceArgument,
+    source: Annotated[Path, Option("--input", metavar="FILE")],
+    lba: LbaOption = 0,
+    nsid: NamespaceOption = 1,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a file onto blocks of a namespace, and flush. What was there is gone."""
+    if lba < 0:
+        raise UsageError("--lba is at least 0")
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}") from error
+    with file, controlled(context, device, backend) as controller:
+        disk = controller.namespace(nsid)
+        length = source.stat().st_size
+        if length % disk.block_bytes or lba * disk.block_bytes + length > disk.size_bytes:
+            raise UsageError(
+                f"{source} has {length} bytes: not whole blocks of {disk.block_bytes}, or beyond "
+                f"the {disk.blocks} blocks of the namespace"
+            )
+        queue = controller.create_queue()
+        digest = hashlib.sha256()
+        at = lba
+        while data := file.read(8 << 20):
+            queue.write(disk, at, data)
+            digest.update(data)
+            at += len(data) // disk.block_bytes
+        queue.flush(disk)
+        name = controller.device.name
+    if _json(context, as_json):
+        told = {"device": name, "nsid": nsid, "lba": lba, "blocks": at - lba}
+        emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
+    else:
+        say(f"{at - lba} blocks written")
+
+
+def bench(
+    context: Context,
+    device: DeviceArgument,
+    rw: Annotated[
+        str, Option("--rw", help="read, write, rw, randread, randwrite or randrw.")
+    ] = "randread",
+    bs: Annotated[str, Option("--bs", metavar="SIZE", help="Bytes a command.")] = "4k",
+    iodepth: Annotated[int, Option("--iodepth", metavar="N", help="In flight a queue.")] = 1,
+    runtime: Annotated[float, Option("--runtime", metavar="SECONDS")] = 5.0,
+    number: Annotated[
+        int, Option("--number", metavar="N", help="End after N commands a queue.")
+    ] = 0,
+    queues: Annotated[int, Option("--queues", metavar="N", help="Queue pairs.")] = 1,
+    batch: Annotated[int, Option("--batch", metavar="N", help="Send anew when N are done.")] = 1,
+    span: Annotated[str, Option("--size", metavar="SIZE", help="The part used; 0: all.")] = "0",
+    rwmixread: Annotated[int, Option("--rwmixread", metavar="PERCENT")] = 50,
+    seed: Annotated[int, Option("--seed", metavar="N")] = 1,
+    shadow: Annotated[
+        bool, Option("--shadow-doorbells", help="Use them where the controller has them.")
+    ] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Let a load that writes destroy what is there.")
+    ] = False,
+    nsid: NamespaceOption = 1,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a namespace in the manner of fio."""
+    from vfiotool.drivers.nvme import bench as nvme_bench
+
+    job = nvme_bench.Job(
+        pattern=_pattern(rw),
+        size_bytes=size(bs),
+        depth=iodepth,
+        queues=queues,
+        batch=batch,
+        runtime_s=0.0 if number else runtime,
+        limit=number,
+        span_bytes=size(span),
+        read_percent=rwmixread,
+        seed=seed,
+    )
+    _refuse_writes(job, device, overwrite)
+    with controlled(context, device, backend, shadow_doorbells=shadow) as controller:
+        report = nvme_bench.run(controller, controller.namespace(nsid), job)
+        told = {
+            "device": controller.device.name,
+            "backend": controller.device.backend,
+            "nsid": nsid,
+            "shadow_doorbells": shadow,
+        }
+    if _json(context, as_json):
+        emit({**told, **nvme_bench.as_json(report, job)})
+    else:
+        _show(report, job)
+
+
+def _refuse_writes(job: Job, device: str, overwrite: bool) -> None:
+    if job.writes and not overwrite:
+        raise Refused(
+            f"--rw {job.pattern} would overwrite what is on {device}",
+            hint="add --overwrite if nothing there is needed",
+            device=device,
+        )
+
+
+def _pattern(text: str) -> str:
+    from vfiotool.drivers.nvme.bench import PATTERNS
+
+    if text not in PATTERNS:
+        raise UsageError(f"no pattern {text[:40]!r}", hint=f"one of {', '.join(PATTERNS)}")
+    return text
+
+
+def _show(report: LoadReport, job: Job) -> None:
+    from vfiotool.drivers.nvme.bench import PERCENTILES
+
+    for name, ios in (("read", report.reads), ("write", report.writes)):
+        if ios:
+            rate = ios / report.elapsed_s
+            print(f"{name}: {rate:,.0f} IOPS, {rate * job.size_bytes / (1 << 20):,.1f} MiB/s")
+    mean = report.latency_sum_ns / report.ios / 1000
+    print(
+        f"latency: min {report.latency_min_ns / 1000:.1f}, mean {mean:.1f}, "
+        f"max {report.latency_max_ns / 1000:.1f} µs"
+    )
+    steps = (f"p{p:g} {report.percentile_ns(p) / 1000:.1f}" for p in PERCENTILES)
+    print(f"         {', '.join(steps)} µs")
+    print(f"doorbell writes: {report.tail_writes} + {report.head_writes} for {report.ios} commands")
+
+
+def secondaries(
+    context: Context,
+    device: DeviceArgument,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """List the controllers of this PF's VFs, and what each has been given."""
+    with controlled(context, device, backend) as controller:
+        entries = controller.secondaries()
+        name = controller.device.name
+    if _json(context, as_json):
+        listed = [
+            {
+                "controller_id": entry.controller_id,
+                "vf_number": entry.vf_number,
+                "online": entry.online,
+                "queues": entry.queues,
+                "interrupts": entry.interrupts,
+            }
+            for entry in entries
+        ]
+        emit({"device": name, "secondary_controllers": listed})
+        return
+    for entry in entries:
+        shown = "online" if entry.online else "offline"
+        print(f"controller {entry.controller_id}  VF {entry.vf_number}  {shown}", end="")
+        print(f"  {entry.queues} queues  {entry.interrupts} interrupts")

@@ -1,0 +1,237 @@
+"""`vfiotool tree`: the way from root complexes to endpoints, with groups, drivers, VFs, mdevs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated
+
+from vfiotool.cli import output as render
+from vfiotool.cli.declare import Commands, Context, Option
+from vfiotool.devices.inventory import Inventory, read_inventory
+from vfiotool.devices.iommu import role_of
+from vfiotool.devices.names import Names, read_names
+from vfiotool.devices.pci import Address, Link, PciFunction
+from vfiotool.errors import UsageError
+from vfiotool.host.host import Host
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from rich.tree import Tree
+
+# More VFs than this are told in one line.
+_VFS_SHOWN = 8
+# A file or a pipe has no edge to cut the names at.
+_FILE_WIDTH = 200
+_STYLES = {
+    "vfio": "green",
+    "host": "yellow",
+    "unbound": "bright_black",
+    "bridge": "bright_black",
+    "mdev": "magenta",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A device in the tree. `kind`: root, bridge, endpoint, vf, mdev; `number`: a VF's index.
+
+    `role` is the contract's; `shared` tells whether another endpoint is in the same group, and
+    `viable` whether the kernel would open that group now.
+    """
+
+    kind: str
+    address: str
+    pci_id: str | None = None
+    name: str | None = None
+    driver: str | None = None
+    role: str | None = None
+    group: int | None = None
+    viable: bool | None = None
+    shared: bool = False
+    number: int | None = None
+    numa_node: int | None = None
+    link: Link | None = None
+    children: list[Node] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "address": self.address,
+            "id": self.pci_id,
+            "name": self.name,
+            "driver": self.driver,
+            "role": self.role,
+            "iommu_group": self.group,
+            "viable": self.viable,
+            "vf_index": self.number,
+            "numa_node": self.numa_node,
+            "children": [child.as_json() for child in self.children],
+        }
+
+
+def register(app: Commands) -> None:
+    """Add the command to the application."""
+    app.command("tree", short_help="Show the PCI tree: groups, drivers, VFs, mdevs.")(tree)
+
+
+def tree(
+    context: Context,
+    svg: Annotated[str | None, Option(metavar="FILE", help="Draw it as a picture instead.")] = None,
+) -> int:
+    """Show the PCI tree with IOMMU groups, drivers, VFs and mediated devices marked."""
+    host = render.host(context)
+    roots = build(host, read_inventory(host), read_names(host))
+    if svg is not None:
+        _save_svg(host, roots, svg)
+    if render.state(context).json:
+        render.emit({"roots": [root.as_json() for root in roots]})
+    elif svg is None:
+        out = render.console()
+        if not out.is_terminal:
+            out.width = _FILE_WIDTH
+        for root in roots:
+            out.print(_as_rich(root))
+    return 0
+
+
+def _save_svg(host: Host, roots: list[Node], path: str) -> None:
+    from vfiotool.cli.look.tree_svg import draw
+    from vfiotool.host.paths import PROC_OSRELEASE
+
+    picture = draw(roots, kernel=host.read(PROC_OSRELEASE))
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(picture)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def build(host: Host, inventory: Inventory, names: Names) -> list[Node]:
+    """The roots of the tree in bus order, and last, if there are any, devices of no bus."""
+    builder = _Builder(inventory, names)
+    for function in inventory.functions:
+        builder.add_function(function)
+    for mdev in inventory.mdevs:
+        path = host.realpath(f"{_mdev_folder()}/{mdev.uuid}") or ""
+        builder.add_mdev(mdev.uuid, mdev.type, mdev.iommu_group, path, mdev.parent)
+    return list(builder.roots.values())
+
+
+def _mdev_folder() -> str:
+    from vfiotool.host.paths import SYS_MDEV_DEVICES
+
+    return SYS_MDEV_DEVICES
+
+
+class _Builder:
+    def __init__(self, inventory: Inventory, names: Names) -> None:
+        self.groups = inventory.by_group
+        self.names = names
+        self.nodes: dict[str, Node] = {}
+        self.roots: dict[str, Node] = {}
+
+    def _parent(self, path: str, fallback: str, numa_node: int | None = None) -> Node:
+        """The innermost known function on a path, else the root that the path begins with."""
+        for part in reversed(path.split("/")[:-1]):
+            if part in self.nodes:
+                return self.nodes[part]
+        found = next((part for part in path.split("/") if part.startswith("pci")), fallback)
+        if found not in self.roots:
+            self.roots[found] = Node("root", found, numa_node=numa_node)
+        return self.roots[found]
+
+    def add_function(self, function: PciFunction) -> None:
+        known = self.names.lookup(function.vendor, function.device, class_code=function.class_code)
+        role = role_of(function.driver)
+        kind = "vf" if function.physfn else "bridge" if function.is_bridge else "endpoint"
+        node = Node(
+            kind=kind,
+            address=function.address,
+            pci_id=None if function.vendor is None else f"{function.vendor}:{function.device}",
+            name=known.device or known.class_name,
+            driver=function.driver,
+            role=role,
+            number=function.vf_index,
+            numa_node=function.numa_node,
+            link=function.link,
+        )
+        node = self._grouped(node, function.iommu_group)
+        parent = self.nodes.get(function.physfn or "")
+        if parent is None:
+            parent = self._parent(function.path, "pci", function.numa_node)
+        parent.children.append(node)
+        self.nodes[function.address] = node
+
+    def add_mdev(
+        self, uuid: str, kind: str | None, group: int | None, path: str, parent: str | None
+    ) -> None:
+        node = self._grouped(Node("mdev", uuid, name=kind, role="mdev"), group)
+        self._parent(path, parent or "mdev").children.append(node)
+
+    def _grouped(self, node: Node, number: int | None) -> Node:
+        group = None if number is None else self.groups.get(number)
+        if group is None:
+            return replace(node, group=number)
+        others = sum(member.role != "bridge" for member in group.devices)
+        return replace(node, group=number, viable=group.viable, shared=others > 1)
+
+
+def _as_rich(root: Node) -> Tree:
+    from rich.tree import Tree
+
+    label = f"[bold]{render.escape_line(root.address)}[/bold]"
+    if root.numa_node is not None:
+        label += f"  NUMA node {root.numa_node}"
+    branch = Tree(label, guide_style="bright_black")
+    _grow(branch, root.children)
+    return branch
+
+
+def _grow(branch: Tree, children: Iterable[Node]) -> None:
+    vfs = [child for child in children if child.kind == "vf"]
+    for child in children:
+        if child.kind != "vf" or len(vfs) <= _VFS_SHOWN:
+            _grow(branch.add(_label(child)), child.children)
+    if len(vfs) > _VFS_SHOWN:
+        branch.add(render.escape_line(summary_of(vfs)))
+
+
+def summary_of(vfs: list[Node]) -> str:
+    """Many VFs in one line: how many, on which drivers, in which groups."""
+    drivers: dict[str, int] = {}
+    for vf in vfs:
+        drivers[vf.driver or "no driver"] = drivers.get(vf.driver or "no driver", 0) + 1
+    groups = sorted(vf.group for vf in vfs if vf.group is not None)
+    text = f"{len(vfs)} VFs: " + ", ".join(f"{count} × {name}" for name, count in drivers.items())
+    return f"{text}; groups {groups[0]}–{groups[-1]}" if groups else text
+
+
+def _label(node: Node) -> Text:
+    from rich.text import Text
+
+    style = _STYLES.get(node.role or "", "")
+    text = Text(no_wrap=True, overflow="ellipsis")
+    if node.kind == "vf":
+        text.append(f"VF {'?' if node.number is None else node.number}  ", "cyan")
+    text.append(render.escape_line(short(node.address)), "bold")
+    if node.group is not None:
+        text.append(f"  group {node.group}", "cyan" if node.shared else "")
+        if node.viable and node.kind != "bridge":
+            text.append(" ✓", "green")
+        elif node.viable is False and node.shared:
+            text.append(" ✗", "red")
+    if node.kind != "mdev":
+        text.append(f"  {render.escape_line(node.driver or 'no driver')}", style)
+    if node.pci_id is not None:
+        text.append(f"  {node.pci_id}", "bright_black")
+    if node.name:
+        text.append(
+            f"  {render.escape_line(node.name)}", "bright_black" if node.kind == "bridge" else ""
+        )
+    return text
+
+
+def short(address: str) -> str:
+    """An address without its domain where that is 0000."""
+    return address.removeprefix("0000:") if Address.is_address(address) else address

@@ -1,0 +1,1 @@
+"""What a host has, as frozen values."""

@@ -1,0 +1,1 @@
+"""Configuration space, decoded with bounds checks."""

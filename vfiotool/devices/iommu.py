@@ -1,0 +1,171 @@
+"""IOMMU groups: members, their roles, viability, domain type and reserved regions.
+
+A role says what a member means for the group's viability, as the kernel counts it
+(drivers/iommu/iommu.c, iommu_device_use_default_domain; Documentation/driver-api/vfio.rst).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vfiotool.devices.identity import (
+    NO_DMA_DRIVERS,
+    GroupScan,
+    is_vfio_driver,
+    list_groups,
+    parse_windows,
+    role_of,
+)
+from vfiotool.devices.pci import PciIdentity
+from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_IOMMU
+
+__all__ = [
+    "NO_DMA_DRIVERS",
+    "GroupMember",
+    "IommuGroup",
+    "ReservedRegion",
+    "bridge_in_the_way",
+    "group_as_json",
+    "has_iommu",
+    "is_vfio_driver",
+    "is_viable",
+    "list_groups",
+    "member_of",
+    "parse_reserved_regions",
+    "read_group",
+    "read_groups",
+    "role_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ReservedRegion:
+    """An IOVA window, both ends included. `type`: direct, direct-relaxable, reserved, msi."""
+
+    start: int
+    end: int
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """One device of a group. `address` is an mdev's UUID or a platform device's name too."""
+
+    address: str
+    vendor: str | None
+    device: str | None
+    class_code: str | None
+    driver: str | None
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class IommuGroup:
+    """One group. `viable` is what VFIO_GROUP_GET_STATUS would say now."""
+
+    id: int
+    type: str | None
+    viable: bool
+    reserved_regions: tuple[ReservedRegion, ...]
+    devices: tuple[GroupMember, ...]
+
+    @property
+    def bridges_in_the_way(self) -> tuple[str, ...]:
+        """The addresses of the bridges that have to be parked (`bridge_in_the_way`)."""
+        return tuple(
+            member.address
+            for member in self.devices
+            if bridge_in_the_way(member.class_code, member.driver)
+        )
+
+
+def parse_reserved_regions(text: str) -> tuple[ReservedRegion, ...]:
+    """Lines of `start end type`; malformed ones are passed over."""
+    return tuple(ReservedRegion(*window) for window in parse_windows(text))
+
+
+def has_iommu(host: Host) -> bool:
+    """Whether the kernel drives an IOMMU: the ground truth is the class, not the command line."""
+    return bool(host.listdir(SYS_IOMMU))
+
+
+def bridge_in_the_way(class_code: str | None, driver: str | None) -> bool:
+    """Whether a function is a bridge whose driver keeps its group from user space, such as shpchp
+    or lpc_ich, and which can be parked: what lies behind it stays when that driver goes.
+
+    Not CardBus bridges (class 0607), which take their cards along (drivers/pcmcia/yenta_socket.c).
+    """
+    code = class_code or ""
+    return code.startswith("06") and not code.startswith("0607") and role_of(driver) == "host"
+
+
+def read_group(host: Host, group: int) -> IommuGroup | None:
+    """One group, or None if there is none of that id (any more)."""
+    return _read_group(GroupScan(host), group)
+
+
+def _read_group(scan: GroupScan, group: int) -> IommuGroup | None:
+    found = scan.members(group)
+    if found is None:
+        return None
+    members = tuple(GroupMember(name, *facts) for name, facts in found)
+    domain = scan.attribute(group, "type")
+    regions = scan.attribute(group, "reserved_regions") or b""
+    return IommuGroup(
+        id=group,
+        type=None if domain is None else domain.decode("utf-8", "backslashreplace"),
+        viable=is_viable(members),
+        reserved_regions=parse_reserved_regions(regions.decode("utf-8", "backslashreplace")),
+        devices=members,
+    )
+
+
+def is_viable(members: tuple[GroupMember, ...]) -> bool:
+    """No member is on a host driver that does DMA of its own."""
+    return all(member.role != "host" for member in members)
+
+
+def read_groups(host: Host) -> tuple[IommuGroup, ...]:
+    """All groups, by id."""
+    scan = GroupScan(host)
+    found = (_read_group(scan, group) for group in list_groups(host))
+    return tuple(group for group in found if group is not None)
+
+
+def member_of(identity: PciIdentity) -> GroupMember:
+    """A PCI function as a member of its group."""
+    return GroupMember(
+        address=identity.address,
+        vendor=identity.vendor,
+        device=identity.device,
+        class_code=identity.class_code,
+        driver=identity.driver,
+        role=role_of(identity.driver),
+    )
+
+
+def group_as_json(group: IommuGroup) -> dict[str, object]:
+    """The contract's shape of one group."""
+    return {
+        "id": group.id,
+        "type": group.type,
+        "viable": group.viable,
+        "reserved_regions": [
+            {"start": region.start, "end": region.end, "type": region.type}
+            for region in group.reserved_regions
+        ],
+        "devices": [_member_as_json(member) for member in group.devices],
+    }
+
+
+def _member_as_json(member: GroupMember) -> Mapping[str, object]:
+    return {
+        "address": member.address,
+        "vendor": member.vendor,
+        "device": member.device,
+        "class": member.class_code,
+        "driver": member.driver,
+        "role": member.role,
+    }

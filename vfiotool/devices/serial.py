@@ -1,0 +1,47 @@
+"""The serial numbers by which a PCI function can be told from its twins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vfiotool.devices.config.decode import read_config
+from vfiotool.devices.config.vpd import parse_vpd
+from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_PCI_DEVICES
+
+
+def serials_of(host: Host, address: str) -> tuple[str, ...]:
+    """A function's serial numbers: Device Serial Number, VPD's SN, its drives' own.
+
+    The Device Serial Number is written as lspci does, `00-1b-21-ff-ff-aa-bb-cc`. Configuration
+    space beyond 64 bytes and VPD need root; what cannot be read is left out.
+    """
+    config = read_config(host, address)
+    found = [
+        None if config is None else config.serial,
+        *_vpd_serials(host, address),
+        *_drive_serials(host, f"{SYS_PCI_DEVICES}/{address}"),
+    ]
+    return tuple(dict.fromkeys(serial for serial in found if serial))
+
+
+def _vpd_serials(host: Host, address: str) -> list[str]:
+    path = f"{SYS_PCI_DEVICES}/{address}/vpd"
+    if not host.exists(path):
+        return []
+    try:
+        vpd = parse_vpd(host.read_bytes(path))
+    except OSError:
+        return []
+    return [text for keyword, text in vpd.fields if keyword == "SN"]
+
+
+def _drive_serials(host: Host, base: str) -> Iterator[str | None]:
+    # An NVMe controller is a child of its function (drivers/nvme/host/sysfs.c); virtio disks show
+    # a serial below block/ (drivers/block/virtio_blk.c, serial_show).
+    for name in host.listdir(f"{base}/nvme"):
+        yield host.read(f"{base}/nvme/{name}/serial")
+    for child in host.listdir(base):
+        if child.startswith("virtio"):
+            for disk in host.listdir(f"{base}/{child}/block"):
+                yield host.read(f"{base}/{child}/block/{disk}/serial")

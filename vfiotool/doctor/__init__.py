@@ -1,0 +1,1 @@
+"""Is this host ready for passthrough?"""

@@ -1,0 +1,1 @@
+"""An NVMe driver in user space."""

@@ -1,0 +1,1 @@
+"""The machine: reading it, observing it, writing to it."""

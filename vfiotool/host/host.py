@@ -1,0 +1,204 @@
+"""The only way to the host: `/sys`, `/proc`, `/dev`, and the kernel's address tables.
+
+A `Host` reads from a tree (`tree.py`): the machine itself, a directory laid out like `/` that
+stands for another machine, or a `MemoryTree` that holds a snapshot or a test's fake kernel.
+Everything above this package takes a `Host` and cannot tell them apart.
+
+Writing goes through `Host.write` alone. On a live host each write runs in a disposable child
+with a deadline, because unbind, remove, reset and a change of VFs block for as long as a user
+holds the device (Documentation/driver-api/vfio.rst, "release" of a device in use).
+"""
+
+from __future__ import annotations
+
+import os
+
+from vfiotool.errors import Stuck, UsageError, from_oserror
+from vfiotool.host.paths import PROC_BOOT_ID
+from vfiotool.host.tree import OsTree, Tree, read_only_root
+
+# Importing these would take a third of the time that `groups` takes to list a small host.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vfiotool.netlink.codec import Message, Request
+
+READ_DEADLINE_S = 2.0
+WRITE_DEADLINE_S = 30.0
+
+
+class Host:
+    """One host's `/sys`, `/proc`, `/dev`, read through `tree`.
+
+    `live` tells whether this is the running machine: only there are writes, netlink and device
+    nodes to be had. The readers that return None do so for absent and for unreadable files alike;
+    `read_bytes` tells them apart by its `OSError`.
+    """
+
+    def __init__(self, tree: Tree, *, live: bool, name: str) -> None:
+        self.tree = tree
+        self.live = live
+        self.name = name
+
+    @classmethod
+    def local(cls) -> Host:
+        """The machine that this process runs on."""
+        return cls(OsTree(), live=True, name="this host")
+
+    @classmethod
+    def at(cls, root: str) -> Host:
+        """A directory laid out like `/`, for reading. Raises UsageError if it holds no `sys/`."""
+        if os.path.realpath(root) == "/":
+            return cls.local()
+        if not os.path.isdir(os.path.join(root, "sys")):
+            raise UsageError(
+                f"{root} is not a root: it holds no sys/ directory",
+                hint="give a directory laid out like /, or a file made by: vfiotool snapshot FILE",
+            )
+        return cls(OsTree(os.path.abspath(root)), live=False, name=root)
+
+    def read_bytes(self, path: str) -> bytes:
+        """The file's content. Raises OSError as the kernel does."""
+        return self.tree.read(path)
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes of a file from `offset` on. Raises OSError as the kernel does.
+
+        For configuration space, each word of which the device itself is asked for.
+        """
+        if not isinstance(self.tree, OsTree):
+            return self.tree.read(path)[offset : offset + length]
+        descriptor = os.open(self.tree.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
+    def read(self, path: str) -> str | None:
+        """The file's text without surrounding white space, or None if absent or unreadable.
+
+        Bytes that are not UTF-8 appear as ``\\xNN``; control characters are kept (whoever prints
+        escapes them).
+        """
+        try:
+            return self.tree.read(path).decode("utf-8", "backslashreplace").strip()
+        except OSError:
+            return None
+
+    def read_int(self, path: str) -> int | None:
+        """The file as a number (decimal, or hexadecimal with 0x), or None if it is not one."""
+        text = self.read(path)
+        try:
+            return None if text is None else int(text, 0)
+        except ValueError:
+            return None
+
+    def listdir(self, path: str) -> list[str]:
+        """The names in a directory, sorted; empty if there is no such directory."""
+        try:
+            return sorted(self.tree.listdir(path))
+        except OSError:
+            return []
+
+    def readlink(self, path: str) -> str | None:
+        """The target of a symbolic link as it is written, or None."""
+        try:
+            return self.tree.readlink(path)
+        except OSError:
+            return None
+
+    def linkname(self, path: str) -> str | None:
+        """The last component of a symbolic link's target (`driver` -> `"nvme"`), or None."""
+        target = self.readlink(path)
+        return None if target is None else target.rpartition("/")[2]
+
+    def realpath(self, path: str) -> str | None:
+        """The path below `/sys` that a one-link path such as a bus entry leads to, or None.
+
+        Text only: sysfs's links are relative and lead to real directories, so no further link has
+        to be followed (Documentation/admin-guide/sysfs-rules.rst).
+        """
+        target = self.readlink(path)
+        if target is None:
+            return path if self.exists(path) else None
+        return os.path.normpath(os.path.join(os.path.dirname(path), target))
+
+    def exists(self, path: str) -> bool:
+        return self.tree.exists(path)
+
+    def isdir(self, path: str) -> bool:
+        return self.tree.isdir(path)
+
+    def read_guarded(
+        self, paths: Iterable[str], timeout_s: float = READ_DEADLINE_S
+    ) -> dict[str, str | None]:
+        """Read files whose reading can block on a device lock (`sriov_numvfs` on some kernels).
+
+        Returns each path's text, or None where it is absent, unreadable or did not answer within
+        `timeout_s`; the files after one that hangs are still read.
+        """
+        found: dict[str, str | None] = {}
+        for path in paths:
+            try:
+                found[path] = self.read_locked(path, timeout_s)
+            except Stuck:
+                found[path] = None
+        return found
+
+    def read_locked(self, path: str, timeout_s: float = READ_DEADLINE_S) -> str | None:
+        """Read one file as `read_guarded` does, but tell absence from silence.
+
+        Returns None where it is absent or unreadable; raises Stuck where it did not answer within
+        `timeout_s`. Asking afterwards whether the file is there would not tell the two apart: a
+        VF can vanish before the one question and be back before the other.
+        """
+        if not isinstance(self.tree, OsTree) or not self.tree.live:
+            return self.read(path)
+        try:
+            data = self.tree.child().read(path, timeout_s)
+        except OSError:
+            return None
+        return data.decode("utf-8", "backslashreplace").strip()
+
+    def write(self, path: str, data: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
+        """Write `data` to one attribute in one `write(2)`: the only way vfiotool changes a host.
+
+        Raises UsageError on a root that is not the running machine, KernelError or NotPermitted
+        with the kernel's errno, and Stuck when the write has not returned after `timeout_s`
+        seconds (it then goes on in a child that nobody waits for).
+        """
+        try:
+            self.tree.write(path, data.encode(), timeout_s)
+        except OSError as error:
+            raise from_oserror(f"write {data.strip()!r} to {path}", error) from error
+
+    def writer_pid(self) -> int | None:
+        """The process that the next `write` runs in, so that a journal can name it beforehand."""
+        return self.tree.child().pid if isinstance(self.tree, OsTree) else None
+
+    def load_module(self, name: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
+        """Have modprobe load a module. Raises KernelError, NotPermitted or Stuck as `write` does.
+
+        Loading what is loaded or built in already is no error.
+        """
+        try:
+            self.tree.load_module(name, timeout_s)
+        except OSError as error:
+            raise from_oserror(f"load module {name}", error) from error
+
+    def netlink(self, request: Request, timeout_s: float = WRITE_DEADLINE_S) -> list[Message]:
+        """Send one netlink request that changes the host: the write door's other half.
+
+        Goes to the tree's `netlink(request, timeout_s)`, which a fake kernel may have. Raises
+        UsageError on a root that is not the running machine, KernelError or NotPermitted with the
+        kernel's errno and words, and Stuck as `write` does.
+        """
+        send = getattr(self.tree, "netlink", None)
+        if send is None:
+            raise read_only_root(self.name)
+        answers: list[Message] = send(request, timeout_s)
+        return answers
+
+    def boot_id(self) -> str | None:
+        return self.read(PROC_BOOT_ID)

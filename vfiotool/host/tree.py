@@ -1,0 +1,227 @@
+"""What a `Host` stands on: the live machine, a directory laid out like `/`, or a tree in memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vfiotool.errors import UsageError
+from vfiotool.host.paths import OBSERVED, OTHER_TOOLS
+
+# Importing these would take a third of the time that `groups` takes to list a small host.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Protocol
+
+    from vfiotool.host.child import DoorChild
+    from vfiotool.netlink.codec import Message, Request
+else:
+    Protocol = object
+
+_READ_BYTES = 1 << 16
+_HOPS = 40
+
+
+class Tree(Protocol):
+    """What a `Host` stands on. Paths are absolute (`"/sys/…"`); failures are `OSError`."""
+
+    def read(self, path: str) -> bytes: ...
+    def listdir(self, path: str) -> list[str]: ...
+    def readlink(self, path: str) -> str: ...
+    def exists(self, path: str) -> bool: ...
+    def isdir(self, path: str) -> bool: ...
+    def write(self, path: str, data: bytes, timeout_s: float) -> None: ...
+    def load_module(self, name: str, timeout_s: float) -> None: ...
+
+
+class OsTree:
+    """A directory laid out like `/`; with `root=""` the machine itself."""
+
+    def __init__(self, root: str = "") -> None:
+        self.root = root.rstrip("/")
+        self.live = not self.root
+        self._child: DoorChild | None = None
+
+    def read(self, path: str) -> bytes:
+        if path.startswith(OBSERVED) and (self.live or path == OTHER_TOOLS):
+            from vfiotool.host.observe import observe
+
+            return observe(path, self.root)
+        descriptor = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            data = os.read(descriptor, _READ_BYTES)
+            if len(data) < 4096:
+                return data
+            parts = [data]
+            while data := os.read(descriptor, _READ_BYTES):
+                parts.append(data)
+            return b"".join(parts)
+        finally:
+            os.close(descriptor)
+
+    def listdir(self, path: str) -> list[str]:
+        return os.listdir(self.root + path)
+
+    def readlink(self, path: str) -> str:
+        return os.readlink(self.root + path)
+
+    def exists(self, path: str) -> bool:
+        return os.path.exists(self.root + path)
+
+    def isdir(self, path: str) -> bool:
+        return os.path.isdir(self.root + path)
+
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        self.child().write(path, data, timeout_s)
+
+    def load_module(self, name: str, timeout_s: float) -> None:
+        if not self.live:
+            raise read_only_root(self.root)
+        from vfiotool.host.child import run_modprobe
+
+        run_modprobe(name, timeout_s)
+
+    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        if not self.live:
+            raise read_only_root(self.root)
+        from vfiotool.host.family import send_in_child
+
+        return send_in_child(request, timeout_s)
+
+    def child(self) -> DoorChild:
+        """The child that writes for this process: made when first needed, again after a hang."""
+        if not self.live:
+            raise read_only_root(self.root)
+        if self._child is not None and not self._child.usable():
+            self._child.close()
+            self._child = None
+        if self._child is None:
+            from vfiotool.host.child import DoorChild
+
+            self._child = DoorChild()
+        return self._child
+
+
+def follow_links(
+    path: str, target_of: Callable[[str], str | None], *, follow_last: bool = True
+) -> str:
+    """The path without links; `target_of` gives a link's target, or None for what is no link.
+
+    Raises OSError (ELOOP) after 40 links, as the kernel does.
+    """
+    pending = [part for part in reversed(path.split("/")) if part]
+    done = ""
+    hops = 0
+    while pending:
+        part = pending.pop()
+        if part == ".":
+            continue
+        if part == "..":
+            done = done.rpartition("/")[0]
+            continue
+        step = f"{done}/{part}"
+        target = target_of(step) if pending or follow_last else None
+        if target is None:
+            done = step
+            continue
+        hops += 1
+        if hops > _HOPS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if target.startswith("/"):
+            done = ""
+        pending.extend(piece for piece in reversed(target.split("/")) if piece)
+    return done or "/"
+
+
+class MemoryTree:
+    """A tree held in memory: files, symbolic links, unreadable files; directories are implied.
+
+    `files` maps a path to its bytes, or to an errno where reading it fails; `links` maps a path
+    to its target as `readlink` gives it. Links are followed inside the tree and nowhere else, so
+    a hostile snapshot cannot make a reader leave it.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes | int],
+        links: Mapping[str, str],
+        directories: Iterable[str] = (),
+        *,
+        name: str = "snapshot",
+    ) -> None:
+        self.name = name
+        self.files = dict(files)
+        self.links = dict(links)
+        self.children: dict[str, set[str]] = {"/": set()}
+        for path in (*self.files, *self.links):
+            self._adopt(path)
+        for path in directories:
+            self._adopt(path)
+            self.children.setdefault(path, set())
+
+    def _adopt(self, path: str) -> None:
+        while path != "/":
+            parent, _, name = path.rpartition("/")
+            parent = parent or "/"
+            siblings = self.children.setdefault(parent, set())
+            if name in siblings:
+                return
+            siblings.add(name)
+            path = parent
+
+    def resolve(self, path: str, *, follow_last: bool = True) -> str:
+        """The path with its symbolic links followed, as the kernel would."""
+        return follow_links(path, self.links.get, follow_last=follow_last)
+
+    def read(self, path: str) -> bytes:
+        content = self.files.get(path)
+        if content is None:
+            real = self.resolve(path)
+            content = self.files.get(real)
+            if content is None:
+                number = errno.EISDIR if real in self.children else errno.ENOENT
+                raise OSError(number, os.strerror(number), path)
+        if isinstance(content, int):
+            raise OSError(content, os.strerror(content), path)
+        return content
+
+    def listdir(self, path: str) -> list[str]:
+        names = self.children.get(self.resolve(path))
+        if names is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return list(names)
+
+    def readlink(self, path: str) -> str:
+        target = self.links.get(path)
+        if target is None:
+            target = self.links.get(self.resolve(path, follow_last=False))
+        if target is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return target
+
+    def exists(self, path: str) -> bool:
+        try:
+            real = self.resolve(path)
+        except OSError:
+            return False
+        return real in self.files or real in self.children
+
+    def isdir(self, path: str) -> bool:
+        try:
+            return self.resolve(path) in self.children
+        except OSError:
+            return False
+
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        raise read_only_root(self.name)
+
+    def load_module(self, name: str, timeout_s: float) -> None:
+        raise read_only_root(self.name)
+
+
+def read_only_root(name: str) -> UsageError:
+    return UsageError(
+        f"{name} is not the running host: nothing can be changed there",
+        hint="leave out --root, or look first with --dry-run or: vfiotool plan POLICY",
+    )

@@ -1,0 +1,1 @@
+"""Where the lab's kernels, QEMU and headers come from."""

@@ -1,0 +1,1 @@
+"""The wire formats: netlink messages, route and devlink attributes."""

@@ -1,0 +1,1 @@
+"""Desired state: policies, what they plan, what is exported and imported."""

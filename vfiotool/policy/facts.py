@@ -1,0 +1,178 @@
+"""What planning a policy needs to know of a host, read in as few reads as its rules allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from vfiotool.change.journal import Journal
+from vfiotool.change.plans.facts import Facts, read_facts, vf_address
+from vfiotool.change.plans.vdpa import VdpaFacts, read_vdpa_facts
+from vfiotool.change.steps.state import read_msix_count
+from vfiotool.change.steps.vf_network import read_settings
+from vfiotool.devices.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
+from vfiotool.devices.pci import PciIdentity, list_addresses, read_identity
+from vfiotool.errors import NotFound, VfiotoolError
+from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_PCI_DEVICES
+from vfiotool.netlink.route import VfSettings
+from vfiotool.policy.parse import Match, Policy
+
+MSIX = "msix"
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """`devices[i]` and `sriov[i]` are what the i-th rule of that kind names, in bus order."""
+
+    facts: Facts
+    devices: tuple[tuple[str, ...], ...]
+    sriov: tuple[tuple[str, ...], ...]
+    settings: Mapping[str, tuple[VfSettings, ...]]
+    attributes: Mapping[tuple[str, str], str]
+    numbers: Mapping[tuple[str, str], int]
+    types: tuple[MdevType, ...] = ()
+    mdevs: tuple[Mdev, ...] = ()
+    vdpa: VdpaFacts | None = None
+
+
+def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None) -> PolicyFacts:
+    """Raises Stuck if the lock of a device that a rule names is held."""
+    finder = _Finder(host, policy)
+    sriov = tuple(finder.find(rule.match) for rule in policy.sriov)
+    functions = {name for names in sriov for name in names}
+    functions |= {rule.match.pf for rule in policy.devices if rule.match.pf is not None}
+    early = read_facts(host, sorted(functions), journal, eswitch_wanted=bool(functions))
+    made = _vfs_to_be(policy, sriov, early)
+    devices = tuple(
+        made.get((rule.match.pf, rule.match.index), ())
+        if rule.match.pf is not None
+        else finder.find(rule.match)
+        for rule in policy.devices
+    )
+    named = {name for names in devices for name in names}
+    facts = early
+    if named:
+        facts = read_facts(
+            host,
+            sorted(named | functions),
+            journal,
+            whole_groups=True,
+            eswitch_wanted=bool(functions),
+        )
+    settings: dict[str, tuple[VfSettings, ...]] = {}
+    for rule, names in zip(policy.sriov, sriov, strict=True):
+        for name in names:
+            # A function that is to keep its VFs as they are need not be asked about them.
+            if rule.vf or facts.devices[name].sriov is not None:
+                settings[name] = read_settings(host, name) or ()
+    return PolicyFacts(
+        facts=facts,
+        devices=devices,
+        sriov=sriov,
+        settings=settings,
+        attributes=_read_attributes(host, policy),
+        numbers=_read_numbers(host, facts, sriov),
+        types=read_mdev_types(host) if policy.mdevs else (),
+        mdevs=read_mdevs(host) if policy.mdevs else (),
+        vdpa=read_vdpa_facts(host) if policy.vdpas else None,
+    )
+
+
+def _vfs_to_be(
+    policy: Policy, sriov: Iterable[tuple[str, ...]], facts: Facts
+) -> dict[tuple[str | None, int | None], tuple[str, ...]]:
+    """Where the VF of each PF and index stands, or will stand once the policy has made it."""
+    found: dict[tuple[str | None, int | None], tuple[str, ...]] = {}
+    counts = {
+        name: rule.vfs for rule, names in zip(policy.sriov, sriov, strict=True) for name in names
+    }
+    for name, device in facts.devices.items():
+        if device.sriov is None:
+            continue
+        for index in range(max(device.sriov.num, counts.get(name, 0))):
+            place = vf_address(name, device.sriov, index)
+            if place is not None and index < counts.get(name, device.sriov.num):
+                found[name, index] = (place,)
+    return found
+
+
+def _read_attributes(host: Host, policy: Policy) -> dict[tuple[str, str], str]:
+    found = {}
+    for rule in policy.mdevs:
+        for name, _ in rule.attrs:
+            text = host.read(f"{SYS_MDEV_DEVICES}/{rule.uuid}/{name}")
+            if text is not None:
+                found[rule.uuid, name] = text
+    return found
+
+
+def _read_numbers(
+    host: Host, facts: Facts, sriov: Iterable[tuple[str, ...]]
+) -> dict[tuple[str, str], int]:
+    """MSI-X counts and vGPU types of the VFs that there are."""
+    found = {}
+    for pf in {name for names in sriov for name in names}:
+        device = facts.devices.get(pf)
+        vfs = device.sriov.vfs if device is not None and device.sriov is not None else ()
+        for vf in vfs:
+            numbers = {
+                MSIX: read_msix_count(host, vf),
+                "nvidia/current_vgpu_type": host.read_int(
+                    f"{SYS_PCI_DEVICES}/{vf}/nvidia/current_vgpu_type"
+                ),
+            }
+            found.update({(vf, name): n for name, n in numbers.items() if n is not None})
+    return found
+
+
+class _Finder:
+    """Finds what rules name; the ids of all functions are read once, if any rule asks for them."""
+
+    def __init__(self, host: Host, policy: Policy) -> None:
+        self.host = host
+        self.by_id: dict[str, list[str]] | None = None
+
+    def find(self, match: Match) -> tuple[str, ...]:
+        found: set[str] | None = None
+        if match.address is not None:
+            there = self.host.exists(f"{SYS_PCI_DEVICES}/{match.address}")
+            found = {match.address} if there else set()
+        if match.id is not None and (found is None or found):
+            found = self._narrow(found, self._with_id(match.id, found))
+        for kind in ("serial", "slot", "path"):
+            text = getattr(match, kind)
+            if text is not None and (found is None or found):
+                found = self._narrow(found, self._selected(f"{kind}:{text}"))
+        return tuple(sorted(found or ()))
+
+    @staticmethod
+    def _narrow(found: set[str] | None, more: set[str]) -> set[str]:
+        return more if found is None else found & more
+
+    def _selected(self, selector: str) -> set[str]:
+        from vfiotool.devices.selector import resolve_all
+
+        try:
+            return set(resolve_all(self.host, selector))
+        except NotFound:
+            return set()
+        except VfiotoolError:
+            raise
+
+    def _with_id(self, wanted: str, among: set[str] | None) -> set[str]:
+        if among is not None:
+            pairs = ((name, read_identity(self.host, name)) for name in among)
+            return {name for name, found in pairs if found is not None and wanted in _ids(found)}
+        if self.by_id is None:
+            self.by_id = {}
+            for address in list_addresses(self.host):
+                identity = read_identity(self.host, address)
+                for text in _ids(identity) if identity is not None else ():
+                    self.by_id.setdefault(text, []).append(address)
+        return set(self.by_id.get(wanted, ()))
+
+
+def _ids(identity: PciIdentity) -> tuple[str, str]:
+    pair = f"{identity.vendor}:{identity.device}"
+    return pair, f"{pair}:{identity.subsystem_vendor}:{identity.subsystem_device}"

@@ -1,0 +1,81 @@
+"""What changed between two captures of a host, entry by entry."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+from dataclasses import dataclass
+
+from vfiotool.errors import UsageError
+from vfiotool.snapshot.capture import load
+from vfiotool.snapshot.text import NOT_CAPTURED, Snapshot, escape
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One path that differs. `before` and `after` are None where there is nothing at the path.
+
+    Contents are given as in the snapshot's text form: escaped, links as ``-> target``, unreadable
+    files as ``! EIO``, bytes as one hexadecimal word a line of 32.
+    """
+
+    path: str
+    before: str | None
+    after: str | None
+
+    def as_json(self) -> dict[str, object]:
+        return {"path": self.path, "before": self.before, "after": self.after}
+
+    def lines(self) -> list[str]:
+        """The change for people: one line, or for a text of several a diff without context."""
+        if self.before is None or self.after is None:
+            sign, content = ("+", self.after) if self.before is None else ("-", self.before)
+            assert content is not None
+            first, *more = content.split("\n")
+            return [f"{sign} {self.path}: {first}{f' (and {len(more)} lines)' if more else ''}"]
+        if "\n" not in self.before and "\n" not in self.after:
+            return [f"~ {self.path}: {self.before} => {self.after}"]
+        found = difflib.unified_diff(
+            self.before.split("\n"), self.after.split("\n"), lineterm="", n=0
+        )
+        inner = [line for line in found if not line.startswith(("---", "+++", "@@"))]
+        return [f"~ {self.path}:", *(f"    {line}" for line in inner)]
+
+
+def compare(before: Snapshot, after: Snapshot) -> list[Change]:
+    """The paths that differ, sorted; headers and the order of entries do not count."""
+    old, new = _contents(before), _contents(after)
+    return [
+        Change(path, old.get(path), new.get(path))
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+
+
+def load_any(path: str) -> Snapshot:
+    """A snapshot file, or the `sys.txt` of a fixture's directory. Raises UsageError."""
+    fixture = os.path.join(path, "sys.txt")
+    if os.path.isdir(path) and not os.path.isfile(fixture):
+        raise UsageError(
+            f"{path} is a directory, not a snapshot",
+            hint=f"vfiotool --root {path} snapshot FILE makes one of it",
+        )
+    return load(fixture if os.path.isfile(fixture) else path)
+
+
+def _contents(snapshot: Snapshot) -> dict[str, str]:
+    found = {path: _content(content) for path, content in snapshot.files.items()}
+    found.update((path, f"-> {escape(os.fsencode(to))}") for path, to in snapshot.links.items())
+    return found
+
+
+def _content(content: bytes | int) -> str:
+    if content == NOT_CAPTURED:
+        return "?"
+    if isinstance(content, int):
+        return f"! {errno.errorcode.get(content, str(content))}"
+    if b"\0" in content:
+        pieces = range(0, len(content), 32)
+        return "\n".join(f"{at:03x}: {content[at : at + 32].hex()}" for at in pieces)
+    return "\n".join(escape(line) for line in content.removesuffix(b"\n").split(b"\n"))

@@ -1,0 +1,138 @@
+"""From a function to its block devices, and what is stacked on them.
+
+Source: Documentation/ABI/stable/sysfs-block; drivers/nvme/host/multipath.c for the names of
+native multipath; drivers/md/dm-sysfs.c, md-sysfs of Documentation/admin-guide/md.rst.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vfiotool.host.host import Host
+from vfiotool.host.paths import DEV, SYS_BLOCK
+from vfiotool.usage.blocker import block_paths, is_part_of
+
+_HIDDEN_PATH = re.compile(r"nvme(\d+)c\d+n(\d+)")
+_DM_KINDS = {
+    "LVM": "LVM logical volume",
+    "CRYPT": "dm-crypt volume",
+    "mpath": "multipath map",
+    "DMRAID": "dmraid set",
+    "VDO": "VDO volume",
+}
+_MAX_LAYERS = 4096
+# The attribute that holds `major:minor`.
+_NUMBER = "dev"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A block device that stands on a function. `chain`: from the function's disk up to it."""
+
+    name: str
+    number: str | None
+    chain: tuple[str, ...]
+
+
+def own_disks(host: Host, path: str) -> tuple[str, ...]:
+    """The names of the function's own block devices, partitions included.
+
+    A namespace under native NVMe multipath is not below its controller: the hidden path device
+    `nvme0c1n2` is, and names it.
+    """
+    paths = block_paths(host)
+    own = {name for name, where in paths.items() if is_part_of(path, where)}
+    for name in tuple(own):
+        match = _HIDDEN_PATH.fullmatch(name)
+        head = None if match is None else f"nvme{match[1]}n{match[2]}"
+        if head in paths:
+            own.discard(name)
+            own |= {other for other, where in paths.items() if is_part_of(paths[head], where)}
+    return tuple(sorted(own))
+
+
+def stack_on(host: Host, names: Iterable[str]) -> tuple[Layer, ...]:
+    """The devices of `names` and all that stands on them: partitions and holders, recursively."""
+    paths = block_paths(host)
+    loops = _loops(host, paths)
+    found: dict[str, tuple[str, ...]] = {name: (name,) for name in sorted(names)}
+    queue = list(found)
+    while queue and len(found) < _MAX_LAYERS:
+        name = queue.pop(0)
+        above = host.listdir(f"{SYS_BLOCK}/{name}/holders") + loops.get(name, [])
+        if name in paths and len(found[name]) > 1:
+            inside = (
+                other for other, where in paths.items() if where.startswith(paths[name] + "/")
+            )
+            above += sorted(inside)
+        for upper in above:
+            if upper not in found:
+                found[upper] = (*found[name], upper)
+                queue.append(upper)
+    return tuple(
+        Layer(name, host.read(f"{SYS_BLOCK}/{name}/{_NUMBER}"), chain)
+        for name, chain in found.items()
+    )
+
+
+def _loops(host: Host, names: Iterable[str]) -> dict[str, list[str]]:
+    """Block device -> the loop devices straight over it, which are no holders to the kernel."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        node = host.read(f"{SYS_BLOCK}/{name}/loop/backing_file") if name[:4] == "loop" else None
+        lower = None if node is None else block_name(host, node)
+        if lower is not None:
+            found.setdefault(lower, []).append(name)
+    return found
+
+
+def block_name(host: Host, node: str) -> str | None:
+    """The kernel name behind a node's path (`/dev/mapper/vg-root` -> `dm-0`), or None."""
+    if not node.startswith(f"{DEV}/"):
+        return None
+    target = host.readlink(node)
+    return (target or node).rpartition("/")[2]
+
+
+def describe(host: Host, name: str) -> str:
+    """A stacked block device in words: `dm-0 (LVM logical volume vg-root)`, `md0 (raid1)`."""
+    base = f"{SYS_BLOCK}/{name}"
+    uuid = host.read(f"{base}/dm/uuid")
+    label = host.read(f"{base}/dm/name")
+    if label is not None:
+        kind = _DM_KINDS.get((uuid or "").partition("-")[0], "device-mapper device")
+        return f"{name} ({kind} {label})"
+    level = host.read(f"{base}/md/level")
+    if level is not None:
+        return f"{name} (MD {level})"
+    if host.exists(f"{base}/loop/backing_file"):
+        return f"{name} (loop device)"
+    return f"{name} (bcache)" if host.isdir(f"{base}/bcache") else name
+
+
+def take_down(host: Host, name: str) -> str | None:
+    """The command that takes a stacked device apart, by the tool that made it."""
+    base = f"{SYS_BLOCK}/{name}"
+    label = host.read(f"{base}/dm/name")
+    if label is not None:
+        kind = (host.read(f"{base}/dm/uuid") or "").partition("-")[0]
+        command = {"CRYPT": "cryptsetup close", "mpath": "multipath -f"}.get(kind)
+        if kind == "LVM":
+            # A volume group's name and a volume's are joined by one dash, their own are doubled.
+            group, _, volume = label.replace("--", "\0").partition("-")
+            target = f"{group}/{volume}".replace("\0", "-")
+            return f"lvchange --activate n {shlex.quote(target)}"
+        return f"{command or 'dmsetup remove'} {shlex.quote(label)}"
+    if host.exists(f"{base}/loop/backing_file"):
+        return f"losetup --detach {DEV}/{name}"
+    if host.isdir(f"{base}/md"):
+        return f"mdadm --stop {DEV}/{name}"
+    return f"echo 1 > {base}/bcache/stop" if host.isdir(f"{base}/bcache") else None
+
+
+def chain_text(layer: Layer, end: int | None = None) -> str:
+    """`nvme0n1p2 > md0 > dm-0`, up to but not including the layer number `end`."""
+    return " > ".join(layer.chain[:end])

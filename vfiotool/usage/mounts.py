@@ -1,0 +1,181 @@
+"""Mounts and swap on the block devices of a function, in all mount namespaces.
+
+Source: Documentation/filesystems/proc.rst (3.5 mountinfo); fs/btrfs/sysfs.c, fs/bcachefs/sysfs.c
+for file systems over several devices, whose mounts name one of them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vfiotool.host.host import Host
+from vfiotool.host.paths import (
+    MOUNTS,
+    PROC,
+    PROC_MOUNTINFO,
+    PROC_SWAPS,
+    SYS_FS_BCACHEFS,
+    SYS_FS_BTRFS,
+)
+from vfiotool.usage.blocker import Blocker, observed_lines
+from vfiotool.usage.layers import Layer, block_name, chain_text
+
+# A use, and the function's own block device that it came through.
+Use = tuple[str, Blocker]
+
+# What makes a host unusable at once when it is taken away.
+_VITAL = {"/", "/usr", "/boot", "/boot/efi", "/etc", "/var", "/nix", "/nix/store"}
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of a mountinfo. `pid` is `self`, or a process of another mount namespace."""
+
+    pid: str
+    number: str
+    point: str
+    type: str
+    source: str
+
+
+def read_mounts(host: Host) -> tuple[tuple[Mount, ...], list[str]]:
+    """The mounts of all namespaces that could be seen, and what could not."""
+    lines, unseen = observed_lines(host, MOUNTS)
+    if not lines:
+        text = host.read(PROC_MOUNTINFO) or ""
+        lines = [["self", line] for line in text.splitlines()]
+    parsed = (parse_mount(fields[0], "\t".join(fields[1:])) for fields in lines)
+    return tuple(mount for mount in parsed if mount is not None), unseen
+
+
+def parse_mount(pid: str, line: str) -> Mount | None:
+    """One line of a mountinfo; None if it is malformed."""
+    left, separator, right = line.partition(" - ")
+    head, tail = left.split(), right.split()
+    if not separator or len(head) < 5 or len(tail) < 2:
+        return None
+    return Mount(pid, head[2], unescape(head[4]), tail[0], unescape(tail[1]))
+
+
+def unescape(text: str) -> str:
+    """Octal escapes of /proc's tables (`\\040`) as characters."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8) & 0xFF), text)
+
+
+def mounted(
+    host: Host, address: str, layers: tuple[Layer, ...], mounts: tuple[Mount, ...]
+) -> list[Use]:
+    """One use for each layer and mount point, and for members of file systems over several."""
+    numbers = {layer.number: layer for layer in layers if layer.number is not None}
+    names = {layer.name: layer for layer in layers}
+    shared = _multi_device(host, names)
+    found: dict[tuple[str, str], Use] = {}
+    seen_members: set[str] = set()
+    for mount in mounts:
+        layer = numbers.get(mount.number)
+        if layer is None:
+            sources = [block_name(host, part) for part in mount.source.split(":")]
+            known = next((source for source in sources if source in names), None)
+            through = known or next((source for source in sources if source in shared), None)
+            if through is None:
+                continue
+            layer = names[shared.get(through, through)]
+        seen_members.add(layer.name)
+        key = (layer.name, mount.point)
+        found.setdefault(key, (layer.chain[0], _mount_blocker(address, layer, mount)))
+    for member in sorted(set(shared.values()) - seen_members):
+        detail = f"{chain_text(names[member])} is part of a mounted file system of several devices"
+        evidence = f"{SYS_FS_BTRFS} or {SYS_FS_BCACHEFS} lists {member}"
+        blocker = Blocker("mounted", address, member, detail, evidence)
+        found[(member, "")] = (names[member].chain[0], blocker)
+    return list(found.values())
+
+
+def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
+    where = "" if mount.pid == "self" else f" in the mount namespace of pid {mount.pid}"
+    vital = mount.point in _VITAL
+    return Blocker(
+        "mounted",
+        address,
+        mount.point,
+        f"{chain_text(layer)} is mounted on {mount.point} ({mount.type}){where}",
+        f"{PROC}/{mount.pid}/mountinfo: {mount.number} {mount.point} from {mount.source}",
+        None if vital else _unmount(mount),
+        vital,
+    )
+
+
+def _unmount(mount: Mount) -> str:
+    command = f"umount {shlex.quote(mount.point)}"
+    return command if mount.pid == "self" else f"nsenter --target {mount.pid} --mount {command}"
+
+
+def _multi_device(host: Host, names: Iterable[str]) -> dict[str, str]:
+    """Of file systems over several devices: each member's name -> a member that is in `names`."""
+    ours = set(names)
+    found: dict[str, str] = {}
+    groups = [host.listdir(f"{SYS_FS_BTRFS}/{uuid}/devices") for uuid in host.listdir(SYS_FS_BTRFS)]
+    for uuid in host.listdir(SYS_FS_BCACHEFS):
+        base = f"{SYS_FS_BCACHEFS}/{uuid}"
+        links = (host.linkname(f"{base}/{name}/block") for name in host.listdir(base))
+        groups.append([name for name in links if name])
+    for members in groups:
+        mine = sorted(ours.intersection(members))
+        if mine:
+            found |= {member: member if member in ours else mine[0] for member in members}
+    return found
+
+
+def swapped(
+    host: Host, address: str, layers: tuple[Layer, ...], mounts: tuple[Mount, ...]
+) -> list[Use]:
+    """Swap partitions on a layer, and swap files on a file system there."""
+    names = {layer.name: layer for layer in layers}
+    numbers = {layer.number: layer for layer in layers if layer.number is not None}
+    found = []
+    for line in (host.read(PROC_SWAPS) or "").splitlines()[1:]:
+        words = line.split()
+        if len(words) < 2:
+            continue
+        area = unescape(words[0])
+        layer = names.get(block_name(host, area) or "")
+        if layer is None and words[1] == "file":
+            mount = _mount_of(area, mounts)
+            layer = None if mount is None else numbers.get(mount.number)
+        if layer is not None:
+            detail = f"{chain_text(layer)} holds the swap area {area}"
+            remedy = f"swapoff {shlex.quote(area)}"
+            evidence = f"{PROC_SWAPS}: {area}"
+            blocker = Blocker("swap", address, area, detail, evidence, remedy)
+            found.append((layer.chain[0], blocker))
+    return found
+
+
+def _mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount | None:
+    """The mount of this namespace that a file lies on: the longest mount point above it."""
+    above = [
+        mount
+        for mount in mounts
+        if mount.pid == "self" and path.startswith(mount.point.rstrip("/") + "/")
+    ]
+    return max(above, key=lambda mount: len(mount.point), default=None)
+
+
+def shared_folders(host: Host, address: str, path: str) -> list[Blocker]:
+    """Mounts of virtio-9p and virtiofs, whose source is a tag and not a block device."""
+    found = []
+    for name in host.listdir(path):
+        base = f"{path}/{name}"
+        if not name.startswith("virtio"):
+            continue
+        tag = (host.read(f"{base}/mount_tag") or "").rstrip("\0")
+        driver = host.linkname(f"{base}/driver")
+        for mount in read_mounts(host)[0] if tag or driver == "virtiofs" else ():
+            by_tag = mount.type == "9p" and tag and mount.source == tag
+            if by_tag or (mount.type == "virtiofs" and driver == "virtiofs"):
+                found.append(_mount_blocker(address, Layer(name, None, (name,)), mount))
+    return found

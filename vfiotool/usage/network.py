@@ -1,0 +1,300 @@
+"""Networks: the interfaces of a function, what stands on them, and what they carry.
+
+An interface is in use if it or anything stacked on it has an address or a route, belongs to a
+bridge, bond or the like, or lives in another network namespace. One that is merely up is not;
+nor is one with nothing but the link-local address that the kernel gives by itself.
+Source: Documentation/ABI/testing/sysfs-class-net, net/ipv4/fib_trie.c, net/ipv6/route.c for the
+columns of the route tables.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import shlex
+from collections.abc import Iterable
+from typing import Protocol
+
+from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.devices.pci import PciFunction, parse_uevent
+from vfiotool.host.host import Host
+from vfiotool.host.paths import (
+    NET_ADDRESSES,
+    NET_CALLER,
+    NET_KINDS,
+    NET_NAMESPACES,
+    PROC,
+    PROC_PPPOE,
+    PROC_ROUTE,
+    PROC_ROUTE6,
+    SYS_NET,
+    SYS_PCI_DEVICES,
+)
+from vfiotool.usage.blocker import Blocker, Usage, is_part_of, net_paths, observed_lines
+
+# include/uapi/linux/route.h, ipv6_route.h
+_RTF_UP = 0x1
+_RTF_GATEWAY = 0x2
+_RTF_REJECT = 0x200
+_RTF_ANYCAST = 0x00100000
+_RTF_LOCAL = 0x80000000
+_MAX_UPPERS = 1024
+
+
+class Placed(Protocol):
+    """A device and its place in sysfs: a PCI function, or a vDPA device (which has no class)."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def class_code(self) -> str | None: ...
+
+
+def network_usage(host: Host, function: Placed) -> Usage:
+    """The interfaces of the function that are in use, each with what it carries."""
+    own = own_interfaces(host, function.path)
+    found: list[Blocker] = []
+    unseen: list[str] = []
+    if own or (function.class_code or "").startswith("02"):
+        stacks = {name: _stack_on(host, name) for name in own}
+        carriers = {upper: chain for stack in stacks.values() for upper, chain in stack.items()}
+        routes = _routes(host, function.address, carriers)
+        vital = {piece for route in routes if route.vital for piece in carriers[route.subject]}
+        found += [
+            blocker
+            for name, stack in stacks.items()
+            for blocker in _memberships(host, function.address, name, stack, vital)
+        ]
+        found += routes
+        found += _pppoe(host, function.address, carriers)
+        elsewhere, unseen = _other_namespaces(host, function)
+        found += elsewhere
+        if not own and not elsewhere:
+            found += _out_of_sight(function, unseen)
+        if host.read(NET_ADDRESSES) is None:
+            unseen.append("the addresses of the interfaces")
+    return Usage(tuple(found), tuple(unseen))
+
+
+def own_interfaces(host: Host, path: str) -> tuple[str, ...]:
+    """The interfaces of the function at `path` that are visible in this network namespace."""
+    found = net_paths(host).items()
+    return tuple(sorted(name for name, where in found if is_part_of(path, where)))
+
+
+def _stack_on(host: Host, name: str) -> dict[str, tuple[str, ...]]:
+    """The interface and all that stands on it, each with the chain that leads there."""
+    found: dict[str, tuple[str, ...]] = {name: (name,)}
+    queue = [name]
+    while queue and len(found) < _MAX_UPPERS:
+        lower = queue.pop(0)
+        for upper in _uppers(host, lower):
+            if upper not in found:
+                found[upper] = (*found[lower], upper)
+                queue.append(upper)
+    return found
+
+
+def _uppers(host: Host, name: str) -> list[str]:
+    entries = host.listdir(f"{SYS_NET}/{name}")
+    uppers = [entry.removeprefix("upper_") for entry in entries if entry.startswith("upper_")]
+    master = host.linkname(f"{SYS_NET}/{name}/master")
+    return sorted({*uppers, *([master] if master else [])})
+
+
+def _memberships(
+    host: Host, address: str, name: str, stack: dict[str, tuple[str, ...]], vital: set[str]
+) -> list[Blocker]:
+    """What the interface belongs to or carries; `vital` are those that the caller comes over."""
+    master = host.linkname(f"{SYS_NET}/{name}/master")
+    found = []
+    for upper, chain in stack.items():
+        if len(chain) != 2:
+            continue
+        kind = _kind_of(host, upper)
+        if upper == master:
+            detail = f"{name} is a port of the {kind} {upper}"
+            evidence = f"{SYS_NET}/{name}/master leads to {upper}"
+            remedy = f"ip link set {shlex.quote(name)} nomaster"
+        else:
+            detail = f"the {kind} {upper} stands on {name}"
+            evidence = f"{SYS_NET}/{name}/upper_{upper}"
+            remedy = f"ip link delete {shlex.quote(upper)}"
+        ends = None if upper in vital else remedy
+        found.append(
+            Blocker("bridge-or-bond", address, upper, detail, evidence, ends, upper in vital)
+        )
+    return found
+
+
+def _kind_of(host: Host, name: str) -> str:
+    base = f"{SYS_NET}/{name}"
+    if host.isdir(f"{base}/bridge"):
+        return "bridge"
+    if host.isdir(f"{base}/bonding"):
+        return "bond"
+    if name == "ovs-system":
+        return "Open vSwitch datapath"
+    told = parse_uevent(host.read(f"{base}/uevent") or "").get("DEVTYPE")
+    # Teams and macvlans have no DEVTYPE.
+    kinds = {} if told else dict(f for f in observed_lines(host, NET_KINDS)[0] if len(f) == 2)
+    return told or kinds.get(name, "interface")
+
+
+def _routes(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
+    addresses = _addresses(host)
+    caller = _caller(host)
+    routes = read_routes(host)
+    found = []
+    for name, chain in sorted(carriers.items()):
+        cidrs = [cidr for cidr in addresses.get(name, []) if not _is_automatic(cidr)]
+        own_routes = routes.get(name, [])
+        facts, evidence = [], []
+        if cidrs:
+            facts.append(f"has {', '.join(cidrs)}")
+            evidence.append(f"ip address show dev {name}")
+        defaults = [route for route in own_routes if route.startswith("default")]
+        if defaults:
+            facts.append(f"carries the default route ({'; '.join(defaults)})")
+        others = [route for route in own_routes if route not in defaults]
+        if others and not cidrs:
+            facts.append(f"carries routes ({', '.join(others[:4])}{' …' * (len(others) > 4)})")
+        if own_routes:
+            tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
+            evidence.append(f"{', '.join(sorted(tables))} name {name}")
+        hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
+        vital = caller is not None and caller[0] in hosts
+        if caller is not None and vital:
+            facts.append(f"carries your SSH session from {caller[1]} to {caller[0]}")
+            evidence.append("SSH_CONNECTION")
+        if facts:
+            through = "" if len(chain) == 1 else f" (over {' > '.join(chain[:-1])})"
+            detail = f"{name}{through} {', '.join(facts)}"
+            # The end of one's own session is nothing to type blindly.
+            remedy = None if vital else f"ip address flush dev {shlex.quote(name)}"
+            where = "; ".join(evidence)
+            found.append(Blocker("route", address, name, detail, where, remedy, vital))
+    return found
+
+
+def _pppoe(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
+    """PPPoE sessions, whose interface carries no address and has no upper one."""
+    found = []
+    for line in (host.read(PROC_PPPOE) or "").splitlines()[1:]:
+        words = line.split()
+        if len(words) == 3 and words[2] in carriers:
+            detail = f"a PPPoE session with {words[1]} runs over {words[2]}"
+            evidence = f"{PROC_PPPOE} names {words[2]}"
+            found.append(Blocker("route", address, words[2], detail, evidence))
+    return found
+
+
+def _addresses(host: Host) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for fields in observed_lines(host, NET_ADDRESSES)[0]:
+        if len(fields) == 2:
+            found.setdefault(fields[0], []).append(fields[1])
+    return found
+
+
+def _caller(host: Host) -> tuple[str, str] | None:
+    """The server's and the client's address of the SSH session that this command runs in."""
+    lines = observed_lines(host, NET_CALLER)[0]
+    if not lines or len(lines[0]) != 2:
+        return None
+    return lines[0][0].partition("%")[0], lines[0][1]
+
+
+def _is_automatic(cidr: str) -> bool:
+    try:
+        interface = ipaddress.ip_interface(cidr)
+    except ValueError:
+        return False
+    return interface.version == 6 and interface.is_link_local
+
+
+def read_routes(host: Host) -> dict[str, list[str]]:
+    """By interface, the routes that somebody set: `default via 10.0.2.2`, `10.0.2.0/24`.
+
+    Left out: rejecting routes, those to the interface's own addresses, and the link-local and
+    multicast ones that the kernel makes by itself.
+    """
+    found: dict[str, list[str]] = {}
+    for name, text in (
+        *_parse_routes4((host.read(PROC_ROUTE) or "").splitlines()[1:]),
+        *_parse_routes6((host.read(PROC_ROUTE6) or "").splitlines()),
+    ):
+        found.setdefault(name, []).append(text)
+    return found
+
+
+def _parse_routes4(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for line in lines:
+        words = line.split()
+        try:
+            flags = int(words[3], 16)
+            target, gateway, mask = (
+                # Network byte order, printed as a number of the host's.
+                ipaddress.IPv4Address(bytes.fromhex(words[column])[::-1])
+                for column in (1, 2, 7)
+            )
+        except (ValueError, IndexError):
+            continue
+        if not flags & _RTF_UP or flags & _RTF_REJECT:
+            continue
+        prefix = f"{int(mask):b}".count("1")
+        yield words[0], _route_text(str(target), prefix, str(gateway), flags)
+
+
+def _parse_routes6(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for line in lines:
+        words = line.split()
+        try:
+            target, gateway = (
+                ipaddress.IPv6Address(bytes.fromhex(words[column])) for column in (0, 4)
+            )
+            prefix, flags = int(words[1], 16), int(words[8], 16)
+            name = words[9]
+        except (ValueError, IndexError):
+            continue
+        if not flags & _RTF_UP or flags & (_RTF_REJECT | _RTF_LOCAL | _RTF_ANYCAST):
+            continue
+        if target.is_multicast or (target.is_link_local and not flags & _RTF_GATEWAY):
+            continue
+        yield name, _route_text(str(target), prefix, str(gateway), flags)
+
+
+def _route_text(target: str, prefix: int, gateway: str, flags: int) -> str:
+    if prefix == 0:
+        text = "default" if ":" not in target else "default ::/0"
+    else:
+        text = f"{target}/{prefix}"
+    return f"{text} via {gateway}" if flags & _RTF_GATEWAY else text
+
+
+def _other_namespaces(host: Host, function: Placed) -> tuple[list[Blocker], list[str]]:
+    lines, unseen = observed_lines(host, NET_NAMESPACES)
+    found = []
+    for fields in lines:
+        if len(fields) != 4 or not is_part_of(function.path, fields[2]):
+            continue
+        pid, name, _, cidrs = fields
+        detail = f"{name} lives in the network namespace of pid {pid}"
+        if cidrs:
+            detail += f" with {cidrs.replace(',', ', ')}"
+        evidence = f"{PROC}/{pid}/ns/net"
+        remedy = f"nsenter --target {pid} --net ip link set {shlex.quote(name)} netns 1"
+        found.append(Blocker("route", function.address, name, detail, evidence, remedy))
+    return found, unseen
+
+
+def _out_of_sight(function: Placed, unseen: list[str]) -> list[Blocker]:
+    """A network driver's function without an interface, where namespaces could not be seen."""
+    driver = function.driver if isinstance(function, PciFunction) else None
+    network = (function.class_code or "").startswith("02")
+    if not network or driver is None or is_vfio_driver(driver) or not unseen:
+        return []
+    detail = f"its interface is not visible here and may live in {unseen[0]}"
+    evidence = f"{SYS_PCI_DEVICES}/{function.address}/net is empty under the driver {driver}"
+    return [Blocker("route", function.address, function.address, detail, evidence)]

@@ -1,0 +1,116 @@
+"""Disks in use: mounts, swap, volumes, pools, exports, and claims that no table explains."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection
+
+from vfiotool.host.host import Host
+from vfiotool.host.paths import BLOCK_CLAIM, DEV, PROC, SYS_BLOCK, SYS_NVME_TARGETS
+from vfiotool.usage.blocker import Blocker, Usage, block_paths
+from vfiotool.usage.layers import (
+    Layer,
+    block_name,
+    chain_text,
+    describe,
+    own_disks,
+    stack_on,
+    take_down,
+)
+from vfiotool.usage.mounts import Use, mounted, read_mounts, shared_folders, swapped
+
+
+def storage_usage(host: Host, address: str, path: str) -> Usage:
+    """Mounts, swap and members of volumes on the disks of the function at `path`."""
+    shared = shared_folders(host, address, path)
+    own = own_disks(host, path)
+    if not own:
+        return Usage(tuple(shared), ())
+    layers = stack_on(host, own)
+    mounts, unseen = read_mounts(host)
+    uses = [
+        *mounted(host, address, layers, mounts),
+        *swapped(host, address, layers, mounts),
+        *(_member(host, address, layer) for layer in layers if len(layer.chain) > 1),
+        *_pool_members(host, address, layers),
+        *_exports(host, address, layers),
+    ]
+    claimed, unknown = _claims(host, address, own, {root for root, _ in uses})
+    found = [*shared, *(blocker for _, blocker in uses), *claimed]
+    return Usage(tuple(found), (*unseen, *unknown))
+
+
+def _member(host: Host, address: str, layer: Layer) -> Use:
+    upper, lower = layer.chain[-1], layer.chain[-2]
+    evidence = f"{SYS_BLOCK}/{lower}/holders/{upper}"
+    if not host.exists(evidence):
+        loop = f"{SYS_BLOCK}/{upper}/loop/backing_file"
+        evidence = loop if host.exists(loop) else f"{SYS_BLOCK}/{upper}"
+    detail = f"{chain_text(layer, -1)} is part of {describe(host, upper)}"
+    remedy = take_down(host, upper)
+    return layer.chain[0], Blocker("storage-member", address, upper, detail, evidence, remedy)
+
+
+def _pool_members(host: Host, address: str, layers: tuple[Layer, ...]) -> list[Use]:
+    """Members of imported ZFS pools, by udev's probe of the disk and the pools that ZFS runs."""
+    found = []
+    pools = set(host.listdir(f"{PROC}/spl/kstat/zfs"))
+    for layer in layers if pools else ():
+        record = f"/run/udev/data/b{layer.number}"
+        keys = dict(
+            line[2:].split("=", 1)
+            for line in (host.read(record) or "").splitlines()
+            if line.startswith("E:") and "=" in line
+        )
+        pool = keys.get("ID_FS_LABEL")
+        if keys.get("ID_FS_TYPE") == "zfs_member" and pool in pools:
+            detail = f"{chain_text(layer)} is part of the ZFS pool {pool}"
+            evidence = f"{PROC}/spl/kstat/zfs/{pool}, {record}"
+            remedy = f"zpool export {shlex.quote(pool or '')}"
+            member = Blocker("storage-member", address, pool or "", detail, evidence, remedy)
+            found.append((layer.chain[0], member))
+    return found
+
+
+def _exports(host: Host, address: str, layers: tuple[Layer, ...]) -> list[Use]:
+    """Namespaces of the kernel's NVMe target, which opens a disk without claiming it."""
+    names = {layer.name: layer for layer in layers}
+    found = []
+    for system in host.listdir(SYS_NVME_TARGETS):
+        folder = f"{SYS_NVME_TARGETS}/{system}/namespaces"
+        for number in host.listdir(folder):
+            base = f"{folder}/{number}"
+            layer = names.get(block_name(host, host.read(f"{base}/device_path") or "") or "")
+            if layer is None or not host.read_int(f"{base}/enable"):
+                continue
+            detail = f"{chain_text(layer)} is exported as namespace {number} of {system}"
+            remedy = f"echo 0 > {shlex.quote(base)}/enable"
+            evidence = f"{base}/device_path"
+            blocker = Blocker("storage-member", address, system, detail, evidence, remedy)
+            found.append((layer.chain[0], blocker))
+    return found
+
+
+def _claims(
+    host: Host, address: str, own: tuple[str, ...], explained: Collection[str]
+) -> tuple[list[Blocker], list[str]]:
+    """Of the disks whose user no table names, those that the kernel holds all the same.
+
+    A disk is claimed along with any partition of its own, so partitions are asked first.
+    """
+    paths = block_paths(host)
+    found, unseen = [], []
+    settled = set(explained)
+    for name in sorted(own, key=lambda name: -len(paths.get(name, ""))):
+        below = paths.get(name, name) + "/"
+        if name in settled or any(paths.get(part, "").startswith(below) for part in settled):
+            continue
+        answer = host.read(f"{BLOCK_CLAIM}/{name}") or ""
+        if answer == "claimed":
+            settled.add(name)
+            detail = f"{name} is claimed exclusively (ZFS, a kernel target, a detached mount, …)"
+            evidence = f"opening {DEV}/{name} with O_EXCL gives EBUSY"
+            found.append(Blocker("storage-member", address, name, detail, evidence))
+        elif answer in ("unknown EACCES", "unknown EPERM", "unknown ETIMEDOUT"):
+            unseen.append(f"whether the kernel has claimed {name}")
+    return found, unseen
