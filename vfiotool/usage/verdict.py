@@ -9,8 +9,6 @@ the host itself use it.
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vfiotool.devices.acs import find_mergers
@@ -20,10 +18,8 @@ from vfiotool.devices.mdev import Mdev
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.remapping import interrupt_remapping, unsafe_interrupts_allowed
 from vfiotool.errors import NotFound
-from vfiotool.host.distribution import read_distribution
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
-    PROC_CMDLINE,
     PROC_OSRELEASE,
     SYS_FIRMWARE_ACPI_TABLES,
     SYS_IOMMU,
@@ -33,6 +29,7 @@ from vfiotool.host.paths import (
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
 )
+from vfiotool.usage.remedies import UNFIXABLE, bind_command, remedies, vital_use_notes
 from vfiotool.usage.survey import Blocker, survey
 
 # drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist: known to be unsafe to assign.
@@ -43,9 +40,6 @@ _DENIED = {
         *("0b25", "0cfe"),
     )
 }
-# Uses that end when the driver lets go, and in no other way: binding is told to cut them off.
-_ENDED_BY_BINDING = ("boot-vga", "display", "console")
-_HOPELESS = ("no-iommu", "no-driver", "reserved-direct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +105,14 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
         notes.append(f"the kernel is locked down ({lockdown[1]}), which does not stop VFIO")
     on_vfio = function.driver is not None and is_vfio_driver(function.driver)
     found = tuple(dict.fromkeys(blockers))
-    notes += _farewells(found)
-    commands = [*_remedies(host, found)]
-    if not any(blocker.vital or blocker.kind in _HOPELESS for blocker in found):
+    notes += vital_use_notes(found)
+    commands = [*remedies(host, found)]
+    if not any(blocker.vital or blocker.kind in UNFIXABLE for blocker in found):
         bridges = () if group is None else group.bridges_in_the_way
         commands += [f"vfiotool bind {name} --driver none" for name in bridges]
         ends = {name for name, _ in others} - set(bridges)
         if not on_vfio or ends:
-            commands.append(_bind_command(function.address, found, whole_group=bool(ends)))
+            commands.append(bind_command(function.address, found, whole_group=bool(ends)))
         commands += [
             f"vfiotool vm check {function.address}",
             f"vfiotool vm qemu {function.address}",
@@ -148,7 +142,7 @@ def _explain_mdev(host: Host, inventory: Inventory, mdev: Mdev) -> Verdict:
         remedy = f"vfiotool mdev remove {mdev.uuid}"
         found.append(Blocker("no-driver", mdev.uuid, mdev.uuid, detail, evidence, remedy))
     notes = [f"not seen: {text}" for text in usage.unseen]
-    commands = [*_remedies(host, tuple(found))]
+    commands = [*remedies(host, tuple(found))]
     if not found:
         commands += [f"vfiotool vm check {mdev.uuid}", f"vfiotool vm qemu {mdev.uuid}"]
     return Verdict(mdev.uuid, not found, group, tuple(found), tuple(commands), tuple(notes))
@@ -234,54 +228,3 @@ def _driver_blockers(host: Host, function: PciFunction) -> list[Blocker]:
     detail = f"kernel {release} has no vfio-pci, neither loaded nor as a module"
     evidence = f"{SYS_PCI_DRIVERS}/vfio-pci and {modules}/kernel/drivers/vfio/pci"
     return [Blocker("no-driver", address, address, detail, evidence)]
-
-
-def _farewells(blockers: tuple[Blocker, ...]) -> Iterable[str]:
-    """Why nothing is offered that would end a vital use."""
-    for blocker in blockers:
-        if blocker.vital and blocker.kind == "mounted":
-            yield f"{blocker.subject} is on {blocker.device}: it cannot be given away"
-        elif blocker.vital and blocker.kind == "route":
-            yield f"you are logged in over {blocker.subject}: log in by another way first"
-
-
-def _bind_command(address: str, blockers: tuple[Blocker, ...], *, whole_group: bool) -> str:
-    """The command that takes the device, once what has a command of its own has been ended."""
-    words = ["vfiotool", "bind", address, *(["--whole-group"] if whole_group else [])]
-    for blocker in blockers:
-        if blocker.remedy is None and blocker.kind in _ENDED_BY_BINDING:
-            words += ["--allow", f"{blocker.kind}:{blocker.subject}"]
-    return shlex.join(words)
-
-
-def _remedies(host: Host, blockers: tuple[Blocker, ...]) -> Iterable[str]:
-    """The commands that end each use, those that stand on others first.
-
-    Of what stands below a vital use none: it would fail, or cut the host off all the same.
-    """
-    kept = {blocker.device for blocker in blockers if blocker.vital}
-    order = ("open-file", "swap", "mounted", "storage-member", "route", "bridge-or-bond")
-    ranked = sorted(
-        enumerate(blockers),
-        key=lambda pair: (
-            order.index(pair[1].kind) if pair[1].kind in order else len(order),
-            # Volumes are found from the disk upwards and taken down from the top.
-            -pair[0] if pair[1].kind in ("storage-member", "mounted") else pair[0],
-        ),
-    )
-    for _, blocker in ranked:
-        if blocker.kind == "no-iommu":
-            yield from _iommu_commands(host)
-        elif blocker.remedy is not None and blocker.device not in kept:
-            yield blocker.remedy
-
-
-def _iommu_commands(host: Host) -> Iterable[str]:
-    """What turns the IOMMU on: a kernel option where the firmware has one, else the firmware."""
-    tables = set(host.listdir(SYS_FIRMWARE_ACPI_TABLES))
-    options = (host.read(PROC_CMDLINE) or "").split()
-    if "DMAR" in tables and "intel_iommu=on" not in options:
-        yield from read_distribution(host).kernel_option("intel_iommu=on")
-        yield "reboot"
-    else:
-        yield "vfiotool doctor"

@@ -1,0 +1,66 @@
+"""What to type next: the commands that end the uses of a device, and what has none."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+from vfiotool.host.distribution import read_distribution
+from vfiotool.host.host import Host
+from vfiotool.host.paths import PROC_CMDLINE, SYS_FIRMWARE_ACPI_TABLES
+from vfiotool.usage.blocker import Blocker
+
+# Uses that end when the driver lets go, and in no other way: binding is told to cut them off.
+_ENDED_BY_BINDING = ("boot-vga", "display", "console")
+UNFIXABLE = ("no-iommu", "no-driver", "reserved-direct")
+
+
+def vital_use_notes(blockers: tuple[Blocker, ...]) -> Iterable[str]:
+    """Why nothing is offered that would end a vital use."""
+    for blocker in blockers:
+        if blocker.vital and blocker.kind == "mounted":
+            yield f"{blocker.subject} is on {blocker.device}: it cannot be given away"
+        elif blocker.vital and blocker.kind == "route":
+            yield f"you are logged in over {blocker.subject}: log in by another way first"
+
+
+def bind_command(address: str, blockers: tuple[Blocker, ...], *, whole_group: bool) -> str:
+    """The command that takes the device, once what has a command of its own has been ended."""
+    words = ["vfiotool", "bind", address, *(["--whole-group"] if whole_group else [])]
+    for blocker in blockers:
+        if blocker.remedy is None and blocker.kind in _ENDED_BY_BINDING:
+            words += ["--allow", f"{blocker.kind}:{blocker.subject}"]
+    return shlex.join(words)
+
+
+def remedies(host: Host, blockers: tuple[Blocker, ...]) -> Iterable[str]:
+    """The commands that end each use, those that stand on others first.
+
+    Of what stands below a vital use none: it would fail, or cut the host off all the same.
+    """
+    kept = {blocker.device for blocker in blockers if blocker.vital}
+    order = ("open-file", "swap", "mounted", "storage-member", "route", "bridge-or-bond")
+    ranked = sorted(
+        enumerate(blockers),
+        key=lambda pair: (
+            order.index(pair[1].kind) if pair[1].kind in order else len(order),
+            # Volumes are found from the disk upwards and taken down from the top.
+            -pair[0] if pair[1].kind in ("storage-member", "mounted") else pair[0],
+        ),
+    )
+    for _, blocker in ranked:
+        if blocker.kind == "no-iommu":
+            yield from _iommu_commands(host)
+        elif blocker.remedy is not None and blocker.device not in kept:
+            yield blocker.remedy
+
+
+def _iommu_commands(host: Host) -> Iterable[str]:
+    """What turns the IOMMU on: a kernel option where the firmware has one, else the firmware."""
+    tables = set(host.listdir(SYS_FIRMWARE_ACPI_TABLES))
+    options = (host.read(PROC_CMDLINE) or "").split()
+    if "DMAR" in tables and "intel_iommu=on" not in options:
+        yield from read_distribution(host).kernel_option("intel_iommu=on")
+        yield "reboot"
+    else:
+        yield "vfiotool doctor"
