@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.small_host import SmallHost
+from tests.usage.why_page import PAGE, with_kinds
 from vfiotool.usage.blocker import KINDS, is_part_of
 from vfiotool.usage.network import read_routes
 from vfiotool.usage.survey import blockers, survey
@@ -349,8 +350,15 @@ def test_a_functions_parts_end_where_the_next_function_begins(device: str, expec
 
 
 def test_every_kind_of_blocker_is_documented() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "why.md").read_text()
-    assert [kind for kind in KINDS if f"| `{kind}` |" not in page] == []
+    """The page's table is the code's: python -m tests.usage.why_page writes it."""
+    page = PAGE.read_text()
+    assert with_kinds(page) == page
+
+
+def test_a_kind_that_only_a_driver_ends_is_a_use_and_can_be_mended() -> None:
+    for kind in KINDS.values():
+        if kind.ends_with_driver:
+            assert kind.cuts_a_use and kind.can_be_mended
 
 
 TABLES = (

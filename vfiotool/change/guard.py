@@ -13,11 +13,8 @@ from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.devices.pci import read_functions
 from vfiotool.errors import Refused, UsageError
 from vfiotool.host.host import Host
+from vfiotool.usage.blocker import KINDS
 from vfiotool.usage.survey import Blocker, blockers
-
-# The kinds of CONTRACT that tell why a passed-through device would not work. They are no reason
-# to keep a driver on it; every other kind is a use that taking the device cuts off.
-HARMLESS = frozenset({"group-member", "no-iommu", "reserved-direct", "no-driver"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
             found.update(dict.fromkeys(blockers(host, step.uuid)))
         elif isinstance(step, SetVdpa) and not step.exists:
             found.update(dict.fromkeys(blockers(host, step.name)))
-    return tuple(blocker for blocker in found if blocker.kind not in HARMLESS)
+    return tuple(blocker for blocker in found if KINDS[blocker.kind].cuts_a_use)
 
 
 def _takes_away(step: BindDriver) -> bool:

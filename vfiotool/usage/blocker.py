@@ -11,24 +11,137 @@ from vfiotool.host.paths import SYS_BLOCK, SYS_NET
 
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 
-# Every kind of blocker, and what it says.
+
+@dataclass(frozen=True, slots=True)
+class BlockerKind:
+    """One kind of blocker. All that is known of a kind as such is known here.
+
+    `says` in words; `seen` where it is looked up (docs/why.md); `cuts_a_use`: taking the device
+    ends something that the host does, so a change is refused unless it is allowed by name;
+    `ends_with_driver`: it ends when the driver lets go, and in no other way, so that binding is
+    told to cut it off; `can_be_mended`: some command leads to the goal all the same; `holds`: it
+    keeps a virtual machine from opening a device that is on a VFIO driver already; `order`: of
+    the commands that end uses, those of the lowest number come first.
+    """
+
+    name: str
+    says: str
+    seen: str
+    cuts_a_use: bool = True
+    ends_with_driver: bool = False
+    can_be_mended: bool = True
+    holds: bool = False
+    order: int = 9
+
+
 KINDS = {
-    "mounted": "a file system on it is mounted",
-    "swap": "it holds swap space in use",
-    "storage-member": "it is part of a volume, an array, a pool, or exported",
-    "route": "an interface of it has addresses or routes, or lives in another namespace",
-    "bridge-or-bond": "an interface of it belongs to a bridge, a bond or the like",
-    "display": "it shows a picture",
-    "boot-vga": "the firmware's display, where the console is",
-    "console": "the kernel's console runs over it",
-    "open-file": "a process has a node of it open",
-    "vfs-enabled": "it has virtual functions enabled",
-    "mdev-children": "mediated devices are made from it",
-    "no-iommu": "no IOMMU translates for it",
-    "no-interrupt-remapping": "its interrupts are not isolated",
-    "reserved-direct": "the firmware demands direct memory access for it",
-    "group-member": "another device of its group is on a driver of the host",
-    "no-driver": "no VFIO driver takes it",
+    kind.name: kind
+    for kind in (
+        BlockerKind(
+            "mounted",
+            "a file system on it is mounted",
+            "mount tables of all mount namespaces, followed through partitions, LVM, MD, "
+            "dm-crypt, multipath, bcache, loop devices; every member of a btrfs or bcachefs; "
+            "virtio-9p and virtiofs by their tag",
+            order=2,
+        ),
+        BlockerKind(
+            "swap",
+            "it holds swap space in use",
+            "`/proc/swaps`: partitions, and files on its file systems",
+            order=1,
+        ),
+        BlockerKind(
+            "storage-member",
+            "it is part of a volume, an array, a pool, or exported",
+            "`holders` in sysfs, ZFS pools by udev's record, the kernel's NVMe target; and "
+            "whatever else the kernel has claimed exclusively",
+            order=3,
+        ),
+        BlockerKind(
+            "route",
+            "an interface of it has addresses or routes, or lives in another network namespace",
+            "rtnetlink, the route tables, PPPoE, `/proc/*/ns/net`; the default route and your own "
+            "SSH session are named",
+            order=4,
+        ),
+        BlockerKind(
+            "bridge-or-bond",
+            "an interface of it belongs to a bridge, bond or team, or carries a VLAN or the like",
+            "`master` and `upper_*` in sysfs",
+            order=5,
+        ),
+        BlockerKind(
+            "display",
+            "it shows a picture",
+            "lit DRM connectors, the console's frame buffer, firmware frame buffers in its BARs",
+            ends_with_driver=True,
+        ),
+        BlockerKind(
+            "boot-vga",
+            "the firmware's display, until a VFIO driver has it",
+            "`boot_vga`",
+            ends_with_driver=True,
+        ),
+        BlockerKind(
+            "console",
+            "the kernel's console runs over it",
+            "`/sys/class/tty/console/active`",
+            ends_with_driver=True,
+        ),
+        BlockerKind(
+            "open-file",
+            "a process has a node of it open",
+            "`/proc/*/fd`: device nodes, PCI resource files, its VFIO group",
+            holds=True,
+            order=0,
+        ),
+        BlockerKind(
+            "vfs-enabled",
+            "it has virtual functions enabled",
+            "`virtfn*`; the drivers of the VFs are named",
+        ),
+        BlockerKind(
+            "mdev-children",
+            "mediated devices are made from it",
+            "`/sys/bus/mdev/devices`",
+        ),
+        BlockerKind(
+            "no-iommu",
+            "no IOMMU translates for it",
+            "`/sys/class/iommu` and the groups, never words on the command line",
+            cuts_a_use=False,
+            can_be_mended=False,
+        ),
+        BlockerKind(
+            "no-interrupt-remapping",
+            "its interrupts are not isolated, so VFIO refuses the group",
+            "`/proc/interrupts`",
+            cuts_a_use=False,
+        ),
+        BlockerKind(
+            "reserved-direct",
+            "the firmware demands direct memory access for it",
+            "the group's `reserved_regions`",
+            cuts_a_use=False,
+            can_be_mended=False,
+        ),
+        BlockerKind(
+            "group-member",
+            "another device of its group is on a driver of the host",
+            "the group; what uses that device is listed too. A bridge whose own driver stands in "
+            "the way (shpchp, lpc_ich) is parked with `--driver none`",
+            cuts_a_use=False,
+        ),
+        BlockerKind(
+            "no-driver",
+            "no VFIO driver takes it: a bridge, a device on vfio-pci's deny list, a kernel "
+            "without vfio-pci",
+            "the class code, the ids, `/lib/modules`",
+            cuts_a_use=False,
+            can_be_mended=False,
+        ),
+    )
 }
 
 

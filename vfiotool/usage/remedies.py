@@ -8,11 +8,7 @@ from collections.abc import Iterable
 from vfiotool.host.distribution import read_distribution
 from vfiotool.host.host import Host
 from vfiotool.host.paths import PROC_CMDLINE, SYS_FIRMWARE_ACPI_TABLES
-from vfiotool.usage.blocker import Blocker
-
-# Uses that end when the driver lets go, and in no other way: binding is told to cut them off.
-_ENDED_BY_BINDING = ("boot-vga", "display", "console")
-UNFIXABLE = ("no-iommu", "no-driver", "reserved-direct")
+from vfiotool.usage.blocker import KINDS, Blocker
 
 
 def vital_use_notes(blockers: tuple[Blocker, ...]) -> Iterable[str]:
@@ -28,7 +24,7 @@ def bind_command(address: str, blockers: tuple[Blocker, ...], *, whole_group: bo
     """The command that takes the device, once what has a command of its own has been ended."""
     words = ["vfiotool", "bind", address, *(["--whole-group"] if whole_group else [])]
     for blocker in blockers:
-        if blocker.remedy is None and blocker.kind in _ENDED_BY_BINDING:
+        if blocker.remedy is None and KINDS[blocker.kind].ends_with_driver:
             words += ["--allow", f"{blocker.kind}:{blocker.subject}"]
     return shlex.join(words)
 
@@ -39,11 +35,10 @@ def remedies(host: Host, blockers: tuple[Blocker, ...]) -> Iterable[str]:
     Of what stands below a vital use none: it would fail, or cut the host off all the same.
     """
     kept = {blocker.device for blocker in blockers if blocker.vital}
-    order = ("open-file", "swap", "mounted", "storage-member", "route", "bridge-or-bond")
     ranked = sorted(
         enumerate(blockers),
         key=lambda pair: (
-            order.index(pair[1].kind) if pair[1].kind in order else len(order),
+            KINDS[pair[1].kind].order,
             # Volumes are found from the disk upwards and taken down from the top.
             -pair[0] if pair[1].kind in ("storage-member", "mounted") else pair[0],
         ),

@@ -29,7 +29,8 @@ from vfiotool.host.paths import (
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
 )
-from vfiotool.usage.remedies import UNFIXABLE, bind_command, remedies, vital_use_notes
+from vfiotool.usage.blocker import KINDS
+from vfiotool.usage.remedies import bind_command, remedies, vital_use_notes
 from vfiotool.usage.survey import Blocker, survey
 
 # drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist: known to be unsafe to assign.
@@ -107,7 +108,7 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
     found = tuple(dict.fromkeys(blockers))
     notes += vital_use_notes(found)
     commands = [*remedies(host, found)]
-    if not any(blocker.vital or blocker.kind in UNFIXABLE for blocker in found):
+    if not any(blocker.vital or not KINDS[blocker.kind].can_be_mended for blocker in found):
         bridges = () if group is None else group.bridges_in_the_way
         commands += [f"vfiotool bind {name} --driver none" for name in bridges]
         ends = {name for name, _ in others} - set(bridges)

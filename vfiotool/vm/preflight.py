@@ -10,6 +10,7 @@ from vfiotool.devices.pci import Address, PciFunction
 from vfiotool.errors import NotFound, Refused
 from vfiotool.host.host import Host
 from vfiotool.host.paths import DEV_IOMMU, DEV_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES
+from vfiotool.usage.blocker import KINDS
 from vfiotool.usage.survey import blockers
 
 
@@ -122,7 +123,7 @@ def findings(
         found += [
             Finding(device.name, "held", blocker.detail, f"ps -fp {_pid(blocker.evidence)}")
             for blocker in blockers(host, device.name, inventory.by_address)
-            if blocker.kind == "open-file"
+            if KINDS[blocker.kind].holds
         ]
         node = f"{DEV_VFIO}/{device.iommu_group}"
         if host.live and device.iommu_group is not None and not host.exists(node):
