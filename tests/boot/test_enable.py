@@ -42,7 +42,8 @@ from vfiotool.boot.texts import (
 from vfiotool.cli.main import main
 from vfiotool.errors import Ambiguous, KernelError, Refused, Unsupported, UsageError
 from vfiotool.host.host import Host
-from vfiotool.policy.parse import Policy, parse_policy
+from vfiotool.policy.model import Policy
+from vfiotool.policy.parse import parse_policy
 
 COMMAND = ("/opt/vfiotool/bin/vfiotool",)
 RELEASE = "6.12.0-test"

@@ -23,7 +23,8 @@ from vfiotool.change.steps.base import Step
 from vfiotool.errors import Stuck, VfiotoolError
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.facts import read_policy_facts
-from vfiotool.policy.parse import Policy, parse_policy
+from vfiotool.policy.model import Policy
+from vfiotool.policy.parse import parse_policy
 from vfiotool.policy.plan import plan_policy
 
 HEAD = "version = 1\n"

@@ -30,7 +30,7 @@ from vfiotool.devices.pci import list_addresses, read_identity
 from vfiotool.errors import Refused, Unsupported
 from vfiotool.host.host import Host
 from vfiotool.policy.facts import read_policy_facts
-from vfiotool.policy.parse import Match, Policy
+from vfiotool.policy.model import Match, Policy
 
 WAIT_S = 10
 _BUILDERS = (

@@ -24,7 +24,7 @@ from vfiotool.host.child import CALLOUT_ENVIRONMENT
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_VDPA_DEVICES
 from vfiotool.policy.facts import read_policy_facts
-from vfiotool.policy.parse import Policy
+from vfiotool.policy.model import Policy
 from vfiotool.policy.plan import Plan, plan_policy
 
 RECORD = "boot.json"

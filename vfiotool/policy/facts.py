@@ -16,7 +16,7 @@ from vfiotool.errors import NotFound, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
-from vfiotool.policy.parse import Match, Policy
+from vfiotool.policy.model import Match, Policy
 
 MSIX = "msix"
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from vfiotool.change.plans.bind import group_endpoints, load_steps, plan_bind, plan_mdev_create
+from vfiotool.change.plans.bind import group_endpoints, load_steps, plan_bind
 from vfiotool.change.plans.facts import DeviceFacts, Facts, SriovFacts, vf_address
+from vfiotool.change.plans.mdev import plan_mdev_create
 from vfiotool.change.plans.sriov import (
     PfGoal,
     give_back,
@@ -29,7 +30,7 @@ from vfiotool.devices.vdpa import VdpaSettings
 from vfiotool.errors import Ambiguous, NotFound, Refused, Unsupported, UsageError, VfiotoolError
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.facts import MSIX, PolicyFacts
-from vfiotool.policy.parse import DeviceRule, MdevRule, Policy, SriovRule, VfRule
+from vfiotool.policy.model import DeviceRule, MdevRule, Policy, SriovRule, VfRule
 from vfiotool.policy.toml_places import Place
 
 _VGPU = "nvidia/current_vgpu_type"

@@ -14,7 +14,8 @@ from vfiotool.change.folder import Folder
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.registry import step_from_json, step_to_json
 from vfiotool.errors import KernelError, Refused, UsageError
-from vfiotool.policy.parse import Policy, parse_policy
+from vfiotool.policy.model import Policy
+from vfiotool.policy.parse import parse_policy
 
 ETC_FOLDER = "/etc/vfiotool"
 _DESIRED = "applied.json"

@@ -1,4 +1,4 @@
-"""Plans: from facts and a wish to steps. Pure functions of frozen values, no host is touched."""
+"""Plans for a PCI function's driver: pure functions of frozen values, no host is touched."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from vfiotool.change.plans.facts import DeviceFacts, Facts
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver, LoadModule
-from vfiotool.change.steps.mdev import SetMdev
 from vfiotool.change.steps.state import ANY, PARKED, Binding
 from vfiotool.devices.iommu import bridge_in_the_way, is_vfio_driver
-from vfiotool.devices.mdev import Mdev, MdevType
-from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
+from vfiotool.errors import Refused, Unsupported, UsageError
 
 _DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}", re.ASCII)
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
 def driver_name(text: str) -> str:
@@ -26,16 +23,6 @@ def driver_name(text: str) -> str:
             hint="give a name as under bus/pci/drivers, such as vfio-pci, or none to park",
         )
     return text
-
-
-def mdev_uuid(text: str) -> str:
-    """`text` in the form that sysfs shows. Raises UsageError if it is no UUID."""
-    if _UUID.fullmatch(text.lower()) is None:
-        raise UsageError(
-            f"{text[:80]!r} is not a UUID",
-            hint="write it as 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001, or leave --uuid out",
-        )
-    return text.lower()
 
 
 def group_endpoints(facts: Facts, address: str) -> tuple[str, ...]:
@@ -129,56 +116,3 @@ def plan_release(facts: Facts, addresses: Iterable[str]) -> tuple[Step, ...]:
             steps += load_steps(facts, steps, origin.driver)
         steps.append(BindDriver(address, device.binding, goal, device.identity))
     return tuple(steps)
-
-
-def plan_mdev_create(
-    types: Iterable[MdevType], mdevs: Iterable[Mdev], parent: str, kind: str, uuid: str
-) -> tuple[Step, ...]:
-    """Make an mdev; none if it is there already. Raises NotFound, UsageError, Refused."""
-    uuid = mdev_uuid(uuid)
-    offered = {entry.type: entry for entry in types if entry.parent == parent}
-    if not offered:
-        raise NotFound(
-            f"{parent[:80]!r} is no parent of mdevs on this host", hint="vfiotool mdev types"
-        )
-    if kind not in offered:
-        raise NotFound(
-            f"{parent} has no mdev type {kind[:80]!r}: it has {', '.join(sorted(offered))}",
-            hint="vfiotool mdev types",
-        )
-    for mdev in mdevs:
-        if mdev.uuid != uuid:
-            continue
-        if (mdev.parent, mdev.type) == (parent, kind):
-            return ()
-        raise UsageError(
-            f"{uuid} exists already, as {mdev.parent}/{mdev.type}",
-            hint="choose another UUID, or leave --uuid out",
-            device=uuid,
-        )
-    if offered[kind].available_instances == 0:
-        raise Refused(
-            f"{parent} has no instance of {kind} left",
-            hint="vfiotool mdev list shows what uses it up; vfiotool mdev remove UUID frees one",
-        )
-    return (SetMdev(uuid, parent, kind, exists=True),)
-
-
-def plan_mdev_remove(mdevs: Iterable[Mdev], uuid: str) -> tuple[Step, ...]:
-    """Remove an mdev. Raises NotFound, UsageError."""
-    uuid = mdev_uuid(uuid)
-    for mdev in mdevs:
-        if mdev.uuid == uuid and mdev.parent is not None and mdev.type is not None:
-            return (SetMdev(uuid, mdev.parent, mdev.type, exists=False),)
-    raise NotFound(f"there is no mdev {uuid}", hint="vfiotool mdev list", device=uuid)
-
-
-__all__ = [
-    "driver_name",
-    "group_endpoints",
-    "load_steps",
-    "plan_bind",
-    "plan_mdev_create",
-    "plan_mdev_remove",
-    "plan_release",
-]

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 from vfiotool.change.journal import Journal
-from vfiotool.change.plans.bind import plan_bind, plan_mdev_create, plan_mdev_remove, plan_release
+from vfiotool.change.plans.bind import plan_bind, plan_release
 from vfiotool.change.plans.facts import read_facts
+from vfiotool.change.plans.mdev import plan_mdev_create, plan_mdev_remove
 from vfiotool.change.plans.sriov import plan_vf_count
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.state import read_binding

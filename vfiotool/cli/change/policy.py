@@ -34,7 +34,8 @@ from vfiotool.host.host import Host
 from vfiotool.host.tree import read_only_root
 from vfiotool.policy.export import export_policy
 from vfiotool.policy.facts import read_policy_facts
-from vfiotool.policy.parse import Policy, parse_policy, read_policy, read_policy_text
+from vfiotool.policy.model import Policy
+from vfiotool.policy.parse import parse_policy, read_policy, read_policy_text
 from vfiotool.policy.plan import Plan, plan_policy
 from vfiotool.policy.saved import DesiredState, SavedPlan, parse_saved, plan_to_text, refuse_changed
 
