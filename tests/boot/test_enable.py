@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.change.changing import EDU, NIC, NVME, STUBBORN, TESTDEV, UUID, furnished, run_folder
-from tests.fakes.kernel import FakeKernel
+from tests.fakes.kernel import FakeClock, FakeKernel
 from vfiotool.boot import enable as boot
 from vfiotool.boot.early import parse_aliases, parse_built_in, plan_early
 from vfiotool.boot.enable import (
@@ -378,23 +378,23 @@ def test_a_policy_that_cannot_be_planned_is_recorded_too(kernel: FakeKernel) -> 
 def test_an_absent_device_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     queue = tmp_path / "queue"
     queue.touch()
-    waited = wait_for_devices(lambda: True, 0.4, queue=str(queue))
-    assert 0.4 <= waited < 2
+    clock = FakeClock()
+    waited = wait_for_devices(lambda: True, 30, queue=str(queue), clock=clock)
+    assert 30 <= waited < 31
     queue.unlink()
     # udev is idle: nothing more is coming, so the limit need not pass.
-    assert wait_for_devices(lambda: True, 30, queue=str(queue), idle_s=0.3) < 2
-    assert wait_for_devices(lambda: False, 30, queue=str(queue)) < 0.1
+    assert wait_for_devices(lambda: True, 30, queue=str(queue), idle_s=3, clock=clock) < 4
+    assert wait_for_devices(lambda: False, 30, queue=str(queue), clock=clock) == 0
 
 
 def test_a_device_that_comes_while_udev_works_is_waited_for(tmp_path: Path) -> None:
     queue = tmp_path / "queue"
     queue.touch()
     there = threading.Event()
-    timer = threading.Timer(0.5, there.set)
-    timer.start()
-    waited = wait_for_devices(lambda: not there.is_set(), 20, queue=str(queue), idle_s=0.2)
-    assert there.is_set() and waited < 5
-    timer.join()
+    clock = FakeClock()
+    clock.after(15, there.set)
+    waited = wait_for_devices(lambda: not there.is_set(), 20, queue=str(queue), clock=clock)
+    assert there.is_set() and 15 <= waited < 16
 
 
 # Whom a root process trusts

@@ -12,7 +12,6 @@ import errno
 import os
 import re
 import struct
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +20,7 @@ from tests.fakes.net import vf_values
 from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.devices.pci import Address, parse_identity
 from vfiotool.errors import KernelError, Stuck
+from vfiotool.host.clock import Clock
 from vfiotool.host.host import Host
 from vfiotool.host.tree import MemoryTree
 from vfiotool.netlink.codec import (
@@ -75,11 +75,35 @@ class Parent:
     types: dict[str, int]
 
 
+class FakeClock(Clock):
+    """Time that passes when somebody waits, and then at once; what is due happens on the way."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self._due: list[tuple[float, Callable[[], None]]] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        end = self.now_s + seconds
+        while self._due and min(at for at, _ in self._due) <= end:
+            first = min(self._due, key=lambda entry: entry[0])
+            self._due.remove(first)
+            self.now_s = max(self.now_s, first[0])
+            first[1]()
+        self.now_s = end
+
+    def after(self, seconds: float, act: Callable[[], None]) -> None:
+        self._due.append((self.now_s + seconds, act))
+
+
 class FakeKernel(MemoryTree):
     """See the module. `host()` is what code under test takes."""
 
     def __init__(self) -> None:
         self._resolved: dict[tuple[str, bool], str] = {}
+        self.clock = FakeClock()
         super().__init__({"/proc/sys/kernel/random/boot_id": f"{BOOT}\n".encode()}, {})
         self.drivers: dict[str, Driver] = {}
         self.modules: dict[str, dict[str, Driver]] = {}
@@ -99,7 +123,7 @@ class FakeKernel(MemoryTree):
         self._put("/sys/class/iommu/dmar0/x", b"")
 
     def host(self) -> Host:
-        return Host(self, live=True, name="fake host")
+        return Host(self, live=True, name="fake host", clock=self.clock)
 
     # What a host is made of
 
@@ -431,7 +455,7 @@ class FakeKernel(MemoryTree):
         uevent = self.files[f"{base}/uevent"]
         self._put(f"{base}/uevent", f"DRIVER={driver}\n".encode() + uevent)
         if self.drivers[driver].hesitant and not self._has_id(address, driver):
-            threading.Timer(_HESITATION_S, self._let_go_late, (address, driver)).start()
+            self.clock.after(_HESITATION_S, lambda: self._let_go_late(address, driver))
 
     def _detach(self, address: str) -> None:
         base = self._real(address)

@@ -21,6 +21,7 @@ from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.registry import steps_as_json
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.child import CALLOUT_ENVIRONMENT
+from vfiotool.host.clock import Clock
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_VDPA_DEVICES
 from vfiotool.policy.facts import read_policy_facts
@@ -70,21 +71,23 @@ def wait_for_devices(
     *,
     queue: str = UDEV_QUEUE,
     idle_s: float = _IDLE_S,
+    clock: Clock | None = None,
 ) -> float:
     """Wait until nothing is absent, udev has been idle for `idle_s`, or `timeout_s` has passed.
 
     Returns the seconds waited. Nothing is waited for when everything is there at once.
     """
-    begun = time.monotonic()
+    clock = clock or Clock()
+    begun = clock.monotonic()
     busy_at = begun
     while absent():
-        now = time.monotonic()
+        now = clock.monotonic()
         if os.path.exists(queue):
             busy_at = now
         if now - begun >= timeout_s or now - busy_at >= idle_s:
             break
-        time.sleep(_POLL_S)
-    return time.monotonic() - begun
+        clock.sleep(_POLL_S)
+    return clock.monotonic() - begun
 
 
 def run_policy(
@@ -116,7 +119,7 @@ def run_policy(
         return bool(absent)
 
     try:
-        waited = wait_for_devices(lacking, wait_s, queue=queue)
+        waited = wait_for_devices(lacking, wait_s, queue=queue, clock=host.clock)
         title = f"boot {policy.name}"
         guard = partial(refuse_hurtful, host)
         outcome = change(host, journal, title, plan, guard=guard, timeout_s=timeout_s)

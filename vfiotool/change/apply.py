@@ -6,7 +6,6 @@ what hangs, or cannot be rolled back, raises Stuck and stays in the journal for 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -473,11 +472,11 @@ def _await_writer(host: Host, record: Record, timeout_s: float) -> None:
     if record.writer is None:
         return
     pid, since = record.writer
-    deadline = time.monotonic() + timeout_s
+    deadline = host.clock.monotonic() + timeout_s
     while started_at(host, pid) == since and _alive(host, pid):
-        if time.monotonic() > deadline:
+        if host.clock.monotonic() > deadline:
             raise Stuck(f"its last write is still in the kernel, in process {pid}")
-        time.sleep(0.02)
+        host.clock.sleep(0.02)
 
 
 def _alive(host: Host, pid: int) -> bool:

@@ -96,7 +96,7 @@ def revert_unconfirmed(host: Host, journal: Journal, token: str, timeout_s: floa
     entry = _read_entry(journal, token)
     while entry is not None and entry["transaction"] is None and _runs(host, entry):
         # The change itself takes longer than its user wanted to wait for it.
-        time.sleep(0.1)
+        host.clock.sleep(0.1)
         entry = _read_entry(journal, token)
     if entry is None:
         return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 
 from vfiotool.errors import Stuck, UsageError, from_oserror
+from vfiotool.host.clock import Clock
 from vfiotool.host.paths import PROC_BOOT_ID
 from vfiotool.host.tree import OsTree, Tree, read_only_root
 
@@ -32,14 +33,15 @@ class Host:
     """One host's `/sys`, `/proc`, `/dev`, read through `tree`.
 
     `live` tells whether this is the running machine: only there are writes, netlink and device
-    nodes to be had. The readers that return None do so for absent and for unreadable files alike;
-    `read_bytes` tells them apart by its `OSError`.
+    nodes to be had. Waits for its kernel are measured by `clock`. The readers that return None do
+    so for absent and for unreadable files alike; `read_bytes` tells them apart by its `OSError`.
     """
 
-    def __init__(self, tree: Tree, *, live: bool, name: str) -> None:
+    def __init__(self, tree: Tree, *, live: bool, name: str, clock: Clock | None = None) -> None:
         self.tree = tree
         self.live = live
         self.name = name
+        self.clock = clock or Clock()
 
     @classmethod
     def local(cls) -> Host:

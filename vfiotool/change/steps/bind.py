@@ -5,7 +5,6 @@ Source: Documentation/ABI/testing/sysfs-bus-pci, drivers/pci/pci-driver.c, drive
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -159,10 +158,10 @@ class BindDriver(Step):
     def _settled(self, host: Host, driver: str) -> str | None:
         """The driver once a host's driver has had time to let go again of what it was forced on:
         nvme of Linux 6.1 takes any device, and looks at it in a work item."""
-        end = time.monotonic() + _SETTLE_S
+        end = host.clock.monotonic() + _SETTLE_S
         bound = read_driver(host, self.bus, self.address)
-        while bound == driver and time.monotonic() < end:
-            time.sleep(0.02)
+        while bound == driver and host.clock.monotonic() < end:
+            host.clock.sleep(0.02)
             bound = read_driver(host, self.bus, self.address)
         return bound
 
