@@ -1,4 +1,5 @@
-"""For all tests: commands' JSON is held against its schema, and the summary counts guests' tests.
+"""For all tests: commands' JSON is held against its schema, no test sleeps its time away, and
+hypothesis draws the same examples each time (but in `make proofs`, which searches further).
 
 The summary's last lines tell what the tests inside guests came to, and why some were skipped.
 """
@@ -7,7 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
+import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +36,41 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Here and not in a fixture: before any test imports the modules of commands.
 listen(hold_against_schema)
+
+
+# Inside a guest hypothesis would have to be imported over 9p for each file.
+if not os.environ.get("VFIOTOOL_LAB_MACHINE"):
+    from hypothesis import settings
+
+    settings.register_profile("same-each-time", derandomize=True, deadline=None)
+    settings.register_profile("searching", print_blob=True, deadline=None)
+    settings.load_profile("searching" if os.environ.get(PROOFS_WANTED) else "same-each-time")
+
+# What a test may sleep in all, in this process: time is injected (tests/fakes/kernel.py).
+SLEEP_LIMIT_S = 1.0
+
+
+@pytest.fixture(autouse=True)
+def no_real_waiting(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Fails a test that slept for longer than SLEEP_LIMIT_S; those of guests are let off."""
+    if request.node.get_closest_marker("lab") or os.environ.get("VFIOTOOL_LAB_MACHINE"):
+        yield
+        return
+    real, main, slept = time.sleep, os.getpid(), 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal slept
+        # Not threads that stand for a device, nor forked children, nor subprocess's wait for one.
+        here = os.getpid() == main and threading.current_thread() is threading.main_thread()
+        if here and sys._getframe(1).f_globals.get("__name__") != "subprocess":
+            slept += seconds
+        real(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    yield
+    assert slept <= SLEEP_LIMIT_S, f"slept for {slept:.1f} s: wait for a condition, or inject time"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.managers import BaseManager
 from typing import Any
 
+import pytest
+
 from tests.change.changing import (
     EDU,
     NIC,
@@ -60,6 +62,7 @@ class RemoteTree:
         return lambda *arguments: self.served.call(name, *arguments)
 
 
+@pytest.mark.slow
 def test_fifty_processes_write_one_history() -> None:
     with Manager() as manager, run_folder() as folder:
         served = manager.Served()  # type: ignore[attr-defined]

@@ -37,6 +37,7 @@ def test_snapshots_are_kept_that_are_read_and_that_are_refused() -> None:
     assert len(read) > 50 and any(read) and not all(read)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed: .[fuzz]")
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_fuzzer_finds_nothing_in_a_bounded_run(target: str, tmp_path: Path) -> None:

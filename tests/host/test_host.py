@@ -81,6 +81,27 @@ def test_a_write_that_hangs_is_stuck_after_its_deadline(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
+def test_a_child_that_was_left_behind_is_reaped_by_the_next(tmp_path: Path) -> None:
+    def zombies() -> list[str]:
+        children = Path("/proc/self/task").glob("*/children")
+        pids = [pid for path in children for pid in path.read_text().split()]
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in pids]
+        return [state for state in states if state.split()[0] == "Z"]
+
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(Stuck):
+        write_in_child(str(fifo), b"1", timeout_s=0.05)
+    descriptor = os.open(fifo, os.O_RDONLY)
+    assert os.read(descriptor, 8) == b"1"
+    os.close(descriptor)
+    while not zombies():
+        time.sleep(0.005)
+    (tmp_path / "plain").touch()
+    write_in_child(str(tmp_path / "plain"), b"1", timeout_s=5)
+    assert zombies() == []
+
+
 def test_the_writing_child_holds_no_descriptor_of_its_parent(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

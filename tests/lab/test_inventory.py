@@ -180,7 +180,7 @@ def test_without_root_all_is_listed_and_what_needs_root_is_said() -> None:
     # Once with privileges, so that all modules are loaded: others may not see their folder.
     code = (
         "import contextlib, io, os, sys\n"
-        "from vfiotool.cli.app import main\n"
+        "from vfiotool.cli.main import main\n"
         "with contextlib.redirect_stdout(io.StringIO()):\n"
         "    main(sys.argv[1:])\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"

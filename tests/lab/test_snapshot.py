@@ -13,6 +13,7 @@ import pytest
 
 from tests.cli.reading import reading_commands, run
 from vfiotool.host.host import Host
+from vfiotool.lab.inside.scenes import wait_for
 from vfiotool.snapshot.capture import load, open_root
 from vfiotool.snapshot.text import format_snapshot
 
@@ -27,14 +28,25 @@ UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 MTTY = Path("/sys/class/mdev_bus/mtty/mdev_supported_types/mtty-2/create")
 
 
-def disk_of(address: str) -> str:
-    """The name of an NVMe function's disk; with native multipath it hangs below a subsystem."""
-    controller = next(Path(f"/sys/bus/pci/devices/{address}/nvme").iterdir())
+def disks_of(address: str) -> list[str]:
+    """The names of an NVMe function's disks; with native multipath they hang below a subsystem.
+
+    Empty until the driver, which probes in a work item, has found them.
+    """
+    driver = Path(f"/sys/bus/pci/devices/{address}/nvme")
+    controller = next(iter(driver.iterdir() if driver.is_dir() else ()), None)
+    if controller is None:
+        return []
     folders = [controller, *Path("/sys/class/nvme-subsystem").glob(f"*/{controller.name}/..")]
     for link in Path("/sys/class/nvme-subsystem").glob(f"*/{controller.name}"):
         folders.append(link.parent)
-    names = [p.name for folder in folders for p in folder.glob("nvme*n1") if "c" not in p.name]
-    return names[0]
+    return [p.name for folder in folders for p in folder.glob("nvme*n1") if "c" not in p.name]
+
+
+def disk_of(address: str) -> str:
+    """The function's disk, once it is there."""
+    assert wait_for(lambda: bool(disks_of(address))), f"nvme did not take {address}"
+    return disks_of(address)[0]
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +54,13 @@ def busy_host() -> Iterator[None]:
     """A bound VF, an mdev, a mounted disk and an open node: something of each."""
     subprocess.run(["modprobe", "-a", "vfio-pci", "ext4"], check=True)
     subprocess.run(["modprobe", "mtty"], check=False, capture_output=True)
+    disk = disk_of(PF)
     Path(f"/sys/bus/pci/devices/{PF}/sriov_drivers_autoprobe").write_text("0")
     Path(f"/sys/bus/pci/devices/{PF}/sriov_numvfs").write_text("2")
     (Path(f"/sys/bus/pci/devices/{VF}") / "driver_override").write_text("vfio-pci")
     Path("/sys/bus/pci/drivers_probe").write_text(VF)
     if MTTY.exists():
         MTTY.write_text(UUID)
-    disk = disk_of(PF)
     mount = Path("/tmp/mounted")
     mount.mkdir()
     subprocess.run(["mkfs.ext4", "-q", "-F", f"/dev/{disk}"], check=True)
@@ -143,7 +155,7 @@ def test_without_root_a_snapshot_is_taken_and_says_what_it_could_not_read(tmp_pa
             folder.chmod(0o755)
     # The interpreter may live where only root can read: import all before the change of user.
     script = (
-        "import os, sys; from vfiotool.cli.app import main;"
+        "import os, sys; from vfiotool.cli.main import main;"
         "main(['snapshot', '/tmp/as-root.gz']); os.setgid(65534); os.setuid(65534);"
         "sys.exit(main(['snapshot', sys.argv[1]]))"
     )

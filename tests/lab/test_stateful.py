@@ -30,6 +30,7 @@ GuestChanges.TestCase.settings = settings(
     max_examples=5,
     stateful_step_count=12,
     deadline=None,
+    derandomize=True,
     database=None,
     phases=(Phase.generate,),
     suppress_health_check=list(HealthCheck),

@@ -23,6 +23,7 @@ SOURCES = ("ioctl", "vfio", "dma", "iommufd", "irq", "mmio")
 WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_c_tests_pass_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "native_test"
@@ -43,6 +44,7 @@ def sanitizer_libraries() -> list[str]:
     return [subprocess.run(a, capture_output=True, text=True).stdout.strip() for a in ask]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_what_python_sees_of_c_holds_under_the_sanitizers() -> None:
     """Windows, events and queues through the very types that drivers use; leaks are not looked

@@ -210,10 +210,29 @@ def leave_parent(*keep: int) -> None:
     os.closerange(first, 1 << 16)
 
 
+# Children of this process that were left behind; what they wait for may end long afterwards.
+_left: set[int] = set()
+
+
 def abandon(child: int) -> None:
-    """Reap the child if it ends at once; otherwise leave it: a signal could not free it anyway."""
+    """Reap the child if it ends at once; otherwise leave it: a signal could not free it anyway.
+
+    A child that ends later is reaped when the next one is abandoned, so that none stays a zombie.
+    """
+    for earlier in list(_left):
+        if _has_ended(earlier):
+            _left.discard(earlier)
     deadline = time.monotonic() + 0.05
     while time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
+        if _has_ended(child):
             return
         time.sleep(0.0005)
+    _left.add(child)
+
+
+def _has_ended(child: int) -> bool:
+    """Whether the child has ended and is reaped; what is no child of this process has ended."""
+    try:
+        return os.waitpid(child, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True

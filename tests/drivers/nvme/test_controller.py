@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.kernel import FakeClock
 from tests.fakes.nvme import FakeNvme
 from vfiotool.cli.drive.nvme import size
 from vfiotool.drivers.nvme import bench as nvme_bench
@@ -78,6 +79,7 @@ def test_data_may_begin_within_a_page(fake: Any, offset: int) -> None:
 def test_a_controller_that_does_not_come_up_is_named(
     fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vfiotool.drivers.nvme.controller.time", FakeClock())
     fake.ready = False
     with pytest.raises(KernelError, match="not ready within 1 s") as caught:
         Controller(fake)

@@ -14,6 +14,7 @@ WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
+@pytest.mark.slow
 def test_the_queues_hold_under_the_sanitizers(tmp_path: Path) -> None:
     compiler = shutil.which("cc")
     if compiler is None:

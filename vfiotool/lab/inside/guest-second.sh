@@ -22,6 +22,22 @@ $B rm -f /etc/mtab
 $B ln -s /proc/self/mounts /etc/mtab
 [ -z "$LOAD" ] || modprobe -a $LOAD
 
+# nvme probes in the background (PROBE_PREFER_ASYNCHRONOUS): begin when it has its disks.
+nvme_is_probing() {
+    for class in /sys/bus/pci/devices/*/class; do
+        [ "$($B cat "$class")" != 0x010802 ] || [ -e "${class%class}driver" ] || return 0
+    done
+    return 1
+}
+case " $LOAD " in *" nvme "*)
+    tries=0
+    while nvme_is_probing && [ $tries -lt 100 ]; do
+        tries=$((tries + 1))
+        $B sleep 0.05
+    done
+    ;;
+esac
+
 for port in /sys/class/virtio-ports/*; do
     [ "$($B cat "$port/name")" = vfiotool.lab ] && channel=/dev/${port##*/}
 done
