@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vfiotool.devices.acs import find_mergers
+from vfiotool.devices.acs import find_mergers, reasons
 from vfiotool.devices.inventory import Inventory
 from vfiotool.devices.iommu import IommuGroup, group_as_json, is_vfio_driver, read_group
 from vfiotool.devices.mdev import Mdev
@@ -29,8 +29,7 @@ from vfiotool.host.paths import (
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
 )
-from vfiotool.usage.blocker import KINDS
-from vfiotool.usage.remedies import bind_command, remedies, vital_use_notes
+from vfiotool.usage.remedies import advise, advise_mdev, read_setup
 from vfiotool.usage.survey import Blocker, survey
 
 # drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist: known to be unsafe to assign.
@@ -45,7 +44,8 @@ _DENIED = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer of `why`. `next`: commands to type in this order; `notes`: what to know."""
+    """The answer of `why`. `next`: commands to type in this order; `warnings`: what the host
+    cannot do without; `notes`: what to know."""
 
     address: str
     passable: bool
@@ -53,9 +53,10 @@ class Verdict:
     blockers: tuple[Blocker, ...]
     next: tuple[str, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
-        """The contract's object of `why`, and `notes`."""
+        """The contract's object of `why`, with `notes` and `warnings`."""
         return {
             "address": self.address,
             "passable": self.passable,
@@ -63,6 +64,7 @@ class Verdict:
             "blockers": [blocker.as_json() for blocker in self.blockers],
             "next": list(self.next),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
 
@@ -99,32 +101,21 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
     if group is not None and len(group.devices) > 1:
         members = {member.address for member in group.devices}
         mergers = find_mergers(host, function.address, function.path, members)
-        notes += [merger.reason for merger in mergers]
+        notes += reasons(mergers)
     lockdown = re.search(r"\[(\w+)\]", host.read(SYS_LOCKDOWN) or "")
     if lockdown is not None and lockdown[1] != "none":
         # No door of VFIO's asks for it (security/security.c, LOCKDOWN_PCI_ACCESS and its users).
         notes.append(f"the kernel is locked down ({lockdown[1]}), which does not stop VFIO")
-    on_vfio = function.driver is not None and is_vfio_driver(function.driver)
     found = tuple(dict.fromkeys(blockers))
-    notes += vital_use_notes(found)
-    commands = [*remedies(host, found)]
-    if not any(blocker.vital or not KINDS[blocker.kind].can_be_mended for blocker in found):
-        bridges = () if group is None else group.bridges_in_the_way
-        commands += [f"vfiotool bind {name} --driver none" for name in bridges]
-        ends = {name for name, _ in others} - set(bridges)
-        if not on_vfio or ends:
-            commands.append(bind_command(function.address, found, whole_group=bool(ends)))
-        commands += [
-            f"vfiotool vm check {function.address}",
-            f"vfiotool vm qemu {function.address}",
-        ]
+    advice = advise(function, group, found, inventory.by_address, read_setup(host))
     return Verdict(
         address=function.address,
         passable=not found,
         group=group,
         blockers=found,
-        next=tuple(dict.fromkeys(commands)),
-        notes=tuple(dict.fromkeys(notes)),
+        next=advice.steps,
+        notes=tuple(dict.fromkeys((*advice.notes, *notes))),
+        warnings=advice.warnings,
     )
 
 
@@ -143,10 +134,8 @@ def _explain_mdev(host: Host, inventory: Inventory, mdev: Mdev) -> Verdict:
         remedy = f"vfiotool mdev remove {mdev.uuid}"
         found.append(Blocker("no-driver", mdev.uuid, mdev.uuid, detail, evidence, remedy))
     notes = [f"not seen: {text}" for text in usage.unseen]
-    commands = [*remedies(host, tuple(found))]
-    if not found:
-        commands += [f"vfiotool vm check {mdev.uuid}", f"vfiotool vm qemu {mdev.uuid}"]
-    return Verdict(mdev.uuid, not found, group, tuple(found), tuple(commands), tuple(notes))
+    advice = advise_mdev(mdev.uuid, tuple(found))
+    return Verdict(mdev.uuid, not found, group, tuple(found), advice.steps, tuple(notes))
 
 
 def _other_members(address: str, group: IommuGroup | None) -> list[tuple[str, str]]:
