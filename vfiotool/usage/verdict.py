@@ -104,7 +104,7 @@ def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -
         notes += reasons(mergers)
     lockdown = re.search(r"\[(\w+)\]", host.read(SYS_LOCKDOWN) or "")
     if lockdown is not None and lockdown[1] != "none":
-        # No door of VFIO's asks for it (security/security.c, LOCKDOWN_PCI_ACCESS and its users).
+        # No part of VFIO asks for it (security/security.c, LOCKDOWN_PCI_ACCESS and its users).
         notes.append(f"the kernel is locked down ({lockdown[1]}), which does not stop VFIO")
     found = tuple(dict.fromkeys(blockers))
     advice = advise(function, group, found, inventory.by_address, read_setup(host))
