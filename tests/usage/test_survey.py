@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.fakes.small_host import SmallHost
 from tests.usage.why_page import PAGE, with_kinds
-from vfiotool.usage.blocker import KINDS, is_part_of
+from vfiotool.devices.parts import is_part_of
+from vfiotool.usage.blocker import KINDS
 from vfiotool.usage.network import read_routes
 from vfiotool.usage.survey import blockers, survey
 

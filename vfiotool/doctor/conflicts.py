@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vfiotool.devices.inventory import Inventory
+from vfiotool.devices.parts import is_part_of, net_paths
 from vfiotool.devices.pci import Address, PciFunction
 from vfiotool.doctor.finding import PARAMETERS_PAGE, SRIOV_PAGE, VFIO_PAGE, Finding
-from vfiotool.host.host import Host
+from vfiotool.host.host import Host, observed_lines
 from vfiotool.host.paths import OTHER_TOOLS, PROC_CMDLINE, SYS_MDEV_DEVICES, SYS_NET
-from vfiotool.usage.blocker import is_part_of, net_paths, observed_lines
 
 _PAGES = {
     "NetworkManager": "https://networkmanager.dev/docs/api/latest/settings-sriov.html",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.devices.parts import is_part_of
 from vfiotool.devices.pci import PciFunction
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
@@ -18,7 +19,7 @@ from vfiotool.host.paths import (
     SYS_TTY_CONSOLE,
     SYS_VTCONSOLE,
 )
-from vfiotool.usage.blocker import Blocker, Usage, is_part_of
+from vfiotool.usage.blocker import Blocker, Usage
 
 # Frame buffers that the firmware set up and a platform driver draws on: their memory is a BAR of
 # the card, but their device is not the card's (drivers/firmware/sysfb.c).

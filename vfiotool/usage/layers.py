@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vfiotool.devices.parts import block_paths, is_part_of
 from vfiotool.host.host import Host
 from vfiotool.host.paths import DEV, SYS_BLOCK
-from vfiotool.usage.blocker import block_paths, is_part_of
 
 _HIDDEN_PATH = re.compile(r"nvme(\d+)c\d+n(\d+)")
 _DM_KINDS = {

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vfiotool.host.host import Host
+from vfiotool.host.host import Host, observed_lines
 from vfiotool.host.paths import (
     MOUNTS,
     PROC,
@@ -20,7 +20,7 @@ from vfiotool.host.paths import (
     SYS_FS_BCACHEFS,
     SYS_FS_BTRFS,
 )
-from vfiotool.usage.blocker import Blocker, observed_lines
+from vfiotool.usage.blocker import Blocker
 from vfiotool.usage.layers import Layer, block_name, chain_text
 
 # A use, and the function's own block device that it came through.

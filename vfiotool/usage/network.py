@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.devices.parts import is_part_of, net_paths
 from vfiotool.devices.pci import PciFunction, parse_uevent
-from vfiotool.host.host import Host
+from vfiotool.host.host import Host, observed_lines
 from vfiotool.host.paths import (
     NET_ADDRESSES,
     NET_CALLER,
@@ -29,7 +30,7 @@ from vfiotool.host.paths import (
     SYS_NET,
     SYS_PCI_DEVICES,
 )
-from vfiotool.usage.blocker import Blocker, Usage, is_part_of, net_paths, observed_lines
+from vfiotool.usage.blocker import Blocker, Usage
 
 # include/uapi/linux/route.h, ipv6_route.h
 _RTF_UP = 0x1

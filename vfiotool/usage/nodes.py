@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
-from vfiotool.host.host import Host
+from vfiotool.devices.parts import is_part_of
+from vfiotool.host.host import Host, observed_lines
 from vfiotool.host.paths import DEV, DEV_VFIO, OPEN_NODES, PROC_NVIDIA
-from vfiotool.usage.blocker import Blocker, Usage, is_part_of, observed_lines
+from vfiotool.usage.blocker import Blocker, Usage
 
 
 def node_usage(

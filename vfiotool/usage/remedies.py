@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from vfiotool.devices.iommu import IommuGroup, is_vfio_driver
+from vfiotool.devices.parts import is_part_of
 from vfiotool.devices.pci import PciFunction
 from vfiotool.devices.platform import Platform, read_platform
 from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
-from vfiotool.usage.blocker import KINDS, Blocker, is_part_of
+from vfiotool.usage.blocker import KINDS, Blocker
 
 # Firmware frame buffers: no driver of the card lets go of them (usage/display.py).
 _FIRMWARE_BUFFERS = ("BOOTFB", "efifb", "vesafb", "simplefb", "simple-framebuffer")

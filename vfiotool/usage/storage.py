@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
+from vfiotool.devices.parts import block_paths
 from vfiotool.host.host import Host
 from vfiotool.host.paths import BLOCK_CLAIM, DEV, PROC, SYS_BLOCK, SYS_NVME_TARGETS
-from vfiotool.usage.blocker import Blocker, Usage, block_paths
+from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.layers import (
     Layer,
     block_name,
