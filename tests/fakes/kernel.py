@@ -22,6 +22,7 @@ from vfiotool.devices.pci import Address, parse_identity
 from vfiotool.errors import KernelError, Stuck
 from vfiotool.host.clock import Clock
 from vfiotool.host.host import Host
+from vfiotool.host.paths import BLOCK_CLAIM, OBSERVED
 from vfiotool.host.tree import MemoryTree
 from vfiotool.netlink.codec import (
     NETLINK_GENERIC,
@@ -245,11 +246,14 @@ class FakeKernel(MemoryTree):
             address = path.split("/")[-2]
             if address in self.locked:
                 raise Stuck(f"read {path}: no answer after 0 s", hint="vfiotool recover")
+        if path.startswith(OBSERVED) and path not in self.files:
+            # Nobody uses anything here, and all of that can be seen.
+            return b"free\n" if path.startswith(BLOCK_CLAIM) else b".\n"
         return super().read(path)
 
     # Writing
 
-    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
+    def write(self, path: str, data: bytes, timeout_s: float) -> None:
         text = data.decode()
         self.writes.append((path, text))
         number = len(self.writes)
@@ -529,17 +533,11 @@ class FakeKernel(MemoryTree):
     # Network settings of VFs
 
     def vf_settings(self, ifindex: int) -> tuple[VfSettings, ...]:
-        """What RTM_GETLINK tells of an interface's VFs (the reader's side of `answer_netlink`)."""
+        """What RTM_GETLINK tells of an interface's VFs (the reader's side of `netlink`)."""
         pf = self.interfaces[ifindex]
         return tuple(self.vf_info[key] for key in sorted(self.vf_info) if key[0] == pf)
 
-    def ask_netlink(self, request: Request, timeout_s: float) -> list[Message]:
-        return self.answer_netlink(request, timeout_s)
-
-    def send_netlink(self, request: Request, timeout_s: float) -> list[Message]:
-        return self.answer_netlink(request, timeout_s)
-
-    def answer_netlink(self, request: Request, timeout_s: float) -> list[Message]:
+    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
         """RTM_SETLINK with a VF list (net/core/rtnetlink.c, do_setvfinfo); no generic family."""
         if request.protocol == NETLINK_GENERIC:
             raise KernelError(f"{request.what}: no such family", errno_name="ENOENT")

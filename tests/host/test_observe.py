@@ -34,17 +34,17 @@ def ask_caller(*wrapper: str, session: str) -> str:
 
 
 def test_the_ssh_session_is_found_in_the_own_environment() -> None:
-    assert ask_caller(session="192.0.2.1 999 198.51.100.7 22") == "'198.51.100.7\\t192.0.2.1'"
+    assert ask_caller(session="192.0.2.1 999 198.51.100.7 22") == "'198.51.100.7\\t192.0.2.1\\n.'"
 
 
 def test_the_ssh_session_is_found_though_sudo_cleared_the_environment() -> None:
     wrapper = ("sh", "-c", 'env -u SSH_CONNECTION "$0" "$@"; true')
     found = ask_caller(*wrapper, session="192.0.2.1 999 198.51.100.7 22")
-    assert found == "'198.51.100.7\\t192.0.2.1'"
+    assert found == "'198.51.100.7\\t192.0.2.1\\n.'"
 
 
 def test_a_malformed_ssh_session_is_none() -> None:
-    assert ask_caller(session="garbage") == "''"
+    assert ask_caller(session="garbage") == "'.'"
 
 
 def test_the_own_mount_table_comes_first_and_whole() -> None:

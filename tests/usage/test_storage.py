@@ -220,17 +220,20 @@ def test_each_disk_whose_use_is_not_explained_is_asked_for_claims(small: SmallHo
     ]
 
 
-@pytest.mark.parametrize("errno", ["EACCES", "EPERM", "ETIMEDOUT"])
+@pytest.mark.parametrize("errno", ["EACCES", "EPERM", "ETIMEDOUT", "ENOENT", "EMFILE"])
 def test_a_claim_that_cannot_be_probed_is_reported_as_unseen(small: SmallHost, errno: str) -> None:
     small.file("/proc/vfiotool/block-claim/nvme0n1", f"unknown {errno}")
     usage = survey(small.host(), DISK)
-    assert usage.blockers == ()
-    assert usage.unseen == ("whether the kernel has claimed nvme0n1",)
+    (entry,) = usage.blockers
+    assert (entry.kind, entry.subject) == ("unseen", "block-claim/nvme0n1")
+    assert errno in entry.detail
 
 
 def test_tables_of_other_users_are_reported_as_unseen(small: SmallHost) -> None:
     small.mounts("!\tmount tables of 3 processes of other users")
-    assert survey(small.host(), DISK).unseen == ("mount tables of 3 processes of other users",)
+    (entry,) = blockers(small.host(), DISK)
+    assert (entry.kind, entry.subject) == ("unseen", "mounts")
+    assert "mount tables of 3 processes of other users" in entry.detail
 
 
 def test_a_loop_device_over_a_disk_is_a_member_though_no_holder(small: SmallHost) -> None:

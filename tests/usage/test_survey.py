@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.fakes.small_host import SmallHost
 from tests.usage.why_page import PAGE, with_kinds
-from vfiotool.devices.parts import is_part_of
+from vfiotool.devices.attached import is_part_of
 from vfiotool.usage.blocker import KINDS
 from vfiotool.usage.network import read_routes
 from vfiotool.usage.survey import blockers, survey
@@ -158,32 +158,32 @@ def test_an_interface_in_another_network_namespace_is_found(small: SmallHost) ->
         "!\tnetwork namespaces of 2 processes of other users",
     )
     usage = survey(small.host(), NIC)
-    (entry,) = usage.blockers
+    entry, unseen = usage.blockers
     assert (
         entry.detail
         == "eth1 lives in the network namespace of pid 321 with 10.9.0.1/24, fd00::1/64"
     )
     assert entry.evidence == "/proc/321/ns/net"
-    assert "network namespaces of 2 processes of other users" in usage.unseen
+    assert (unseen.kind, unseen.subject) == ("unseen", "net-namespaces")
 
 
 @pytest.mark.parametrize(
-    ("driver", "expected"), [("igb", [("route", NIC)]), ("vfio-pci", []), (None, [])]
+    ("driver", "expected"), [("igb", [("unseen", NIC)]), ("vfio-pci", []), (None, [])]
 )
 def test_a_card_whose_interface_may_be_in_an_unseen_namespace_is_in_use(
     small: SmallHost, driver: str | None, expected: list[tuple[str, str]]
 ) -> None:
     small.function(NIC, class_code="020000", driver=driver)
     small.addresses()
-    assert found(small) == []
-    small.file("/proc/vfiotool/net-namespaces", "!\tthe network namespace of pid 9")
     assert found(small) == expected
+    small.file("/proc/vfiotool/net-namespaces", "!\tthe network namespace of pid 9")
+    assert found(small) == [("unseen", "net-namespaces"), *expected]
 
 
 def test_a_root_without_addresses_says_that_they_are_unseen(small: SmallHost) -> None:
     small.network(NIC, "eth1")
     del small.files["/proc/vfiotool/addresses"]
-    assert survey(small.host(), NIC).unseen == ("the addresses of the interfaces",)
+    assert survey(small.host(), NIC).unknown == ("the addresses of the interfaces",)
 
 
 def test_a_pppoe_session_is_a_use(small: SmallHost) -> None:
@@ -290,11 +290,12 @@ def test_open_nodes_are_named_with_every_process_that_holds_them(small: SmallHos
         "/dev/nvme0n1",
         "/dev/vfio/7",
         f"{path}/resource0",
+        "open-nodes",
     ]
     assert usage.blockers[1].evidence == (
         "pid 10 (fio) has /dev/nvme0 open; pid 11 (dd) has /dev/nvme0 open"
     )
-    assert usage.unseen == ("open files of 4 processes of other users",)
+    assert "open files of 4 processes of other users" in usage.blockers[-1].detail
 
 
 def test_the_proprietary_nvidia_node_is_found_by_its_minor(small: SmallHost) -> None:

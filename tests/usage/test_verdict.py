@@ -6,8 +6,8 @@ import pytest
 
 from tests.fakes.config_space import build
 from tests.fakes.small_host import SmallHost
-from vfiotool.devices.inventory import read_inventory
 from vfiotool.errors import NotFound
+from vfiotool.usage.case import read_case
 from vfiotool.usage.verdict import Verdict, explain
 
 EDU = "0000:00:01.0"
@@ -29,7 +29,7 @@ def small() -> SmallHost:
 
 def ask(small: SmallHost, address: str) -> Verdict:
     host = small.host()
-    return explain(host, read_inventory(host), address)
+    return explain(read_case(host, address, reasons=True))
 
 
 def kinds(verdict: Verdict) -> list[tuple[str, str]]:
@@ -232,9 +232,7 @@ def test_nothing_is_offered_that_would_take_the_root_file_system(small: SmallHos
     small.mounts("self\t40 1 259:0 / / rw - ext4 /dev/nvme0n1 rw")
     verdict = ask(small, DISK)
     assert verdict.next == ()
-    assert verdict.warnings == (
-        f"/ is on {DISK}: it cannot be passed through, the host runs from it",
-    )
+    assert verdict.notes == (f"/ is on {DISK}: it cannot be given away",)
 
 
 def test_nothing_is_offered_for_the_volume_below_the_root_file_system(small: SmallHost) -> None:
@@ -259,9 +257,7 @@ def test_no_command_cuts_the_callers_own_session_off_below_a_bridge(small: Small
     verdict = ask(small, NIC)
     assert kinds(verdict) == [("bridge-or-bond", NIC), ("route", NIC)]
     assert verdict.next == ()
-    assert verdict.warnings == (
-        f"you are logged in over br0 on {NIC}: log in by another way first",
-    )
+    assert verdict.notes == ("you are logged in over br0: log in by another way first",)
 
 
 def test_a_display_is_taken_by_a_command_that_says_what_it_cuts_off(small: SmallHost) -> None:
@@ -274,10 +270,12 @@ def test_a_display_is_taken_by_a_command_that_says_what_it_cuts_off(small: Small
     )
 
 
-def test_what_could_not_be_seen_is_a_note(small: SmallHost) -> None:
+def test_what_could_not_be_seen_stands_in_the_way(small: SmallHost) -> None:
     small.function(EDU, group=3)
     small.file("/proc/vfiotool/open-nodes", "!\topen files of 7 processes of other users")
-    assert ask(small, EDU).notes == ("not seen: open files of 7 processes of other users",)
+    verdict = ask(small, EDU)
+    assert (verdict.word, kinds(verdict)) == ("blocked", [("unseen", EDU)])
+    assert "open files of 7 processes of other users" in verdict.blockers[0].detail
 
 
 def mdev(small: SmallHost, driver: str | None) -> None:

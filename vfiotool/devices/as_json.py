@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from json import JSONEncoder
 
 from vfiotool.devices.config.decode import (
@@ -27,9 +28,9 @@ class FunctionWriter:
         self._config_text = Once(self._write_config, SPACES_KEPT)
         self._capability_text = Once(self._write_capability, CAPABILITIES_KEPT)
 
-    def text(self, function: PciFunction, details: Details) -> str:
-        """`function_as_json` as text on one line."""
-        whole = self._encode(_facts(function, details, self._names))
+    def text(self, function: PciFunction, details: Details, more: Mapping[str, object]) -> str:
+        """`function_as_json` and `more` as text on one line."""
+        whole = self._encode({**_facts(function, details, self._names), **more})
         config = "null" if details.config is None else self._config_text(details.config)
         return f'{whole[:-1]}, "config": {config}}}'
 
@@ -85,7 +86,9 @@ def _facts(function: PciFunction, details: Details, names: Names) -> dict[str, o
         "d3cold_allowed": function.d3cold_allowed,
         "slot": details.slot,
         "label": function.label,
-        "serial": None if details.config is None else details.config.serial,
+        "serial": details.serial,
+        "interfaces": list(details.interfaces),
+        "disks": list(details.disks),
         "vfio_driver": details.vfio_driver,
         "vfio_group_node": details.group_node,
         "vfio_device_node": details.device_node,

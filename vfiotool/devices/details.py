@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
+from vfiotool.devices.attached import Attached
 from vfiotool.devices.config.decode import HEADER_BYTES, SPACES_KEPT, ConfigSpace, Once, read_config
 from vfiotool.devices.config.layout import Value
 from vfiotool.devices.config.vpd import Vpd, parse_vpd
@@ -22,6 +23,7 @@ from vfiotool.devices.pci import (
     read_functions,
     read_link,
 )
+from vfiotool.devices.serial import serial_of
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     DEV_VFIO,
@@ -53,6 +55,8 @@ class Details:
     the function best and is there to be loaded, None where none is. `group_node` and `device_node`
     are the VFIO nodes that open it now (group, cdev). `mdev_parent` says whether mediated devices
     can be made of it; `mdevs` and `vdpas` name the children there are, `vfs` the enabled VFs.
+    `interfaces` and `disks` are its own, as this network namespace shows them; `serial` is its
+    Device Serial Number, or else that of its drive.
     """
 
     config: ConfigSpace | None
@@ -65,6 +69,9 @@ class Details:
     mdevs: tuple[str, ...]
     vdpas: tuple[str, ...]
     vfs: tuple[str, ...]
+    interfaces: tuple[str, ...]
+    disks: tuple[str, ...]
+    serial: str | None
 
 
 class DetailReader:
@@ -75,6 +82,7 @@ class DetailReader:
         self._drivers: dict[str, str | None] = {}
         self._vf_indices = VfIndices(host)
         self._link_of = Once(link_of, SPACES_KEPT)
+        self._attached = Attached(host)
 
     def read_all(self, addresses: Iterable[str]) -> Iterator[tuple[PciFunction, Details]]:
         """Functions with their details, in their order; those that are gone are left out."""
@@ -102,6 +110,9 @@ class DetailReader:
             mdevs=tuple(self._mdevs.get(address, ())),
             vdpas=tuple(self._vdpas.get(address, ())),
             vfs=vfs,
+            interfaces=self._attached.interfaces(function.path),
+            disks=self._attached.disks(function.path),
+            serial=serial_of(host, function, config),
         )
 
     def _link(self, address: str, config: ConfigSpace | None) -> Link | None:

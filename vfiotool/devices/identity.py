@@ -1,7 +1,7 @@
 """Groups and their members read with the fewest system calls and the lightest imports.
 
 `groups` must start fast and list thousands of functions, so nothing here needs dataclasses,
-regular expressions or more than the host; `iommu.py` gives the same facts as values.
+regular expressions or more than the host's door; `iommu.py` gives the same facts as values.
 `modalias` and the `driver` link tell a function's identity and driver, as its `uevent` would: that
 one read less would hang on kernels that take the device's lock for it (see `read_uevent`).
 """
@@ -9,7 +9,7 @@ one read less would hang on kernels that take the device's lock for it (see `rea
 from __future__ import annotations
 
 from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_IOMMU_GROUPS, SYS_MDEV_DEVICES, SYS_PCI_DEVICES
+from vfiotool.host.paths import SYS_IOMMU_GROUPS, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, SYS_VFIO_DEV
 from vfiotool.host.tree import Tree
 
 TYPE_CHECKING = False
@@ -60,6 +60,7 @@ class GroupScan:
         self._host = host
         self._tree = host.tree
         self._facts: dict[bytes, Facts] = {}
+        self._nodes: bool | None = None
 
     def members(self, group: int) -> Members | None:
         """Each member's name and facts by name, or None if there is no such group (any more).
@@ -86,8 +87,22 @@ class GroupScan:
             facts = known.get(head)
             if facts is None:
                 facts = known[head] = parse_facts(text)
+            if facts[4] == "host" and self._has_vfio_device(name):
+                facts = (*facts[:4], "vfio")
             found.append((name, facts))
         return found
+
+    def _has_vfio_device(self, address: str) -> bool:
+        """Whether a driver that is none of VFIO's by its name has made a VFIO device all the same.
+
+        NVIDIA's does for vGPUs, which are opened as they stand. Asked where the host has any.
+        """
+        if self._nodes is None:
+            try:
+                self._nodes = bool(self._tree.listdir(SYS_VFIO_DEV))
+            except OSError:
+                self._nodes = False
+        return self._nodes and self._tree.isdir(f"{SYS_PCI_DEVICES}/{address}/vfio-dev")
 
     def attribute(self, group: int, name: str) -> bytes | None:
         """A group's `type` or `reserved_regions`, without the final newline; None if absent."""

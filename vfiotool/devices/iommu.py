@@ -24,6 +24,7 @@ from vfiotool.host.paths import SYS_IOMMU
 __all__ = [
     "NO_DMA_DRIVERS",
     "GroupMember",
+    "GroupReader",
     "IommuGroup",
     "ReservedRegion",
     "bridge_in_the_way",
@@ -99,6 +100,17 @@ def bridge_in_the_way(class_code: str | None, driver: str | None) -> bool:
     """
     code = class_code or ""
     return code.startswith("06") and not code.startswith("0607") and role_of(driver) == "host"
+
+
+class GroupReader:
+    """`read_group` for one group after another, parsing what they have in common once."""
+
+    def __init__(self, host: Host) -> None:
+        self._scan = GroupScan(host)
+
+    def read(self, group: int) -> IommuGroup | None:
+        """One group, or None if there is none of that id (any more)."""
+        return _read_group(self._scan, group)
 
 
 def read_group(host: Host, group: int) -> IommuGroup | None:

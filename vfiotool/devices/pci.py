@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import NamedTuple
 
-from vfiotool.devices.identity import parse_id_pair, read_uevent
+from vfiotool.devices.identity import is_vfio_driver, parse_id_pair, read_uevent
 from vfiotool.errors import UsageError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_PCI_DEVICES
@@ -117,7 +117,8 @@ class PciFunction(PciIdentity):
     """One function as sysfs's attributes show it; configuration space is `capabilities.py`'s.
 
     `path` is its directory below `/sys/devices`; `iommu` the IOMMU that it sits behind (`dmar0`);
-    `label` the firmware's name for it (Documentation/ABI/testing/sysfs-bus-pci, label).
+    `label` the firmware's name for it (Documentation/ABI/testing/sysfs-bus-pci, label);
+    `has_vfio_device`: its driver has made a VFIO device of it (`vfio-dev/`, since Linux 6.1).
     """
 
     path: str
@@ -137,6 +138,15 @@ class PciFunction(PciIdentity):
     d3cold_allowed: bool | None = None
     iommu: str | None = None
     label: str | None = None
+    has_vfio_device: bool = False
+
+    @property
+    def on_vfio(self) -> bool:
+        """Whether user space opens it through VFIO: what counts is the device node.
+
+        A vendor's driver may make one itself and keep its own name (NVIDIA's vGPUs).
+        """
+        return self.has_vfio_device or (self.driver is not None and is_vfio_driver(self.driver))
 
 
 def parse_uevent(text: str) -> dict[str, str]:
@@ -320,6 +330,7 @@ def _read_function(
         d3cold_allowed=_flag(number("d3cold_allowed")),
         iommu=link("iommu"),
         label=read("label") if physfn is None else None,
+        has_vfio_device="DRIVER" in keys and host.isdir(f"{base}/vfio-dev"),
     )
 
 

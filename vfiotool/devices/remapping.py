@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vfiotool.devices.firmware import iommu_tables
 from vfiotool.host.host import Host
-from vfiotool.host.paths import PROC, SYS_FIRMWARE_ACPI_TABLES, SYS_MODULE
+from vfiotool.host.paths import PROC, SYS_MODULE
 
 PROC_INTERRUPTS = f"{PROC}/interrupts"
 
@@ -33,7 +34,7 @@ def interrupt_remapping(host: Host) -> Remapping:
     if remapped:
         return Remapping(True, f"{PROC_INTERRUPTS} shows {remapped[0]}")
     plain = sorted(chip for chip in chips if chip.startswith(("PCI-MSI", "IO-APIC")))
-    if plain and {"DMAR", "IVRS"} & set(host.listdir(SYS_FIRMWARE_ACPI_TABLES)):
+    if plain and {"DMAR", "IVRS"} & set(iommu_tables(host)):
         return Remapping(False, f"{PROC_INTERRUPTS} shows {plain[0]} and no IR- chip")
     return Remapping(None, f"{PROC_INTERRUPTS} shows no x86 interrupt chip behind an IOMMU")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vfiotool.devices.config.decode import read_config
+from vfiotool.devices.config.decode import ConfigSpace, read_config
 from vfiotool.devices.config.vpd import parse_vpd
+from vfiotool.devices.pci import PciFunction
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_PCI_DEVICES
 
@@ -23,6 +24,15 @@ def serials_of(host: Host, address: str) -> tuple[str, ...]:
         *_drive_serials(host, f"{SYS_PCI_DEVICES}/{address}"),
     ]
     return tuple(dict.fromkeys(serial for serial in found if serial))
+
+
+def serial_of(host: Host, function: PciFunction, config: ConfigSpace | None) -> str | None:
+    """A function's one serial number: its Device Serial Number, or else its drive's."""
+    if config is not None and config.serial is not None:
+        return config.serial
+    if not (function.class_code or "").startswith("01"):
+        return None
+    return next((text for text in _drive_serials(host, function.path) if text), None)
 
 
 def _vpd_serials(host: Host, address: str) -> list[str]:

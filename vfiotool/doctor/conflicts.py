@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vfiotool.devices.attached import is_part_of, net_paths
 from vfiotool.devices.inventory import Inventory
-from vfiotool.devices.parts import is_part_of, net_paths
 from vfiotool.devices.pci import Address, PciFunction
 from vfiotool.doctor.finding import PARAMETERS_PAGE, SRIOV_PAGE, VFIO_PAGE, Finding
-from vfiotool.host.host import Host, observed_lines
+from vfiotool.host.host import Host
 from vfiotool.host.paths import OTHER_TOOLS, PROC_CMDLINE, SYS_MDEV_DEVICES, SYS_NET
 
 _PAGES = {
@@ -42,7 +42,7 @@ class Claim:
 
 def read_claims(host: Host) -> tuple[Claim, ...]:
     """All tools' claims, and the kernel command line's `vfio-pci.ids=`."""
-    lines, _ = observed_lines(host, OTHER_TOOLS)
+    lines = [line.split("\t") for line in (host.read(OTHER_TOOLS) or "").splitlines()]
     found = [Claim(*fields) for fields in lines if len(fields) == 4]
     for word in (host.read(PROC_CMDLINE) or "").split():
         name, _, value = word.partition("=")

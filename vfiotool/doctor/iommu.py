@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from vfiotool.devices.firmware import IOMMU_TABLES, iommu_tables
 from vfiotool.devices.iommu import list_groups
 from vfiotool.devices.remapping import interrupt_remapping, unsafe_interrupts_allowed
 from vfiotool.doctor.finding import IOMMU_PAGE, PARAMETERS_PAGE, VFIO_PAGE, Finding
@@ -22,8 +23,6 @@ from vfiotool.host.paths import (
     SYS_IOMMU_GROUPS,
 )
 
-# ACPI tables that describe an IOMMU (ACPI 6.5, 5.2.6), and whose it is.
-TABLES = {"DMAR": "Intel VT-d", "IVRS": "AMD-Vi", "IORT": "Arm SMMU", "VIOT": "virtio-iommu"}
 _OFF = {"intel_iommu=off", "amd_iommu=off", "iommu=off", "iommu.off=1"}
 
 
@@ -40,16 +39,11 @@ def examine_iommu(host: Host, distribution: Distribution) -> list[Finding]:
     ]
 
 
-def _tables(host: Host) -> list[str]:
-    names = set(host.listdir(SYS_FIRMWARE_ACPI_TABLES))
-    return [table for table in TABLES if table in names]
-
-
 def _firmware(host: Host, works: bool) -> Finding:
-    tables = _tables(host)
-    evidence = f"{SYS_FIRMWARE_ACPI_TABLES}: {', '.join(tables) or 'no ' + ', '.join(TABLES)}"
+    tables = iommu_tables(host)
+    evidence = f"{SYS_FIRMWARE_ACPI_TABLES}: {', '.join(tables) or 'no ' + ', '.join(IOMMU_TABLES)}"
     if tables:
-        kinds = ", ".join(TABLES[table] for table in tables)
+        kinds = ", ".join(IOMMU_TABLES[table] for table in tables)
         return Finding("iommu-firmware", "ok", f"the firmware describes {kinds}", evidence)
     if works:
         summary = "the firmware has no ACPI table for an IOMMU, yet one works"
@@ -78,7 +72,7 @@ def _option(host: Host, distribution: Distribution, works: bool) -> Finding:
         return Finding("iommu-option", "note", summary, evidence, (), PARAMETERS_PAGE)
     if works:
         return Finding("iommu-option", "ok", "the kernel uses the IOMMU", evidence)
-    tables = _tables(host)
+    tables = iommu_tables(host)
     if "DMAR" in tables and not any(word.startswith("intel_iommu=on") for word in words):
         default = _default_on(host)
         remedy = (*distribution.kernel_option("intel_iommu=on"), "reboot")
@@ -109,7 +103,7 @@ def _effect(host: Host, entries: list[str], groups: list[int]) -> Finding:
             summary += ": all are no-IOMMU groups"
         return Finding("iommu-effect", "blocker", summary, evidence, (), VFIO_PAGE)
     remedy: tuple[str, ...] = ("dmesg | grep -i -e DMAR -e IOMMU -e AMD-Vi",)
-    if _tables(host) == ["VIOT"]:
+    if iommu_tables(host) == ("VIOT",):
         absent = module_state(host, "virtio_iommu")[0] == "absent"
         load = "a kernel with CONFIG_VIRTIO_IOMMU" if absent else "modprobe virtio_iommu"
         remedy = (load, *remedy)

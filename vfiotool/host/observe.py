@@ -3,7 +3,8 @@
 Each observation is a text under a name below `host.OBSERVED`; `OsTree.read` makes it when the
 name is read, and a snapshot keeps it like any file. Fields are separated by one tab; control
 characters in names are escaped. A line that begins with `!` counts what could not be seen, and
-why: without root much is hidden, and an answer must say so.
+why: without root much is hidden, and an answer must say so. A table's last line is a single
+point: one that is missing was cut short.
 
     addresses           interface, address/prefix
     net-kinds           interface, kind of a virtual one (`team`, `macvlan`)
@@ -37,6 +38,7 @@ from vfiotool.host.paths import (
     NET_CALLER,
     NET_KINDS,
     NET_NAMESPACES,
+    OBSERVED_END,
     OPEN_NODES,
     OTHER_TOOLS,
     PROC,
@@ -69,7 +71,7 @@ def observe(path: str, root: str = "") -> bytes:
         maker = _MAKERS.get(path)
         if maker is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        text = maker()
+        text = f"{maker()}{OBSERVED_END}\n"
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -39,7 +39,6 @@ PROC_IOMEM = "/proc/iomem"
 PROC_NVIDIA = "/proc/driver/nvidia/gpus"
 PROC_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 PROC_OSRELEASE = "/proc/sys/kernel/osrelease"
-PROC_ARCH = "/proc/sys/kernel/arch"
 PROC_ROUTE = "/proc/net/route"
 PROC_PPPOE = "/proc/net/pppoe"
 PROC_ROUTE6 = "/proc/net/ipv6_route"
@@ -52,6 +51,8 @@ DEV_SHM = "/dev/shm"
 # or a probe. Reading one observes it (host_scan.py, which gives each format); a snapshot keeps the
 # text under the same name.
 OBSERVED = "/proc/vfiotool/"
+# The last line of a table of many lines that was made to its end.
+OBSERVED_END = "."
 NET_ADDRESSES = OBSERVED + "addresses"
 NET_KINDS = OBSERVED + "net-kinds"
 NET_NAMESPACES = OBSERVED + "net-namespaces"

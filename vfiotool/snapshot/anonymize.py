@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from vfiotool.devices.firmware import IOMMU_TABLES
 from vfiotool.host.paths import MOUNTS, PROC, PROC_CMDLINE, PROC_MOUNTINFO, PROC_ROUTE, PROC_ROUTE6
 from vfiotool.snapshot.mask import Mask
 from vfiotool.snapshot.text import NOT_CAPTURED, Snapshot
@@ -18,7 +19,7 @@ from vfiotool.snapshot.text import NOT_CAPTURED, Snapshot
 _HOSTNAME = f"{PROC}/sys/kernel/hostname"
 _SERIAL_FILES = frozenset({"serial", "wwid", "nguid", "eui", "unique_id", "hostnqn", "hostid"})
 # Binary files whose content is understood here; any other loses its content.
-_KNOWN_BYTES = frozenset({"config", "vpd", "DMAR", "IVRS"})
+_KNOWN_BYTES = frozenset({"config", "vpd", *IOMMU_TABLES})
 # Host names that say nothing, and would hit the distribution's own name.
 _COMMON_NAMES = frozenset({"localhost", "debian", "linux", "fedora", "ubuntu", "host", "none"})
 _MIN_SECRET = 6

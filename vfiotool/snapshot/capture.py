@@ -20,6 +20,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vfiotool import __version__
+from vfiotool.devices.firmware import IOMMU_TABLES
 from vfiotool.errors import UsageError, from_oserror
 from vfiotool.host import paths
 from vfiotool.host.host import Host
@@ -92,7 +93,7 @@ RULES: tuple[str, ...] = (
     f"{paths.SYS_NODES}/node*/hugepages/*/{{nr_hugepages,free_hugepages}}",
     f"{paths.SYS_NODES}/node*/distance",
     f"{_SYS}/kernel/mm/hugepages/*/{{nr_hugepages,free_hugepages}}",
-    f"{paths.SYS_FIRMWARE_ACPI_TABLES}/{{DMAR,IVRS,VIOT,IORT}}",
+    f"{paths.SYS_FIRMWARE_ACPI_TABLES}/{{{','.join(IOMMU_TABLES)}}}",
     paths.SYS_LOCKDOWN,
     f"{paths.PROC}/{{modules,swaps,mdstat}}",
     paths.PROC_CMDLINE,

@@ -1,4 +1,4 @@
-"""What a use of a device is called, and what is known of each kind."""
+"""What a user of a device is called, and what follows from each kind of use."""
 
 from __future__ import annotations
 
@@ -100,6 +100,19 @@ KINDS = {
             "`/sys/bus/mdev/devices`",
         ),
         BlockerKind(
+            "vdpa-children",
+            "vDPA devices are made from it",
+            "`/sys/bus/vdpa/devices`, with the driver that has each",
+        ),
+        BlockerKind(
+            "unseen",
+            "something could not be looked at, so that it may be in use",
+            "every look that failed, was refused or was cut short; and a network or storage "
+            "function that a driver of the host has, of which nothing can be seen",
+            holds=True,
+            order=8,
+        ),
+        BlockerKind(
             "no-iommu",
             "no IOMMU translates for it",
             "`/sys/class/iommu` and the groups, never words on the command line",
@@ -145,8 +158,8 @@ class Blocker:
     `kind` is one of KINDS; `device` the PCI address or mdev UUID that has the problem;
     `subject` what exactly is in use (a mount point, a swap area, an interface, a node), by which
     a policy can allow it; `detail` a sentence; `evidence` where one can check it; `remedy` a
-    command that ends the use, where there is one. `vital`: where the host or the caller would be
-    cut off at once without it, a sentence that says so; no command that ends it is offered.
+    command that ends the use, where there is one. `vital`: without it the host or the caller is
+    cut off at once, so no command that ends it is offered.
     """
 
     kind: str
@@ -155,7 +168,7 @@ class Blocker:
     detail: str
     evidence: str
     remedy: str | None = None
-    vital: str | None = None
+    vital: bool = False
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -169,7 +182,11 @@ class Blocker:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Everything that uses a device, and what could not be seen while looking."""
+    """Everything that uses a device, and what this tree does not tell.
+
+    What could not be looked at is a blocker of the kind `unseen`; `unknown` names what a tree that
+    is not the running machine does not hold.
+    """
 
     blockers: tuple[Blocker, ...]
-    unseen: tuple[str, ...]
+    unknown: tuple[str, ...] = ()

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import re
 
-from vfiotool.devices.iommu import is_vfio_driver
-from vfiotool.devices.parts import is_part_of
+from vfiotool.devices.attached import is_part_of
 from vfiotool.devices.pci import PciFunction
-from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     PROC_IOMEM,
     SYS_DRM,
@@ -20,6 +18,7 @@ from vfiotool.host.paths import (
     SYS_VTCONSOLE,
 )
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.sight import Sight
 
 # Frame buffers that the firmware set up and a platform driver draws on: their memory is a BAR of
 # the card, but their device is not the card's (drivers/firmware/sysfb.c).
@@ -29,18 +28,18 @@ _FIRMWARE_BUFFER = re.compile(
 )
 
 
-def display_usage(host: Host, function: PciFunction) -> Usage:
+def display_usage(host: Sight, function: PciFunction) -> Usage:
     """What the host shows through this function, and a kernel console that runs over it."""
     found = _boot_vga(host, function)
     found += _connectors(host, function)
     found += _frame_buffers(host, function)
     found += _firmware_buffers(host, function)
     found += _serial_console(host, function)
-    return Usage(tuple(found), ())
+    return Usage(tuple(found))
 
 
-def _boot_vga(host: Host, function: PciFunction) -> list[Blocker]:
-    if not function.boot_vga or (function.driver and is_vfio_driver(function.driver)):
+def _boot_vga(host: Sight, function: PciFunction) -> list[Blocker]:
+    if not function.boot_vga or function.on_vfio:
         return []
     detail = "the firmware's display: the host's console is shown there"
     text_mode = _bound_console(host, "VGA")
@@ -50,7 +49,7 @@ def _boot_vga(host: Host, function: PciFunction) -> list[Blocker]:
     return [Blocker("boot-vga", function.address, function.address, detail, evidence)]
 
 
-def _bound_console(host: Host, kind: str) -> str | None:
+def _bound_console(host: Sight, kind: str) -> str | None:
     """The vtconsole of that kind (`VGA`, `frame buffer`) that is bound, as a sysfs path."""
     for name in host.listdir(SYS_VTCONSOLE):
         base = f"{SYS_VTCONSOLE}/{name}"
@@ -59,7 +58,7 @@ def _bound_console(host: Host, kind: str) -> str | None:
     return None
 
 
-def _connectors(host: Host, function: PciFunction) -> list[Blocker]:
+def _connectors(host: Sight, function: PciFunction) -> list[Blocker]:
     found = []
     for name in host.listdir(SYS_DRM):
         base = f"{SYS_DRM}/{name}"
@@ -76,7 +75,7 @@ def _connectors(host: Host, function: PciFunction) -> list[Blocker]:
     return found
 
 
-def _frame_buffers(host: Host, function: PciFunction) -> list[Blocker]:
+def _frame_buffers(host: Sight, function: PciFunction) -> list[Blocker]:
     """The frame buffers of the function, if the kernel's console draws on frame buffers."""
     console = _bound_console(host, "frame buffer")
     found = []
@@ -91,7 +90,7 @@ def _frame_buffers(host: Host, function: PciFunction) -> list[Blocker]:
     return found
 
 
-def _firmware_buffers(host: Host, function: PciFunction) -> list[Blocker]:
+def _firmware_buffers(host: Sight, function: PciFunction) -> list[Blocker]:
     if not (function.class_code or "").startswith("03"):
         return []
     found = []
@@ -108,7 +107,7 @@ def _firmware_buffers(host: Host, function: PciFunction) -> list[Blocker]:
     return found
 
 
-def _serial_console(host: Host, function: PciFunction) -> list[Blocker]:
+def _serial_console(host: Sight, function: PciFunction) -> list[Blocker]:
     """A kernel console on a serial port of this function."""
     found = []
     for name in (host.read(SYS_TTY_CONSOLE) or "").split():
@@ -123,7 +122,7 @@ def _serial_console(host: Host, function: PciFunction) -> list[Blocker]:
     return found
 
 
-def _has_virtio_console(host: Host, path: str) -> bool:
+def _has_virtio_console(host: Sight, path: str) -> bool:
     return any(
         host.linkname(f"{path}/{name}/driver") == "virtio_console"
         for name in host.listdir(path)

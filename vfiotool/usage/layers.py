@@ -6,16 +6,13 @@ native multipath; drivers/md/dm-sysfs.c, md-sysfs of Documentation/admin-guide/m
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vfiotool.devices.parts import block_paths, is_part_of
-from vfiotool.host.host import Host
 from vfiotool.host.paths import DEV, SYS_BLOCK
+from vfiotool.usage.sight import Sight
 
-_HIDDEN_PATH = re.compile(r"nvme(\d+)c\d+n(\d+)")
 _DM_KINDS = {
     "LVM": "LVM logical volume",
     "CRYPT": "dm-crypt volume",
@@ -37,26 +34,9 @@ class Layer:
     chain: tuple[str, ...]
 
 
-def own_disks(host: Host, path: str) -> tuple[str, ...]:
-    """The names of the function's own block devices, partitions included.
-
-    A namespace under native NVMe multipath is not below its controller: the hidden path device
-    `nvme0c1n2` is, and names it.
-    """
-    paths = block_paths(host)
-    own = {name for name, where in paths.items() if is_part_of(path, where)}
-    for name in tuple(own):
-        match = _HIDDEN_PATH.fullmatch(name)
-        head = None if match is None else f"nvme{match[1]}n{match[2]}"
-        if head in paths:
-            own.discard(name)
-            own |= {other for other, where in paths.items() if is_part_of(paths[head], where)}
-    return tuple(sorted(own))
-
-
-def stack_on(host: Host, names: Iterable[str]) -> tuple[Layer, ...]:
+def stack_on(host: Sight, names: Iterable[str]) -> tuple[Layer, ...]:
     """The devices of `names` and all that stands on them: partitions and holders, recursively."""
-    paths = block_paths(host)
+    paths = host.attached.block
     loops = _loops(host, paths)
     found: dict[str, tuple[str, ...]] = {name: (name,) for name in sorted(names)}
     queue = list(found)
@@ -78,7 +58,7 @@ def stack_on(host: Host, names: Iterable[str]) -> tuple[Layer, ...]:
     )
 
 
-def _loops(host: Host, names: Iterable[str]) -> dict[str, list[str]]:
+def _loops(host: Sight, names: Iterable[str]) -> dict[str, list[str]]:
     """Block device -> the loop devices straight over it, which are no holders to the kernel."""
     found: dict[str, list[str]] = {}
     for name in names:
@@ -89,7 +69,7 @@ def _loops(host: Host, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def block_name(host: Host, node: str) -> str | None:
+def block_name(host: Sight, node: str) -> str | None:
     """The kernel name behind a node's path (`/dev/mapper/vg-root` -> `dm-0`), or None."""
     if not node.startswith(f"{DEV}/"):
         return None
@@ -97,7 +77,7 @@ def block_name(host: Host, node: str) -> str | None:
     return (target or node).rpartition("/")[2]
 
 
-def describe(host: Host, name: str) -> str:
+def describe(host: Sight, name: str) -> str:
     """A stacked block device in words: `dm-0 (LVM logical volume vg-root)`, `md0 (raid1)`."""
     base = f"{SYS_BLOCK}/{name}"
     uuid = host.read(f"{base}/dm/uuid")
@@ -113,7 +93,7 @@ def describe(host: Host, name: str) -> str:
     return f"{name} (bcache)" if host.isdir(f"{base}/bcache") else name
 
 
-def take_down(host: Host, name: str) -> str | None:
+def take_down(host: Sight, name: str) -> str | None:
     """The command that takes a stacked device apart, by the tool that made it."""
     base = f"{SYS_BLOCK}/{name}"
     label = host.read(f"{base}/dm/name")

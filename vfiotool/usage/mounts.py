@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vfiotool.host.host import Host, observed_lines
 from vfiotool.host.paths import (
     MOUNTS,
     PROC,
@@ -22,6 +21,7 @@ from vfiotool.host.paths import (
 )
 from vfiotool.usage.blocker import Blocker
 from vfiotool.usage.layers import Layer, block_name, chain_text
+from vfiotool.usage.sight import Sight
 
 # A use, and the function's own block device that it came through.
 Use = tuple[str, Blocker]
@@ -42,14 +42,18 @@ class Mount:
     source: str
 
 
-def read_mounts(host: Host) -> tuple[tuple[Mount, ...], list[str]]:
-    """The mounts of all namespaces that could be seen, and what could not."""
-    lines, unseen = observed_lines(host, MOUNTS)
+def read_mounts(host: Sight) -> tuple[Mount, ...]:
+    """The mounts of all namespaces that could be seen."""
+    return host.once(MOUNTS, _read_mounts)
+
+
+def _read_mounts(host: Sight) -> tuple[Mount, ...]:
+    lines = host.observed(MOUNTS)
     if not lines:
         text = host.read(PROC_MOUNTINFO) or ""
         lines = [["self", line] for line in text.splitlines()]
     parsed = (parse_mount(fields[0], "\t".join(fields[1:])) for fields in lines)
-    return tuple(mount for mount in parsed if mount is not None), unseen
+    return tuple(mount for mount in parsed if mount is not None)
 
 
 def parse_mount(pid: str, line: str) -> Mount | None:
@@ -67,7 +71,7 @@ def unescape(text: str) -> str:
 
 
 def mounted(
-    host: Host, address: str, layers: tuple[Layer, ...], mounts: tuple[Mount, ...]
+    host: Sight, address: str, layers: tuple[Layer, ...], mounts: tuple[Mount, ...]
 ) -> list[Use]:
     """One use for each layer and mount point, and for members of file systems over several."""
     numbers = {layer.number: layer for layer in layers if layer.number is not None}
@@ -97,9 +101,7 @@ def mounted(
 
 def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
     where = "" if mount.pid == "self" else f" in the mount namespace of pid {mount.pid}"
-    vital = None
-    if mount.point in _VITAL:
-        vital = f"{mount.point} is on {address}: it cannot be passed through, the host runs from it"
+    vital = mount.point in _VITAL
     return Blocker(
         "mounted",
         address,
@@ -116,7 +118,7 @@ def _unmount(mount: Mount) -> str:
     return command if mount.pid == "self" else f"nsenter --target {mount.pid} --mount {command}"
 
 
-def _multi_device(host: Host, names: Iterable[str]) -> dict[str, str]:
+def _multi_device(host: Sight, names: Iterable[str]) -> dict[str, str]:
     """Of file systems over several devices: each member's name -> a member that is in `names`."""
     ours = set(names)
     found: dict[str, str] = {}
@@ -133,7 +135,7 @@ def _multi_device(host: Host, names: Iterable[str]) -> dict[str, str]:
 
 
 def swapped(
-    host: Host, address: str, layers: tuple[Layer, ...], mounts: tuple[Mount, ...]
+    host: Sight, address: str, layers: tuple[Layer, ...], mounts: tuple[Mount, ...]
 ) -> list[Use]:
     """Swap partitions on a layer, and swap files on a file system there."""
     names = {layer.name: layer for layer in layers}
@@ -167,7 +169,7 @@ def _mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount | None:
     return max(above, key=lambda mount: len(mount.point), default=None)
 
 
-def shared_folders(host: Host, address: str, path: str) -> list[Blocker]:
+def shared_folders(host: Sight, address: str, path: str) -> list[Blocker]:
     """Mounts of virtio-9p and virtiofs, whose source is a tag and not a block device."""
     found = []
     for name in host.listdir(path):
@@ -176,7 +178,7 @@ def shared_folders(host: Host, address: str, path: str) -> list[Blocker]:
             continue
         tag = (host.read(f"{base}/mount_tag") or "").rstrip("\0")
         driver = host.linkname(f"{base}/driver")
-        for mount in read_mounts(host)[0] if tag or driver == "virtiofs" else ():
+        for mount in read_mounts(host) if tag or driver == "virtiofs" else ():
             by_tag = mount.type == "9p" and tag and mount.source == tag
             if by_tag or (mount.type == "virtiofs" and driver == "virtiofs"):
                 found.append(_mount_blocker(address, Layer(name, None, (name,)), mount))

@@ -14,10 +14,8 @@ import shlex
 from collections.abc import Iterable
 from typing import Protocol
 
-from vfiotool.devices.iommu import is_vfio_driver
-from vfiotool.devices.parts import is_part_of, net_paths
-from vfiotool.devices.pci import PciFunction, parse_uevent
-from vfiotool.host.host import Host, observed_lines
+from vfiotool.devices.attached import is_part_of
+from vfiotool.devices.pci import parse_uevent
 from vfiotool.host.paths import (
     NET_ADDRESSES,
     NET_CALLER,
@@ -28,9 +26,9 @@ from vfiotool.host.paths import (
     PROC_ROUTE,
     PROC_ROUTE6,
     SYS_NET,
-    SYS_PCI_DEVICES,
 )
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.sight import Sight
 
 # include/uapi/linux/route.h, ipv6_route.h
 _RTF_UP = 0x1
@@ -42,31 +40,23 @@ _MAX_UPPERS = 1024
 
 
 class Placed(Protocol):
-    """A device and its place in sysfs: a PCI function, or a vDPA device (which has no class)."""
+    """A device and its place in sysfs: a PCI function, or a vDPA device."""
 
     @property
     def address(self) -> str: ...
     @property
     def path(self) -> str: ...
-    @property
-    def class_code(self) -> str | None: ...
 
 
-def network_usage(host: Host, function: Placed) -> Usage:
+def network_usage(host: Sight, function: Placed) -> Usage:
     """The interfaces of the function that are in use, each with what it carries."""
-    own = own_interfaces(host, function.path)
+    own = host.attached.interfaces(function.path)
     found: list[Blocker] = []
-    unseen: list[str] = []
-    if own or (function.class_code or "").startswith("02"):
+    if own:
         stacks = {name: _stack_on(host, name) for name in own}
         carriers = {upper: chain for stack in stacks.values() for upper, chain in stack.items()}
         routes = _routes(host, function.address, carriers)
-        vital = {
-            piece: route.vital
-            for route in routes
-            if route.vital
-            for piece in carriers[route.subject]
-        }
+        vital = {piece for route in routes if route.vital for piece in carriers[route.subject]}
         found += [
             blocker
             for name, stack in stacks.items()
@@ -74,22 +64,11 @@ def network_usage(host: Host, function: Placed) -> Usage:
         ]
         found += routes
         found += _pppoe(host, function.address, carriers)
-        elsewhere, unseen = _other_namespaces(host, function)
-        found += elsewhere
-        if not own and not elsewhere:
-            found += _out_of_sight(function, unseen)
-        if host.read(NET_ADDRESSES) is None:
-            unseen.append("the addresses of the interfaces")
-    return Usage(tuple(found), tuple(unseen))
+    found += _other_namespaces(host, function)
+    return Usage(tuple(found))
 
 
-def own_interfaces(host: Host, path: str) -> tuple[str, ...]:
-    """The interfaces of the function at `path` that are visible in this network namespace."""
-    found = net_paths(host).items()
-    return tuple(sorted(name for name, where in found if is_part_of(path, where)))
-
-
-def _stack_on(host: Host, name: str) -> dict[str, tuple[str, ...]]:
+def _stack_on(host: Sight, name: str) -> dict[str, tuple[str, ...]]:
     """The interface and all that stands on it, each with the chain that leads there."""
     found: dict[str, tuple[str, ...]] = {name: (name,)}
     queue = [name]
@@ -102,7 +81,7 @@ def _stack_on(host: Host, name: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _uppers(host: Host, name: str) -> list[str]:
+def _uppers(host: Sight, name: str) -> list[str]:
     entries = host.listdir(f"{SYS_NET}/{name}")
     uppers = [entry.removeprefix("upper_") for entry in entries if entry.startswith("upper_")]
     master = host.linkname(f"{SYS_NET}/{name}/master")
@@ -110,9 +89,9 @@ def _uppers(host: Host, name: str) -> list[str]:
 
 
 def _memberships(
-    host: Host, address: str, name: str, stack: dict[str, tuple[str, ...]], vital: dict[str, str]
+    host: Sight, address: str, name: str, stack: dict[str, tuple[str, ...]], vital: set[str]
 ) -> list[Blocker]:
-    """What the interface belongs to or carries; `vital`: which the host cannot do without."""
+    """What the interface belongs to or carries; `vital` are those that the caller comes over."""
     master = host.linkname(f"{SYS_NET}/{name}/master")
     found = []
     for upper, chain in stack.items():
@@ -129,12 +108,12 @@ def _memberships(
             remedy = f"ip link delete {shlex.quote(upper)}"
         ends = None if upper in vital else remedy
         found.append(
-            Blocker("bridge-or-bond", address, upper, detail, evidence, ends, vital.get(upper))
+            Blocker("bridge-or-bond", address, upper, detail, evidence, ends, upper in vital)
         )
     return found
 
 
-def _kind_of(host: Host, name: str) -> str:
+def _kind_of(host: Sight, name: str) -> str:
     base = f"{SYS_NET}/{name}"
     if host.isdir(f"{base}/bridge"):
         return "bridge"
@@ -144,11 +123,11 @@ def _kind_of(host: Host, name: str) -> str:
         return "Open vSwitch datapath"
     told = parse_uevent(host.read(f"{base}/uevent") or "").get("DEVTYPE")
     # Teams and macvlans have no DEVTYPE.
-    kinds = {} if told else dict(f for f in observed_lines(host, NET_KINDS)[0] if len(f) == 2)
+    kinds = {} if told else dict(f for f in host.observed(NET_KINDS) if len(f) == 2)
     return told or kinds.get(name, "interface")
 
 
-def _routes(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
+def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
     addresses = _addresses(host)
     caller = _caller(host)
     routes = read_routes(host)
@@ -170,27 +149,21 @@ def _routes(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> l
             tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
             evidence.append(f"{', '.join(sorted(tables))} name {name}")
         hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
-        vital = None
-        if defaults:
-            vital = (
-                f"{name} on {address} carries the default route: ending it would cut this host "
-                "off from its network; give it another way in first"
-            )
-        if caller is not None and caller[0] in hosts:
-            vital = f"you are logged in over {name} on {address}: log in by another way first"
+        vital = caller is not None and caller[0] in hosts
+        if caller is not None and vital:
             facts.append(f"carries your SSH session from {caller[1]} to {caller[0]}")
             evidence.append("SSH_CONNECTION")
         if facts:
             through = "" if len(chain) == 1 else f" (over {' > '.join(chain[:-1])})"
             detail = f"{name}{through} {', '.join(facts)}"
-            # The end of the host's only way out is nothing to type blindly.
+            # The end of one's own session is nothing to type blindly.
             remedy = None if vital else f"ip address flush dev {shlex.quote(name)}"
             where = "; ".join(evidence)
             found.append(Blocker("route", address, name, detail, where, remedy, vital))
     return found
 
 
-def _pppoe(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
+def _pppoe(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
     """PPPoE sessions, whose interface carries no address and has no upper one."""
     found = []
     for line in (host.read(PROC_PPPOE) or "").splitlines()[1:]:
@@ -202,17 +175,17 @@ def _pppoe(host: Host, address: str, carriers: dict[str, tuple[str, ...]]) -> li
     return found
 
 
-def _addresses(host: Host) -> dict[str, list[str]]:
+def _addresses(host: Sight) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for fields in observed_lines(host, NET_ADDRESSES)[0]:
+    for fields in host.observed(NET_ADDRESSES):
         if len(fields) == 2:
             found.setdefault(fields[0], []).append(fields[1])
     return found
 
 
-def _caller(host: Host) -> tuple[str, str] | None:
+def _caller(host: Sight) -> tuple[str, str] | None:
     """The server's and the client's address of the SSH session that this command runs in."""
-    lines = observed_lines(host, NET_CALLER)[0]
+    lines = host.observed(NET_CALLER)
     if not lines or len(lines[0]) != 2:
         return None
     return lines[0][0].partition("%")[0], lines[0][1]
@@ -226,7 +199,7 @@ def _is_automatic(cidr: str) -> bool:
     return interface.version == 6 and interface.is_link_local
 
 
-def read_routes(host: Host) -> dict[str, list[str]]:
+def read_routes(host: Sight) -> dict[str, list[str]]:
     """By interface, the routes that somebody set: `default via 10.0.2.2`, `10.0.2.0/24`.
 
     Left out: rejecting routes, those to the interface's own addresses, and the link-local and
@@ -285,8 +258,8 @@ def _route_text(target: str, prefix: int, gateway: str, flags: int) -> str:
     return f"{text} via {gateway}" if flags & _RTF_GATEWAY else text
 
 
-def _other_namespaces(host: Host, function: Placed) -> tuple[list[Blocker], list[str]]:
-    lines, unseen = observed_lines(host, NET_NAMESPACES)
+def _other_namespaces(host: Sight, function: Placed) -> list[Blocker]:
+    lines = host.observed(NET_NAMESPACES)
     found = []
     for fields in lines:
         if len(fields) != 4 or not is_part_of(function.path, fields[2]):
@@ -298,15 +271,4 @@ def _other_namespaces(host: Host, function: Placed) -> tuple[list[Blocker], list
         evidence = f"{PROC}/{pid}/ns/net"
         remedy = f"nsenter --target {pid} --net ip link set {shlex.quote(name)} netns 1"
         found.append(Blocker("route", function.address, name, detail, evidence, remedy))
-    return found, unseen
-
-
-def _out_of_sight(function: Placed, unseen: list[str]) -> list[Blocker]:
-    """A network driver's function without an interface, where namespaces could not be seen."""
-    driver = function.driver if isinstance(function, PciFunction) else None
-    network = (function.class_code or "").startswith("02")
-    if not network or driver is None or is_vfio_driver(driver) or not unseen:
-        return []
-    detail = f"its interface is not visible here and may live in {unseen[0]}"
-    evidence = f"{SYS_PCI_DEVICES}/{function.address}/net is empty under the driver {driver}"
-    return [Blocker("route", function.address, function.address, detail, evidence)]
+    return found

@@ -5,31 +5,34 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
-from vfiotool.devices.parts import is_part_of
-from vfiotool.host.host import Host, observed_lines
+from vfiotool.devices.attached import is_part_of, owners
+from vfiotool.devices.pci import Address
 from vfiotool.host.paths import DEV, DEV_VFIO, OPEN_NODES, PROC_NVIDIA
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.sight import Sight
 
 
 def node_usage(
-    host: Host, address: str, path: str, disks: Collection[str], group: int | None
+    host: Sight, address: str, path: str, disks: Collection[str], group: int | None
 ) -> Usage:
     """One blocker for each open node of the device at `path`, naming all who hold it.
 
     `disks` are the block devices on it, which may lie elsewhere in /sys; `group` its VFIO group,
     whose node stands for the device too.
     """
-    lines, unseen = observed_lines(host, OPEN_NODES)
     own = _nodes_outside_sysfs(host, address, group)
+    lines = host.once("open nodes by owner", _by_owner)
     # An NVMe namespace has a second, generic node (drivers/nvme/host/core.c, nvme_cdev_add).
     volumes = {*disks, *(f"ng{name[4:]}" for name in disks if name.startswith("nvme"))}
     holders: dict[str, list[str]] = {}
-    for fields in lines:
-        if len(fields) != 4:
-            continue
-        pid, command, node, device = fields
-        if node in own or is_part_of(path, device) or device.rpartition("/")[2] in volumes:
+    for pid, command, node, device in lines.of(path):
+        if is_part_of(path, device):
             holders.setdefault(node, []).append(f"pid {pid} ({command})")
+    for name in (*own, *volumes):
+        for pid, command, node, _ in lines.named.get(name, []):
+            who = f"pid {pid} ({command})"
+            if who not in holders.setdefault(node, []):
+                holders[node].append(who)
     found = [
         Blocker(
             "open-file",
@@ -41,10 +44,33 @@ def node_usage(
         )
         for node, who in sorted(holders.items())
     ]
-    return Usage(tuple(found), tuple(unseen))
+    return Usage(tuple(found))
 
 
-def _nodes_outside_sysfs(host: Host, address: str, group: int | None) -> set[str]:
+class _Lines:
+    """The lines of open nodes by the function that each is part of, and by the node's names."""
+
+    def __init__(self, lines: list[list[str]]) -> None:
+        self.all = [fields for fields in lines if len(fields) == 4]
+        self.owned: dict[str, list[list[str]]] = {}
+        self.named: dict[str, list[list[str]]] = {}
+        for fields in self.all:
+            for owner in owners(fields[3]):
+                self.owned.setdefault(owner, []).append(fields)
+            for name in {fields[2], fields[3].rpartition("/")[2]}:
+                self.named.setdefault(name, []).append(fields)
+
+    def of(self, path: str) -> list[list[str]]:
+        """Lines that may be part of the device at `path`; mdevs and vDPA devices have no index."""
+        is_function = Address.is_address(path.rpartition("/")[2])
+        return self.owned.get(path, []) if is_function else self.all
+
+
+def _by_owner(host: Sight) -> _Lines:
+    return _Lines(host.observed(OPEN_NODES))
+
+
+def _nodes_outside_sysfs(host: Sight, address: str, group: int | None) -> set[str]:
     """Nodes that sysfs does not show below the device: VFIO's group, NVIDIA's own driver's."""
     nodes = set()
     if group is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection
 
-from vfiotool.devices.parts import block_paths
-from vfiotool.host.host import Host
 from vfiotool.host.paths import BLOCK_CLAIM, DEV, PROC, SYS_BLOCK, SYS_NVME_TARGETS
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.layers import (
@@ -14,21 +12,27 @@ from vfiotool.usage.layers import (
     block_name,
     chain_text,
     describe,
-    own_disks,
     stack_on,
     take_down,
 )
 from vfiotool.usage.mounts import Use, mounted, read_mounts, shared_folders, swapped
+from vfiotool.usage.sight import Sight
+
+# What tells that nobody has claimed a disk: a drive without a medium cannot be opened by anybody.
+_UNCLAIMED = ("free", "unknown ENOMEDIUM")
 
 
-def storage_usage(host: Host, address: str, path: str) -> Usage:
-    """Mounts, swap and members of volumes on the disks of the function at `path`."""
-    shared = shared_folders(host, address, path)
-    own = own_disks(host, path)
+def storage_usage(host: Sight, address: str, path: str, *, virtio: bool = True) -> Usage:
+    """Mounts, swap and members of volumes on the disks of the function at `path`.
+
+    `virtio`: it may have virtio devices, whose mounts name no block device.
+    """
+    shared = shared_folders(host, address, path) if virtio else []
+    own = host.attached.blocks(path)
     if not own:
-        return Usage(tuple(shared), ())
+        return Usage(tuple(shared))
     layers = stack_on(host, own)
-    mounts, unseen = read_mounts(host)
+    mounts = read_mounts(host)
     uses = [
         *mounted(host, address, layers, mounts),
         *swapped(host, address, layers, mounts),
@@ -36,12 +40,12 @@ def storage_usage(host: Host, address: str, path: str) -> Usage:
         *_pool_members(host, address, layers),
         *_exports(host, address, layers),
     ]
-    claimed, unknown = _claims(host, address, own, {root for root, _ in uses})
+    claimed = _claims(host, address, own, {root for root, _ in uses})
     found = [*shared, *(blocker for _, blocker in uses), *claimed]
-    return Usage(tuple(found), (*unseen, *unknown))
+    return Usage(tuple(found))
 
 
-def _member(host: Host, address: str, layer: Layer) -> Use:
+def _member(host: Sight, address: str, layer: Layer) -> Use:
     upper, lower = layer.chain[-1], layer.chain[-2]
     evidence = f"{SYS_BLOCK}/{lower}/holders/{upper}"
     if not host.exists(evidence):
@@ -52,7 +56,7 @@ def _member(host: Host, address: str, layer: Layer) -> Use:
     return layer.chain[0], Blocker("storage-member", address, upper, detail, evidence, remedy)
 
 
-def _pool_members(host: Host, address: str, layers: tuple[Layer, ...]) -> list[Use]:
+def _pool_members(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
     """Members of imported ZFS pools, by udev's probe of the disk and the pools that ZFS runs."""
     found = []
     pools = set(host.listdir(f"{PROC}/spl/kstat/zfs"))
@@ -73,7 +77,7 @@ def _pool_members(host: Host, address: str, layers: tuple[Layer, ...]) -> list[U
     return found
 
 
-def _exports(host: Host, address: str, layers: tuple[Layer, ...]) -> list[Use]:
+def _exports(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
     """Namespaces of the kernel's NVMe target, which opens a disk without claiming it."""
     names = {layer.name: layer for layer in layers}
     found = []
@@ -93,25 +97,25 @@ def _exports(host: Host, address: str, layers: tuple[Layer, ...]) -> list[Use]:
 
 
 def _claims(
-    host: Host, address: str, own: tuple[str, ...], explained: Collection[str]
-) -> tuple[list[Blocker], list[str]]:
+    host: Sight, address: str, own: tuple[str, ...], explained: Collection[str]
+) -> list[Blocker]:
     """Of the disks whose user no table names, those that the kernel holds all the same.
 
     A disk is claimed along with any partition of its own, so partitions are asked first.
     """
-    paths = block_paths(host)
-    found, unseen = [], []
+    paths = host.attached.block
+    found = []
     settled = set(explained)
     for name in sorted(own, key=lambda name: -len(paths.get(name, ""))):
         below = paths.get(name, name) + "/"
         if name in settled or any(paths.get(part, "").startswith(below) for part in settled):
             continue
-        answer = host.read(f"{BLOCK_CLAIM}/{name}") or ""
+        answer = host.read(f"{BLOCK_CLAIM}/{name}")
         if answer == "claimed":
             settled.add(name)
             detail = f"{name} is claimed exclusively (ZFS, a kernel target, a detached mount, …)"
             evidence = f"opening {DEV}/{name} with O_EXCL gives EBUSY"
             found.append(Blocker("storage-member", address, name, detail, evidence))
-        elif answer in ("unknown EACCES", "unknown EPERM", "unknown ETIMEDOUT"):
-            unseen.append(f"whether the kernel has claimed {name}")
-    return found, unseen
+        elif answer not in _UNCLAIMED and not (answer is None and not host.host.live):
+            host.miss(f"block-claim/{name}", f"whether the kernel has claimed it: {answer}")
+    return found

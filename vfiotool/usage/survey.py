@@ -1,29 +1,41 @@
 """Who uses a device: mounts, swap, volumes, networks, displays, open files, enabled VFs.
 
 Losing someone's disk or network is the one unforgivable bug, so this module errs on the side of
-finding a user, and says what it could not see. All of it is reading.
+finding a user, and what it could not look at is a blocker too. All of it is reading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.devices.identity import role_of
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.sriov import read_vfs
 from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_PCI_DEVICES, SYS_VDPA_DEVICES
+from vfiotool.host.paths import (
+    NET_ADDRESSES,
+    SYS_MDEV_DEVICES,
+    SYS_PCI_DEVICES,
+    SYS_VDPA_DEVICES,
+)
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.display import display_usage
-from vfiotool.usage.layers import own_disks, stack_on
+from vfiotool.usage.layers import stack_on
 from vfiotool.usage.network import network_usage
 from vfiotool.usage.nodes import node_usage
+from vfiotool.usage.sight import Sight, Unseen
 from vfiotool.usage.storage import storage_usage
 
-__all__ = ["Blocker", "Usage", "blockers", "survey"]
+__all__ = ["Blocker", "Usage", "blockers", "look", "survey"]
 
 _NONE: Mapping[str, PciFunction] = {}
+# What a storage or network driver makes of a function, when it is neither a disk nor an
+# interface: a SCSI host, an NVMe controller, a port; a domain of its own; an RDMA device.
+_ADAPTER = re.compile(
+    r"(ata|host)\d+|nvme|mmc_host|pci[0-9a-f]+:[0-9a-f]+|infiniband|ieee80211|uio"
+)
 
 
 def blockers(
@@ -39,65 +51,110 @@ def survey(host: Host, address: str, functions: Mapping[str, PciFunction] = _NON
     A device that is gone has no users. Functions that have been read already (by address) are not
     read again; usage itself is always read anew.
     """
-    function = functions.get(address) or read_function(host, address)
+    return look(Sight(host), address, functions.get(address))
+
+
+def look(sight: Sight, address: str, function: PciFunction | None = None) -> Usage:
+    """`survey` of one device after another by one sight, which reads each thing once."""
+    found, unseen = sight.noted(lambda: _look(sight, address, function))
+    failed = dict.fromkeys(_unseen(address, item) for item in unseen)
+    return Usage((*found.blockers, *failed), found.unknown)
+
+
+def _unseen(address: str, item: Unseen) -> Blocker:
+    detail = f"it may be in use: {item.what} could not be looked at: {item.why}"
+    return Blocker("unseen", address, item.what, detail, f"{item.what}: {item.why}")
+
+
+def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
+    function = function or read_function(sight.host, address)
     if function is None:
-        path = host.realpath(f"{SYS_MDEV_DEVICES}/{address}")
+        path = sight.realpath(f"{SYS_MDEV_DEVICES}/{address}")
         if path is not None:
-            return _mdev_usage(host, address, path)
-        path = host.realpath(f"{SYS_VDPA_DEVICES}/{address}")
-        return Usage((), ()) if path is None else _vdpa_usage(host, address, path)
+            return _mdev_usage(sight, address, path)
+        path = sight.realpath(f"{SYS_VDPA_DEVICES}/{address}")
+        return Usage(()) if path is None else _vdpa_usage(sight, address, path)
     parts = [
-        _vf_usage(host, function),
-        storage_usage(host, address, function.path),
-        network_usage(host, function),
-        display_usage(host, function),
-        _mdev_children(host, function),
+        _vf_usage(sight, function),
+        storage_usage(sight, address, function.path, virtio=function.driver == "virtio-pci"),
+        network_usage(sight, function),
+        display_usage(sight, function),
+        _children(sight, function),
+        _open_nodes(sight, address, function.path, function.iommu_group),
     ]
-    disks = own_disks(host, function.path)
-    layers = {layer.name for layer in stack_on(host, disks)} if disks else set()
-    parts.append(node_usage(host, address, function.path, layers, function.iommu_group))
+    if not any(part.blockers for part in parts) and _is_out_of_sight(sight, function):
+        sight.miss(address, f"{function.driver} has it, and no interface, disk or adapter shows")
+    own_net = sight.attached.interfaces(function.path)
+    if own_net and not sight.host.live and not sight.exists(NET_ADDRESSES):
+        parts.append(Usage((), ("the addresses of the interfaces",)))
     return _join(parts)
 
 
-def _join(parts: list[Usage]) -> Usage:
+def _join(parts: Iterable[Usage]) -> Usage:
+    parts = tuple(parts)
     found = dict.fromkeys(blocker for part in parts for blocker in part.blockers)
-    unseen = dict.fromkeys(text for part in parts for text in part.unseen)
-    return Usage(tuple(found), tuple(unseen))
+    unknown = dict.fromkeys(text for part in parts for text in part.unknown)
+    return Usage(tuple(found), tuple(unknown))
 
 
-def _mdev_usage(host: Host, uuid: str, path: str) -> Usage:
-    group = host.linkname(f"{SYS_MDEV_DEVICES}/{uuid}/iommu_group")
+def _open_nodes(sight: Sight, address: str, path: str, group: int | None) -> Usage:
+    disks = sight.attached.blocks(path)
+    layers = {layer.name for layer in stack_on(sight, disks)} if disks else set()
+    return node_usage(sight, address, path, layers, group)
+
+
+def _is_out_of_sight(sight: Sight, function: PciFunction) -> bool:
+    """A network or storage function that a host driver has, and of which nothing can be seen.
+
+    Its disk or interface is somewhere, such as in a network namespace that nobody can enter.
+    """
+    code = (function.class_code or "")[:2]
+    if code not in ("01", "02") or function.on_vfio or role_of(function.driver) != "host":
+        return False
+    attached = sight.attached
+    if attached.interfaces(function.path) or attached.blocks(function.path):
+        return False
+    names = sight.listdir(function.path)
+    for name in tuple(names):
+        if name.startswith("virtio"):
+            if sight.readlink(f"{function.path}/{name}/driver") is None:
+                return False
+            names = [*names, *sight.listdir(f"{function.path}/{name}")]
+    return not any(_ADAPTER.fullmatch(name) for name in names)
+
+
+def _mdev_usage(sight: Sight, uuid: str, path: str) -> Usage:
+    group = sight.linkname(f"{SYS_MDEV_DEVICES}/{uuid}/iommu_group")
     number = int(group) if group is not None and group.isdecimal() else None
-    return node_usage(host, uuid, path, set(), number)
+    return node_usage(sight, uuid, path, set(), number)
 
 
 @dataclass(frozen=True)
 class _Vdpa:
     address: str
     path: str
-    class_code: str | None = None
 
 
-def _vdpa_usage(host: Host, name: str, path: str) -> Usage:
+def _vdpa_usage(sight: Sight, name: str, path: str) -> Usage:
     """What the host does with the disk or interface of virtio_vdpa, who has vhost_vdpa's node."""
-    disks = own_disks(host, path)
-    layers = {layer.name for layer in stack_on(host, disks)} if disks else set()
     return _join(
         [
-            storage_usage(host, name, path),
-            network_usage(host, _Vdpa(name, path)),
-            node_usage(host, name, path, layers, None),
+            storage_usage(sight, name, path),
+            network_usage(sight, _Vdpa(name, path)),
+            _open_nodes(sight, name, path, None),
         ]
     )
 
 
-def _vf_usage(host: Host, function: PciFunction) -> Usage:
+def _vf_usage(sight: Sight, function: PciFunction) -> Usage:
     """A PF with VFs: unbinding it takes all of them away, and vfio-pci refuses it."""
-    vfs = read_vfs(host, function.address)
-    if not vfs or function.sriov is None:
-        return Usage((), ())
+    if function.sriov is None:
+        return Usage(())
+    vfs = read_vfs(sight.host, function.address)
+    if not vfs:
+        return Usage(())
     users = [
-        f"{vf.address} ({vf.driver}{', a VM may hold it' if is_vfio_driver(vf.driver) else ''})"
+        f"{vf.address} ({vf.driver}{', a VM may hold it' if role_of(vf.driver) == 'vfio' else ''})"
         for vf in vfs
         if vf.driver is not None
     ]
@@ -107,18 +164,26 @@ def _vf_usage(host: Host, function: PciFunction) -> Usage:
     evidence = f"{SYS_PCI_DEVICES}/{function.address}/sriov_numvfs is {len(vfs)}"
     address = function.address
     remedy = f"vfiotool vf set {address} 0"
-    blocker = Blocker("vfs-enabled", address, address, detail, evidence, remedy)
-    return Usage((blocker,), ())
+    return Usage((Blocker("vfs-enabled", address, address, detail, evidence, remedy),))
 
 
-def _mdev_children(host: Host, function: PciFunction) -> Usage:
-    """Mediated devices made from this function go away with its driver."""
+def _children(sight: Sight, function: PciFunction) -> Usage:
+    """Mediated and vDPA devices made from this function go away with its driver."""
     found = []
-    for uuid in host.listdir(SYS_MDEV_DEVICES):
-        path = host.realpath(f"{SYS_MDEV_DEVICES}/{uuid}") or ""
-        if path.startswith(function.path + "/"):
-            detail = f"the mediated device {uuid} is made from it"
-            evidence = f"{SYS_MDEV_DEVICES}/{uuid}"
-            remedy = f"vfiotool mdev remove {uuid}"
-            found.append(Blocker("mdev-children", function.address, uuid, detail, evidence, remedy))
-    return Usage(tuple(found), ())
+    for kind, folder, what, remove in (
+        ("mdev-children", SYS_MDEV_DEVICES, "mediated device", "vfiotool mdev remove"),
+        ("vdpa-children", SYS_VDPA_DEVICES, "vDPA device", "vfiotool vdpa remove"),
+    ):
+        for name in sight.listdir(folder):
+            path = sight.realpath(f"{folder}/{name}") or ""
+            if not path.startswith(function.path + "/"):
+                continue
+            detail = f"the {what} {name} is made from it"
+            driver = sight.linkname(f"{folder}/{name}/driver")
+            if kind == "vdpa-children" and driver is not None:
+                detail += f", on {driver}"
+            evidence = f"{folder}/{name}"
+            found.append(
+                Blocker(kind, function.address, name, detail, evidence, f"{remove} {name}")
+            )
+    return Usage(tuple(found))

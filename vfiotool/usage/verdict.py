@@ -8,29 +8,25 @@ the host itself use it.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from vfiotool.devices.acs import find_mergers, reasons
-from vfiotool.devices.inventory import Inventory
-from vfiotool.devices.iommu import IommuGroup, group_as_json, is_vfio_driver, read_group
-from vfiotool.devices.mdev import Mdev
-from vfiotool.devices.pci import PciFunction, read_function
-from vfiotool.devices.remapping import interrupt_remapping, unsafe_interrupts_allowed
-from vfiotool.errors import NotFound
-from vfiotool.host.host import Host
+from vfiotool.devices.iommu import IommuGroup, group_as_json
+from vfiotool.devices.pci import PciFunction
 from vfiotool.host.paths import (
-    PROC_OSRELEASE,
-    SYS_FIRMWARE_ACPI_TABLES,
     SYS_IOMMU,
     SYS_IOMMU_GROUPS,
-    SYS_LOCKDOWN,
-    SYS_MODULE,
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
 )
-from vfiotool.usage.remedies import advise, advise_mdev, read_setup
-from vfiotool.usage.survey import Blocker, survey
+from vfiotool.usage.blocker import KINDS, Blocker
+from vfiotool.usage.case import Case, HostFacts
+from vfiotool.usage.remedies import bind_command, remedies, vital_use_notes
+
+# The three words of a device's verdict: a virtual machine can open it now; nothing stands against
+# it and `bind` makes it ready; the blockers say why not.
+READY = "ready"
+AVAILABLE = "available"
+BLOCKED = "blocked"
 
 # drivers/vfio/pci/vfio_pci.c, vfio_pci_dev_in_denylist: known to be unsafe to assign.
 _DENIED = {
@@ -44,98 +40,113 @@ _DENIED = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer of `why`. `next`: commands to type in this order; `warnings`: what the host
-    cannot do without; `notes`: what to know."""
+    """The answer of `why`. `word` is READY, AVAILABLE or BLOCKED.
+
+    `next`: commands to type in this order; `notes`: what to know.
+    """
 
     address: str
     passable: bool
+    word: str
     group: IommuGroup | None
     blockers: tuple[Blocker, ...]
     next: tuple[str, ...]
     notes: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
-        """The contract's object of `why`, with `notes` and `warnings`."""
+        """The contract's object of `why`, and `notes`."""
         return {
             "address": self.address,
             "passable": self.passable,
+            "verdict": self.word,
             "group": None if self.group is None else group_as_json(self.group),
             "blockers": [blocker.as_json() for blocker in self.blockers],
             "next": list(self.next),
             "notes": list(self.notes),
-            "warnings": list(self.warnings),
         }
 
 
-def explain(host: Host, inventory: Inventory, address: str) -> Verdict:
-    """The verdict on one PCI function (full address) or mdev (UUID).
+def judge(case: Case) -> tuple[Blocker, ...]:
+    """Everything that stands between a device and a virtual machine, each thing once."""
+    found = list(case.usages[case.name].blockers)
+    if case.function is None:
+        return tuple(dict.fromkeys([*found, *_mdev_blockers(case)]))
+    function, group = case.function, case.group
+    found += _iommu_blockers(case, function)
+    found += _driver_blockers(case.facts, function)
+    for member in _other_members(case.name, group):
+        found.append(_group_member(member, group))
+        found += case.usages[member[0]].blockers
+    return tuple(dict.fromkeys(found))
 
-    Raises NotFound if there is no such device.
+
+def word_of(case: Case, blockers: tuple[Blocker, ...]) -> str:
+    """`ready`, `available` or `blocked`: the one place that decides which.
+
+    `blockers` are `judge`'s of the same case.
     """
-    function = inventory.by_address.get(address) or read_function(host, address)
-    if function is not None:
-        return _explain_function(host, inventory, function)
-    for mdev in inventory.mdevs:
-        if mdev.uuid == address:
-            return _explain_mdev(host, inventory, mdev)
-    raise NotFound(
-        f"no PCI function or mediated device {address}",
-        hint="vfiotool devices and vfiotool mdev list name them",
-        device=address,
-    )
+    if blockers:
+        return BLOCKED
+    viable = case.group is not None and case.group.viable
+    opens = case.function.on_vfio if case.function is not None else _mdev_driver(case) is not None
+    return READY if opens and viable else AVAILABLE
 
 
-def _explain_function(host: Host, inventory: Inventory, function: PciFunction) -> Verdict:
-    number = function.iommu_group
-    group = None if number is None else inventory.by_group.get(number) or read_group(host, number)
-    usage = survey(host, function.address, inventory.by_address)
-    blockers = list(usage.blockers)
-    notes = [f"not seen: {text}" for text in usage.unseen]
-    blockers += _iommu_blockers(host, inventory, function, group)
-    blockers += _driver_blockers(host, function)
-    others = _other_members(function.address, group)
-    for member in others:
-        blockers.append(_group_member(function.address, member, group))
-        blockers += survey(host, member[0], inventory.by_address).blockers
-    if group is not None and len(group.devices) > 1:
-        members = {member.address for member in group.devices}
-        mergers = find_mergers(host, function.address, function.path, members)
-        notes += reasons(mergers)
-    lockdown = re.search(r"\[(\w+)\]", host.read(SYS_LOCKDOWN) or "")
-    if lockdown is not None and lockdown[1] != "none":
-        # No part of VFIO asks for it (security/security.c, LOCKDOWN_PCI_ACCESS and its users).
-        notes.append(f"the kernel is locked down ({lockdown[1]}), which does not stop VFIO")
-    found = tuple(dict.fromkeys(blockers))
-    advice = advise(function, group, found, inventory.by_address, read_setup(host))
+def explain(case: Case) -> Verdict:
+    """The whole answer of `why`: what stands in the way, and what to type next."""
+    found = judge(case)
+    usage = case.usages[case.name]
+    notes = [f"not seen: {text}" for text in usage.unknown]
+    notes += [merger.reason for merger in case.mergers]
+    if case.function is None:
+        commands = [*remedies(case.facts, found)]
+        if not found:
+            commands += [f"vfiotool vm check {case.name}", f"vfiotool vm qemu {case.name}"]
+    else:
+        if case.facts.lockdown is not None:
+            # No door of VFIO's asks for it (security/security.c, LOCKDOWN_PCI_ACCESS's users).
+            mode = case.facts.lockdown
+            notes.append(f"the kernel is locked down ({mode}), which does not stop VFIO")
+        notes += vital_use_notes(found)
+        commands = _commands(case, case.function, found)
     return Verdict(
-        address=function.address,
+        address=case.name,
         passable=not found,
-        group=group,
+        word=word_of(case, found),
+        group=case.group,
         blockers=found,
-        next=advice.steps,
-        notes=tuple(dict.fromkeys((*advice.notes, *notes))),
-        warnings=advice.warnings,
+        next=tuple(dict.fromkeys(commands)),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _explain_mdev(host: Host, inventory: Inventory, mdev: Mdev) -> Verdict:
+def _commands(case: Case, function: PciFunction, found: tuple[Blocker, ...]) -> list[str]:
+    commands = [*remedies(case.facts, found)]
+    if any(blocker.vital or not KINDS[blocker.kind].can_be_mended for blocker in found):
+        return commands
+    name, group = case.name, case.group
+    bridges = () if group is None else group.bridges_in_the_way
+    commands += [f"vfiotool bind {bridge} --driver none" for bridge in bridges]
+    ends = {member for member, _ in _other_members(name, group)} - set(bridges)
+    if not function.on_vfio or ends:
+        commands.append(bind_command(name, found, whole_group=bool(ends)))
+    return [*commands, f"vfiotool vm check {name}", f"vfiotool vm qemu {name}"]
+
+
+def _mdev_driver(case: Case) -> str | None:
+    members = case.group.devices if case.group is not None else ()
+    return next((member.driver for member in members if member.address == case.name), None)
+
+
+def _mdev_blockers(case: Case) -> list[Blocker]:
     """An mdev needs no IOMMU of the host's: its parent's driver isolates it."""
-    group = None if mdev.iommu_group is None else inventory.by_group.get(mdev.iommu_group)
-    usage = survey(host, mdev.uuid, inventory.by_address)
-    found = list(usage.blockers)
-    driver = next(
-        (m.driver for m in (group.devices if group else ()) if m.address == mdev.uuid), None
-    )
-    if driver is None:
-        detail = "no VFIO driver is bound to the mediated device"
-        evidence = f"mediated device {mdev.uuid} has no driver link"
-        # No driver matches an mdev later on (drivers/vfio/mdev/mdev_driver.c, mdev_match).
-        remedy = f"vfiotool mdev remove {mdev.uuid}"
-        found.append(Blocker("no-driver", mdev.uuid, mdev.uuid, detail, evidence, remedy))
-    notes = [f"not seen: {text}" for text in usage.unseen]
-    advice = advise_mdev(mdev.uuid, tuple(found))
-    return Verdict(mdev.uuid, not found, group, tuple(found), advice.steps, tuple(notes))
+    if _mdev_driver(case) is not None:
+        return []
+    uuid = case.name
+    detail = "no VFIO driver is bound to the mediated device"
+    evidence = f"mediated device {uuid} has no driver link"
+    # No driver matches an mdev later on (drivers/vfio/mdev/mdev_driver.c, mdev_match).
+    return [Blocker("no-driver", uuid, uuid, detail, evidence, f"vfiotool mdev remove {uuid}")]
 
 
 def _other_members(address: str, group: IommuGroup | None) -> list[tuple[str, str]]:
@@ -147,20 +158,17 @@ def _other_members(address: str, group: IommuGroup | None) -> list[tuple[str, st
     ]
 
 
-def _group_member(address: str, member: tuple[str, str], group: IommuGroup | None) -> Blocker:
+def _group_member(member: tuple[str, str], group: IommuGroup | None) -> Blocker:
     where = "" if group is None else f"{SYS_IOMMU_GROUPS}/{group.id}/devices/{member[0]}"
     number = "" if group is None else f" {group.id}"
     detail = f"{member[0]} in the same group{number} is on the host's driver {member[1]}"
     return Blocker("group-member", member[0], member[0], detail, where)
 
 
-def _iommu_blockers(
-    host: Host, inventory: Inventory, function: PciFunction, group: IommuGroup | None
-) -> list[Blocker]:
-    address = function.address
-    name = None if group is None else host.read(f"{SYS_IOMMU_GROUPS}/{group.id}/name")
-    if group is None or name == "vfio-noiommu":
-        return [_no_iommu(host, inventory, address, noiommu=group is not None)]
+def _iommu_blockers(case: Case, function: PciFunction) -> list[Blocker]:
+    address, group, facts = function.address, case.group, case.facts
+    if group is None or case.noiommu:
+        return [_no_iommu(facts, address, noiommu=group is not None)]
     found = []
     for region in group.reserved_regions:
         if region.type == "direct":
@@ -168,32 +176,28 @@ def _iommu_blockers(
             detail = f"the firmware demands direct access to {span}, which assignment cannot give"
             evidence = f"{SYS_IOMMU_GROUPS}/{group.id}/reserved_regions"
             found.append(Blocker("reserved-direct", address, span, detail, evidence))
-    state = interrupt_remapping(host)
-    if state.enabled is False and unsafe_interrupts_allowed(host) is None:
+    if facts.remapping.enabled is False and facts.unsafe_interrupts is None:
         detail = "interrupts are not remapped, so VFIO refuses the group"
-        found.append(
-            Blocker("no-interrupt-remapping", address, "interrupts", detail, state.evidence)
-        )
+        evidence = facts.remapping.evidence
+        found.append(Blocker("no-interrupt-remapping", address, "interrupts", detail, evidence))
     return found
 
 
-def _no_iommu(host: Host, inventory: Inventory, address: str, *, noiommu: bool) -> Blocker:
+def _no_iommu(facts: HostFacts, address: str, *, noiommu: bool) -> Blocker:
     if noiommu:
         detail = "its group is a no-IOMMU group: DMA would reach all of the host's memory"
-    elif inventory.iommu:
+    elif facts.iommus:
         detail = "no IOMMU translates for it, although the host has one"
     else:
-        tables = set(host.listdir(SYS_FIRMWARE_ACPI_TABLES))
-        known = sorted(tables & {"DMAR", "IVRS", "IORT", "VIOT"})
-        detail = "the kernel drives no IOMMU; " + (
-            f"the firmware has one ({', '.join(known)})" if known else "the firmware shows none"
-        )
-    evidence = f"{SYS_IOMMU} has {len(host.listdir(SYS_IOMMU))} entries, "
+        known = ", ".join(facts.tables)
+        detail = "the kernel drives no IOMMU; "
+        detail += f"the firmware has one ({known})" if known else "the firmware shows none"
+    evidence = f"{SYS_IOMMU} has {len(facts.iommus)} entries, "
     evidence += f"{SYS_PCI_DEVICES}/{address} has no iommu_group of its own"
     return Blocker("no-iommu", address, address, detail, evidence)
 
 
-def _driver_blockers(host: Host, function: PciFunction) -> list[Blocker]:
+def _driver_blockers(facts: HostFacts, function: PciFunction) -> list[Blocker]:
     """Functions that no VFIO driver takes, and hosts that have none."""
     address = function.address
     base = f"{SYS_PCI_DEVICES}/{address}"
@@ -201,20 +205,13 @@ def _driver_blockers(host: Host, function: PciFunction) -> list[Blocker]:
         detail = "it is a bridge, and vfio-pci takes devices only"
         evidence = f"{base}/class is {function.class_code}"
         return [Blocker("no-driver", address, address, detail, evidence)]
-    allowed = host.read(f"{SYS_MODULE}/vfio_pci/parameters/disable_denylist") in ("Y", "1")
-    if f"{function.vendor}:{function.device}" in _DENIED and not allowed:
+    if f"{function.vendor}:{function.device}" in _DENIED and not facts.denylist_off:
         detail = "vfio-pci refuses this device as unsafe (its deny list)"
         evidence = f"{base}/device, drivers/vfio/pci/vfio_pci.c vfio_pci_dev_in_denylist"
         return [Blocker("no-driver", address, address, detail, evidence)]
-    if function.driver and is_vfio_driver(function.driver):
+    if function.on_vfio or facts.has_vfio_pci is not False:
         return []
-    if host.isdir(f"{SYS_PCI_DRIVERS}/vfio-pci"):
-        return []
-    release = host.read(PROC_OSRELEASE)
-    modules = f"/lib/modules/{release}"
-    files = host.listdir(f"{modules}/kernel/drivers/vfio/pci")
-    if not host.listdir(modules) or any(name.startswith("vfio-pci.ko") for name in files):
-        return []
-    detail = f"kernel {release} has no vfio-pci, neither loaded nor as a module"
+    detail = f"kernel {facts.release} has no vfio-pci, neither loaded nor as a module"
+    modules = f"/lib/modules/{facts.release}"
     evidence = f"{SYS_PCI_DRIVERS}/vfio-pci and {modules}/kernel/drivers/vfio/pci"
     return [Blocker("no-driver", address, address, detail, evidence)]

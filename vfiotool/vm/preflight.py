@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vfiotool.devices.inventory import Inventory
-from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.devices.pci import Address, PciFunction
 from vfiotool.errors import NotFound, Refused
 from vfiotool.host.host import Host
@@ -151,7 +150,7 @@ def has_iommufd(host: Host) -> bool:
 
 
 def _on_vfio(function: PciFunction) -> bool:
-    return function.driver is not None and is_vfio_driver(function.driver)
+    return function.on_vfio
 
 
 def _finding(device: Handed, kind: str, detail: str, command: str) -> Finding:

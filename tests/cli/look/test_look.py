@@ -28,6 +28,7 @@ from vfiotool.devices.pci import list_addresses, read_functions
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.host.host import Host
 from vfiotool.host.tree import OsTree
+from vfiotool.usage.standing import Standings
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "hosts"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -79,12 +80,13 @@ def test_devices_of_a_big_host_are_whole_and_in_order(
     host = Host.at(str(big))
     assert run_devices(host, [], as_json=True) == 0
     found = printed(capsys)["devices"]
-    reader = DetailReader(host)
+    reader, standings = DetailReader(host), Standings(host)
     functions = read_functions(host, list_addresses(host))
     assert [item["address"] for item in found] == list_addresses(host)
     for item, function in list(zip(found, functions, strict=True))[::37]:
         wanted = function_as_json(function, reader.read(function), Names(None))
         wanted.update({key: item[key] for key in wanted if key.endswith("_name")})
+        wanted.update(standings.of(function).as_json())
         assert item == json.loads(json.dumps(wanted))
 
 

@@ -46,10 +46,19 @@ def _select(host: Host, selectors: Sequence[str]) -> list[str]:
 
 def _print_json(host: Host, chosen: Sequence[str]) -> None:
     """The contract's `devices` object, one function a line: `jq` and `diff` both like that."""
-    reader, writer = DetailReader(host), FunctionWriter(read_names(host))
+    from vfiotool.usage.standing import Standings
+
+    reader, writer, standings = (
+        DetailReader(host),
+        FunctionWriter(read_names(host)),
+        Standings(host),
+    )
 
     def read(addresses: Sequence[str]) -> str:
-        return ",\n".join(writer.text(*found) for found in reader.read_all(addresses))
+        return ",\n".join(
+            writer.text(function, details, standings.of(function).as_json())
+            for function, details in reader.read_all(addresses)
+        )
 
     sys.stdout.write('{"format_version": "1.0", "devices": [')
     separator = "\n"

@@ -15,7 +15,6 @@ from vfiotool.cli.style import coloured, escape_line, paint
 from vfiotool.devices.identity import GroupScan, list_groups, parse_windows
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_FIRMWARE_ACPI_TABLES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ _ROLES = {
     "host": "in use by the host",
     "mdev": "mediated device",
 }
-# What the firmware hands the kernel where it offers an IOMMU (ACPI specification, table names).
-_IOMMU_TABLES = {"DMAR": "intel_iommu=on", "IVRS": None, "IORT": None, "VIOT": None, "RHCT": None}
 
 
 def run_groups(host: Host, ids: Sequence[int], as_json: bool) -> int:
@@ -71,14 +68,12 @@ def open_lean(root: str | None) -> Host:
 
 def no_groups(host: Host) -> Unsupported:
     """Why there is nothing to pass through here, and the way out."""
-    try:
-        tables = set(host.tree.listdir(SYS_FIRMWARE_ACPI_TABLES))
-    except OSError:
-        tables = set()
-    offered = sorted(tables & set(_IOMMU_TABLES))
+    from vfiotool.devices.firmware import OPTION_THAT_ENABLES, iommu_tables
+
+    offered = iommu_tables(host)
     if offered:
         reason = f"the firmware offers an IOMMU ({', '.join(offered)}), the kernel does not use it"
-        option = _IOMMU_TABLES[offered[0]] or "no iommu=off or amd_iommu=off"
+        option = OPTION_THAT_ENABLES.get(offered[0]) or "no iommu=off or amd_iommu=off"
         way = f"boot with {option} on the kernel's command line"
     else:
         reason = "the firmware offers the kernel no IOMMU"

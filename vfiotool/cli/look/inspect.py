@@ -44,11 +44,13 @@ def devices(
 
 def show(context: Context, device: _Device) -> int:
     from vfiotool.devices.show import read_shown, shown_as_json
+    from vfiotool.usage.standing import Standings
 
     host = render.host(context)
-    shown = read_shown(host, _resolve(host, device))
+    name = _resolve(host, device)
+    shown = read_shown(host, name)
     if render.state(context).json:
-        render.emit(shown_as_json(shown))
+        render.emit({**shown_as_json(shown), **Standings(host).named(name).as_json()})
     else:
         from vfiotool.cli.look.show import print_shown
 
@@ -57,11 +59,11 @@ def show(context: Context, device: _Device) -> int:
 
 
 def why(context: Context, device: _Device) -> int:
-    from vfiotool.devices.inventory import read_inventory
+    from vfiotool.usage.case import read_case
     from vfiotool.usage.verdict import explain
 
     host = render.host(context)
-    verdict = explain(host, read_inventory(host), _resolve(host, device))
+    verdict = explain(read_case(host, _resolve(host, device), reasons=True))
     if render.state(context).json:
         render.emit(verdict.as_json())
     else:

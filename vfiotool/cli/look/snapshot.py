@@ -113,16 +113,17 @@ def _ask_of_everything(host: Host) -> None:
     from vfiotool.devices.show import read_shown
     from vfiotool.devices.sriov import read_eswitch_mode
     from vfiotool.doctor.examine import examine
-    from vfiotool.usage.verdict import explain
+    from vfiotool.usage.case import CaseReader
 
     inventory = read_inventory(host)
     examine(host, inventory)
+    cases = CaseReader(host, inventory.by_address, inventory.by_group)
     devices = [function.address for function in inventory.functions]
     for device in (*devices, *(mdev.uuid for mdev in inventory.mdevs)):
         # One that vanishes meanwhile is no reason to lose the rest.
         with suppress(VfiotoolError):
             read_shown(host, device)
-            explain(host, inventory, device)
+            cases.read(device, reasons=True)
         serials_of(host, device)
     for function in inventory.functions:
         if function.sriov is not None:

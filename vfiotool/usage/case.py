@@ -1,0 +1,184 @@
+"""All that a verdict on a device is made of, read once, as frozen values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vfiotool.devices.acs import Merger, find_mergers
+from vfiotool.devices.firmware import iommu_tables
+from vfiotool.devices.iommu import GroupReader, IommuGroup
+from vfiotool.devices.mdev import Mdev, read_mdevs
+from vfiotool.devices.pci import PciFunction, read_function
+from vfiotool.devices.remapping import Remapping, interrupt_remapping, unsafe_interrupts_allowed
+from vfiotool.errors import NotFound
+from vfiotool.host.distribution import Distribution, read_distribution
+from vfiotool.host.host import Host
+from vfiotool.host.paths import (
+    PROC_CMDLINE,
+    PROC_OSRELEASE,
+    SYS_IOMMU,
+    SYS_IOMMU_GROUPS,
+    SYS_LOCKDOWN,
+    SYS_MODULE,
+    SYS_PCI_DRIVERS,
+)
+from vfiotool.usage.blocker import Usage
+from vfiotool.usage.sight import Sight
+from vfiotool.usage.survey import look
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What the host says for all its devices alike.
+
+    `iommus` are those that the kernel drives; `tables` the firmware's that tell of one;
+    `unsafe_interrupts` the parameter file that does without remapping, if one is set;
+    `denylist_off`: vfio-pci takes even what it counts as unsafe; `has_vfio_pci` is None where the
+    tree does not tell; `lockdown` the kernel's mode, None where there is none; `options` the
+    words of the kernel's command line.
+    """
+
+    iommus: tuple[str, ...]
+    tables: tuple[str, ...]
+    remapping: Remapping
+    unsafe_interrupts: str | None
+    denylist_off: bool
+    has_vfio_pci: bool | None
+    release: str | None
+    lockdown: str | None
+    options: tuple[str, ...]
+    distribution: Distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One device with its group and who uses each of its members.
+
+    `function` is None for an mdev, `mdev` for a function. `usages` has the device itself and each
+    other member that is on a driver of the host. `noiommu`: its group is one without an IOMMU.
+    `mergers` tell why the group is as large as it is, where that was asked for.
+    """
+
+    facts: HostFacts
+    name: str
+    function: PciFunction | None
+    mdev: Mdev | None
+    group: IommuGroup | None
+    noiommu: bool
+    usages: Mapping[str, Usage] = field(hash=False)
+    mergers: tuple[Merger, ...] = ()
+
+
+class CaseReader:
+    """Reads one device's case after another by one look at the host: one sight for them all.
+
+    Functions and groups that were read already are taken as they are.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        functions: Mapping[str, PciFunction] | None = None,
+        groups: Mapping[int, IommuGroup] | None = None,
+    ) -> None:
+        self._host = host
+        self._sight = Sight(host)
+        self._group_reader = GroupReader(host)
+        self._functions = functions or {}
+        self._groups: dict[int, IommuGroup | None] = dict(groups or {})
+        self._usages: dict[str, Usage] = {}
+        self._facts: HostFacts | None = None
+        self._mdevs: dict[str, Mdev] | None = None
+
+    def read(self, name: str, *, reasons: bool = False) -> Case:
+        """The case of a PCI function (full address) or mdev (UUID); raises NotFound.
+
+        With `reasons`, what merges its group with others is looked up too.
+        """
+        function = self._functions.get(name) or read_function(self._host, name)
+        if function is not None:
+            return self.of(function, reasons=reasons)
+        if self._mdevs is None:
+            self._mdevs = {mdev.uuid: mdev for mdev in read_mdevs(self._host)}
+        mdev = self._mdevs.get(name)
+        if mdev is None:
+            raise NotFound(
+                f"no PCI function or mediated device {name}",
+                hint="vfiotool devices and vfiotool mdev list name them",
+                device=name,
+            )
+        group = self._group(mdev.iommu_group)
+        usages = {name: self._usage(name, None)}
+        return Case(self.facts, name, None, mdev, group, noiommu=False, usages=usages)
+
+    def of(self, function: PciFunction, *, reasons: bool = False) -> Case:
+        """The case of a function that was read already."""
+        name, group = function.address, self._group(function.iommu_group)
+        usages = {name: self._usage(name, function)}
+        for member in group.devices if group is not None else ():
+            if member.role == "host" and member.address != name:
+                known = self._functions.get(member.address)
+                usages[member.address] = self._usage(member.address, known)
+        mergers: tuple[Merger, ...] = ()
+        if reasons and group is not None and len(group.devices) > 1:
+            members = {member.address for member in group.devices}
+            mergers = find_mergers(self._host, name, function.path, members)
+        noiommu = group is not None and self._is_noiommu(group.id)
+        return Case(self.facts, name, function, None, group, noiommu, usages, mergers)
+
+    @property
+    def facts(self) -> HostFacts:
+        """The host's own facts, read once."""
+        if self._facts is None:
+            self._facts = read_host_facts(self._host)
+        return self._facts
+
+    def _group(self, number: int | None) -> IommuGroup | None:
+        if number is None:
+            return None
+        if number not in self._groups:
+            self._groups[number] = self._group_reader.read(number)
+        return self._groups[number]
+
+    def _usage(self, name: str, function: PciFunction | None) -> Usage:
+        if name not in self._usages:
+            self._usages[name] = look(self._sight, name, function)
+        return self._usages[name]
+
+    def _is_noiommu(self, number: int) -> bool:
+        return self._host.read(f"{SYS_IOMMU_GROUPS}/{number}/name") == "vfio-noiommu"
+
+
+def read_case(host: Host, name: str, *, reasons: bool = False) -> Case:
+    """One device's case. Raises NotFound if there is no such device."""
+    return CaseReader(host).read(name, reasons=reasons)
+
+
+def read_host_facts(host: Host) -> HostFacts:
+    """What the host says for all its devices."""
+    lockdown = re.search(r"\[(\w+)\]", host.read(SYS_LOCKDOWN) or "")
+    denylist = host.read(f"{SYS_MODULE}/vfio_pci/parameters/disable_denylist")
+    return HostFacts(
+        iommus=tuple(host.listdir(SYS_IOMMU)),
+        tables=iommu_tables(host),
+        remapping=interrupt_remapping(host),
+        unsafe_interrupts=unsafe_interrupts_allowed(host),
+        denylist_off=denylist in ("Y", "1"),
+        has_vfio_pci=_has_vfio_pci(host),
+        release=host.read(PROC_OSRELEASE),
+        lockdown=None if lockdown is None or lockdown[1] == "none" else lockdown[1],
+        options=tuple((host.read(PROC_CMDLINE) or "").split()),
+        distribution=read_distribution(host),
+    )
+
+
+def _has_vfio_pci(host: Host) -> bool | None:
+    if host.isdir(f"{SYS_PCI_DRIVERS}/vfio-pci"):
+        return True
+    modules = f"/lib/modules/{host.read(PROC_OSRELEASE)}"
+    files = host.listdir(f"{modules}/kernel/drivers/vfio/pci")
+    if any(name.startswith("vfio-pci.ko") for name in files):
+        return True
+    return False if host.listdir(modules) else None

@@ -1,0 +1,55 @@
+"""How every device of a host stands: its verdict in one word, and what stands in its way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vfiotool.devices.iommu import IommuGroup
+from vfiotool.devices.pci import PciFunction
+from vfiotool.host.host import Host
+from vfiotool.usage.blocker import Blocker
+from vfiotool.usage.case import Case, CaseReader
+from vfiotool.usage.verdict import judge, word_of
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One device's verdict (`ready`, `available`, `blocked`) and its blockers."""
+
+    verdict: str
+    blockers: tuple[Blocker, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """As `devices` and `show` carry it."""
+        return {
+            "verdict": self.verdict,
+            "blockers": [blocker.as_json() for blocker in self.blockers],
+        }
+
+
+class Standings:
+    """Judges one device after another by one look at the host, as `why` would.
+
+    Functions and groups that were read already are taken as they are.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        functions: Mapping[str, PciFunction] | None = None,
+        groups: Mapping[int, IommuGroup] | None = None,
+    ) -> None:
+        self._cases = CaseReader(host, functions, groups)
+
+    def of(self, function: PciFunction) -> Standing:
+        """A function's standing."""
+        return self._judge(self._cases.of(function))
+
+    def named(self, name: str) -> Standing:
+        """That of a PCI function (full address) or mdev (UUID). Raises NotFound."""
+        return self._judge(self._cases.read(name))
+
+    def _judge(self, case: Case) -> Standing:
+        found = judge(case)
+        return Standing(word_of(case, found), found)
