@@ -22,7 +22,7 @@ from vfiotool.devices.pci import Address, parse_identity
 from vfiotool.errors import KernelError, Stuck
 from vfiotool.host.clock import Clock
 from vfiotool.host.host import Host
-from vfiotool.host.paths import BLOCK_CLAIM, OBSERVED
+from vfiotool.host.paths import BLOCK_CLAIM, ESWITCH, OBSERVED
 from vfiotool.host.tree import MemoryTree
 from vfiotool.netlink.codec import (
     NETLINK_GENERIC,
@@ -162,6 +162,9 @@ class FakeKernel(MemoryTree):
         self._put(f"{base}/uevent", text.encode())
         self._put(f"{base}/resource", b"")
         self._link(f"{PCI}/devices/{address}", f"../../../devices/pci0000:00/{address}")
+        if class_code.startswith("0108"):
+            # The controller, which stands for a disk where there is none.
+            self._put(f"{base}/nvme/nvme{address[-1]}/cntlid", b"0\n")
         if group is not None:
             self._join_group(base, address, group)
         if total_vfs:
@@ -248,7 +251,10 @@ class FakeKernel(MemoryTree):
                 raise Stuck(f"read {path}: no answer after 0 s", hint="vfiotool recover")
         if path.startswith(OBSERVED) and path not in self.files:
             # Nobody uses anything here, and all of that can be seen.
-            return b"free\n" if path.startswith(BLOCK_CLAIM) else b".\n"
+            if path.startswith(BLOCK_CLAIM):
+                return b"free\n"
+            if not path.startswith(ESWITCH):
+                return b".\n"
         return super().read(path)
 
     # Writing
