@@ -83,6 +83,27 @@ class Refused(VfiotoolError):
     exit_code = 4
 
 
+class Foretold(Refused):
+    """The kernel would refuse it; that was seen before anything was written.
+
+    `reason` names what was seen in a word (`no-vf-memory`), `evidence` where.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "foretold",
+        evidence: str = "",
+        hint: str | None = None,
+        device: str | None = None,
+        errno_name: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, device=device, errno_name=errno_name)
+        self.reason = reason
+        self.evidence = evidence
+
+
 class KernelError(VfiotoolError):
     """The kernel refused or failed; what was done before has been rolled back."""
 

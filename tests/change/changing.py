@@ -39,7 +39,7 @@ def furnished() -> FakeKernel:
     kernel.add_driver("e1000", ["8086:100e"], refuses={NVME: errno.EIO, EDU: errno.EIO})
     kernel.add_driver("vfio-pci", refuses={STUBBORN: errno.EINVAL})
     kernel.add_driver("pcieport", ["1b36:000c"])
-    kernel.add_module("mlx5-vfio-pci", {"mlx5-vfio-pci": Driver()})
+    kernel.add_module("mlx5_vfio_pci", {"mlx5_vfio_pci": Driver()})
     kernel.add_function(EDU, "1234:11e8", group=1)
     kernel.add_function(TESTDEV, "1b36:0005", group=2)
     kernel.add_function(

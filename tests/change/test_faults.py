@@ -40,7 +40,7 @@ MDEVS = "".join(
     'attrs = [ ["attr_level", "3"], ["attr_level", "7"] ]\n'
     for digit in range(4)
 )
-VARIANT = f'[[device]]\nmatch = {{ address = "{NVME}" }}\ndriver = "mlx5-vfio-pci"\n'
+VARIANT = f'[[device]]\nmatch = {{ address = "{NVME}" }}\ndriver = "mlx5_vfio_pci"\n'
 DISK_VFS = (
     f'[[sriov]]\nmatch = {{ address = "{NVME}" }}\nvfs = 2\nautoprobe = false\n'
     f'[[device]]\nmatch = {{ pf = "{NVME}", index = 0 }}\n'

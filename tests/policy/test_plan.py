@@ -26,9 +26,9 @@ from tests.change.changing import (
 from tests.fakes.kernel import FakeKernel
 from vfiotool.change.apply import undo
 from vfiotool.change.journal import Journal
-from vfiotool.change.plans.facts import best_driver, parse_variants
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.registry import STEPS, step_from_json, step_to_json
+from vfiotool.devices.drivers import best_driver, parse_variants
 from vfiotool.errors import (
     Ambiguous,
     KernelError,
@@ -177,8 +177,9 @@ vf = [ {{ index = 0, vgpu_type = 558 }}, {{ index = 1, vgpu_type = 559 }} ]
         assert kernel.driver_of(first) == "nvidia"
         assert plan_on(kernel.host(), text).steps == ()
         changed = text.replace("559", "560")
-        (step,) = plan_on(kernel.host(), changed).steps
-        assert step.ends() == ("559", "560")
+        steps = plan_on(kernel.host(), changed).steps
+        # A VF that has a type has to give it up before it can have another.
+        assert [step.ends() for step in steps] == [("559", "0"), ("0", "560")]
         apply(kernel, changed, folder)
         journal = Journal(kernel.host(), folder)
         undo(kernel.host(), journal)
@@ -295,6 +296,6 @@ def test_the_most_exact_variant_driver_is_chosen() -> None:
     )
     own = "pci:v000015B3d0000101Esv000015B3sd00000010bc02sc00i00"
     other = "pci:v00008086d000010C9sv00008086sd00000010bc02sc00i00"
-    assert best_driver(own, variants) == "mlx5-vfio-pci"
+    assert best_driver(own, variants) == "mlx5_vfio_pci"
     assert best_driver(other, variants) == "vfio-pci"
     assert best_driver(None, variants) == "vfio-pci"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vfiotool.change.journal import Journal
 from vfiotool.change.plans.facts import Facts, read_facts, vf_address
@@ -23,7 +23,10 @@ MSIX = "msix"
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """`devices[i]` and `sriov[i]` are what the i-th rule of that kind names, in bus order."""
+    """`devices[i]` and `sriov[i]` are what the i-th rule of that kind names, in bus order.
+
+    `creatable` holds the vGPU types, by number, that each VF of NVIDIA's driver offers now.
+    """
 
     facts: Facts
     devices: tuple[tuple[str, ...], ...]
@@ -34,6 +37,7 @@ class PolicyFacts:
     types: tuple[MdevType, ...] = ()
     mdevs: tuple[Mdev, ...] = ()
     vdpa: VdpaFacts | None = None
+    creatable: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
 def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None) -> PolicyFacts:
@@ -42,7 +46,14 @@ def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None
     sriov = tuple(finder.find(rule.match) for rule in policy.sriov)
     functions = {name for names in sriov for name in names}
     functions |= {rule.match.pf for rule in policy.devices if rule.match.pf is not None}
-    early = read_facts(host, sorted(functions), journal, eswitch_wanted=bool(functions))
+    drivers = _drivers_of(policy)
+    early = read_facts(
+        host,
+        sorted(functions),
+        journal,
+        eswitch_wanted=bool(functions),
+        drivers_wanted=drivers,
+    )
     made = _vfs_to_be(policy, sriov, early)
     devices = tuple(
         made.get((rule.match.pf, rule.match.index), ())
@@ -59,6 +70,7 @@ def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None
             journal,
             whole_groups=True,
             eswitch_wanted=bool(functions),
+            drivers_wanted=drivers,
         )
     settings: dict[str, tuple[VfSettings, ...]] = {}
     for rule, names in zip(policy.sriov, sriov, strict=True):
@@ -76,7 +88,38 @@ def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None
         types=read_mdev_types(host) if policy.mdevs else (),
         mdevs=read_mdevs(host) if policy.mdevs else (),
         vdpa=read_vdpa_facts(host) if policy.vdpas else None,
+        creatable=_read_creatable(host, facts, policy, sriov),
     )
+
+
+def _drivers_of(policy: Policy) -> tuple[str, ...]:
+    """The drivers that rules ask for by name."""
+    named = {rule.driver for rule in policy.devices}
+    named |= {rule.driver for rule in policy.sriov}
+    named |= {vf.driver for rule in policy.sriov for vf in rule.vf}
+    return tuple(sorted(name for name in named if name is not None))
+
+
+def _read_creatable(
+    host: Host, facts: Facts, policy: Policy, sriov: Iterable[tuple[str, ...]]
+) -> dict[str, Mapping[int, str]]:
+    found: dict[str, Mapping[int, str]] = {}
+    for rule, names in zip(policy.sriov, sriov, strict=True):
+        if all(vf.vgpu_type is None for vf in rule.vf):
+            continue
+        for pf in names:
+            device = facts.devices.get(pf)
+            for vf in () if device is None or device.sriov is None else device.sriov.vfs:
+                text = host.read(f"{SYS_PCI_DEVICES}/{vf}/nvidia/creatable_vgpu_types")
+                if text is not None:
+                    found[vf] = parse_creatable(text)
+    return found
+
+
+def parse_creatable(text: str) -> dict[int, str]:
+    """The types in `creatable_vgpu_types`, number to name: lines `1148  : NVIDIA L40S-1Q`."""
+    rows = (line.partition(":") for line in text.splitlines())
+    return {int(first): name.strip() for first, _, name in rows if first.strip().isdecimal()}
 
 
 def _vfs_to_be(

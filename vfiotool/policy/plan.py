@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 from vfiotool.change.plans.bind import group_endpoints, load_steps, plan_bind
 from vfiotool.change.plans.facts import DeviceFacts, Facts, SriovFacts, vf_address
@@ -27,7 +28,16 @@ from vfiotool.change.steps.state import PARKED, Binding
 from vfiotool.change.steps.vf_network import SETTINGS, SetVfProperty, wanted_of
 from vfiotool.devices.iommu import bridge_in_the_way, is_vfio_driver, role_of
 from vfiotool.devices.vdpa import VdpaSettings
-from vfiotool.errors import Ambiguous, NotFound, Refused, Unsupported, UsageError, VfiotoolError
+from vfiotool.errors import (
+    Ambiguous,
+    Foretold,
+    NotFound,
+    Refused,
+    Unsupported,
+    UsageError,
+    VfiotoolError,
+)
+from vfiotool.host.paths import SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.facts import MSIX, PolicyFacts
 from vfiotool.policy.model import DeviceRule, MdevRule, Policy, SriovRule, VfRule
@@ -37,11 +47,34 @@ _VGPU = "nvidia/current_vgpu_type"
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """One reason for which `apply` would not begin: a blocker's kind or a fact foretold."""
+
+    kind: str
+    device: str | None
+    detail: str
+    evidence: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "device": self.device,
+            "detail": self.detail,
+            "evidence": self.evidence,
+        }
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The steps in their order, and the rules whose devices are absent, as text."""
+    """The steps in their order, and the rules whose devices are absent, as text.
+
+    `refusals` are the rules that cannot be followed, where `plan_policy` was asked to collect
+    them; the steps of such a rule are left out.
+    """
 
     steps: tuple[Step, ...]
     absent: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
 
 
 @dataclass
@@ -50,19 +83,26 @@ class _Draft:
     facts: PolicyFacts
     absent_ok: bool
     steps: list[Step] = field(default_factory=list)
+    collect: bool = False
     absent: list[str] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
     goals: dict[str, tuple[str | None, Place]] = field(default_factory=dict)
 
 
-def plan_policy(policy: Policy, facts: PolicyFacts, *, absent_ok: bool = False) -> Plan:
+def plan_policy(
+    policy: Policy, facts: PolicyFacts, *, absent_ok: bool = False, collect: bool = False
+) -> Plan:
     """What has to be done for the host to be as the policy says; nothing if it is.
 
     VFs come first, then drivers, mdevs, vDPA. With `absent_ok` a rule that names nothing is left
     out and told; otherwise it raises NotFound. Raises Ambiguous where a rule names another number
-    of devices than it expects, Refused where a group would not be viable, and what the plans of
-    the single commands raise; each error begins with the rule's place.
+    of devices than it expects, Refused where a group would not be viable or the kernel would not
+    do it, and what the plans of the single commands raise; each error begins with the rule's
+    place. With `collect` refusals do not end the planning: they stand in the plan, which then is
+    to be looked at and not to be carried out.
     """
-    draft = _Draft(policy, facts, absent_ok)
+    policy = _spelt_as_here(policy, facts.facts)
+    draft = _Draft(policy, facts, absent_ok, collect=collect)
     for sriov, names in zip(policy.sriov, facts.sriov, strict=True):
         with _rule(draft, sriov.place, f"[[sriov]] {sriov.match}"):
             for pf in _expected(names, sriov.count, str(sriov.match)):
@@ -86,7 +126,25 @@ def plan_policy(policy: Policy, facts: PolicyFacts, *, absent_ok: bool = False) 
             settings = VdpaSettings(vdpa.mac, vdpa.mtu, vdpa.max_vqp, None)
             found = plan_vdpa_add(facts.vdpa, vdpa.name, vdpa.parent, vdpa.driver, settings)
             draft.steps += [step for step in found if step not in draft.steps]
-    return Plan(tuple(draft.steps), tuple(draft.absent))
+    return Plan(tuple(draft.steps), tuple(draft.absent), tuple(draft.refusals))
+
+
+def _spelt_as_here(policy: Policy, facts: Facts) -> Policy:
+    """The policy with its drivers' names as this kernel spells them: `vfio_pci` is `vfio-pci`."""
+
+    def named(driver: str | None) -> str | None:
+        return None if driver is None else facts.driver(driver)
+
+    devices = (replace(rule, driver=named(rule.driver)) for rule in policy.devices)
+    sriov = (
+        replace(
+            rule,
+            driver=named(rule.driver),
+            vf=tuple(replace(vf, driver=named(vf.driver)) for vf in rule.vf),
+        )
+        for rule in policy.sriov
+    )
+    return replace(policy, devices=tuple(devices), sriov=tuple(sriov))
 
 
 @contextmanager
@@ -101,17 +159,23 @@ def _rule(draft: _Draft, place: Place, what: str) -> Iterator[None]:
             raise _placed(where, error) from error
         del draft.steps[done:]
         draft.absent.append(f"{where}: {what}: {error.message}")
+    except Refused as error:
+        if not draft.collect:
+            raise _placed(where, error) from error
+        del draft.steps[done:]
+        kind, evidence = error.kind, ""
+        if isinstance(error, Foretold):
+            kind, evidence = error.reason, error.evidence
+        draft.refusals.append(Refusal(kind, error.device, f"{where}: {error.message}", evidence))
     except VfiotoolError as error:
         raise _placed(where, error) from error
 
 
 def _placed(where: str, error: VfiotoolError) -> VfiotoolError:
-    return type(error)(
-        f"{where}: {error.message}",
-        hint=error.hint,
-        device=error.device,
-        errno_name=error.errno_name,
-    )
+    placed = copy(error)
+    placed.message = f"{where}: {error.message}"
+    placed.args = (placed.message,)
+    return placed
 
 
 def _expected(names: tuple[str, ...], count: int | None, match: str) -> tuple[str, ...]:
@@ -170,9 +234,37 @@ def _plan_vf(
     if rule.msix is not None and numbers.get((place, MSIX)) != rule.msix:
         _plan_msix(draft, place, numbers.get((place, MSIX)), rule.msix, remade, waiting)
     if rule.vgpu_type is not None and numbers.get((place, _VGPU)) != rule.vgpu_type:
-        draft.steps.append(SetVgpuType(place, numbers.get((place, _VGPU)), rule.vgpu_type))
+        _plan_vgpu(draft, pf, place, rule.vgpu_type, remade)
     if rule.driver is not None:
         _bind_vf(draft, device, place, rule.driver, remade, waiting.pop(place, None))
+
+
+def _plan_vgpu(draft: _Draft, pf: str, place: str, wanted: int, remade: bool) -> None:
+    """Set a VF's vGPU type: one that has another type goes to 0 first.
+
+    Raises Foretold for a type that is not among the creatable ones. The list of a VF that has a
+    type, or is to be made anew, says nothing of what it will offer: then the card's others count.
+    """
+    now = None if remade else draft.facts.numbers.get((place, _VGPU))
+    lists = draft.facts.creatable
+    offered = dict(lists.get(place, {})) if not now and not remade else {}
+    if not offered:
+        device = draft.facts.facts.devices.get(pf)
+        vfs = () if device is None or device.sriov is None else device.sriov.vfs
+        offered = {key: text for vf in vfs for key, text in lists.get(vf, {}).items()}
+    if wanted and (offered or place in lists) and wanted not in offered:
+        types = ", ".join(f"{key} ({text})" for key, text in sorted(offered.items())) or "none"
+        raise Foretold(
+            f"{place} offers no vGPU type {wanted}: it can create {types}",
+            reason="no-such-type",
+            evidence=f"{SYS_PCI_DEVICES}/{place}/nvidia/creatable_vgpu_types",
+            hint="types go when the card's memory does: set a VF that is not used to 0",
+            device=place,
+        )
+    if now and wanted:
+        draft.steps.append(SetVgpuType(place, now, 0))
+        now = 0
+    draft.steps.append(SetVgpuType(place, now, wanted))
 
 
 def _plan_msix(

@@ -158,15 +158,15 @@ def test_a_driver_that_does_not_exist_leaves_everything_as_it_was(
 def test_a_vfio_driver_that_the_kernel_lacks_is_unsupported(
     kernel: FakeKernel, journal: Journal
 ) -> None:
-    with pytest.raises(Unsupported, match="this kernel has no nvgrace-gpu-vfio-pci"):
+    with pytest.raises(Unsupported, match="this kernel has no nvgrace_gpu_vfio_pci"):
         do(kernel.host(), journal, binding(NVME, driver="nvgrace-gpu-vfio-pci"))
 
 
 def test_a_module_is_loaded_for_a_driver_that_is_not_registered(
     kernel: FakeKernel, journal: Journal
 ) -> None:
-    do(kernel.host(), journal, binding(EDU, driver="mlx5-vfio-pci"))
-    assert kernel.driver_of(EDU) == "mlx5-vfio-pci"
+    do(kernel.host(), journal, binding(EDU, driver="mlx5_vfio_pci"))
+    assert kernel.driver_of(EDU) == "mlx5_vfio_pci"
 
 
 def test_of_several_devices_all_are_bound_or_none(kernel: FakeKernel, journal: Journal) -> None:

@@ -144,8 +144,12 @@ def test_plan_status_and_export_work_on_a_snapshot(
 def test_plan_tells_what_apply_would_refuse(capsys: pytest.CaptureFixture[str]) -> None:
     policy = str(ROOT / "fixtures/plans/nvme/policy.toml")
     code, payload, notes = run(capsys, "storage-in-use", "plan", policy)
-    assert (code, payload["in_sync"]) == (0, False)
+    assert (code, payload["in_sync"]) == (4, False)
     assert "apply would refuse: 0000:01:00.0" in notes
+    (refusal,) = payload["refusals"]
+    assert (refusal["kind"], refusal["device"]) == ("mounted", "0000:01:00.0")
+    assert "/mnt/a" in refusal["detail"]
+    assert "mountinfo" in refusal["evidence"]
 
 
 def test_a_bad_policy_is_one_error_with_every_fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -10,7 +11,8 @@ from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver, LoadModule
 from vfiotool.change.steps.state import ANY, PARKED, Binding
 from vfiotool.devices.iommu import bridge_in_the_way, is_vfio_driver
-from vfiotool.errors import Refused, Unsupported, UsageError
+from vfiotool.errors import Foretold, Refused, Unsupported, UsageError
+from vfiotool.host.paths import SYS_PCI_DRIVERS
 
 _DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}", re.ASCII)
 
@@ -38,10 +40,10 @@ def plan_bind(
 ) -> tuple[Step, ...]:
     """Give each device `driver`, or the best VFIO driver; the driver `none` parks.
 
-    Raises NotFound, Refused for a bridge or a PF whose VFs are enabled, Unsupported where no
-    IOMMU stands behind a device that is to go to a VFIO driver.
+    Raises NotFound, Refused for a bridge or a PF whose VFs are enabled, Foretold for a driver that
+    nobody has, Unsupported where no IOMMU stands behind a device that is to go to a VFIO driver.
     """
-    wanted = None if driver is None else driver_name(driver)
+    wanted = None if driver is None else facts.driver(driver_name(driver))
     chosen: list[str] = []
     for address in addresses:
         chosen.extend(group_endpoints(facts, address) if whole_group else (address,))
@@ -91,9 +93,21 @@ def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
 
 
 def load_steps(facts: Facts, steps: list[Step], driver: str | None) -> list[Step]:
-    """The step that loads a driver's module, unless it is registered or the plan loads it."""
+    """The step that loads a driver's module, unless it is registered or the plan loads it.
+
+    Raises Foretold if there is neither such a driver nor such a module.
+    """
     if driver is None or driver in facts.drivers:
         return []
+    if driver in facts.missing:
+        near = difflib.get_close_matches(driver, sorted(facts.drivers), n=1)
+        raise Foretold(
+            f"no driver named {driver} is registered, and no module of that name is there to "
+            "bring it",
+            reason="no-such-driver",
+            evidence=f"{SYS_PCI_DRIVERS}, modules.dep",
+            hint=f"did you mean {near[0]}?" if near else f"ls {SYS_PCI_DRIVERS} shows the names",
+        )
     step = LoadModule(driver, driver)
     return [] if step in steps else [step]
 

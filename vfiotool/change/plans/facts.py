@@ -5,10 +5,8 @@ Only the devices that a command or a policy is about are read whole: a host may 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 from vfiotool.change.journal import Journal
 from vfiotool.change.steps.state import (
@@ -18,27 +16,31 @@ from vfiotool.change.steps.state import (
     read_num_vfs,
     read_pci_identity,
 )
+from vfiotool.devices.drivers import (
+    Variant,
+    best_driver,
+    kernel_name,
+    read_missing,
+    read_variants,
+)
 from vfiotool.devices.pci import Address, parse_uevent, read_uevent_text
 from vfiotool.devices.sriov import read_eswitch_mode, read_vfs
 from vfiotool.errors import NotFound
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
-    PROC_OSRELEASE,
     SYS_IOMMU_GROUPS,
     SYS_MODULE,
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
 )
-from vfiotool.host.tree import Tree
-
-DEFAULT_DRIVER = "vfio-pci"
-_VFIO_ALIAS = "alias vfio_pci:"
 
 
 @dataclass(frozen=True)
 class SriovFacts:
     """A physical function's VFs; `vfs` by index. `offset` and `stride` place VFs not yet made.
 
+    `last_bus` is the highest bus number that its VFs can have; `vf_memory` is False where none of
+    the VFs' memory has been given addresses; both are None where the host does not tell.
     `eswitch` is as `read_eswitch_mode` gives it; None as well where nobody asked for it.
     """
 
@@ -50,6 +52,8 @@ class SriovFacts:
     vf_device: str | None
     vfs: tuple[str, ...]
     eswitch: str | None = None
+    last_bus: int | None = None
+    vf_memory: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Facts:
     """The devices read, the members of their groups by name, and the drivers registered.
 
     `vfio_makes_vfs` is vfio-pci's `enable_sriov`; None if it is not loaded or has no such option.
+    `missing` are those of the drivers asked about that neither the kernel nor a module has.
     """
 
     devices: Mapping[str, DeviceFacts]
@@ -83,6 +88,11 @@ class Facts:
     drivers: frozenset[str] = frozenset()
     noiommu: bool = False
     vfio_makes_vfs: bool | None = None
+    missing: frozenset[str] = frozenset()
+
+    def driver(self, name: str) -> str:
+        """A driver's name as this kernel has it, however it was spelt."""
+        return kernel_name(name, self.drivers)
 
     def device(self, address: str) -> DeviceFacts:
         """Raises NotFound."""
@@ -104,14 +114,17 @@ def read_facts(
     whole_groups: bool = False,
     variants_wanted: bool = True,
     eswitch_wanted: bool = False,
+    drivers_wanted: Iterable[str] = (),
 ) -> Facts:
     """Facts of these functions, their VFs and, with `whole_groups`, all of their groups.
 
-    Functions that are not there are left out; without `variants_wanted` the best driver of all is
-    vfio-pci, without `eswitch_wanted` no card is asked for its mode. Raises Stuck if a device's
-    lock is held.
+    `drivers_wanted` are the drivers that somebody asks for by name: the facts tell which of them
+    nobody has. Functions that are not there are left out; without `variants_wanted` the best
+    driver of all is vfio-pci, without `eswitch_wanted` no card is asked for its mode. Raises Stuck
+    if a device's lock is held.
     """
     variants = read_variants(host) if variants_wanted else ()
+    drivers = frozenset(host.listdir(SYS_PCI_DRIVERS))
     devices: dict[str, DeviceFacts] = {}
     members: dict[int, tuple[str, ...]] = {}
     pending = list(dict.fromkeys(addresses))
@@ -120,7 +133,7 @@ def read_facts(
         if address in devices:
             continue
         try:
-            device = _read_device(host, address, journal, variants, eswitch_wanted)
+            device = _read_device(host, address, journal, variants, drivers, eswitch_wanted)
         except NotFound:
             continue
         devices[address] = device
@@ -136,9 +149,10 @@ def read_facts(
     return Facts(
         devices,
         members,
-        frozenset(host.listdir(SYS_PCI_DRIVERS)),
+        drivers,
         noiommu,
         None if makes_vfs is None else makes_vfs == "Y",
+        read_missing(host, drivers_wanted, drivers),
     )
 
 
@@ -147,6 +161,7 @@ def _read_device(
     address: str,
     journal: Journal | None,
     variants: tuple[Variant, ...],
+    drivers: frozenset[str],
     eswitch_wanted: bool,
 ) -> DeviceFacts:
     base = f"{SYS_PCI_DEVICES}/{address}"
@@ -163,7 +178,7 @@ def _read_device(
         physfn=host.linkname(f"{base}/physfn"),
         sriov=_read_sriov(host, address, eswitch_wanted),
         origin=None if journal is None else journal.origin("pci", address, identity),
-        best_driver=best_driver(uevent.get("MODALIAS"), variants),
+        best_driver=kernel_name(best_driver(uevent.get("MODALIAS"), variants), drivers),
     )
 
 
@@ -184,86 +199,54 @@ def _read_sriov(host: Host, pf: str, eswitch_wanted: bool) -> SriovFacts | None:
         vf_device=None if vf_device is None else vf_device.zfill(4),
         vfs=tuple(vf.address for vf in read_vfs(host, pf)),
         eswitch=read_eswitch_mode(host, pf) if eswitch_wanted else None,
+        last_bus=_read_last_bus(host, pf),
+        vf_memory=_read_vf_memory(host, pf),
     )
 
 
-def vf_address(pf: str, sriov: SriovFacts, index: int) -> str | None:
-    """Where a VF will appear (SR-IOV Specification 2.1.2), or None if the host does not tell."""
-    if index < len(sriov.vfs):
-        return sriov.vfs[index]
+def _read_last_bus(host: Host, pf: str) -> int | None:
+    """The subordinate bus number of the bridge above (drivers/pci/iov.c: bus out of range)."""
+    path = host.realpath(f"{SYS_PCI_DEVICES}/{pf}") or ""
+    bridge = path.split("/")[-2] if path.count("/") > 1 else ""
+    if not Address.is_address(bridge):
+        return None
+    return host.read_int(f"{SYS_PCI_DEVICES}/{bridge}/subordinate_bus_number")
+
+
+def _read_vf_memory(host: Host, pf: str) -> bool | None:
+    """Whether any BAR of the VFs has addresses: lines 8 to 13 of `resource`.
+
+    Source: drivers/pci/pci-sysfs.c, resource_show; include/linux/pci.h, PCI_IOV_RESOURCES. None
+    where the file ends before them, or where the function itself has no memory either.
+    """
+    lines = (host.read(f"{SYS_PCI_DEVICES}/{pf}/resource") or "").split("\n")
+    if len(lines) < 13 or not any(map(_is_window, lines[:6])):
+        return None
+    return any(map(_is_window, lines[7:13]))
+
+
+def _is_window(line: str) -> bool:
+    return any(word.strip("0x") for word in line.split())
+
+
+def vf_routing(pf: str, sriov: SriovFacts, index: int) -> int | None:
+    """A VF's routing id: bus, device and function in 16 bits, or more where no bus holds it.
+
+    Source: SR-IOV Specification 2.1.2. None if the host does not tell.
+    """
     if sriov.offset is None or sriov.stride is None:
         return None
     place = Address.parse(pf)
     routing = (place.bus << 8) + (place.device << 3) + place.function
-    routing += sriov.offset + sriov.stride * index
-    return str(Address(place.domain, routing >> 8, (routing >> 3) & 0x1F, routing & 7))
+    return routing + sriov.offset + sriov.stride * index
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A `vfio_pci:` alias: which functions a VFIO driver is made for."""
-
-    pattern: re.Pattern[str]
-    exactness: int
-    driver: str
-
-
-# Reading a megabyte of aliases is what planning a bind costs most: once a tree is enough.
-_VARIANTS: WeakKeyDictionary[Tree, tuple[Variant, ...]] = WeakKeyDictionary()
-
-
-def read_variants(host: Host) -> tuple[Variant, ...]:
-    """The VFIO drivers that the kernel's modules offer, most exact first; read once a host.
-
-    Source: include/linux/mod_devicetable.h, PCI_ID_F_VFIO_DRIVER_OVERRIDE.
-    """
-    found = _VARIANTS.get(host.tree)
-    if found is None:
-        release = host.read(PROC_OSRELEASE)
-        text = host.read(f"/lib/modules/{release}/modules.alias") if release else None
-        found = _VARIANTS[host.tree] = parse_variants(text or "")
-    return found
-
-
-def parse_variants(text: str) -> tuple[Variant, ...]:
-    """The `alias vfio_pci:… module` lines of a modules.alias."""
-    found = []
-    for line in _alias_lines(text):
-        words = line.split()
-        if len(words) != 3:
-            continue
-        alias = words[1].removeprefix("vfio_pci:")
-        # Globs of modprobe: `*` alone occurs in these aliases.
-        pattern = re.compile(
-            ".*".join(re.escape(piece) for piece in alias.split("*")), re.IGNORECASE
-        )
-        found.append(Variant(pattern, len(alias.replace("*", "")), driver_of_module(words[2])))
-    return tuple(sorted(found, key=lambda variant: -variant.exactness))
-
-
-def _alias_lines(text: str) -> Iterator[str]:
-    """The few lines of a megabyte, found as fast as memory is read."""
-    at = text.find(_VFIO_ALIAS)
-    while at >= 0:
-        end = text.find("\n", at)
-        end = len(text) if end < 0 else end
-        if at == 0 or text[at - 1] == "\n":
-            yield text[at:end]
-        at = text.find(_VFIO_ALIAS, end)
-
-
-def driver_of_module(module: str) -> str:
-    """The name under which a VFIO module registers its driver.
-
-    All but one write it with dashes (drivers/vfio/pci; qat's is "qat_vfio_pci").
-    """
-    return module if module == "qat_vfio_pci" else module.replace("_", "-")
-
-
-def best_driver(modalias: str | None, variants: tuple[Variant, ...]) -> str:
-    """The most exact VFIO driver for a device's `pci:v…` modalias, else vfio-pci."""
-    name = (modalias or "").removeprefix("pci:")
-    for variant in variants:
-        if variant.pattern.fullmatch(name):
-            return variant.driver
-    return DEFAULT_DRIVER
+def vf_address(pf: str, sriov: SriovFacts, index: int) -> str | None:
+    """Where a VF will appear, or None if the host does not tell or no bus holds it."""
+    if index < len(sriov.vfs):
+        return sriov.vfs[index]
+    routing = vf_routing(pf, sriov, index)
+    if routing is None or routing > 0xFFFF:
+        return None
+    domain = Address.parse(pf).domain
+    return str(Address(domain, routing >> 8, (routing >> 3) & 0x1F, routing & 7))

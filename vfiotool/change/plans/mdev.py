@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.mdev import SetMdev
 from vfiotool.devices.mdev import Mdev, MdevType
-from vfiotool.errors import NotFound, Refused, UsageError
+from vfiotool.errors import Foretold, NotFound, UsageError
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
@@ -26,7 +26,7 @@ def mdev_uuid(text: str) -> str:
 def plan_mdev_create(
     types: Iterable[MdevType], mdevs: Iterable[Mdev], parent: str, kind: str, uuid: str
 ) -> tuple[Step, ...]:
-    """Make an mdev; none if it is there already. Raises NotFound, UsageError, Refused."""
+    """Make an mdev; none if it is there already. Raises NotFound, UsageError, Foretold."""
     uuid = mdev_uuid(uuid)
     offered = {entry.type: entry for entry in types if entry.parent == parent}
     if not offered:
@@ -49,8 +49,10 @@ def plan_mdev_create(
             device=uuid,
         )
     if offered[kind].available_instances == 0:
-        raise Refused(
+        raise Foretold(
             f"{parent} has no instance of {kind} left",
+            reason="no-instance-left",
+            evidence=f"mdev_supported_types/{kind}/available_instances of {parent}",
             hint="vfiotool mdev list shows what uses it up; vfiotool mdev remove UUID frees one",
         )
     return (SetMdev(uuid, parent, kind, exists=True),)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from vfiotool.change.plans.bind import plan_bind
-from vfiotool.change.plans.facts import DeviceFacts, Facts, SriovFacts, vf_address
+from vfiotool.change.plans.facts import DeviceFacts, Facts, SriovFacts, vf_address, vf_routing
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver
 from vfiotool.change.steps.eswitch import SetEswitchMode
@@ -14,7 +14,8 @@ from vfiotool.change.steps.sriov import SetAutoprobe, SetVfCount
 from vfiotool.change.steps.state import ANY, PARKED, Binding, Identity
 from vfiotool.change.steps.vf_network import SetVfProperty
 from vfiotool.devices.sriov import NO_ESWITCH
-from vfiotool.errors import Refused, Unsupported, UsageError
+from vfiotool.errors import Foretold, Refused, Unsupported, UsageError
+from vfiotool.host.paths import SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
 
 LEGACY, SWITCHDEV = "legacy", "switchdev"
@@ -72,7 +73,7 @@ def plan_pf(facts: Facts, pf: str, goal: PfGoal, settings: Iterable[VfSettings] 
     VFs that will be destroyed let go of their drivers first, so that undoing gives them back;
     `settings` are those VFs' addresses and VLANs, which undoing gives back too. Raises NotFound,
     Unsupported without SR-IOV or eswitch, UsageError for what cannot be, Refused where vfio-pci
-    may not make VFs.
+    may not make VFs, Foretold where there is no memory or no bus number for them.
     """
     device = facts.device(pf)
     sriov = sriov_of(device)
@@ -87,6 +88,7 @@ def plan_pf(facts: Facts, pf: str, goal: PfGoal, settings: Iterable[VfSettings] 
     moves = goal.driver is not None and device.binding != _binding(goal.driver)
     if goal.vfs and (moves or sriov.num != goal.vfs):
         _refuse_vfio(facts, device, goal)
+        _refuse_without_room(device, sriov, goal.vfs)
     if goal.driver is not None and moves:
         draft.remake(plan_bind(without_vfs(facts, pf), [pf], goal.driver))
     elif device.binding.driver in VFS_FIRST:
@@ -237,6 +239,40 @@ def _refuse_eswitch(device: DeviceFacts, sriov: SriovFacts, goal: PfGoal) -> Non
         f"{device.address} has no eswitch: its driver, {device.binding}, knows no modes",
         hint="mlx5_core, ice, bnxt_en and others have; leave eswitch out for the rest",
         device=device.address,
+    )
+
+
+def _refuse_without_room(device: DeviceFacts, sriov: SriovFacts, count: int) -> None:
+    """The kernel makes VFs only with memory and bus numbers for all of them.
+
+    Source: drivers/pci/iov.c, sriov_enable ("not enough MMIO resources for SR-IOV", "bus %02x out
+    of range").
+    """
+    pf = device.address
+    if sriov.vf_memory is False:
+        raise Foretold(
+            f"the firmware gave the VFs of {pf} no memory: the kernel would refuse to make any",
+            reason="no-vf-memory",
+            evidence=f"{SYS_PCI_DEVICES}/{pf}/resource, lines 8 to 13",
+            hint="switch on Above 4G Decoding and SR-IOV in the firmware's set-up, or boot with "
+            "pci=realloc",
+            device=pf,
+        )
+    last = 0xFF if sriov.last_bus is None else sriov.last_bus
+    routing = vf_routing(pf, sriov, count - 1)
+    if routing is None or routing >> 8 <= last or count <= sriov.num:
+        return
+    first = vf_routing(pf, sriov, 0) or 0
+    fitting = max(0, ((last << 8) + 0xFF - first) // max(sriov.stride or 1, 1) + 1)
+    seen = f"{SYS_PCI_DEVICES}/{pf}/sriov_offset, sriov_stride"
+    raise Foretold(
+        f"VF {count - 1} of {pf} would be on bus {routing >> 8:02x}, and the buses there end at "
+        f"{last:02x}: the kernel would refuse to make {count} VFs",
+        reason="no-bus-number",
+        evidence=seen if sriov.last_bus is None else f"{seen}; subordinate_bus_number above it",
+        hint=f"at most {fitting} VFs fit; pci=assign-busses on the kernel's command line may make "
+        "room for more",
+        device=pf,
     )
 
 

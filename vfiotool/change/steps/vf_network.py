@@ -143,4 +143,9 @@ class SetVfProperty(Step):
 
 def _words(settings: VfSettings) -> str:
     named = ((name, getattr(settings, name)) for name in SETTINGS)
-    return ", ".join(f"{name} {value}" for name, value in named if value is not None) or "as it is"
+    words = (f"{name} {_word(value)}" for name, value in named if value is not None)
+    return ", ".join(words) or "as it is"
+
+
+def _word(value: object) -> str:
+    return ("off", "on")[value] if isinstance(value, bool) else str(value)

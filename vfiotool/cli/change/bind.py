@@ -85,6 +85,7 @@ def bind(
             journal,
             whole_groups=whole_group,
             variants_wanted=driver is None,
+            drivers_wanted=() if driver is None else (driver,),
         )
         return plan_bind(facts, addresses, driver, whole_group=whole_group)
 

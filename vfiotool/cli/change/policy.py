@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -36,7 +37,14 @@ from vfiotool.policy.export import export_policy
 from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.model import Policy
 from vfiotool.policy.parse import parse_policy, read_policy, read_policy_text
-from vfiotool.policy.plan import Plan, plan_policy
+from vfiotool.policy.plan import Plan, Refusal, plan_policy
+from vfiotool.policy.report import (
+    drift_lines,
+    drift_summary,
+    plan_lines,
+    refusal_lines,
+    summary,
+)
 from vfiotool.policy.saved import DesiredState, SavedPlan, parse_saved, plan_to_text, refuse_changed
 
 _Policy = Annotated[str, Argument(metavar="POLICY", help="A policy, or a saved plan.")]
@@ -64,10 +72,16 @@ def load(path: str) -> Policy | SavedPlan:
 
 
 def make_plan(
-    host: Host, journal: Journal | None, policy: Policy, *, absent_ok: bool = False
+    host: Host,
+    journal: Journal | None,
+    policy: Policy,
+    *,
+    absent_ok: bool = False,
+    collect: bool = False,
 ) -> Plan:
     """Read what the policy needs to know of the host, and plan it."""
-    return plan_policy(policy, read_policy_facts(host, policy, journal), absent_ok=absent_ok)
+    facts = read_policy_facts(host, policy, journal)
+    return plan_policy(policy, facts, absent_ok=absent_ok, collect=collect)
 
 
 def _existing(host: Host) -> Journal | None:
@@ -76,12 +90,19 @@ def _existing(host: Host) -> Journal | None:
 
 def _emit_plan(context: Context, plan: Plan, notes: tuple[str, ...] = ()) -> None:
     if render.state(context).json:
-        steps = steps_as_json(plan.steps)
-        render.emit({"steps": steps, "in_sync": not plan.steps, "notes": list(notes)})
-    elif plan.steps:
-        print_steps(plan.steps)
+        render.emit(
+            {
+                "steps": steps_as_json(plan.steps),
+                "in_sync": not plan.steps and not plan.refusals,
+                "notes": list(notes),
+                "refusals": [refusal.as_json() for refusal in plan.refusals],
+            }
+        )
     else:
-        print_line("in sync: nothing to do")
+        for line in (*plan_lines(plan.steps), summary(plan)):
+            print_line(line)
+    for line in refusal_lines(plan.refusals):
+        render.say(f"vfiotool: {line}")
     _tell_absent(plan)
 
 
@@ -100,7 +121,12 @@ def show_plan(
 ) -> int:
     host = render.host(context)
     loaded = read_policy(policy)
-    plan = make_plan(host, _existing(host), loaded, absent_ok=absent_ok)
+    plan = make_plan(host, _existing(host), loaded, absent_ok=absent_ok, collect=True)
+    uses = (
+        Refusal(blocker.kind, blocker.device, blocker.detail, blocker.evidence)
+        for blocker in find_blockers(host, plan.steps)
+    )
+    plan = replace(plan, refusals=(*plan.refusals, *uses))
     if out is not None:
         if not out.endswith(".plan"):
             raise UsageError(
@@ -112,11 +138,7 @@ def show_plan(
         except OSError as error:
             raise from_oserror(f"write {out}", error) from error
     _emit_plan(context, plan, say_remarks(host, plan.steps))
-    for blocker in find_blockers(host, plan.steps):
-        render.say(
-            f"vfiotool: apply would refuse: {blocker.device} {blocker.kind}: {blocker.detail}"
-        )
-    return 0
+    return 4 if plan.refusals else 0
 
 
 def apply(
@@ -218,9 +240,16 @@ def status(context: Context, policy: _Policy, absent_ok: _AbsentOk = False) -> i
     host = render.host(context)
     loaded = load(policy)
     rules = loaded.policy if isinstance(loaded, SavedPlan) else loaded
-    plan = make_plan(host, _existing(host), rules, absent_ok=absent_ok)
-    _emit_plan(context, plan)
-    return 1 if plan.steps else 0
+    plan = make_plan(host, _existing(host), rules, absent_ok=absent_ok, collect=True)
+    if render.state(context).json:
+        _emit_plan(context, plan)
+    else:
+        for line in (drift_summary(plan), *drift_lines(plan.steps)):
+            print_line(line)
+        for line in refusal_lines(plan.refusals):
+            render.say(f"vfiotool: {line}")
+        _tell_absent(plan)
+    return 1 if plan.steps or plan.refusals else 0
 
 
 def take_back(
