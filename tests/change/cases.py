@@ -162,7 +162,7 @@ def run(host: Host, journal: Journal, operations: list[Operation]) -> list[str]:
 
 def _perform(host: Host, journal: Journal, operation: Operation) -> None:
     if isinstance(operation, Write):
-        host.write(operation.path, operation.data)
+        host.write_attribute(operation.path, operation.data)
     elif isinstance(operation, Undo):
         undo(host, journal)
     else:

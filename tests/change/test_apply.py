@@ -181,7 +181,7 @@ def test_recover_does_not_take_a_device_that_is_in_use_by_now(
     steps = releasing(NVME)(host, journal)
     transaction = journal.begin("release", steps, ["device-x"])
     transaction.note("step", n=1)
-    transaction.leave()
+    transaction.release()
     # The release had got as far as the driver when its process was killed.
     for step in steps:
         step.run(_Bare(host))
@@ -191,19 +191,19 @@ def test_recover_does_not_take_a_device_that_is_in_use_by_now(
 
 
 class _Bare:
-    """A door without a journal."""
+    """A write path without a journal."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
 
-    def write(self, path: str, data: str) -> None:
-        self.host.write(path, data)
+    def write_attribute(self, path: str, data: str) -> None:
+        self.host.write_attribute(path, data)
 
     def load_module(self, name: str) -> None:
         self.host.load_module(name)
 
-    def netlink(self, request: Request) -> list[Message]:
-        return self.host.netlink(request)
+    def send_netlink(self, request: Request) -> list[Message]:
+        return self.host.send_netlink(request)
 
 
 def test_what_hurts_is_refused_unless_it_is_allowed_by_name(kernel: FakeKernel) -> None:

@@ -25,4 +25,4 @@ def test_the_fake_kernel_refuses_what_it_does_not_model() -> None:
     kernel.add_function(EDU, "1234:11e8")
     kernel._put(f"/sys/devices/pci0000:00/{EDU}/reset", b"")
     with pytest.raises(AssertionError, match="does not model"):
-        kernel.host().write(f"/sys/bus/pci/devices/{EDU}/reset", "1")
+        kernel.host().write_attribute(f"/sys/bus/pci/devices/{EDU}/reset", "1")

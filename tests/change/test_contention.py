@@ -27,7 +27,17 @@ from tests.fakes.neighbour import Meddling, WatchedKernel
 from vfiotool.change.steps.state import Binding
 from vfiotool.host.host import Host
 
-METHODS = ("read", "listdir", "readlink", "exists", "isdir", "write", "load_module", "netlink")
+METHODS = (
+    "read",
+    "listdir",
+    "readlink",
+    "exists",
+    "isdir",
+    "write_attribute",
+    "load_module",
+    "ask_netlink",
+    "send_netlink",
+)
 PROCESSES, EACH = 50, 20
 
 
@@ -87,7 +97,7 @@ def test_no_interference_of_a_neighbour_goes_unnoticed() -> None:
     ):
         meddling = Meddling(
             lambda watch: Host(WatchedKernel(kernel, watch), live=True, name="watched"),  # type: ignore[arg-type]
-            lambda path, text: kernel.write(path, text.encode(), 1.0),
+            lambda path, text: kernel.write_attribute(path, text.encode(), 1.0),
             NVME,
         )
         meddling.everywhere(make, goal, prepare)

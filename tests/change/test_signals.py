@@ -18,7 +18,7 @@ from vfiotool.change.journal import Journal
 from vfiotool.change.signals import Interrupted
 from vfiotool.cli import main as app
 from vfiotool.errors import Stuck
-from vfiotool.host.child import DoorChild
+from vfiotool.host.child import WriterProcess
 
 BOTH: Make = binding(EDU, NVME)
 
@@ -99,11 +99,11 @@ def test_an_interrupted_access_leaves_no_answer_for_the_next(tmp_path: Path) -> 
     pipe, plain = tmp_path / "pipe", tmp_path / "plain"
     os.mkfifo(pipe)
     plain.write_text("plain")
-    child = DoorChild()
+    child = WriterProcess()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         # Opening a pipe to write waits for its reader, as a device's lock is waited for.
-        child.write(str(pipe), b"x", 30.0)
+        child.write_attribute(str(pipe), b"x", 30.0)
     assert not child.usable()
     reader = os.open(pipe, os.O_RDONLY)
     deadline = time.monotonic() + 10

@@ -165,7 +165,7 @@ def test_a_root_that_does_not_run_shows_what_sysfs_has() -> None:
 
 def test_a_kernel_without_vdpa_says_which_option(capsys: pytest.CaptureFixture[str]) -> None:
     class Mute(VdpaKernel):
-        def netlink(self, request: Any, timeout_s: float) -> list[Message]:
+        def ask_netlink(self, request: Any, timeout_s: float) -> list[Message]:
             from vfiotool.errors import KernelError
 
             raise KernelError("look up netlink family vdpa", errno_name="ENOENT")

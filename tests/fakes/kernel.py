@@ -259,7 +259,7 @@ class FakeKernel(MemoryTree):
 
     # Writing
 
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         text = data.decode()
         self.writes.append((path, text))
         number = len(self.writes)
@@ -539,11 +539,17 @@ class FakeKernel(MemoryTree):
     # Network settings of VFs
 
     def vf_settings(self, ifindex: int) -> tuple[VfSettings, ...]:
-        """What RTM_GETLINK tells of an interface's VFs (the reader's side of `netlink`)."""
+        """What RTM_GETLINK tells of an interface's VFs (the reader's side of `answer_netlink`)."""
         pf = self.interfaces[ifindex]
         return tuple(self.vf_info[key] for key in sorted(self.vf_info) if key[0] == pf)
 
-    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+    def ask_netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        return self.answer_netlink(request, timeout_s)
+
+    def send_netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        return self.answer_netlink(request, timeout_s)
+
+    def answer_netlink(self, request: Request, timeout_s: float) -> list[Message]:
         """RTM_SETLINK with a VF list (net/core/rtnetlink.c, do_setvfinfo); no generic family."""
         if request.protocol == NETLINK_GENERIC:
             raise KernelError(f"{request.what}: no such family", errno_name="ENOENT")

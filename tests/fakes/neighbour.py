@@ -66,7 +66,7 @@ class WatchedKernel:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._kernel, name)
-        return _watched(method, self._watch) if name in (*READS, "write") else method
+        return _watched(method, self._watch) if name in (*READS, "write_attribute") else method
 
 
 class WatchedTree(OsTree):
@@ -88,7 +88,7 @@ class _WatchedChild:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._child, name)
-        return _watched(method, self._watch) if name in ("read", "write") else method
+        return _watched(method, self._watch) if name in ("read", "write_attribute") else method
 
 
 def _watched(method: Callable[..., Any], watch: Watch) -> Callable[..., Any]:

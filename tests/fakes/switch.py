@@ -64,11 +64,11 @@ class SwitchKernel(FakeKernel):
 
     # Eswitch
 
-    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+    def answer_netlink(self, request: Request, timeout_s: float) -> list[Message]:
         if request.type == 0x10 and b"devlink\0" in request.payload:
             return [netlink_message(0x10, 1, u16(1, FAMILY), string(2, "devlink"))]
         if request.type != FAMILY:
-            return super().netlink(request, timeout_s)
+            return super().answer_netlink(request, timeout_s)
         command, _, _ = struct.unpack_from("=BBH", request.payload)
         assert command == 30, f"the fake kernel does not model devlink command {command}"
         attributes = parse_attributes(request.payload[4:])

@@ -47,11 +47,11 @@ class VdpaKernel(FakeKernel):
 
     # Netlink
 
-    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+    def answer_netlink(self, request: Request, timeout_s: float) -> list[Message]:
         if request.type == 0x10:
             return [netlink_message(0x10, 1, u16(1, FAMILY), string(2, "vdpa"))]
         if request.type != FAMILY:
-            return super().netlink(request, timeout_s)
+            return super().answer_netlink(request, timeout_s)
         command, _, _ = struct.unpack_from("=BBH", request.payload)
         attributes = parse_attributes(request.payload[4:])
         if command in (3, 4):

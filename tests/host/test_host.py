@@ -1,4 +1,4 @@
-"""The door to the host: reading, deadlines, and the one way to write."""
+"""The way to the host: reading, deadlines, and the one way to write."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_root_without_sys_is_refused(tmp_path: Path) -> None:
 
 def test_another_root_is_never_written(root: Path) -> None:
     with pytest.raises(UsageError, match="not the running host"):
-        Host.at(str(root)).write("/sys/class/thing/value", "1")
+        Host.at(str(root)).write_attribute("/sys/class/thing/value", "1")
     assert (root / "sys/class/thing/value").read_text() == "0x10\n"
 
 
@@ -181,12 +181,12 @@ def test_a_link_that_loops_is_an_error_and_not_a_hang() -> None:
 )
 def test_a_refused_write_names_the_errno(number: int, branch: type[KernelError]) -> None:
     class Refusing(MemoryTree):
-        def write(self, path: str, data: bytes, timeout_s: float) -> None:
+        def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
             raise OSError(number, os.strerror(number), path)
 
     host = Host(Refusing({}, {}), live=True, name="fake")
     with pytest.raises(branch) as caught:
-        host.write("/sys/bus/pci/drivers_probe", "0000:00:01.0")
+        host.write_attribute("/sys/bus/pci/drivers_probe", "0000:00:01.0")
     assert caught.value.errno_name == errno.errorcode[number]
     assert "/sys/bus/pci/drivers_probe" in caught.value.message
 

@@ -56,16 +56,16 @@ def modprobe(*names: str) -> None:
 def restore(host: Host) -> None:
     """Bring the guest back by bare writes, so that one test does not depend on another."""
     for mdev in read_mdevs(host):
-        host.write(f"/sys/bus/mdev/devices/{mdev.uuid}/remove", "1")
+        host.write_attribute(f"/sys/bus/mdev/devices/{mdev.uuid}/remove", "1")
     for address in ("0000:01:00.0", "0000:02:00.0"):
         base = f"/sys/bus/pci/devices/{address}"
         if host.read(f"{base}/sriov_numvfs") not in (None, "0"):
-            host.write(f"{base}/sriov_numvfs", "0")
+            host.write_attribute(f"{base}/sriov_numvfs", "0")
     for address in list_addresses(host):
         base = f"/sys/bus/pci/devices/{address}"
         if host.read(f"{base}/driver_override") != "(null)":
-            host.write(f"{base}/driver_override", "\n")
+            host.write_attribute(f"{base}/driver_override", "\n")
         if host.linkname(f"{base}/driver") == "vfio-pci":
-            host.write("/sys/bus/pci/drivers/vfio-pci/unbind", address)
+            host.write_attribute("/sys/bus/pci/drivers/vfio-pci/unbind", address)
         if host.linkname(f"{base}/driver") is None:
-            host.write("/sys/bus/pci/drivers_probe", address)
+            host.write_attribute("/sys/bus/pci/drivers_probe", address)

@@ -218,7 +218,7 @@ def test_vf_settings_are_written_and_read_back_as_ip_shows_them(clean: ExitStack
     clean.callback(numvfs.write_text, "0")
     index = socket.if_nametoindex(name)
     wanted = VfSettings(1, mac="52:54:00:aa:bb:01", vlan=7, qos=3, spoof_check=False, trust=True)
-    Host.local().netlink(set_vf(index, wanted))
+    Host.local().send_netlink(set_vf(index, wanted))
     found = {vf.index: vf for vf in read_vf_settings(index)}
     assert set(found) == {0, 1}
     assert (found[1].mac, found[1].vlan, found[1].qos) == ("52:54:00:aa:bb:01", 7, 3)

@@ -40,12 +40,12 @@ def hesitant_nvme(drivers: None) -> bool:
     which takes the driver off again later."""
     host = Host.local()
     base = f"/sys/bus/pci/devices/{EDU}"
-    host.write(f"{base}/driver_override", "nvme")
-    host.write("/sys/bus/pci/drivers_probe", EDU)
+    host.write_attribute(f"{base}/driver_override", "nvme")
+    host.write_attribute("/sys/bus/pci/drivers_probe", EDU)
     taken = host.linkname(f"{base}/driver") == "nvme"
     while host.linkname(f"{base}/driver") is not None:
         time.sleep(0.1)
-    host.write(f"{base}/driver_override", "\n")
+    host.write_attribute(f"{base}/driver_override", "\n")
     return taken
 
 

@@ -1,7 +1,8 @@
 """kill -9 at every write: whatever was half done, `recover` ends it as before or as after.
 
-The change runs in a forked child whose door kills it: at the entry of a write, while the write is
-in the kernel's hands, or right after it; in the change itself, in its roll-back, and in `recover`.
+The change runs in a forked child whose write path kills it: at the entry of a write, while the
+write is in the kernel's hands, or right after it; in the change itself, in
+its roll-back, and in `recover`.
 
 A recovery's own time is what it takes beside the kernel's share: writes, and modules that load.
 It has 1 s on a machine of today; the guest is emulated, so that is multiplied with how much slower
@@ -67,12 +68,12 @@ class KillingTree(OsTree):
         self.kill_at, self.moment, self.fail_at = kill_at, moment, fail_at
         self.count = 0
 
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         self.count += 1
         if self.count == self.fail_at:
             raise OSError(errno.EIO, "failed by the test", path)
         if self.count != self.kill_at:
-            super().write(path, data, timeout_s)
+            super().write_attribute(path, data, timeout_s)
             return
         if self.moment == "flight":
             child = self.child()
@@ -86,14 +87,14 @@ class KillingTree(OsTree):
                     os.closerange(first + 1, last)
                     os.closerange(last + 1, 1 << 16)
                     child._owner = os.getpid()
-                    child.write(path, data, timeout_s)
+                    child.write_attribute(path, data, timeout_s)
                 finally:
                     os._exit(0)
             os.close(writer)
             # Ends once the other process has closed what it got from this one.
             os.read(reader, 1)
         elif self.moment == "after":
-            super().write(path, data, timeout_s)
+            super().write_attribute(path, data, timeout_s)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -136,11 +137,11 @@ class MeasuringTree(OsTree):
         finally:
             self.device_s += time.monotonic() - begun
 
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         self.count += 1
         self.child()
         with self.device_time():
-            super().write(path, data, timeout_s)
+            super().write_attribute(path, data, timeout_s)
 
     def load_module(self, name: str, timeout_s: float) -> None:
         with self.device_time():

@@ -62,7 +62,7 @@ def test_settings_arrive_and_nothing_else_changes(card: str, wanted: VfSettings)
     index = socket.if_nametoindex(card)
     before = {vf.index: vf for vf in read_vf_settings(index)}
     assert set(before) == {0, 1, 2}
-    Host.local().netlink(set_vf(index, wanted))
+    Host.local().send_netlink(set_vf(index, wanted))
     after = {vf.index: vf for vf in read_vf_settings(index)}
     fields = ("mac", "vlan", "qos", "spoof_check", "trust", "min_rate_mbps", "max_rate_mbps")
     for name in (*fields, "link_state"):
@@ -80,7 +80,7 @@ def test_settings_arrive_and_nothing_else_changes(card: str, wanted: VfSettings)
 
 def test_what_is_read_is_what_ip_shows(card: str) -> None:
     index = socket.if_nametoindex(card)
-    Host.local().netlink(set_vf(index, VfSettings(1, mac="52:54:00:aa:bb:01", trust=True)))
+    Host.local().send_netlink(set_vf(index, VfSettings(1, mac="52:54:00:aa:bb:01", trust=True)))
     ours = {vf.index: vf for vf in read_vf_settings(index)}
     for vf in shown_by_ip(card):
         number = vf["vf"]
@@ -93,7 +93,7 @@ def test_what_is_read_is_what_ip_shows(card: str) -> None:
 def test_a_vf_that_is_not_there_is_the_kernels_error(card: str) -> None:
     index = socket.if_nametoindex(card)
     with pytest.raises(KernelError, match=f"set VF 9 of interface {index}: ") as caught:
-        Host.local().netlink(set_vf(index, VfSettings(9, trust=True)))
+        Host.local().send_netlink(set_vf(index, VfSettings(9, trust=True)))
     assert caught.value.errno_name == "EINVAL"
 
 
@@ -115,7 +115,7 @@ def test_an_eswitch_changes_its_mode_and_back(card: str, monkeypatch: pytest.Mon
         family = netlink.resolve_family(channel, netlink_devlink.FAMILY)
     assert netlink_devlink.read_eswitch(name, 5.0) == told_by_devlink() == "legacy"
     for mode in ("switchdev", "legacy"):
-        host.netlink(netlink_devlink.set_eswitch(family, name, mode))
+        host.send_netlink(netlink_devlink.set_eswitch(family, name, mode))
         assert netlink_devlink.read_eswitch(name, 5.0) == told_by_devlink() == mode
 
 

@@ -258,50 +258,50 @@ def test_values_that_do_not_fit_are_refused() -> None:
 def test_a_root_that_is_no_running_machine_takes_no_netlink() -> None:
     host = Host(MemoryTree({}, {}), live=False, name="a snapshot")
     with pytest.raises(UsageError, match="a snapshot is not the running host"):
-        host.netlink(set_vf(1, VfSettings(0, trust=True)))
+        host.send_netlink(set_vf(1, VfSettings(0, trust=True)))
 
 
-def test_a_fake_kernel_can_stand_in_for_the_door() -> None:
+def test_a_fake_kernel_can_stand_in_for_the_kernel() -> None:
     class Fake(MemoryTree):
-        def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        def send_netlink(self, request: Request, timeout_s: float) -> list[Message]:
             assert (request.what, timeout_s) == ("set VF 0 of interface 1", 3.0)
             return [Message(1, 2, 3, b"answer")]
 
     host = Host(Fake({}, {}), live=True, name="fake")
-    answers = host.netlink(set_vf(1, VfSettings(0, trust=True)), 3.0)
+    answers = host.send_netlink(set_vf(1, VfSettings(0, trust=True)), 3.0)
     assert answers == [Message(1, 2, 3, b"answer")]
 
 
 def harmless(what: str) -> Request:
-    """A look at one interface, sent through the door that is meant for changes."""
+    """A look at one interface, sent in the way that is meant for changes."""
     return Request(netlink.NETLINK_ROUTE, 18, struct.pack("=BxHiII", 0, 0, 1, 0, 0), what=what)
 
 
-def test_the_live_door_returns_answers_and_errors_across_its_child() -> None:
+def test_the_live_write_path_returns_answers_and_errors_across_its_child() -> None:
     host = Host.local()
-    (answer,) = host.netlink(harmless("look at lo"))
+    (answer,) = host.send_netlink(harmless("look at lo"))
     assert parse_link(answer.payload).name == "lo"
     absent = Request(
         netlink.NETLINK_ROUTE, 18, struct.pack("=BxHiII", 0, 0, 2147483000, 0, 0), what="look"
     )
     with pytest.raises(KernelError, match=r"look: .*ENODEV"):
-        host.netlink(absent)
+        host.send_netlink(absent)
 
 
-def test_the_live_door_gives_up_on_a_kernel_that_does_not_answer(
+def test_the_live_write_path_gives_up_on_a_kernel_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import time
 
-    from vfiotool.host import family as host_netlink
+    from vfiotool.netlink import codec
 
     def hang(request: Request, timeout_s: float) -> list[Message]:
         time.sleep(5)
         raise NotPermitted("never")
 
-    monkeypatch.setattr(host_netlink, "send", hang)
+    monkeypatch.setattr(codec, "send", hang)
     with pytest.raises(Stuck, match=r"look: no answer after 0\.2 s"):
-        Host.local().netlink(harmless("look"), 0.2)
+        Host.local().send_netlink(harmless("look"), 0.2)
 
 
 def test_an_eswitch_request_is_what_pyroute2_understands() -> None:

@@ -214,7 +214,7 @@ def test_all_keys_of_a_match_must_hold() -> None:
 def test_a_bridge_in_the_way_takes_a_rule_of_its_own() -> None:
     kernel = furnished()
     kernel.add_driver("shpchp", ["1b36:000e"])
-    kernel.host().write("/sys/bus/pci/drivers_probe", BRIDGE)
+    kernel.host().write_attribute("/sys/bus/pci/drivers_probe", BRIDGE)
     text = HEAD + device(address=BEHIND) + 'group = "whole"\n'
     with pytest.raises(Refused, match="stays on shpchp") as caught:
         plan_on(kernel.host(), text)

@@ -1,1 +1,1 @@
-"""Changing a host: pure plans of steps that verify and undo themselves, through one door."""
+"""Changing a host: pure plans of steps that verify and undo themselves, on one journalled path."""

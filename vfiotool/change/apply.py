@@ -53,8 +53,8 @@ class Outcome:
 
 
 @dataclass
-class _Door:
-    """The journalled door of one transaction."""
+class _Path:
+    """The journalled writer of one transaction."""
 
     host: Host
     transaction: Transaction
@@ -64,7 +64,7 @@ class _Door:
     undoing: bool = False
     nodes: tuple[str, ...] = ()
 
-    def take_up(self, number: int, step: Step) -> None:
+    def begin_step(self, number: int, step: Step) -> None:
         """Make `step` the one in hand, and see which nodes its device has now.
 
         The kernel takes a device's own node away before it waits for who has it open, so those
@@ -74,11 +74,11 @@ class _Door:
         self.nodes = tuple(dict.fromkeys((*known, *nodes_of(self.host, step))))
         self.number = number
 
-    def write(self, path: str, data: str) -> None:
+    def write_attribute(self, path: str, data: str) -> None:
         self.interrupts.raise_any()
         self.note("write", path=path, data=data, **writer_of(self.host))
         try:
-            self._uninterrupted(lambda: self.host.write(path, data, self.timeout_s))
+            self._uninterrupted(lambda: self.host.write_attribute(path, data, self.timeout_s))
         except Stuck:
             raise
         except VfiotoolError:
@@ -91,10 +91,10 @@ class _Door:
         self.note("module", name=name)
         self._uninterrupted(lambda: self.host.load_module(name, self.timeout_s))
 
-    def netlink(self, request: Request) -> list[Message]:
+    def send_netlink(self, request: Request) -> list[Message]:
         self.interrupts.raise_any()
         self.note("netlink", what=request.what)
-        return self._uninterrupted(lambda: self.host.netlink(request, self.timeout_s))
+        return self._uninterrupted(lambda: self.host.send_netlink(request, self.timeout_s))
 
     def note(self, kind: str, **values: object) -> None:
         """Journal an entry of the step in hand.
@@ -180,7 +180,7 @@ def _run_all(
 ) -> int:
     with kept() as interrupts:
         transaction = journal.begin(title, steps, keys, undoes)
-        door = _Door(host, transaction, timeout_s, interrupts)
+        writer = _Path(host, transaction, timeout_s, interrupts)
         started = 0
         try:
             remember_origins(journal, steps)
@@ -189,40 +189,40 @@ def _run_all(
                     progress(number, len(steps), step)
                 step.check(host)
                 started = number
-                _run_step(door, number, step)
+                _run_step(writer, number, step)
             _verify_all(host, steps)
             transaction.end("committed")
         except Stuck as error:
-            raise _left_stuck(door, steps, error) from error
+            raise _left_stuck(writer, steps, error) from error
         except BaseException as error:
-            _take_all_back(door, journal, steps, started, error)
+            _take_all_back(writer, journal, steps, started, error)
             raise
     forget_origins(host, journal, steps, hold=True)
     return transaction.number
 
 
 def _take_all_back(
-    door: _Door, journal: Journal, steps: tuple[Step, ...], started: int, error: BaseException
+    writer: _Path, journal: Journal, steps: tuple[Step, ...], started: int, error: BaseException
 ) -> None:
     """Roll back what ran because of `error`. Raises Stuck if that cannot be."""
-    transaction = door.transaction
+    transaction = writer.transaction
     try:
-        _roll_back(door, steps, range(started, 0, -1), error)
+        _roll_back(writer, steps, range(started, 0, -1), error)
     except Stuck as stuck:
-        raise _left_stuck(door, steps, stuck) from error
+        raise _left_stuck(writer, steps, stuck) from error
     except BaseException as again:
         # Interrupted once more: `recover` ends the roll-back, in this process or another.
-        transaction.leave()
+        transaction.release()
         raise Stuck(
-            f"interrupted while it was taken back: {steps[max(door.number, 1) - 1].target} is half "
-            "done",
+            f"interrupted while it was taken back: {steps[max(writer.number, 1) - 1].target} is "
+            "half done",
             hint="vfiotool recover",
         ) from again
-    forget_origins(door.host, journal, steps)
+    forget_origins(writer.host, journal, steps)
     try:
         transaction.end("rolled-back", _reason(error))
     except VfiotoolError as again:
-        transaction.leave()
+        transaction.release()
         raise Stuck(
             f"{_reason(error)}; it was taken back, but the journal could not say so: "
             f"{again.message}",
@@ -235,13 +235,13 @@ def _reason(error: BaseException) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
 
 
-def _run_step(door: _Door, number: int, step: Step) -> None:
-    door.take_up(number, step)
-    door.note("step", nodes=door.nodes)
-    step.run(door)
-    if not step.holds(door.host):
+def _run_step(writer: _Path, number: int, step: Step) -> None:
+    writer.begin_step(number, step)
+    writer.note("step", nodes=writer.nodes)
+    step.run(writer)
+    if not step.holds(writer.host):
         raise not_done(step)
-    door.note("done")
+    writer.note("done")
 
 
 def _verify_all(host: Host, steps: tuple[Step, ...]) -> None:
@@ -271,31 +271,33 @@ def _facet(step: Step) -> tuple[type, str, str]:
     return type(step), step.target, attribute
 
 
-def _roll_back(door: _Door, steps: tuple[Step, ...], numbers: range, cause: BaseException) -> None:
+def _roll_back(
+    writer: _Path, steps: tuple[Step, ...], numbers: range, cause: BaseException
+) -> None:
     """Undo the steps of those numbers, in that order. Raises Stuck if one cannot be undone."""
-    door.undoing = True
+    writer.undoing = True
     for number in numbers:
-        door.take_up(number, steps[number - 1])
-        door.note("undoing")
+        writer.begin_step(number, steps[number - 1])
+        writer.note("undoing")
         try:
-            _undo_step(door, steps[number - 1])
+            _undo_step(writer, steps[number - 1])
         except VfiotoolError as error:
             text = f"{_reason(cause)}; then undoing step {number} failed: {error.message}"
             raise Stuck(text, errno_name=error.errno_name) from error
-        door.note("undone")
+        writer.note("undone")
 
 
-def _undo_step(door: _Door, step: Step) -> None:
+def _undo_step(writer: _Path, step: Step) -> None:
     inverse = step.inverse()
     if inverse is None:
         return
     for left in reversed(range(_ROLL_BACK_TRIES)):
-        if not inverse.present(door.host):
+        if not inverse.present(writer.host):
             # Unplugged, or destroyed with its physical function's VFs: nothing to put back.
             return
         try:
-            inverse.run(door)
-            if inverse.holds(door.host):
+            inverse.run(writer)
+            if inverse.holds(writer.host):
                 return
             raise not_done(inverse)
         except Stuck:
@@ -305,15 +307,15 @@ def _undo_step(door: _Door, step: Step) -> None:
                 raise
 
 
-def _left_stuck(door: _Door, steps: tuple[Step, ...], error: Stuck) -> Stuck:
-    """Journal that the change is stuck at the door's step, and say who holds the device."""
-    step, host, transaction = steps[max(door.number, 1) - 1], door.host, door.transaction
-    holders = read_holders(host, (*door.nodes, *nodes_of(host, step)))
+def _left_stuck(writer: _Path, steps: tuple[Step, ...], error: Stuck) -> Stuck:
+    """Journal that the change is stuck at the step in hand, and say who holds the device."""
+    step, host, transaction = steps[max(writer.number, 1) - 1], writer.host, writer.transaction
+    holders = read_holders(host, (*writer.nodes, *nodes_of(host, step)))
     names = ", ".join(f"process {pid} ({name})" for pid, name in holders)
     message = f"{error.message}; held by {names}" if holders else error.message
-    door.undoing = True
-    door.note("stuck", message=message, holders=[pid for pid, _ in holders])
-    transaction.leave()
+    writer.undoing = True
+    writer.note("stuck", message=message, holders=[pid for pid, _ in holders])
+    transaction.release()
     ending = f"end process {', '.join(str(pid) for pid, _ in holders)}, then: " if holders else ""
     return Stuck(
         f"{step.target} is half done: {message}",
@@ -393,33 +395,33 @@ def recover(
             continue
         with kept() as interrupts, held(journal.locks, record.keys, LOCK_DEADLINE_S):
             number = max(record.started, default=1)
-            door = _Door(host, transaction, timeout_s, interrupts, number, nodes=record.nodes)
+            writer = _Path(host, transaction, timeout_s, interrupts, number, nodes=record.nodes)
             try:
-                results.append(_recover_one(door, journal, record, finish))
+                results.append(_recover_one(writer, journal, record, finish))
             except BaseException:
-                transaction.leave()
+                transaction.release()
                 raise
     return tuple(results)
 
 
-def _recover_one(door: _Door, journal: Journal, record: Record, finish: bool | None) -> Recovered:
-    host, transaction = door.host, door.transaction
+def _recover_one(writer: _Path, journal: Journal, record: Record, finish: bool | None) -> Recovered:
+    host, transaction = writer.host, writer.transaction
     if record.outcome is not None:
         transaction.end(record.outcome, record.error)
         return Recovered(record.number, record.title, _RESULT[record.outcome])
     try:
-        _await_writer(host, record, door.timeout_s)
+        _await_writer(host, record, writer.timeout_s)
         forward = _goes_forward(host, record) if finish is None else finish
         outcome, reason = "rolled-back", None
         if forward:
-            outcome, reason = _finish(door, record)
+            outcome, reason = _finish(writer, record)
         if outcome == "rolled-back":
             # Undoing a step that never ran writes nothing, so a failed finish undoes them all.
             last = len(record.steps) if forward else max(record.started, default=0)
             cause = KernelError(reason or "undone by recover")
-            _roll_back(door, record.steps, range(last, 0, -1), cause)
+            _roll_back(writer, record.steps, range(last, 0, -1), cause)
     except Stuck as error:
-        stuck = _left_stuck(door, record.steps, error)
+        stuck = _left_stuck(writer, record.steps, error)
         return Recovered(record.number, record.title, "stuck", stuck.message)
     forget_origins(host, journal, record.steps)
     transaction.end(outcome, reason)
@@ -450,16 +452,16 @@ def _goes_forward(host: Host, record: Record) -> bool:
 _RESULT = {"committed": "finished", "rolled-back": "undone"}
 
 
-def _finish(door: _Door, record: Record) -> tuple[str, str | None]:
+def _finish(writer: _Path, record: Record) -> tuple[str, str | None]:
     """Run what is left of a transaction; the outcome, and why if it cannot be finished."""
     try:
         first = max(record.started, default=1)
         for number in range(first, len(record.steps) + 1):
             step = record.steps[number - 1]
             if number > first:
-                step.check(door.host)
-            _run_step(door, number, step)
-        _verify_all(door.host, record.steps)
+                step.check(writer.host)
+            _run_step(writer, number, step)
+        _verify_all(writer.host, record.steps)
     except Stuck:
         raise
     except VfiotoolError as error:

@@ -178,10 +178,10 @@ class Transaction:
         self.note("end", outcome=outcome, error=error)
         name = f"{self.number:06d}"
         self._folder.rename(name + _OPEN, name + _DONE)
-        self.leave()
+        self.release()
 
-    def leave(self) -> None:
-        """Let go of it as it is: `recover` will find it."""
+    def release(self) -> None:
+        """Close it as it is: `recover` will find it."""
         os.close(self._descriptor)
 
 
@@ -288,7 +288,7 @@ class Journal:
     def unfinished(self, keys: set[str] | None = None) -> list[tuple[Record, Transaction | None]]:
         """The open transactions, each with its file locked, or None while a process works on it.
 
-        With `keys`, only those that need one of these locks. The caller `end`s or `leave`s those
+        With `keys`, only those that need one of these locks. The caller `end`s or `release`s those
         that it got.
         """
         found = []
@@ -323,7 +323,7 @@ class Journal:
         hit = None
         for record, transaction in self.unfinished(wanted):
             if transaction is not None:
-                transaction.leave()
+                transaction.release()
                 hit = record
         return hit
 

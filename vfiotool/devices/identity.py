@@ -1,7 +1,7 @@
 """Groups and their members read with the fewest system calls and the lightest imports.
 
 `groups` must start fast and list thousands of functions, so nothing here needs dataclasses,
-regular expressions or more than the host's door; `iommu.py` gives the same facts as values.
+regular expressions or more than the host; `iommu.py` gives the same facts as values.
 `modalias` and the `driver` link tell a function's identity and driver, as its `uevent` would: that
 one read less would hang on kernels that take the device's lock for it (see `read_uevent`).
 """

@@ -151,7 +151,7 @@ def parse_parent(text: str) -> tuple[str | None, str]:
 
 def knows_netlink(host: Host) -> bool:
     """Whether the host can be asked over netlink: a running machine, or a fake one that answers."""
-    return host.live and getattr(host.tree, "netlink", None) is not None
+    return host.live and getattr(host.tree, "ask_netlink", None) is not None
 
 
 def find_family(host: Host) -> int:
@@ -184,7 +184,7 @@ def _ask(host: Host, family: int, command: int, *attributes: bytes, dump: bool) 
         NLM_F_DUMP if dump else 0,
         what,
     )
-    return host.netlink(request, QUESTION_DEADLINE_S)
+    return host.ask_netlink(request, QUESTION_DEADLINE_S)
 
 
 def _texts(attributes: dict[int, bytes], kind: int) -> str | None:

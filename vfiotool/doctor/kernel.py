@@ -91,7 +91,7 @@ def _module(host: Host, distribution: Distribution, name: str) -> Finding:
         return Finding(check, "ok", summary, evidence)
     if state == "module":
         summary = f"{shown} is a module that is not loaded; bind loads what it needs"
-        remedy = distribution.load_module(shown)
+        remedy = distribution.module_hint(shown)
         return Finding(check, "note", summary, evidence, remedy, VFIO_PAGE)
     if state == "unknown":
         summary = f"whether this kernel has {shown} cannot be told here"

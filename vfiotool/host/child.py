@@ -2,20 +2,26 @@
 
 Unbind, remove, reset and a change of VFs block for as long as a user holds the device, and the
 first signal only moves the writer to an uninterruptible wait. So each such access is made by a
-child that can be left behind (see `Host.write`).
+child that can be left behind (see `Host.write_attribute`).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import pickle
 import select
 import signal
 import struct
 import subprocess
 import time
 
-from vfiotool.errors import KernelError, Stuck
+from vfiotool.errors import KernelError, Stuck, VfiotoolError
+
+# Most that needs a child sends nothing over netlink.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfiotool.netlink.codec import Message, Request
 
 # What programs that root calls are found and run with: nothing of the caller's.
 CALLOUT_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -29,14 +35,14 @@ _LOST = (errno.EIO, 0)
 
 def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
     """One `write(2)` in a child process. Raises OSError, KernelError (short write) or Stuck."""
-    child = DoorChild()
+    child = WriterProcess()
     try:
-        child.write(path, data, timeout_s)
+        child.write_attribute(path, data, timeout_s)
     finally:
         child.close()
 
 
-class DoorChild:
+class WriterProcess:
     """A disposable process that writes, and reads what can block, for its parent.
 
     It holds nothing of the parent's and ends when the parent does, after the access in hand. An
@@ -66,7 +72,7 @@ class DoorChild:
             return False
         return not select.select([self._replies], [], [], 0)[0]
 
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         """One `write(2)`. Raises OSError, KernelError (short write) or Stuck (no answer)."""
         what = f"write {data.decode().strip()!r} to {path}"
         written = self._ask(what, path, data, timeout_s)
@@ -146,6 +152,70 @@ def _read_exactly(descriptor: int, length: int) -> bytes:
     while len(data) < length and (piece := os.read(descriptor, length - len(data))):
         data += piece
     return data
+
+
+def send_in_child(request: Request, timeout_s: float) -> list[Message]:
+    """One netlink request in a child: the answers to it.
+
+    The kernel runs a request inside `sendmsg`, under locks that a stuck device can hold for ever,
+    so a time limit on the answer alone would not help (net/core/rtnetlink.c, rtnetlink_rcv_msg).
+    Raises as `netlink.Socket.request`, and Stuck after `timeout_s`.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        # Whatever happens, the child must never run on in the parent's code.
+        try:
+            leave_parent(writer)
+            data = pickle.dumps(_attempt(request, timeout_s))
+            while data:
+                data = data[os.write(writer, data) :]
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        data = _read_all(reader, timeout_s, request)
+    finally:
+        os.close(reader)
+        abandon(child)
+    try:
+        # Our own child's words; one that was killed may have left half of them.
+        outcome = pickle.loads(data)
+    except (pickle.UnpicklingError, EOFError):
+        outcome = _lost(request)
+    if isinstance(outcome, VfiotoolError):
+        raise outcome
+    answers: list[Message] = outcome
+    return answers
+
+
+def _attempt(request: Request, timeout_s: float) -> list[Message] | VfiotoolError:
+    from vfiotool.netlink.codec import send
+
+    try:
+        return send(request, timeout_s)
+    except VfiotoolError as error:
+        return error
+
+
+def _lost(request: Request) -> KernelError:
+    return KernelError(f"{request.what}: the process that sent it ended without an answer")
+
+
+def _read_all(reader: int, timeout_s: float, request: Request) -> bytes:
+    deadline = time.monotonic() + timeout_s
+    parts: list[bytes] = []
+    while True:
+        left = max(deadline - time.monotonic(), 0)
+        if not select.select([reader], [], [], left)[0]:
+            raise Stuck(
+                f"{request.what}: no answer after {timeout_s:g} s",
+                hint="end what holds the device, then: vfiotool recover",
+            )
+        piece = os.read(reader, 1 << 16)
+        if not piece:
+            return b"".join(parts)
+        parts.append(piece)
 
 
 def run_modprobe(name: str, timeout_s: float) -> None:

@@ -63,7 +63,7 @@ class Distribution:
         write = f"echo 'options {module} {option}' >> /etc/modprobe.d/vfio.conf"
         return (write, *([self.initramfs] if self.initramfs else []))
 
-    def load_module(self, module: str) -> tuple[str, ...]:
+    def module_hint(self, module: str) -> tuple[str, ...]:
         """The commands that load a module now and at each boot."""
         return (f"modprobe {module}", f"echo {module} >> /etc/modules-load.d/vfio.conf")
 

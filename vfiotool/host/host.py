@@ -4,9 +4,9 @@ A `Host` reads from a tree (`tree.py`): the machine itself, a directory laid out
 stands for another machine, or a `MemoryTree` that holds a snapshot or a test's fake kernel.
 Everything above this package takes a `Host` and cannot tell them apart.
 
-Writing goes through `Host.write` alone. On a live host each write runs in a disposable child
-with a deadline, because unbind, remove, reset and a change of VFs block for as long as a user
-holds the device (Documentation/driver-api/vfio.rst, "release" of a device in use).
+Writing goes through `Host.write_attribute` alone. On a live host each write runs in a disposable
+child with a deadline, because unbind, remove, reset and a change of VFs block for as long as a
+user holds the device (Documentation/driver-api/vfio.rst, "release" of a device in use).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Host:
             return None
         return data.decode("utf-8", "backslashreplace").strip()
 
-    def write(self, path: str, data: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
+    def write_attribute(self, path: str, data: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
         """Write `data` to one attribute in one `write(2)`: the only way vfiotool changes a host.
 
         Raises UsageError on a root that is not the running machine, KernelError or NotPermitted
@@ -171,16 +171,16 @@ class Host:
         seconds (it then goes on in a child that nobody waits for).
         """
         try:
-            self.tree.write(path, data.encode(), timeout_s)
+            self.tree.write_attribute(path, data.encode(), timeout_s)
         except OSError as error:
             raise from_oserror(f"write {data.strip()!r} to {path}", error) from error
 
     def writer_pid(self) -> int | None:
-        """The process that the next `write` runs in, so that a journal can name it beforehand."""
+        """The process that the next write runs in, so that a journal can name it beforehand."""
         return self.tree.child().pid if isinstance(self.tree, OsTree) else None
 
     def load_module(self, name: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
-        """Have modprobe load a module. Raises KernelError, NotPermitted or Stuck as `write` does.
+        """Have modprobe load a module. Raises as `write_attribute` does.
 
         Loading what is loaded or built in already is no error.
         """
@@ -189,14 +189,21 @@ class Host:
         except OSError as error:
             raise from_oserror(f"load module {name}", error) from error
 
-    def netlink(self, request: Request, timeout_s: float = WRITE_DEADLINE_S) -> list[Message]:
-        """Send one netlink request that changes the host: the write door's other half.
+    def ask_netlink(self, request: Request, timeout_s: float = READ_DEADLINE_S) -> list[Message]:
+        """Send one netlink request that changes nothing. Raises as `send_netlink` does."""
+        return self._exchange("ask_netlink", request, timeout_s)
 
-        Goes to the tree's `netlink(request, timeout_s)`, which a fake kernel may have. Raises
-        UsageError on a root that is not the running machine, KernelError or NotPermitted with the
-        kernel's errno and words, and Stuck as `write` does.
+    def send_netlink(self, request: Request, timeout_s: float = WRITE_DEADLINE_S) -> list[Message]:
+        """Send one netlink request that changes the host.
+
+        Goes to the tree's method of that name, which a fake kernel may have. Raises UsageError on
+        a root that is not the running machine, KernelError or NotPermitted with the kernel's errno
+        and words, and Stuck as `write_attribute` does.
         """
-        send = getattr(self.tree, "netlink", None)
+        return self._exchange("send_netlink", request, timeout_s)
+
+    def _exchange(self, method: str, request: Request, timeout_s: float) -> list[Message]:
+        send = getattr(self.tree, method, None)
         if send is None:
             raise read_only_root(self.name)
         answers: list[Message] = send(request, timeout_s)

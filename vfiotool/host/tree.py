@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Protocol
 
-    from vfiotool.host.child import DoorChild
+    from vfiotool.host.child import WriterProcess
     from vfiotool.netlink.codec import Message, Request
 else:
     Protocol = object
@@ -31,7 +31,7 @@ class Tree(Protocol):
     def readlink(self, path: str) -> str: ...
     def exists(self, path: str) -> bool: ...
     def isdir(self, path: str) -> bool: ...
-    def write(self, path: str, data: bytes, timeout_s: float) -> None: ...
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None: ...
     def load_module(self, name: str, timeout_s: float) -> None: ...
 
 
@@ -41,7 +41,7 @@ class OsTree:
     def __init__(self, root: str = "") -> None:
         self.root = root.rstrip("/")
         self.live = not self.root
-        self._child: DoorChild | None = None
+        self._child: WriterProcess | None = None
 
     def read(self, path: str) -> bytes:
         if path.startswith(OBSERVED) and (self.live or path == OTHER_TOOLS):
@@ -72,8 +72,8 @@ class OsTree:
     def isdir(self, path: str) -> bool:
         return os.path.isdir(self.root + path)
 
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
-        self.child().write(path, data, timeout_s)
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
+        self.child().write_attribute(path, data, timeout_s)
 
     def load_module(self, name: str, timeout_s: float) -> None:
         if not self.live:
@@ -82,14 +82,17 @@ class OsTree:
 
         run_modprobe(name, timeout_s)
 
-    def netlink(self, request: Request, timeout_s: float) -> list[Message]:
+    def ask_netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        return self.send_netlink(request, timeout_s)
+
+    def send_netlink(self, request: Request, timeout_s: float) -> list[Message]:
         if not self.live:
             raise read_only_root(self.root)
-        from vfiotool.host.family import send_in_child
+        from vfiotool.host.child import send_in_child
 
         return send_in_child(request, timeout_s)
 
-    def child(self) -> DoorChild:
+    def child(self) -> WriterProcess:
         """The child that writes for this process: made when first needed, again after a hang."""
         if not self.live:
             raise read_only_root(self.root)
@@ -97,9 +100,9 @@ class OsTree:
             self._child.close()
             self._child = None
         if self._child is None:
-            from vfiotool.host.child import DoorChild
+            from vfiotool.host.child import WriterProcess
 
-            self._child = DoorChild()
+            self._child = WriterProcess()
         return self._child
 
 
@@ -213,7 +216,7 @@ class MemoryTree:
         except OSError:
             return False
 
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         raise read_only_root(self.name)
 
     def load_module(self, name: str, timeout_s: float) -> None:

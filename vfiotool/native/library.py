@@ -1,4 +1,4 @@
-"""The one door to the C library: what it returns becomes values, what it refuses exceptions.
+"""The one way to the C library: what it returns becomes values, what it refuses exceptions.
 
 Every function here takes and gives plain numbers and bytes. A negative result of C is an errno;
 `failed` turns it into the branch of `VfiotoolError` that it belongs to, and nobody else does.

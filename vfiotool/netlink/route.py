@@ -2,7 +2,7 @@
 
 Source: include/uapi/linux/rtnetlink.h, if_link.h, if_addr.h; Documentation/networking/netdevices.
 What reads opens a socket; what changes makes a `Request`, which `Host.netlink` sends: the host's
-one door for netlink writes, as `Host.write` is for attributes.
+one way of netlink changes, as `Host.write_attribute` is of attributes.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class RecordingTree:
             self.note(self.real(path))
         return found
 
-    def write(self, path: str, data: bytes, timeout_s: float) -> None:
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
     def load_module(self, name: str, timeout_s: float) -> None:

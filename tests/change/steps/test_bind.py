@@ -95,7 +95,7 @@ def test_release_without_a_record_lets_the_kernel_choose(kernel: FakeKernel) -> 
 def test_none_parks_a_device_where_no_probe_takes_it(kernel: FakeKernel, journal: Journal) -> None:
     do(kernel.host(), journal, binding(NVME, driver="none"))
     assert kernel.driver_of(NVME) is None
-    kernel.write("/sys/bus/pci/drivers_probe", NVME.encode(), 1)
+    kernel.write_attribute("/sys/bus/pci/drivers_probe", NVME.encode(), 1)
     assert kernel.driver_of(NVME) is None
 
 
@@ -138,7 +138,7 @@ def test_a_driver_that_lets_go_after_its_probe_has_refused_too(
 def test_bind_restores_an_override_that_another_tool_had_set(
     kernel: FakeKernel, journal: Journal
 ) -> None:
-    kernel.write(f"/sys/bus/pci/devices/{STUBBORN}/driver_override", b"nvme\n", 1)
+    kernel.write_attribute(f"/sys/bus/pci/devices/{STUBBORN}/driver_override", b"nvme\n", 1)
     before = kernel.state()
     with pytest.raises(KernelError):
         do(kernel.host(), journal, binding(STUBBORN))
@@ -180,7 +180,7 @@ def test_a_bridge_that_keeps_its_group_from_user_space_is_parked_and_given_back(
     kernel: FakeKernel, journal: Journal
 ) -> None:
     kernel.add_driver("shpchp", ["1b36:000e"])
-    kernel.host().write("/sys/bus/pci/drivers_probe", BRIDGE)
+    kernel.host().write_attribute("/sys/bus/pci/drivers_probe", BRIDGE)
     before = kernel.state()
     with pytest.raises(Refused, match="is a bridge"):
         do(kernel.host(), journal, binding(BRIDGE))
@@ -196,7 +196,7 @@ def test_a_bridge_that_is_in_nobodys_way_is_not_parked(
 ) -> None:
     if driver:
         kernel.drivers[driver].ids = frozenset(["1b36:000e"])
-        kernel.host().write("/sys/bus/pci/drivers_probe", BRIDGE)
+        kernel.host().write_attribute("/sys/bus/pci/drivers_probe", BRIDGE)
     assert kernel.driver_of(BRIDGE) == driver
     with pytest.raises(Refused, match="is a bridge"):
         do(kernel.host(), journal, binding(BRIDGE, driver="none"))
@@ -285,7 +285,7 @@ def test_undo_takes_changes_back_one_by_one(kernel: FakeKernel, journal: Journal
 def test_undo_refuses_what_was_changed_since(kernel: FakeKernel, journal: Journal) -> None:
     host = kernel.host()
     do(host, journal, binding(NVME))
-    kernel.write("/sys/bus/pci/drivers/vfio-pci/unbind", NVME.encode(), 1)
+    kernel.write_attribute("/sys/bus/pci/drivers/vfio-pci/unbind", NVME.encode(), 1)
     with pytest.raises(Refused, match="changed"):
         undo(host, journal)
 

@@ -1,9 +1,9 @@
-"""What every step is: a frozen value with two ends, and the door that it runs through.
+"""What every step is: a frozen value with two ends, and the writer that it runs through.
 
 Running a step *converges* the target on the state after from wherever it stands, so the same
 code runs it, undoes it (the inverse is the step with its ends exchanged) and recovers it after a
 crash at any write. `check` re-checks the device's identity and that it stands at one of the two
-ends; `run` writes through the door and reads each write back; `holds` tells whether the goal is
+ends; `run` writes through the writer and reads each write back; `holds` tells whether the goal is
 reached.
 """
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from vfiotool.netlink.codec import Message, Request
 
 
-class Door(Protocol):
+class Writer(Protocol):
     """What a step runs through. Each call is journalled before it reaches the kernel."""
 
     host: Host
 
-    def write(self, path: str, data: str) -> None: ...
+    def write_attribute(self, path: str, data: str) -> None: ...
     def load_module(self, name: str) -> None: ...
-    def netlink(self, request: Request) -> list[Message]: ...
+    def send_netlink(self, request: Request) -> list[Message]: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Step(ABC):
         """Raise Refused or NotFound if the target is another device or stands at neither end."""
 
     @abstractmethod
-    def run(self, door: Door) -> None:
+    def run(self, writer: Writer) -> None:
         """Converge on the state after. Raises KernelError, NotPermitted, NotFound or Stuck."""
 
     @abstractmethod
@@ -115,12 +115,12 @@ class SetAttribute(Step):
         """The texts before and after."""
 
     @abstractmethod
-    def turned(self, value: str) -> Step:
+    def reversed_to(self, value: str) -> Step:
         """The step that sets the value before."""
 
     def inverse(self) -> Step | None:
         before = self.values[0]
-        return None if before is None else self.turned(before)
+        return None if before is None else self.reversed_to(before)
 
     def ends(self) -> tuple[object, object]:
         return self.values
@@ -139,11 +139,11 @@ class SetAttribute(Step):
     def holds(self, host: Host) -> bool:
         return self._read(host) in (self.values[1], None)
 
-    def run(self, door: Door) -> None:
-        if self._read(door.host) == self.values[1]:
+    def run(self, writer: Writer) -> None:
+        if self._read(writer.host) == self.values[1]:
             return
-        door.write(self.path, self.values[1])
-        found = self._read(door.host)
+        writer.write_attribute(self.path, self.values[1])
+        found = self._read(writer.host)
         if found not in (self.values[1], None):
             name = self.path.rpartition("/")[2]
             raise KernelError(

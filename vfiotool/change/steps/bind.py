@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import Door, Step, check_identity, drifted
+from vfiotool.change.steps.base import Step, Writer, check_identity, drifted
 from vfiotool.change.steps.state import (
     ANY,
     BUSES,
@@ -94,54 +94,54 @@ class BindDriver(Step):
             return found.override is None
         return found == self.after
 
-    def run(self, door: Door) -> None:
-        found = read_binding(door.host, self.bus, self.address)
+    def run(self, writer: Writer) -> None:
+        found = read_binding(writer.host, self.bus, self.address)
         if self.after.driver == ANY:
-            self._hand_back(door, found)
+            self._hand_back(writer, found)
             return
         override = found.override
         if found.driver != self.after.driver:
             guide = self.after.driver or PARKED
-            self._set_override(door, override, guide)
-            self._unbind(door, found.driver)
+            self._set_override(writer, override, guide)
+            self._unbind(writer, found.driver)
             if self.after.driver is not None:
-                self._probe(door, self.after.driver)
+                self._probe(writer, self.after.driver)
             override = guide
-        self._set_override(door, override, self.after.override)
+        self._set_override(writer, override, self.after.override)
 
-    def _hand_back(self, door: Door, found: Binding) -> None:
-        self._set_override(door, found.override, None)
+    def _hand_back(self, writer: Writer, found: Binding) -> None:
+        self._set_override(writer, found.override, None)
         if found.driver is not None and is_vfio_driver(found.driver):
-            self._unbind(door, found.driver)
-        if read_driver(door.host, self.bus, self.address) is None:
-            door.write(BUSES[self.bus].probe, self.address)
+            self._unbind(writer, found.driver)
+        if read_driver(writer.host, self.bus, self.address) is None:
+            writer.write_attribute(BUSES[self.bus].probe, self.address)
 
-    def _set_override(self, door: Door, found: str | None, wanted: str | None) -> None:
+    def _set_override(self, writer: Writer, found: str | None, wanted: str | None) -> None:
         if found == wanted:
             return
         path = f"{BUSES[self.bus].devices}/{self.address}/driver_override"
-        door.write(path, f"{wanted or ''}\n")
-        now = read_binding(door.host, self.bus, self.address).override
+        writer.write_attribute(path, f"{wanted or ''}\n")
+        now = read_binding(writer.host, self.bus, self.address).override
         if now != wanted:
             raise self._failed(f"its driver_override reads {now!r} after {wanted!r} was written")
 
-    def _unbind(self, door: Door, driver: str | None) -> None:
+    def _unbind(self, writer: Writer, driver: str | None) -> None:
         if driver is None:
             return
-        door.write(f"{BUSES[self.bus].drivers}/{driver}/unbind", self.address)
-        still = read_driver(door.host, self.bus, self.address)
+        writer.write_attribute(f"{BUSES[self.bus].drivers}/{driver}/unbind", self.address)
+        still = read_driver(writer.host, self.bus, self.address)
         if still is not None:
             raise self._failed(f"it is bound to {still} after it was unbound")
 
-    def _probe(self, door: Door, driver: str) -> None:
-        if not driver_registered(door.host, self.bus, driver):
+    def _probe(self, writer: Writer, driver: str) -> None:
+        if not driver_registered(writer.host, self.bus, driver):
             raise self._failed(f"no driver named {driver} is registered with the kernel")
-        door.write(BUSES[self.bus].probe, self.address)
-        bound = read_driver(door.host, self.bus, self.address)
+        writer.write_attribute(BUSES[self.bus].probe, self.address)
+        bound = read_driver(writer.host, self.bus, self.address)
         if bound is None:
             # drivers_probe succeeds even if nothing bound; `bind` tells why.
             try:
-                door.write(f"{BUSES[self.bus].drivers}/{driver}/bind", self.address)
+                writer.write_attribute(f"{BUSES[self.bus].drivers}/{driver}/bind", self.address)
             except KernelError as error:
                 raise KernelError(
                     f"{self.address}: {driver} did not take it: {error.message}",
@@ -149,9 +149,9 @@ class BindDriver(Step):
                     device=self.address,
                     errno_name=error.errno_name,
                 ) from error
-            bound = read_driver(door.host, self.bus, self.address)
+            bound = read_driver(writer.host, self.bus, self.address)
         if self.after.override == driver and not is_vfio_driver(driver):
-            bound = self._settled(door.host, driver)
+            bound = self._settled(writer.host, driver)
         if bound != driver:
             raise self._failed(f"{driver} did not take it (it has {bound or 'no driver'})")
 
@@ -200,11 +200,11 @@ class LoadModule(Step):
     def holds(self, host: Host) -> bool:
         return driver_registered(host, self.bus, self.driver)
 
-    def run(self, door: Door) -> None:
-        if self.holds(door.host):
+    def run(self, writer: Writer) -> None:
+        if self.holds(writer.host):
             return
         try:
-            door.load_module(self.module)
+            writer.load_module(self.module)
         except KernelError as error:
             if not is_vfio_driver(self.driver):
                 raise KernelError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import Door, Step, check_identity, drifted
+from vfiotool.change.steps.base import Step, Writer, check_identity, drifted
 from vfiotool.change.steps.state import UNKNOWN, Identity, device_exists
 from vfiotool.devices.sriov import read_eswitch_mode
 from vfiotool.errors import KernelError
@@ -57,19 +57,19 @@ class SetEswitchMode(Step):
     def holds(self, host: Host) -> bool:
         return read_eswitch_mode(host, self.pf) == self.after
 
-    def run(self, door: Door) -> None:
+    def run(self, writer: Writer) -> None:
         from vfiotool.host.family import family_number
         from vfiotool.netlink.devlink import FAMILY, set_eswitch
 
-        if self.holds(door.host):
+        if self.holds(writer.host):
             return
-        family = family_number(door.host, FAMILY)
+        family = family_number(writer.host, FAMILY)
         if family is None:
             raise KernelError(
                 f"{self.pf}: this kernel has no devlink (CONFIG_NET_DEVLINK)", device=self.pf
             )
-        door.netlink(set_eswitch(family, self.pf, self.after))
-        found = read_eswitch_mode(door.host, self.pf)
+        writer.send_netlink(set_eswitch(family, self.pf, self.after))
+        found = read_eswitch_mode(writer.host, self.pf)
         if found != self.after:
             raise KernelError(
                 f"{self.pf}: its eswitch is in mode {found} after {self.after} was set",

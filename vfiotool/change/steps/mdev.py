@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import Door, SetAttribute, Step, drifted
+from vfiotool.change.steps.base import SetAttribute, Step, Writer, drifted
 from vfiotool.change.steps.state import read_mdev_place
 from vfiotool.errors import KernelError
 from vfiotool.host.host import Host
@@ -48,15 +48,15 @@ class SetMdev(Step):
         place = read_mdev_place(host, self.uuid)
         return place == (self.parent, self.type) if self.exists else place is None
 
-    def run(self, door: Door) -> None:
-        if self.holds(door.host):
+    def run(self, writer: Writer) -> None:
+        if self.holds(writer.host):
             return
         if self.exists:
             base = f"{SYS_MDEV_PARENTS}/{self.parent}/mdev_supported_types/{self.type}"
-            door.write(f"{base}/create", self.uuid)
+            writer.write_attribute(f"{base}/create", self.uuid)
         else:
-            door.write(f"{SYS_MDEV_DEVICES}/{self.uuid}/remove", "1")
-        if not self.holds(door.host):
+            writer.write_attribute(f"{SYS_MDEV_DEVICES}/{self.uuid}/remove", "1")
+        if not self.holds(writer.host):
             done = "created" if self.exists else "removed"
             raise KernelError(
                 f"{self.uuid} was not {done} though the kernel took the request", device=self.uuid
@@ -85,5 +85,5 @@ class SetMdevAttribute(SetAttribute):
     def values(self) -> tuple[str | None, str]:
         return self.before, self.after
 
-    def turned(self, value: str) -> Step:
+    def reversed_to(self, value: str) -> Step:
         return replace(self, before=self.after, after=value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import Door, SetAttribute, Step, check_identity, drifted
+from vfiotool.change.steps.base import SetAttribute, Step, Writer, check_identity, drifted
 from vfiotool.change.steps.state import UNKNOWN, Identity, gone, read_msix_count, read_num_vfs
 from vfiotool.errors import KernelError
 from vfiotool.host.host import Host
@@ -59,18 +59,18 @@ class SetVfCount(Step):
     def holds(self, host: Host) -> bool:
         return read_num_vfs(host, self.pf) == self.after
 
-    def run(self, door: Door) -> None:
-        found = read_num_vfs(door.host, self.pf)
+    def run(self, writer: Writer) -> None:
+        found = read_num_vfs(writer.host, self.pf)
         if found == self.after:
             return
         if found:
-            self._write(door, 0)
+            self._write(writer, 0)
         if self.after:
-            self._write(door, self.after)
+            self._write(writer, self.after)
 
-    def _write(self, door: Door, count: int) -> None:
-        door.write(self.path, str(count))
-        found = read_num_vfs(door.host, self.pf)
+    def _write(self, writer: Writer, count: int) -> None:
+        writer.write_attribute(self.path, str(count))
+        found = read_num_vfs(writer.host, self.pf)
         if found != count:
             raise KernelError(
                 f"{self.pf}: the kernel enabled {found} VFs where {count} were asked for",
@@ -100,7 +100,7 @@ class SetAutoprobe(SetAttribute):
     def values(self) -> tuple[str | None, str]:
         return str(int(self.before)), str(int(self.after))
 
-    def turned(self, value: str) -> Step:
+    def reversed_to(self, value: str) -> Step:
         return replace(self, before=self.after, after=value == "1")
 
 
@@ -120,7 +120,7 @@ class SetVfNumber(SetAttribute):
     def values(self) -> tuple[str | None, str]:
         return None if self.before is None else str(self.before), str(self.after)
 
-    def turned(self, value: str) -> Step:
+    def reversed_to(self, value: str) -> Step:
         return replace(self, before=self.after, after=int(value))
 
 

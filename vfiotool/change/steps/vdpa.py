@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import Door, SetAttribute, Step
+from vfiotool.change.steps.base import SetAttribute, Step, Writer
 from vfiotool.devices.vdpa import (
     VdpaSettings,
     delete_request,
@@ -64,15 +64,15 @@ class SetVdpa(Step):
     def holds(self, host: Host) -> bool:
         return (self.name in read_device_names(host)) == self.exists
 
-    def run(self, door: Door) -> None:
-        if self.holds(door.host):
+    def run(self, writer: Writer) -> None:
+        if self.holds(writer.host):
             return
-        family = find_family(door.host)
+        family = find_family(writer.host)
         if self.exists:
-            door.netlink(new_request(family, self.name, self.parent, self.settings))
+            writer.send_netlink(new_request(family, self.name, self.parent, self.settings))
         else:
-            door.netlink(delete_request(family, self.name))
-        if not self.holds(door.host):
+            writer.send_netlink(delete_request(family, self.name))
+        if not self.holds(writer.host):
             done = "made" if self.exists else "removed"
             raise KernelError(
                 f"{self.name} was not {done} though the kernel took the request", device=self.name
@@ -103,5 +103,5 @@ class SetVdpaAutoprobe(SetAttribute):
     def values(self) -> tuple[str, str]:
         return str(int(self.before)), str(int(self.after))
 
-    def turned(self, value: str) -> Step:
+    def reversed_to(self, value: str) -> Step:
         return replace(self, before=self.after, after=value == "1")

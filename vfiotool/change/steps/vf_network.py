@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from vfiotool.change.steps.base import Door, Step, drifted
+from vfiotool.change.steps.base import Step, Writer, drifted
 from vfiotool.errors import KernelError, NotFound
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_NET, SYS_PCI_DEVICES
@@ -106,18 +106,18 @@ class SetVfProperty(Step):
             return True
         return wanted_of(self._read(host), self.after) == self.after
 
-    def run(self, door: Door) -> None:
-        if self.holds(door.host):
+    def run(self, writer: Writer) -> None:
+        if self.holds(writer.host):
             return
-        found = self._read(door.host)
+        found = self._read(writer.host)
         # What is right already is left alone: not every driver takes every setting.
         differing = [name for name in SETTINGS if getattr(found, name) != getattr(self.after, name)]
-        index = interface_of(door.host, self.pf)
+        index = interface_of(writer.host, self.pf)
         if index is None:
             raise self._gone()
-        door.netlink(set_vf(index, _keep(self.after, differing)))
-        if not self.holds(door.host):
-            now = wanted_of(self._read(door.host), self.after)
+        writer.send_netlink(set_vf(index, _keep(self.after, differing)))
+        if not self.holds(writer.host):
+            now = wanted_of(self._read(writer.host), self.after)
             raise KernelError(
                 f"{self.target} reads {_words(now)} after {_words(self.after)} was set",
                 device=self.pf,

@@ -1,4 +1,4 @@
-"""`bind`, `release`, `vf`, `mdev`: one-step plans through the journalled door."""
+"""`bind`, `release`, `vf`, `mdev`: one-step plans through the journalled write path."""
 
 from __future__ import annotations
 
