@@ -2,23 +2,36 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 LAB_KERNELS := 6.1 6.12 iommufd
+# As Debian calls them: the releases that a bare machine is tried with.
+BARE := bookworm trixie
 
-.PHONY: help venv demo test test-host proofs soak lab lint bench clean
+.PHONY: help venv demo check test test-host proofs bare soak lab lint lock bench dist clean
 
 help:
 	@echo "make demo       show the whole way of a device, in a guest with a virtual IOMMU"
+	@echo "make check      what a change needs before it is sent: under a minute, no guests"
 	@echo "make test       all tests: on this machine, and in guests on three kernels"
-	@echo "make proofs     the long tests too: every file in guests, soaks, kill sweeps, power loss"
+	@echo "make test-host  all tests that need no guest: about three minutes"
+	@echo "make proofs     the long tests too: every file in guests, soaks, kill sweeps, power"
+	@echo "                loss, bare machines"
+	@echo "make bare       demo and test in chroots of Debian 12 and 13 that have nothing (root)"
 	@echo "make soak       a million mappings, resets and so on, over each backend: an hour or more"
-	@echo "make test-host  the tests that need no guest"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      the figures"
+	@echo "make bench      the figures of docs/benchmarks.md"
+	@echo "make venv       .venv, with vfiotool in .venv/bin (what ./bootstrap does)"
+	@echo "make lab        fetch and build the lab's QEMU and kernels ($(LAB_KERNELS))"
+	@echo "make dist       source archive and wheel, in dist/"
+	@echo "make lock       requirements.lock anew, from the newest versions"
+	@echo "make clean      remove .venv and all that was built"
 
 venv:
 	@./bootstrap
 
 demo: venv
 	@$(PY) -m vfiotool lab demo
+
+check: venv
+	$(PY) -m pytest -q -m "not lab and not slow"
 
 # What cannot be had here is said here once, and its tests are skipped with the reason.
 lab: venv
@@ -32,6 +45,17 @@ test: lab
 
 proofs: lab
 	VFIOTOOL_PROOFS=1 $(PY) -m pytest
+	$(MAKE) bare
+
+# Each begins with nothing: no Python, no compiler, an empty cache.
+bare:
+	@failed=; \
+	for suite in $(BARE); do \
+		for what in "demo" "demo visitor" "test"; do \
+			tests/bare/run $$suite $$what || failed="$$failed $$suite/$${what// /-}"; \
+		done; \
+	done; \
+	[ -z "$$failed" ] || { echo "bare machines failed:$$failed" >&2; exit 1; }
 
 # 0000:05:00.0 is an NVMe disk of the machine; edu cannot be reset.
 SOAK := $(PY) tests/lab/soak_vfio.py --full --reset-device 0000:05:00.0
@@ -53,5 +77,13 @@ lint: venv
 bench: venv
 	$(PY) -m tests.bench
 
+lock:
+	@.ci/lock
+
+dist: venv
+	rm -rf dist
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(PY) -c 'from setuptools.build_meta import build_sdist; print("dist/" + build_sdist("dist"))'
+
 clean:
-	rm -rf .venv build vfiotool.egg-info vfiotool/native/*.so
+	rm -rf .venv build dist vfiotool.egg-info vfiotool/native/*.so

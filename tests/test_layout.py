@@ -57,6 +57,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "names_twice": (
         "Capability",
         "Device",
+        "Finding",
         "Header",
         "Interrupts",
         "Region",

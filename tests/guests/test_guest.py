@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.guests.runs import need_lab
-from vfiotool.errors import NotFound
-from vfiotool.lab.guest import Guest, GuestLost, GuestTimeout
+from vfiotool.lab.guest import Guest, GuestLost, GuestTimeout, NoSuchCommand
 from vfiotool.lab.run import run
 
 pytestmark = pytest.mark.lab
@@ -112,9 +111,9 @@ def test_input_that_nobody_reads_harms_nothing(guest: Guest) -> None:
 
 
 def test_program_or_folder_that_is_not_there_is_not_found(guest: Guest) -> None:
-    with pytest.raises(NotFound, match="no-such-program"):
+    with pytest.raises(NoSuchCommand, match="no-such-program"):
         guest.exec(["no-such-program"])
-    with pytest.raises(NotFound, match="/no/such/folder"):
+    with pytest.raises(NoSuchCommand, match="/no/such/folder"):
         guest.exec(["true"], cwd=Path("/no/such/folder"))
     assert guest.exec(["true"]).exit_code == 0
 

@@ -13,6 +13,7 @@ from vfiotool.cli.output import emit, say, state, write
 from vfiotool.errors import UsageError
 from vfiotool.lab import machines
 from vfiotool.lab.kernels import catalogue as kernels
+from vfiotool.lab.kernels.cache import be_silent
 
 if TYPE_CHECKING:
     from vfiotool.lab.guest import Guest
@@ -66,7 +67,8 @@ def run_command(
     """Run COMMAND in a guest, in this folder, and exit with its exit code.
 
     The guest sees this machine's files, and its changes to them are gone with it. Exit code 124
-    says that the command ran out of time, 125 that the guest was lost.
+    says that the command ran out of time, 125 that the guest was lost, 127 that there is no such
+    command.
     """
     from vfiotool.lab.channel import Kind
 
@@ -77,6 +79,8 @@ def run_command(
         stream.buffer.write(data)
         stream.buffer.flush()
 
+    if quiet:
+        be_silent()
     guest = _guest(machine, kernel, share, memory, cpus, append)
     if not quiet:
         _say_what_boots(guest.describe(), machine, guest.missing_models())

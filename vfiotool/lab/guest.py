@@ -50,6 +50,12 @@ class GuestLost(VfiotoolError):
     exit_code = 125
 
 
+class NoSuchCommand(NotFound):
+    """The guest has no such program or folder (exit code 127, as shells have it)."""
+
+    exit_code = 127
+
+
 class GuestTimeout(VfiotoolError):
     """The command ran into its limit and was killed (exit code 124, as timeout(1) has it)."""
 
@@ -110,6 +116,7 @@ class Guest:
         self.options = Options(**options)
         self.kernel = kernels.prepare(kernel)
         self.qemu = qemu.find()
+        self.qemu.require(self.machine)
         self.accelerator = qemu.accelerator(self.qemu, self.kernel.image)
         self.cwd = (self.options.cwd or Path.cwd()).resolve()
         self._clean = contextlib.ExitStack()
@@ -278,8 +285,8 @@ class Guest:
 
         With `terminal` (rows, columns) it has one, and everything is its output. With `merge`
         stderr goes where stdout goes, in order. `sink` is given each piece of output (Kind.OUTPUT
-        or Kind.ERROR) as it arrives, and then Completed holds none. Raises NotFound when there is
-        no such program or folder, GuestTimeout after `timeout_s` (the command is killed, the
+        or Kind.ERROR) as it arrives, and then Completed holds none. Raises NoSuchCommand when there
+        is no such program or folder, GuestTimeout after `timeout_s` (the command is killed, the
         guest lives on), GuestLost when the guest ends first.
         """
         number = self._next_number
@@ -328,7 +335,7 @@ class Guest:
             if kind in (Kind.OUTPUT, Kind.ERROR):
                 sink(kind, payload)
             elif kind is Kind.REFUSED:
-                raise NotFound(f"the guest cannot run {command[0]}: {payload.decode()}")
+                raise NoSuchCommand(f"the guest cannot run {command[0]}: {payload.decode()}")
             elif kind is Kind.EXIT:
                 code = int(struct.unpack("<i", payload)[0])
                 return 128 - code if code < 0 else code

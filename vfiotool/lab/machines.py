@@ -15,7 +15,7 @@ Iommu = Literal["intel", "virtio", "none"]
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceModel:
     """One `-device`: QEMU's model, its properties in order, and whether QEMU may lack the model."""
 
     model: str
@@ -42,7 +42,7 @@ class Machine:
 
     name: str
     summary: str
-    devices: tuple[Device, ...]
+    devices: tuple[DeviceModel, ...]
     iommu: Iommu = "intel"
     disks: tuple[Disk, ...] = ()
     networks: tuple[str, ...] = ()
@@ -52,12 +52,12 @@ class Machine:
     firmware_hotplug: bool = True
 
 
-def device(model: str, **properties: str) -> Device:
-    """A Device every QEMU has, from its properties."""
-    return Device(model, tuple(properties.items()))
+def device(model: str, **properties: str) -> DeviceModel:
+    """A device model from its properties; one that a machine cannot be without."""
+    return DeviceModel(model, tuple(properties.items()))
 
 
-def root_port(number: int, **properties: str) -> Device:
+def root_port(number: int, **properties: str) -> DeviceModel:
     """A PCIe root port `rp<number>` in slot 0x10 + number of the root bus."""
     return device(
         "pcie-root-port",
@@ -121,7 +121,7 @@ SHARED_GROUP = (
 )
 
 
-def nvme(number: int, *, port: int, serial: str | None = None) -> tuple[Device, ...]:
+def nvme(number: int, *, port: int, serial: str | None = None) -> tuple[DeviceModel, ...]:
     """A plain NVMe disk on a root port, and so in an IOMMU group, of its own."""
     return (
         root_port(port),
@@ -135,7 +135,7 @@ def nvme(number: int, *, port: int, serial: str | None = None) -> tuple[Device, 
     )
 
 
-def e1000e(number: int, *, port: int, network: str, mac: str) -> Device:
+def e1000e(number: int, *, port: int, network: str, mac: str) -> DeviceModel:
     """A network card on a root port, without its boot ROM: not every QEMU package brings one."""
     return device(
         "e1000e",
@@ -271,18 +271,28 @@ def find(name: str) -> Machine:
     return MACHINES[name]
 
 
+def iommu_devices(iommu: Iommu) -> tuple[DeviceModel, ...]:
+    """The IOMMU as a device, if there is one."""
+    if iommu == "intel":
+        return (DeviceModel("intel-iommu", (("intremap", "on"), ("caching-mode", "on"))),)
+    if iommu == "virtio":
+        return (device("virtio-iommu-pci", bus="pcie.0", addr="0x1d"),)
+    return ()
+
+
 def iommu_arguments(iommu: Iommu) -> list[str]:
     """QEMU's machine and IOMMU. Interrupt remapping needs the split interrupt controller."""
-    if iommu == "intel":
-        return [
-            "-machine",
-            "q35,kernel-irqchip=split",
-            "-device",
-            "intel-iommu,intremap=on,caching-mode=on",
-        ]
-    if iommu == "virtio":
-        return ["-machine", "q35", "-device", "virtio-iommu-pci,bus=pcie.0,addr=0x1d"]
-    return ["-machine", "q35"]
+    result = ["-machine", "q35,kernel-irqchip=split" if iommu == "intel" else "q35"]
+    for item in iommu_devices(iommu):
+        result += ["-device", item.argument()]
+    return result
+
+
+def models_used() -> frozenset[str]:
+    """The device models that the machines are made of."""
+    found = {item.model for machine in MACHINES.values() for item in machine.devices}
+    iommus: tuple[Iommu, ...] = ("intel", "virtio")
+    return frozenset(found | {item.model for kind in iommus for item in iommu_devices(kind)})
 
 
 def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[str]) -> list[str]:

@@ -13,32 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.lab.kernels import catalogue as kernels
+from vfiotool.lab import needs
 from vfiotool.lab.kernels import packages
-from vfiotool.lab.kernels.cache import cache_root, digest, filled, progress
+from vfiotool.lab.kernels.cache import cache_root, digest, filled, progress, verified
+from vfiotool.lab.kernels.stored import fragment_key, run_depmod, store
 
 HERE = Path(__file__).parent
 SAMPLES = ("mtty", "mbochs", "mdpy")
 SOURCE = {"6.1": "linux-source-6.1", "6.12": "linux-source-6.12"}
-COMPILER = {"gcc": "gcc", "make": "make"}
-KERNEL_TOOLS = {**COMPILER, "flex": "flex", "bison": "bison", "bc": "bc", "perl": "perl"}
-
-
-def need_tools(tools: Mapping[str, str], purpose: str) -> None:
-    """Raise Unsupported that names every missing tool and the packages they are in."""
-    missing = sorted({package for tool, package in tools.items() if not shutil.which(tool)})
-    header = "/usr/include/libelf.h"
-    if "bc" in tools and not os.path.exists(header):
-        missing.append("libelf-dev")
-    if missing:
-        raise Unsupported(
-            f"{purpose} needs {', '.join(missing)}",
-            hint=f"as root on Debian: apt-get install {' '.join(missing)}",
-        )
+# What the samples need of the kernel's list; the rest is for a whole kernel.
+FOR_SAMPLES = ("xz-utils", "make", "gcc")
 
 
 def source_package(apt: packages.Apt, name: str) -> Path:
@@ -49,7 +36,7 @@ def source_package(apt: packages.Apt, name: str) -> Path:
     if not any(folder.glob("*.deb")):
         with filled(folder) as partial:
             apt.download(package, into=partial)
-    return next(folder.glob("*.deb"))
+    return next(verified(folder).glob("*.deb"))
 
 
 def unpack_source(package: Path, name: str, into: Path, *members: str) -> Path:
@@ -78,7 +65,8 @@ def mdev_samples(apt: packages.Apt, name: str, release: str, target: Path) -> No
 
     Raises Unsupported without a compiler, KernelError when the build fails.
     """
-    need_tools(COMPILER, "building the mdev samples")
+    lacking = [need for need in needs.missing("kernel") if need.package in FOR_SAMPLES]
+    needs.refuse("building the mdev samples", lacking)
     source = source_package(apt, name)
     with tempfile.TemporaryDirectory(prefix="samples-", dir=cache_root()) as scratch:
         work = Path(scratch)
@@ -126,7 +114,7 @@ def iommufd_kernel(target: Path) -> None:
             "building the iommufd kernel needs Debian's apt and archive keys for its sources",
             hint="give a kernel image instead: vfiotool lab run --kernel PATH -- COMMAND",
         )
-    need_tools(KERNEL_TOOLS, "building the iommufd kernel")
+    needs.require("building the iommufd kernel", "kernel")
     apt = packages.Apt("kernels", "bookworm")
     apt.update()
     source = source_package(apt, "6.12")
@@ -144,9 +132,9 @@ def iommufd_kernel(target: Path) -> None:
             for link in ("build", "source"):
                 (partial / "modules" / link).unlink(missing_ok=True)
             # make's own depmod runs only where kmod is installed.
-            kernels.run_depmod(partial / "modules", release)
+            run_depmod(partial / "modules", release)
             origin = source.name.removesuffix(".deb").replace("%3a", ":")
-            kernels.store(partial, release, origin, key=kernels.fragment_key())
+            store(partial, release, origin, key=fragment_key())
             shutil.copy(tree / ".config", partial / "config")
 
 
@@ -172,11 +160,12 @@ def _strip(vmlinux: Path, image: Path) -> None:
 def _make(tree: Path, targets: list[str], log: Path, title: str | None = None) -> None:
     """Run make in `tree`, output to `log`, files compiled counted on a terminal."""
     jobs = len(os.sched_getaffinity(0))
-    command = ["make", "-C", str(tree), f"-j{jobs}", *targets]
     # A surrounding make would hand its own job server and flags down.
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     env.update(KBUILD_BUILD_TIMESTAMP="1970-01-01", KBUILD_BUILD_USER="lab", LC_ALL="C")
     env.update(KBUILD_BUILD_HOST="lab")
+    # Debian's headers name the compiler that its kernel was built with; this machine has its own.
+    command = ["make", "-C", str(tree), f"-j{jobs}", "CC=gcc", "HOSTCC=gcc", *targets]
     begin = time.monotonic()
     compiled = 0
     show = title is not None and sys.stderr.isatty()

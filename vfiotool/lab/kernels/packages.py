@@ -14,35 +14,20 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.lab.kernels.cache import cache_root, digest, filled, locked, progress
+from vfiotool.lab import needs
+from vfiotool.lab.kernels.cache import cache_root, digest, filled, locked, progress, verified
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 SECURITY_MIRROR = "http://deb.debian.org/debian-security"
 APT_LIMIT_S = 900
+RELIED_ON = "relied-on.json"
 
-QEMU_PACKAGES = ("qemu-system-x86", "qemu-utils")
-GUEST_PACKAGES = (
-    "busybox-static",
-    "kmod",
-    "pciutils",
-    "pci.ids",
-    "e2fsprogs",
-    "lvm2",
-    "mdadm",
-    "cryptsetup-bin",
-    "iproute2",
-    "nvme-cli",
-    "driverctl",
-    "mdevctl",
-    "fio",
-    "strace",
-    "udev",
-)
 # The C library belongs to this machine's loader: a newer one beside it cannot be started.
 NEVER_LAYERED = ("libc6", "libc-bin", "base-files", "libc6-dev", "libc-dev-bin")
 
@@ -70,9 +55,12 @@ def os_release() -> dict[str, str]:
 
 
 def is_debian() -> bool:
-    """Whether Debian packages can be fetched here: apt, dpkg-deb and Debian's keys."""
-    tools = shutil.which("apt-get") and shutil.which("dpkg-deb")
-    return bool(tools) and KEYRING.exists() and os_release().get("ID") == "debian"
+    """Whether this is Debian, where packages can be fetched. Raises Unsupported, with all that is
+    missing, on a Debian that lacks what fetching needs."""
+    if os_release().get("ID") != "debian":
+        return False
+    needs.require("fetching Debian's packages", "lab")
+    return True
 
 
 def parse_mirror(text: str) -> str | None:
@@ -104,6 +92,7 @@ class Apt:
         suites = [codename, f"{codename}-updates"] + [f"{codename}-backports"] * backports
         self.sources = [Source(mirror, suite) for suite in suites]
         self.sources.append(Source(SECURITY_MIRROR, f"{codename}-security"))
+        self.archives = self.folder / "cache" / "archives"
 
     def _options(self) -> list[str]:
         folder = self.folder
@@ -151,8 +140,10 @@ class Apt:
         """Fetch the package lists, unless this object's process did so already."""
         if self.folder in _updated:
             return
-        for part in ("lists/partial", "cache/archives/partial"):
-            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        # apt takes a file that is here already by its size: nothing of an earlier run is kept.
+        shutil.rmtree(self.archives, ignore_errors=True)
+        for part in (self.folder / "lists/partial", self.archives / "partial"):
+            part.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{source.line()}\n" for source in self.sources)
         (self.folder / "sources.list").write_text(text, encoding="utf-8")
         progress(f"reading package lists ({', '.join(source.suite for source in self.sources)})")
@@ -188,10 +179,9 @@ class Apt:
     def download_missing(self, *packages: str, release: str | None = None) -> list[Path]:
         """Fetch these packages and all that they need and this machine does not have."""
         progress(f"fetching {', '.join(packages)} and what they need")
-        archives = self.folder / "cache" / "archives"
         target = ["-t", release] if release else []
         self._call("apt-get", "install", "--no-install-recommends", "-d", "-y", *target, *packages)
-        return sorted(archives.glob("*.deb"))
+        return sorted(self.archives.glob("*.deb"))
 
 
 _updated: set[Path] = set()
@@ -218,26 +208,51 @@ def unpack(package: Path, into: Path, *members: str) -> None:
 
 def recipe() -> str:
     """What the layer is made from; another recipe is another layer."""
-    release = os_release()
-    names = " ".join(QEMU_PACKAGES + GUEST_PACKAGES)
-    return digest("layer 2", names, release.get("VERSION_CODENAME", ""))
+    names = " ".join(needs.packages_for("qemu") + needs.packages_for("guest"))
+    return digest("layer 2", names, os_release().get("VERSION_CODENAME", ""))
 
 
 def layer_folder() -> Path:
     return cache_root() / f"layer-{recipe()}"
 
 
+@functools.cache
 def layer() -> Path | None:
-    """The folder with the lab's unpacked packages, made on first use; None off Debian."""
+    """The folder with the lab's unpacked packages, made on first use; None off Debian.
+
+    Raises Refused where others could have changed it, KernelError where it is damaged.
+    """
     folder = layer_folder()
-    if (folder / "packages.json").exists():
-        return folder
+    if _is_complete(folder):
+        return verified(folder)
     if not is_debian():
         return None
     with locked("layer"):
-        if not (folder / "packages.json").exists():
+        if not _is_complete(folder):
             _make_layer(folder)
-    return folder
+    return verified(folder)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the layer has all that this machine lacks.
+
+    What was installed here when the layer was made is not in it: once such a package has been
+    removed from this machine, another layer is due.
+    """
+    try:
+        relied_on = json.loads((folder / RELIED_ON).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        try:
+            versions = json.loads((folder / "packages.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        relied_on = _supplied_here(versions)
+    return all(need.is_here() for need in needs.needs() if need.package in relied_on)
+
+
+def _supplied_here(versions: Mapping[str, str]) -> list[str]:
+    """What guests need and the layer of these packages lacks: this machine has it installed."""
+    return [name for name in needs.packages_for("qemu", "guest") if name not in versions]
 
 
 def _make_layer(folder: Path) -> None:
@@ -246,9 +261,9 @@ def _make_layer(folder: Path) -> None:
     apt = Apt("host", codename, backports=backports)
     apt.update()
     # Two steps, since `-t` would take the guests' tools from backports as well.
-    apt.download_missing(*GUEST_PACKAGES)
+    apt.download_missing(*needs.packages_for("guest"))
     files = apt.download_missing(
-        *QEMU_PACKAGES, release=f"{codename}-backports" if backports else None
+        *needs.packages_for("qemu"), release=f"{codename}-backports" if backports else None
     )
     chosen = [file for file in files if file.name.partition("_")[0] not in NEVER_LAYERED]
     progress(f"unpacking {len(chosen)} packages")
@@ -263,7 +278,10 @@ def _make_layer(folder: Path) -> None:
         _relative_links(partial)
         versions = dict(file.name.split("_")[:2] for file in chosen)
         (partial / "packages.json").write_text(json.dumps(versions, indent=1, sort_keys=True))
-    shutil.rmtree(apt.folder / "cache" / "archives", ignore_errors=True)
+        lacking = {need.package for need in needs.missing("qemu", "guest")}
+        relied_on = [name for name in _supplied_here(versions) if name not in lacking]
+        (partial / RELIED_ON).write_text(json.dumps(relied_on))
+    shutil.rmtree(apt.archives, ignore_errors=True)
 
 
 def _relative_links(folder: Path) -> None:
@@ -284,8 +302,7 @@ def library_path(folder: Path) -> str:
 
 def find_tool(name: str) -> tuple[list[str], dict[str, str]] | None:
     """Command and environment of tool `name`, from this machine's PATH or else the layer."""
-    places = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    if found := shutil.which(name, path=places):
+    if found := shutil.which(name, path=needs.search_path()):
         return [found], dict(os.environ)
     folder = layer()
     if folder is None:
