@@ -50,7 +50,6 @@ def tree() -> Tree:
 
 # Being mended; each helper's work empties a part of this.
 KNOWN: dict[str, tuple[str, ...]] = {
-    "arrows_up": ("vfiotool/doctor/conflicts.py",),
     "circles": ("cli.", "vfio.backend", "drivers.nvme", "lab.kernels"),
     "past_the_face": ("vfiotool/cli/drive", "vfiotool/drivers/"),
     "paths_elsewhere": ("vfiotool/host/observe.py",),

@@ -248,7 +248,7 @@ def test_the_remedy_is_this_distributions(
 
 def test_an_unknown_distribution_gets_a_sentence_and_no_wrong_command() -> None:
     found = read_distribution(SmallHost().host())
-    assert found == Distribution("unknown distribution", "unknown", "unknown", None, None)
+    assert found == Distribution("unknown distribution", "unknown", "unknown")
     assert found.kernel_option("x=1")[0].startswith("add x=1 to the kernel's command line")
     assert found.module_option("vfio-pci", "a=1")[-1].endswith("/etc/modprobe.d/vfio.conf")
 

@@ -97,6 +97,7 @@ def test_why_a_group_has_several_members_is_a_note(small: SmallHost) -> None:
 
 def test_no_iommu_in_the_firmware(small: SmallHost) -> None:
     del small.files["/sys/firmware/acpi/tables/DMAR"]
+    small.folders.add("/sys/firmware/acpi/tables")
     small.function(EDU)
     verdict = ask(small, EDU)
     assert kinds(verdict) == [("no-iommu", EDU)]
@@ -232,7 +233,9 @@ def test_nothing_is_offered_that_would_take_the_root_file_system(small: SmallHos
     small.mounts("self\t40 1 259:0 / / rw - ext4 /dev/nvme0n1 rw")
     verdict = ask(small, DISK)
     assert verdict.next == ()
-    assert verdict.notes == (f"/ is on {DISK}: it cannot be given away",)
+    assert verdict.warnings == (
+        f"/ is on {DISK}: it cannot be passed through, the host runs from it",
+    )
 
 
 def test_nothing_is_offered_for_the_volume_below_the_root_file_system(small: SmallHost) -> None:
@@ -257,7 +260,9 @@ def test_no_command_cuts_the_callers_own_session_off_below_a_bridge(small: Small
     verdict = ask(small, NIC)
     assert kinds(verdict) == [("bridge-or-bond", NIC), ("route", NIC)]
     assert verdict.next == ()
-    assert verdict.notes == ("you are logged in over br0: log in by another way first",)
+    assert verdict.warnings == (
+        f"you are logged in over br0 on {NIC}: log in by another way first",
+    )
 
 
 def test_a_display_is_taken_by_a_command_that_says_what_it_cuts_off(small: SmallHost) -> None:

@@ -32,12 +32,25 @@ REQUIRED = {
 class Merger:
     """One port, bridge or function that merges devices into one group.
 
-    `missing` names the ACS features that are off; `reason` says it in a sentence.
+    `missing` names the ACS features that are off; `reason` says it in a sentence; `unread`: its
+    configuration space could not be read, so nothing is known of it.
     """
 
     address: str
     missing: tuple[str, ...]
     reason: str
+    unread: bool = False
+
+
+def reasons(mergers: tuple[Merger, ...]) -> list[str]:
+    """A sentence for each merger; one for all whose configuration could not be read."""
+    unread = [merger.address for merger in mergers if merger.unread]
+    found = [merger.reason for merger in mergers if not merger.unread]
+    if len(unread) == 1:
+        return [*found, next(merger.reason for merger in mergers if merger.unread)]
+    if unread:
+        found.append(f"the configuration of the ports {', '.join(unread)} cannot be read")
+    return found
 
 
 def find_mergers(
@@ -67,7 +80,8 @@ def find_mergers(
 def _judge_port(host: Host, port: str) -> Merger | None:
     config = read_config(host, port)
     if config is None or not config.complete:
-        return Merger(port, (), f"the configuration of port {port} cannot be read without root")
+        reason = f"the configuration of port {port} cannot be read without root"
+        return Merger(port, (), reason, unread=True)
     kind = _port_type(config)
     if kind is None:
         return Merger(port, (), f"{port} is a conventional PCI bridge, which cannot isolate")

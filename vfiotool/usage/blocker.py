@@ -158,8 +158,8 @@ class Blocker:
     `kind` is one of KINDS; `device` the PCI address or mdev UUID that has the problem;
     `subject` what exactly is in use (a mount point, a swap area, an interface, a node), by which
     a policy can allow it; `detail` a sentence; `evidence` where one can check it; `remedy` a
-    command that ends the use, where there is one. `vital`: without it the host or the caller is
-    cut off at once, so no command that ends it is offered.
+    command that ends the use, where there is one. `vital`: where the host or the caller would be
+    cut off at once without it, a sentence that says so; no command that ends it is offered.
     """
 
     kind: str
@@ -168,7 +168,7 @@ class Blocker:
     detail: str
     evidence: str
     remedy: str | None = None
-    vital: bool = False
+    vital: str | None = None
 
     def as_json(self) -> dict[str, object]:
         return {

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from vfiotool.devices.acs import Merger, find_mergers
-from vfiotool.devices.firmware import iommu_tables
 from vfiotool.devices.iommu import GroupReader, IommuGroup
 from vfiotool.devices.mdev import Mdev, read_mdevs
 from vfiotool.devices.pci import PciFunction, read_function
-from vfiotool.devices.remapping import Remapping, interrupt_remapping, unsafe_interrupts_allowed
+from vfiotool.devices.platform import Platform, read_platform
 from vfiotool.errors import NotFound
 from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
-    PROC_CMDLINE,
     PROC_OSRELEASE,
-    SYS_IOMMU,
     SYS_IOMMU_GROUPS,
     SYS_LOCKDOWN,
     SYS_MODULE,
@@ -33,22 +30,14 @@ from vfiotool.usage.survey import look
 class HostFacts:
     """What the host says for all its devices alike.
 
-    `iommus` are those that the kernel drives; `tables` the firmware's that tell of one;
-    `unsafe_interrupts` the parameter file that does without remapping, if one is set;
     `denylist_off`: vfio-pci takes even what it counts as unsafe; `has_vfio_pci` is None where the
-    tree does not tell; `lockdown` the kernel's mode, None where there is none; `options` the
-    words of the kernel's command line.
+    tree does not tell; `lockdown` the kernel's mode, None where there is none.
     """
 
-    iommus: tuple[str, ...]
-    tables: tuple[str, ...]
-    remapping: Remapping
-    unsafe_interrupts: str | None
+    platform: Platform
     denylist_off: bool
     has_vfio_pci: bool | None
-    release: str | None
     lockdown: str | None
-    options: tuple[str, ...]
     distribution: Distribution
 
 
@@ -58,7 +47,8 @@ class Case:
 
     `function` is None for an mdev, `mdev` for a function. `usages` has the device itself and each
     other member that is on a driver of the host. `noiommu`: its group is one without an IOMMU.
-    `mergers` tell why the group is as large as it is, where that was asked for.
+    `mergers` tell why the group is as large as it is, and `neighbours` has its other members that
+    are on a driver of the host and PCI functions, where that was asked for.
     """
 
     facts: HostFacts
@@ -69,6 +59,7 @@ class Case:
     noiommu: bool
     usages: Mapping[str, Usage] = field(hash=False)
     mergers: tuple[Merger, ...] = ()
+    neighbours: Mapping[str, PciFunction] = field(default_factory=dict, hash=False)
 
 
 class CaseReader:
@@ -126,7 +117,15 @@ class CaseReader:
             members = {member.address for member in group.devices}
             mergers = find_mergers(self._host, name, function.path, members)
         noiommu = group is not None and self._is_noiommu(group.id)
-        return Case(self.facts, name, function, None, group, noiommu, usages, mergers)
+        others = self._read_all(usages.keys() - {name}) if reasons else {}
+        return Case(self.facts, name, function, None, group, noiommu, usages, mergers, others)
+
+    def _read_all(self, names: Iterable[str]) -> dict[str, PciFunction]:
+        """Those of the devices that are PCI functions."""
+        found = {
+            name: self._functions.get(name) or read_function(self._host, name) for name in names
+        }
+        return {name: function for name, function in found.items() if function is not None}
 
     @property
     def facts(self) -> HostFacts:
@@ -161,15 +160,10 @@ def read_host_facts(host: Host) -> HostFacts:
     lockdown = re.search(r"\[(\w+)\]", host.read(SYS_LOCKDOWN) or "")
     denylist = host.read(f"{SYS_MODULE}/vfio_pci/parameters/disable_denylist")
     return HostFacts(
-        iommus=tuple(host.listdir(SYS_IOMMU)),
-        tables=iommu_tables(host),
-        remapping=interrupt_remapping(host),
-        unsafe_interrupts=unsafe_interrupts_allowed(host),
+        platform=read_platform(host),
         denylist_off=denylist in ("Y", "1"),
         has_vfio_pci=_has_vfio_pci(host),
-        release=host.read(PROC_OSRELEASE),
         lockdown=None if lockdown is None or lockdown[1] == "none" else lockdown[1],
-        options=tuple((host.read(PROC_CMDLINE) or "").split()),
         distribution=read_distribution(host),
     )
 

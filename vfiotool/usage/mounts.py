@@ -101,7 +101,9 @@ def mounted(
 
 def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
     where = "" if mount.pid == "self" else f" in the mount namespace of pid {mount.pid}"
-    vital = mount.point in _VITAL
+    vital = None
+    if mount.point in _VITAL:
+        vital = f"{mount.point} is on {address}: it cannot be passed through, the host runs from it"
     return Blocker(
         "mounted",
         address,

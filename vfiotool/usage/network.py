@@ -56,7 +56,12 @@ def network_usage(host: Sight, function: Placed) -> Usage:
         stacks = {name: _stack_on(host, name) for name in own}
         carriers = {upper: chain for stack in stacks.values() for upper, chain in stack.items()}
         routes = _routes(host, function.address, carriers)
-        vital = {piece for route in routes if route.vital for piece in carriers[route.subject]}
+        vital = {
+            piece: route.vital
+            for route in routes
+            if route.vital
+            for piece in carriers[route.subject]
+        }
         found += [
             blocker
             for name, stack in stacks.items()
@@ -89,9 +94,9 @@ def _uppers(host: Sight, name: str) -> list[str]:
 
 
 def _memberships(
-    host: Sight, address: str, name: str, stack: dict[str, tuple[str, ...]], vital: set[str]
+    host: Sight, address: str, name: str, stack: dict[str, tuple[str, ...]], vital: dict[str, str]
 ) -> list[Blocker]:
-    """What the interface belongs to or carries; `vital` are those that the caller comes over."""
+    """What the interface belongs to or carries; `vital`: which the host cannot do without."""
     master = host.linkname(f"{SYS_NET}/{name}/master")
     found = []
     for upper, chain in stack.items():
@@ -108,7 +113,7 @@ def _memberships(
             remedy = f"ip link delete {shlex.quote(upper)}"
         ends = None if upper in vital else remedy
         found.append(
-            Blocker("bridge-or-bond", address, upper, detail, evidence, ends, upper in vital)
+            Blocker("bridge-or-bond", address, upper, detail, evidence, ends, vital.get(upper))
         )
     return found
 
@@ -149,14 +154,20 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
             tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
             evidence.append(f"{', '.join(sorted(tables))} name {name}")
         hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
-        vital = caller is not None and caller[0] in hosts
-        if caller is not None and vital:
+        vital = None
+        if defaults:
+            vital = (
+                f"{name} on {address} carries the default route: ending it would cut this host "
+                "off from its network; give it another way in first"
+            )
+        if caller is not None and caller[0] in hosts:
+            vital = f"you are logged in over {name} on {address}: log in by another way first"
             facts.append(f"carries your SSH session from {caller[1]} to {caller[0]}")
             evidence.append("SSH_CONNECTION")
         if facts:
             through = "" if len(chain) == 1 else f" (over {' > '.join(chain[:-1])})"
             detail = f"{name}{through} {', '.join(facts)}"
-            # The end of one's own session is nothing to type blindly.
+            # The end of the host's only way out is nothing to type blindly.
             remedy = None if vital else f"ip address flush dev {shlex.quote(name)}"
             where = "; ".join(evidence)
             found.append(Blocker("route", address, name, detail, where, remedy, vital))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vfiotool.devices.acs import reasons
 from vfiotool.devices.iommu import IommuGroup, group_as_json
 from vfiotool.devices.pci import PciFunction
 from vfiotool.host.paths import (
@@ -18,9 +19,9 @@ from vfiotool.host.paths import (
     SYS_PCI_DEVICES,
     SYS_PCI_DRIVERS,
 )
-from vfiotool.usage.blocker import KINDS, Blocker
+from vfiotool.usage.blocker import Blocker
 from vfiotool.usage.case import Case, HostFacts
-from vfiotool.usage.remedies import bind_command, remedies, vital_use_notes
+from vfiotool.usage.remedies import advise
 
 # The three words of a device's verdict: a virtual machine can open it now; nothing stands against
 # it and `bind` makes it ready; the blockers say why not.
@@ -42,7 +43,8 @@ _DENIED = {
 class Verdict:
     """The answer of `why`. `word` is READY, AVAILABLE or BLOCKED.
 
-    `next`: commands to type in this order; `notes`: what to know.
+    `next`: commands to type in this order; `warnings`: what the host cannot do without; `notes`:
+    what to know.
     """
 
     address: str
@@ -52,9 +54,10 @@ class Verdict:
     blockers: tuple[Blocker, ...]
     next: tuple[str, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
-        """The contract's object of `why`, and `notes`."""
+        """The contract's object of `why`, with `notes` and `warnings`."""
         return {
             "address": self.address,
             "passable": self.passable,
@@ -63,6 +66,7 @@ class Verdict:
             "blockers": [blocker.as_json() for blocker in self.blockers],
             "next": list(self.next),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
 
@@ -97,40 +101,22 @@ def explain(case: Case) -> Verdict:
     found = judge(case)
     usage = case.usages[case.name]
     notes = [f"not seen: {text}" for text in usage.unknown]
-    notes += [merger.reason for merger in case.mergers]
-    if case.function is None:
-        commands = [*remedies(case.facts, found)]
-        if not found:
-            commands += [f"vfiotool vm check {case.name}", f"vfiotool vm qemu {case.name}"]
-    else:
-        if case.facts.lockdown is not None:
-            # No door of VFIO's asks for it (security/security.c, LOCKDOWN_PCI_ACCESS's users).
-            mode = case.facts.lockdown
-            notes.append(f"the kernel is locked down ({mode}), which does not stop VFIO")
-        notes += vital_use_notes(found)
-        commands = _commands(case, case.function, found)
+    notes += reasons(case.mergers)
+    if case.function is not None and case.facts.lockdown is not None:
+        # Nothing in VFIO asks for it (security/security.c, LOCKDOWN_PCI_ACCESS's users).
+        mode = case.facts.lockdown
+        notes.append(f"the kernel is locked down ({mode}), which does not stop VFIO")
+    advice = advise(case, found)
     return Verdict(
         address=case.name,
         passable=not found,
         word=word_of(case, found),
         group=case.group,
         blockers=found,
-        next=tuple(dict.fromkeys(commands)),
-        notes=tuple(dict.fromkeys(notes)),
+        next=advice.steps,
+        notes=tuple(dict.fromkeys((*advice.notes, *notes))),
+        warnings=advice.warnings,
     )
-
-
-def _commands(case: Case, function: PciFunction, found: tuple[Blocker, ...]) -> list[str]:
-    commands = [*remedies(case.facts, found)]
-    if any(blocker.vital or not KINDS[blocker.kind].can_be_mended for blocker in found):
-        return commands
-    name, group = case.name, case.group
-    bridges = () if group is None else group.bridges_in_the_way
-    commands += [f"vfiotool bind {bridge} --driver none" for bridge in bridges]
-    ends = {member for member, _ in _other_members(name, group)} - set(bridges)
-    if not function.on_vfio or ends:
-        commands.append(bind_command(name, found, whole_group=bool(ends)))
-    return [*commands, f"vfiotool vm check {name}", f"vfiotool vm qemu {name}"]
 
 
 def _mdev_driver(case: Case) -> str | None:
@@ -176,9 +162,9 @@ def _iommu_blockers(case: Case, function: PciFunction) -> list[Blocker]:
             detail = f"the firmware demands direct access to {span}, which assignment cannot give"
             evidence = f"{SYS_IOMMU_GROUPS}/{group.id}/reserved_regions"
             found.append(Blocker("reserved-direct", address, span, detail, evidence))
-    if facts.remapping.enabled is False and facts.unsafe_interrupts is None:
+    if facts.platform.remapping.enabled is False and facts.platform.unsafe_interrupts is None:
         detail = "interrupts are not remapped, so VFIO refuses the group"
-        evidence = facts.remapping.evidence
+        evidence = facts.platform.remapping.evidence
         found.append(Blocker("no-interrupt-remapping", address, "interrupts", detail, evidence))
     return found
 
@@ -186,13 +172,17 @@ def _iommu_blockers(case: Case, function: PciFunction) -> list[Blocker]:
 def _no_iommu(facts: HostFacts, address: str, *, noiommu: bool) -> Blocker:
     if noiommu:
         detail = "its group is a no-IOMMU group: DMA would reach all of the host's memory"
-    elif facts.iommus:
+    elif facts.platform.units:
         detail = "no IOMMU translates for it, although the host has one"
     else:
-        known = ", ".join(facts.tables)
+        tables = facts.platform.tables
         detail = "the kernel drives no IOMMU; "
-        detail += f"the firmware has one ({known})" if known else "the firmware shows none"
-    evidence = f"{SYS_IOMMU} has {len(facts.iommus)} entries, "
+        if tables is None:
+            detail += "whether the firmware has one is not known here"
+        else:
+            known = ", ".join(tables)
+            detail += f"the firmware has one ({known})" if known else "the firmware shows none"
+    evidence = f"{SYS_IOMMU} has {len(facts.platform.units)} entries, "
     evidence += f"{SYS_PCI_DEVICES}/{address} has no iommu_group of its own"
     return Blocker("no-iommu", address, address, detail, evidence)
 
@@ -211,7 +201,7 @@ def _driver_blockers(facts: HostFacts, function: PciFunction) -> list[Blocker]:
         return [Blocker("no-driver", address, address, detail, evidence)]
     if function.on_vfio or facts.has_vfio_pci is not False:
         return []
-    detail = f"kernel {facts.release} has no vfio-pci, neither loaded nor as a module"
-    modules = f"/lib/modules/{facts.release}"
+    detail = f"kernel {facts.platform.release} has no vfio-pci, neither loaded nor as a module"
+    modules = f"/lib/modules/{facts.platform.release}"
     evidence = f"{SYS_PCI_DRIVERS}/vfio-pci and {modules}/kernel/drivers/vfio/pci"
     return [Blocker("no-driver", address, address, detail, evidence)]

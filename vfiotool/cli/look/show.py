@@ -174,6 +174,8 @@ def print_verdict(verdict: Verdict) -> None:
     for blocker in verdict.blockers:
         render.write((f"  {blocker.kind}", "red"), f"  {escape_line(blocker.detail)}")
         render.write((f"      {escape_line(blocker.evidence)}", "dim"))
+    for warning in verdict.warnings:
+        render.write(("  warning: ", "yellow"), escape_line(warning))
     for note in verdict.notes:
         render.write(f"  note: {escape_line(note)}")
     _print_group(verdict.group)
