@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from tests.fakes.small_host import SmallHost
 from vfiotool.cli.main import main
 from vfiotool.devices.inventory import read_inventory
-from vfiotool.doctor.conflicts import read_claims
-from vfiotool.doctor.examine import Diagnosis, Finding, examine
+from vfiotool.doctor.claims import read_claims
+from vfiotool.doctor.examine import Diagnosis, Finding, examine, judge
+from vfiotool.doctor.facts import read_facts
 from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
 
@@ -62,6 +64,7 @@ def no_iommu(small: SmallHost, *, firmware: bool, cmdline: str) -> None:
     small.files = {path: data for path, data in small.files.items() if "iommu_groups" not in path}
     if not firmware:
         del small.files["/sys/firmware/acpi/tables/DMAR"]
+        small.folders.add("/sys/firmware/acpi/tables")
     small.file("/proc/cmdline", cmdline)
 
 
@@ -121,10 +124,15 @@ def test_interrupt_remapping_in_its_three_states(small: SmallHost) -> None:
     small.file("/proc/cmdline", "intel_iommu=on intremap=off")
     absent = finding(small, "interrupt-remapping")
     assert absent.severity == "blocker"
-    assert absent.remedy[0] == "remove intremap=off from the kernel's command line"
+    assert absent.remedy == (
+        "remove intremap=off from the kernel's command line in /etc/default/grub",
+        "update-grub",
+        "reboot",
+        absent.remedy[-1],
+    )
     small.file("/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts", "Y")
     assert finding(small, "interrupt-remapping").severity == "warning"
-    small.file("/proc/interrupts", " 31: 0 GICv3-ITS-PCI-MSI 0-edge x")
+    small.file("/proc/interrupts", " 31: 0 XT-PIC 0-edge x")
     assert finding(small, "interrupt-remapping").severity == "note"
 
 
@@ -201,6 +209,75 @@ def test_lockdown_is_a_note(small: SmallHost) -> None:
     assert "lockdown" not in {entry.check for entry in diagnose(small).findings}
 
 
+def test_findings_follow_from_the_facts_alone(small: SmallHost) -> None:
+    host = small.host()
+    facts = read_facts(host, read_inventory(host))
+    assert judge(facts) == diagnose(small)
+    without = judge(replace(facts, kvm="absent"))
+    assert [entry.check for entry in without.findings if entry.severity != "ok"] == ["kvm"]
+
+
+def test_nothing_of_a_kernel_known_is_one_note_to_a_person(small: SmallHost) -> None:
+    for module in ("vfio", "vfio_pci", "vfio_iommu_type1", "iommufd"):
+        del small.files[f"/sys/module/{module}/initstate"]
+    diagnosis = diagnose(small)
+    notes = [note.summary for note in diagnosis.for_people() if "this kernel has" in note.summary]
+    assert notes == [
+        "whether this kernel has vfio, vfio-pci, vfio_iommu_type1, iommufd cannot be told here"
+    ]
+    assert len([entry for entry in diagnosis.findings if "module-" in entry.check]) == 4
+    assert diagnosis.ready
+
+
+def test_a_page_is_named_once() -> None:
+    pages = [entry.page for entry in diagnose(SmallHost()).for_people() if entry.page]
+    assert len(pages) == len(set(pages)) > 1
+
+
+@pytest.mark.parametrize(
+    ("release", "architecture", "kvm"),
+    [
+        ("5.14.0-427.el9.s390x", "IBM Z", "modprobe kvm"),
+        ("6.1.0-9-powerpc64le", "POWER", "modprobe kvm_hv"),
+    ],
+)
+def test_an_architecture_that_always_has_an_iommu(
+    small: SmallHost, release: str, architecture: str, kvm: str
+) -> None:
+    small.file("/proc/sys/kernel/osrelease", release)
+    small.folders.discard("/sys/class/iommu/dmar0")
+    del small.files["/sys/firmware/acpi/tables/DMAR"]
+    small.file("/proc/interrupts", " 31: 0 QDIO")
+    small.file("/sys/module/vfio_iommu_spapr_tce/initstate", "live")
+    del small.files["/dev/kvm"]
+    diagnosis = diagnose(small)
+    assert diagnosis.ready
+    said = " ".join(entry.summary for entry in diagnosis.findings)
+    assert f"{architecture} has an IOMMU in every machine" in said
+    assert finding(small, "kvm").remedy == (kvm,)
+
+
+def test_the_its_of_arm64_isolates_interrupts(small: SmallHost) -> None:
+    small.file("/proc/interrupts", " 25: 100 ITS-MSI 134742016 Edge mlx5_async0")
+    assert finding(small, "interrupt-remapping").severity == "ok"
+
+
+def test_firmware_tables_that_cannot_be_listed_are_unknown(small: SmallHost) -> None:
+    no_iommu(small, firmware=False, cmdline="quiet")
+    small.folders.discard("/sys/firmware/acpi/tables")
+    assert finding(small, "iommu-firmware").severity == "note"
+    assert finding(small, "iommu-effect").severity == "blocker"
+
+
+def test_an_option_that_only_a_leftover_file_has_is_pointed_out(small: SmallHost) -> None:
+    no_iommu(small, firmware=True, cmdline="initrd=\\EFI\\x quiet")
+    small.file("/etc/default/grub", 'GRUB_CMDLINE_LINUX_DEFAULT="quiet intel_iommu=on"')
+    small.file("/etc/kernel/cmdline", "quiet")
+    option = finding(small, "iommu-option")
+    assert "/etc/default/grub has it" in option.evidence
+    assert option.remedy[0] == "sed -i '1s/$/ intel_iommu=on/' /etc/kernel/cmdline"
+
+
 DISTRIBUTIONS = [
     ("ID=ubuntu\nID_LIKE=debian", ["/etc/default/grub"], "debian", "grub", "update-grub"),
     (
@@ -221,6 +298,28 @@ DISTRIBUTIONS = [
     ("ID=arch", ["/etc/default/grub"], "arch", "grub", "grub-mkconfig -o /boot/grub/grub.cfg"),
     ("ID=arch", ["/boot/loader/entries/arch.conf"], "arch", "systemd-boot", "/boot/loader/entries"),
     ("ID=arch", ["/etc/kernel/cmdline"], "arch", "systemd-boot", "mkinitcpio -P"),
+    ("ID=gentoo", ["/etc/default/grub"], "gentoo", "grub", "grub-mkconfig -o /boot/grub/grub.cfg"),
+    ("ID=alpine", ["/etc/default/grub"], "alpine", "grub", "grub-mkconfig -o /boot/grub/grub.cfg"),
+    ("ID=alpine", ["/etc/update-extlinux.conf"], "alpine", "extlinux", "update-extlinux"),
+    ("ID=nixos", ["/boot/loader/entries/nixos.conf"], "nixos", "nixos", "nixos-rebuild boot"),
+    ("ID=pop", ["/etc/kernelstub/configuration"], "debian", "kernelstub", "kernelstub -a"),
+    ("ID=fedora", ["/run/ostree-booted", "/usr/sbin/grubby"], "fedora", "ostree", "rpm-ostree"),
+    ("ID=fedora", [], "fedora", "grubby", "grubby --update-kernel=ALL"),
+    (
+        "ID=fedora",
+        ["/usr/bin/bash", "/etc/default/grub"],
+        "fedora",
+        "grub",
+        "grub2-mkconfig -o /boot/grub2/grub.cfg --update-bls-cmdline",
+    ),
+    (
+        'ID="opensuse-microos"\nID_LIKE="suse opensuse"',
+        ["/etc/default/grub"],
+        "suse",
+        "grub",
+        "transactional-update grub.cfg",
+    ),
+    ("ID=arch", ["/boot/refind_linux.conf"], "arch", "refind", "/boot/refind_linux.conf"),
     (
         'ID="opensuse-tumbleweed"\nID_LIKE="opensuse suse"',
         ["/etc/default/grub"],
@@ -244,6 +343,70 @@ def test_the_remedy_is_this_distributions(
     commands = found.kernel_option("intel_iommu=on")
     assert words in commands[-1]
     assert any("intel_iommu=on" in command for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "loader"),
+    [
+        ("BOOT_IMAGE=/boot/vmlinuz quiet", "proxmox-grub"),
+        ("initrd=\\EFI\\proxmox\\initrd.img quiet", "proxmox"),
+    ],
+)
+def test_the_loader_that_booted_counts_and_not_the_file_that_lies_about(
+    cmdline: str, loader: str
+) -> None:
+    small = SmallHost()
+    small.file("/etc/os-release", "ID=debian")
+    for path in ("/etc/kernel/proxmox-boot-uuids", "/etc/default/grub", "/etc/kernel/cmdline"):
+        small.file(path, "quiet")
+    small.file("/proc/cmdline", cmdline)
+    found = read_distribution(small.host())
+    assert found.loader == loader
+    assert found.kernel_option("x=1")[-1] == "proxmox-boot-tool refresh"
+
+
+def test_generated_entries_are_made_anew_from_the_command_line(tmp_path: Path) -> None:
+    """Editing them by hand lasts until the next kernel."""
+    import subprocess
+
+    small = SmallHost()
+    small.file("/etc/os-release", "ID=debian")
+    entry = "title Debian\nmachine-id 0123456789abcdef0123456789abcdef\noptions quiet"
+    small.file("/boot/loader/entries/0123-6.1.conf", entry)
+    add, refresh = read_distribution(small.host()).kernel_option("intel_iommu=on")
+    assert refresh == "kernel-install add-all"
+    (tmp_path / "cmdline").write_text("initrd=\\x\\initrd root=/dev/vda quiet\n")
+    paths = (("/proc/cmdline", "cmdline"), ("/etc/kernel/cmdline", "made"))
+    for path, name in paths:
+        add = add.replace(path, str(tmp_path / name))
+    subprocess.run(add, shell=True, check=True)
+    assert (tmp_path / "made").read_text().split() == ["root=/dev/vda", "quiet", "intel_iommu=on"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'GRUB_CMDLINE_LINUX="rhgb quiet"\n',
+        "GRUB_CMDLINE_LINUX_DEFAULT='quiet'\n",
+        'GRUB_CMDLINE_LINUX_DEFAULT="quiet"\n',
+        '#GRUB_CMDLINE_LINUX_DEFAULT="quiet"\nGRUB_TIMEOUT=3\n',
+    ],
+)
+def test_the_command_for_grub_works_on_the_file_as_it_is(tmp_path: Path, text: str) -> None:
+    import subprocess
+
+    small = SmallHost()
+    small.file("/etc/os-release", "ID=arch")
+    small.files["/etc/default/grub"] = text.encode()
+    edit = read_distribution(small.host()).kernel_option("intel_iommu=on")[0]
+    grub = tmp_path / "grub"
+    grub.write_text(text)
+    subprocess.run(edit.replace("/etc/default/grub", str(grub)), shell=True, check=True)
+    sourced = f". {grub}; echo $GRUB_CMDLINE_LINUX $GRUB_CMDLINE_LINUX_DEFAULT"
+    done = subprocess.run(sourced, shell=True, check=True, capture_output=True, text=True)
+    words = done.stdout.split()
+    assert "intel_iommu=on" in words
+    assert ("quiet" in words) == (not text.startswith("#"))
 
 
 def test_an_unknown_distribution_gets_a_sentence_and_no_wrong_command() -> None:

@@ -44,7 +44,7 @@ def _managers(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
         return
     # All this is for changes of VFs alone, and few hosts have such a claim.
     from vfiotool.devices.inventory import read_inventory
-    from vfiotool.doctor.conflicts import VF_TOOLS, read_claims, resolve_claim
+    from vfiotool.doctor.claims import VF_TOOLS, read_claims, resolve_claim
 
     claims = [claim for claim in read_claims(host) if claim.tool in VF_TOOLS]
     inventory = read_inventory(host) if claims else None

@@ -1,8 +1,9 @@
 """Whether interrupts are remapped, as the running kernel shows it.
 
 x86 names the interrupt chips behind a remapping unit `IR-…` (arch/x86/kernel/apic,
-drivers/iommu/intel/irq_remapping.c, drivers/iommu/amd/iommu.c); elsewhere the interrupt
-controller isolates (the GIC's ITS), and there is nothing to see.
+drivers/iommu/intel/irq_remapping.c, drivers/iommu/amd/iommu.c). On arm64 the GIC's ITS isolates
+by device id; its chips are named `ITS-…` (drivers/irqchip/irq-gic-v3-its*.c). Elsewhere the
+architecture itself does, and there is nothing to see.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def interrupt_remapping(host: Host) -> Remapping:
     remapped = sorted(chip for chip in chips if chip.startswith("IR-"))
     if remapped:
         return Remapping(True, f"{PROC_INTERRUPTS} shows {remapped[0]}")
+    translated = sorted(chip for chip in chips if chip.startswith("ITS-"))
+    if translated:
+        return Remapping(True, f"{PROC_INTERRUPTS} shows {translated[0]}")
     plain = sorted(chip for chip in chips if chip.startswith(("PCI-MSI", "IO-APIC")))
     if plain and {"DMAR", "IVRS"} & set(iommu_tables(host)):
         return Remapping(False, f"{PROC_INTERRUPTS} shows {plain[0]} and no IR- chip")

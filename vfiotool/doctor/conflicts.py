@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from vfiotool.devices.attached import is_part_of, net_paths
-from vfiotool.devices.inventory import Inventory
-from vfiotool.devices.pci import Address, PciFunction
+from vfiotool.doctor.claims import VF_TOOLS, Claim, ResolvedClaim
 from vfiotool.doctor.finding import PARAMETERS_PAGE, SRIOV_PAGE, VFIO_PAGE, Finding
-from vfiotool.host.host import Host
-from vfiotool.host.paths import OTHER_TOOLS, PROC_CMDLINE, SYS_MDEV_DEVICES, SYS_NET
 
 _PAGES = {
     "NetworkManager": "https://networkmanager.dev/docs/api/latest/settings-sriov.html",
@@ -23,43 +18,18 @@ _PAGES = {
     "kernel command line": PARAMETERS_PAGE,
     "vfiotool": SRIOV_PAGE,
 }
-VF_TOOLS = {"NetworkManager", "systemd.link", "netplan"}
 # The same option of the same module, twice: said twice, not against each other.
 _ID_OPTIONS = {"modprobe.d", "kernel command line"}
 # A tool that binds at start, whatever another one wanted a second before.
 _BINDERS = {"driverctl", "modprobe.d", "kernel command line", "vfiotool"}
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One tool's word on one device. `device` is as host_claims.py writes it."""
-
-    tool: str
-    file: str
-    device: str
-    setting: str
-
-
-def read_claims(host: Host) -> tuple[Claim, ...]:
-    """All tools' claims, and the kernel command line's `vfio-pci.ids=`."""
-    lines = [line.split("\t") for line in (host.read(OTHER_TOOLS) or "").splitlines()]
-    found = [Claim(*fields) for fields in lines if len(fields) == 4]
-    for word in (host.read(PROC_CMDLINE) or "").split():
-        name, _, value = word.partition("=")
-        if name.replace("_", "-") != "vfio-pci.ids":
-            continue
-        for entry in value.lower().split(","):
-            ident = ":".join(entry.split(":")[:2])
-            found.append(Claim("kernel command line", PROC_CMDLINE, f"id:{ident}", word))
-    return tuple(found)
-
-
-def examine_conflicts(host: Host, inventory: Inventory) -> list[Finding]:
+def judge_conflicts(resolved: Iterable[ResolvedClaim]) -> list[Finding]:
     """One finding for each device that several tools claim, and for each claim on VFs or ids."""
     by_device: dict[str, list[Claim]] = {}
     findings = []
-    for claim in read_claims(host):
-        devices = resolve_claim(host, inventory, claim)
+    for entry in resolved:
+        claim, devices = entry.claim, entry.devices
         for device in devices:
             by_device.setdefault(device, []).append(claim)
         if claim.tool in VF_TOOLS:
@@ -73,39 +43,6 @@ def examine_conflicts(host: Host, inventory: Inventory) -> list[Finding]:
         summary = "no device is claimed by two tools"
         findings.append(Finding("conflict", "ok", summary, f"{len(by_device)} devices are claimed"))
     return findings
-
-
-def resolve_claim(host: Host, inventory: Inventory, claim: Claim) -> tuple[str, ...]:
-    """The devices here that a claim means; empty if it means none that is present."""
-    kind, _, value = claim.device.partition(":")
-    if kind == "pci":
-        known = Address.is_address(value)
-        name = str(Address.parse(value)) if known else value
-        return (name,) if name in inventory.by_address else ()
-    if kind == "mdev":
-        return (value,) if host.exists(f"{SYS_MDEV_DEVICES}/{value}") else ()
-    if kind == "id":
-        return tuple(
-            function.address
-            for function in inventory.functions
-            if value == f"{function.vendor}:{function.device}"
-        )
-    if kind == "path":
-        name = value.removeprefix("pci-")
-        return (name,) if name in inventory.by_address else ()
-    interfaces = {
-        name: path
-        for name, path in net_paths(host).items()
-        if (kind == "interface" and name == value)
-        or (kind == "mac" and host.read(f"{SYS_NET}/{name}/address") == value.lower())
-    }
-    return tuple(
-        function.address for function in inventory.functions if _owns(function, interfaces.values())
-    )
-
-
-def _owns(function: PciFunction, paths: Iterable[str]) -> bool:
-    return any(is_part_of(function.path, path) for path in paths)
 
 
 def _clash(claims: list[Claim]) -> bool:

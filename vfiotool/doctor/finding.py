@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SEVERITIES = ("ok", "note", "warning", "blocker")
@@ -12,7 +13,8 @@ class Finding:
     """`check` is a stable name; `severity` one of SEVERITIES, in rising order.
 
     `evidence` says where it can be checked, `remedy` holds commands to type in this order, and
-    `page` explains it.
+    `page` explains it. Findings of one `topic`, which is a sentence with `{}` in it, say the same
+    of several `subject`s, and are one finding to a person (`merged`).
     """
 
     check: str
@@ -21,6 +23,8 @@ class Finding:
     evidence: str
     remedy: tuple[str, ...] = ()
     page: str | None = None
+    topic: str | None = None
+    subject: str = ""
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -31,6 +35,31 @@ class Finding:
             "remedy": list(self.remedy),
             "page": self.page,
         }
+
+
+def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings with those of one topic as one, at the place of the first."""
+    groups: dict[object, list[Finding]] = {}
+    for finding in findings:
+        key = finding if finding.topic is None else (finding.severity, finding.topic)
+        groups.setdefault(key, []).append(finding)
+    return tuple(_merge(group) for group in groups.values())
+
+
+def _merge(group: list[Finding]) -> Finding:
+    first = group[0]
+    if len(group) == 1 or first.topic is None:
+        return first
+    remedy = dict.fromkeys(command for finding in group for command in finding.remedy)
+    evidence = dict.fromkeys(finding.evidence for finding in group)
+    return Finding(
+        first.check,
+        first.severity,
+        first.topic.format(", ".join(finding.subject for finding in group)),
+        "; ".join(evidence),
+        tuple(remedy),
+        first.page,
+    )
 
 
 KERNEL_DOCS = "https://docs.kernel.org"

@@ -1,110 +1,130 @@
 """The IOMMU told apart: what the firmware offers, what the kernel was told, what came of it.
 
 Ground truth is the effect (/sys/class/iommu and the groups). The other two only explain why it is
-absent, so they are blockers only when it is.
+absent, so they are blockers only when it is. IBM Z and POWER always have one: no firmware set-up
+and no ACPI table speaks of it (arch/s390/pci, arch/powerpc/kernel/iommu.c).
 """
 
 from __future__ import annotations
 
-import re
-
-from vfiotool.devices.firmware import IOMMU_TABLES, iommu_tables
-from vfiotool.devices.iommu import list_groups
-from vfiotool.devices.remapping import interrupt_remapping, unsafe_interrupts_allowed
+from vfiotool.devices.firmware import IOMMU_TABLES
+from vfiotool.devices.platform import Platform
+from vfiotool.doctor.facts import DoctorFacts
 from vfiotool.doctor.finding import IOMMU_PAGE, PARAMETERS_PAGE, VFIO_PAGE, Finding
-from vfiotool.doctor.kernel import module_state
 from vfiotool.host.distribution import Distribution
-from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     PROC_CMDLINE,
-    PROC_OSRELEASE,
     SYS_FIRMWARE_ACPI_TABLES,
     SYS_IOMMU,
     SYS_IOMMU_GROUPS,
 )
 
-_OFF = {"intel_iommu=off", "amd_iommu=off", "iommu=off", "iommu.off=1"}
+_BUILT_IN = {"s390x": "IBM Z", "ppc64": "POWER"}
+# Architectures on which device interrupts are isolated by what delivers them: s390
+# (arch_is_isolated_msi), and POWER, where VFIO asks nothing (drivers/vfio/vfio_iommu_spapr_tce.c).
+_ISOLATED = ("s390x", "ppc64")
+_MESSAGES = {
+    "x86": "dmesg | grep -i -e DMAR -e IOMMU -e AMD-Vi",
+    "arm64": "dmesg | grep -i -e smmu -e iommu",
+}
 
 
-def examine_iommu(host: Host, distribution: Distribution) -> list[Finding]:
+def judge_iommu(facts: DoctorFacts) -> list[Finding]:
     """Firmware, kernel option, effect, interrupt remapping."""
-    entries = host.listdir(SYS_IOMMU)
-    groups = list_groups(host)
-    works = bool(entries) and bool(groups)
     return [
-        _firmware(host, works),
-        _option(host, distribution, works),
-        _effect(host, entries, groups),
-        _remapping(host, distribution, works),
+        _firmware(facts.platform),
+        _option(facts),
+        _effect(facts),
+        _remapping(facts.platform, facts.distribution),
     ]
 
 
-def _firmware(host: Host, works: bool) -> Finding:
-    tables = iommu_tables(host)
-    evidence = f"{SYS_FIRMWARE_ACPI_TABLES}: {', '.join(tables) or 'no ' + ', '.join(IOMMU_TABLES)}"
+def _firmware(platform: Platform) -> Finding:
+    builtin = _BUILT_IN.get(platform.architecture or "")
+    if builtin is not None:
+        summary = f"{builtin} has an IOMMU in every machine"
+        evidence = f"the architecture is {platform.architecture}"
+        return Finding("iommu-firmware", "ok", summary, evidence)
+    tables = platform.tables or ()
+    evidence = f"{SYS_FIRMWARE_ACPI_TABLES}: {', '.join(tables) or _none_of(platform)}"
     if tables:
         kinds = ", ".join(IOMMU_TABLES[table] for table in tables)
         return Finding("iommu-firmware", "ok", f"the firmware describes {kinds}", evidence)
-    if works:
+    if platform.works:
         summary = "the firmware has no ACPI table for an IOMMU, yet one works"
         return Finding("iommu-firmware", "ok", summary, evidence)
+    if platform.tables is None:
+        summary = "whether the firmware offers an IOMMU cannot be told here"
+        page = IOMMU_PAGE if platform.architecture == "x86" else VFIO_PAGE
+        return Finding("iommu-firmware", "note", summary, evidence, (), page)
+    unit = {"intel": "VT-d", "amd": "AMD-Vi (IOMMU)"}.get(platform.vendor or "")
+    if unit is None:
+        unit = "the SMMU" if platform.architecture == "arm64" else "VT-d or AMD-Vi"
+        unit = unit if platform.architecture else "VT-d, AMD-Vi or SMMU"
     return Finding(
         "iommu-firmware",
         "blocker",
         "the firmware offers no IOMMU",
         evidence,
-        ("enable VT-d, AMD-Vi or SMMU in the firmware's setup; a VM needs a virtual IOMMU",),
+        (f"enable {unit} in the firmware's setup; a VM needs a virtual IOMMU",),
         IOMMU_PAGE,
     )
 
 
-def _option(host: Host, distribution: Distribution, works: bool) -> Finding:
-    words = (host.read(PROC_CMDLINE) or "").split()
+def _none_of(platform: Platform) -> str:
+    return "not there" if platform.tables is None else "no " + ", ".join(IOMMU_TABLES)
+
+
+def _option(facts: DoctorFacts) -> Finding:
+    platform, distribution = facts.platform, facts.distribution
+    words = platform.options or ()
     relevant = [word for word in words if "iommu" in word or word.startswith("intremap")]
     evidence = f"{PROC_CMDLINE}: {' '.join(relevant) or 'no word about the IOMMU'}"
-    off = sorted(_OFF & set(words))
-    if off:
-        remedy: tuple[str, ...] = (f"remove {off[0]} from the kernel's command line", "reboot")
-        summary = f"the kernel was told to leave the IOMMU alone ({off[0]})"
+    off = platform.switched_off
+    if off is not None:
+        remedy = (*distribution.without_kernel_option(off), "reboot")
+        summary = f"the kernel was told to leave the IOMMU alone ({off})"
         return Finding("iommu-option", "blocker", summary, evidence, remedy, PARAMETERS_PAGE)
     if "amd_iommu=on" in words:
         summary = "amd_iommu=on is not an option of the kernel; AMD's IOMMU is on by itself"
         return Finding("iommu-option", "note", summary, evidence, (), PARAMETERS_PAGE)
-    if works:
+    if platform.works:
         return Finding("iommu-option", "ok", "the kernel uses the IOMMU", evidence)
-    tables = iommu_tables(host)
-    if "DMAR" in tables and not any(word.startswith("intel_iommu=on") for word in words):
-        default = _default_on(host)
-        remedy = (*distribution.kernel_option("intel_iommu=on"), "reboot")
+    missing = platform.missing_option
+    if missing is not None:
+        remedy = (*distribution.kernel_option(missing), "reboot")
         summary = "the kernel was not told to use the IOMMU that the firmware describes"
-        if default is not None:
-            evidence += f"; {default}"
+        if facts.default_on is not None:
+            evidence += f"; {facts.default_on}"
+        if missing in distribution.unused:
+            evidence += "; /etc/default/grub has it, and is not what this machine boots with"
         return Finding("iommu-option", "blocker", summary, evidence, remedy, PARAMETERS_PAGE)
+    if platform.options is None:
+        summary = "whether the kernel was told to leave the IOMMU alone cannot be told here"
+        evidence = f"{PROC_CMDLINE} cannot be read"
+        return Finding("iommu-option", "note", summary, evidence, (), PARAMETERS_PAGE)
     summary = "the command line does not switch the IOMMU off"
     return Finding("iommu-option", "ok", summary, evidence)
 
 
-def _default_on(host: Host) -> str | None:
-    """What the kernel's configuration says of VT-d without an option."""
-    path = f"/boot/config-{host.read(PROC_OSRELEASE)}"
-    match = re.search(r"^.*CONFIG_INTEL_IOMMU_DEFAULT_ON\b.*$", host.read(path) or "", re.MULTILINE)
-    return None if match is None else f"{path}: {match[0]}"
-
-
-def _effect(host: Host, entries: list[str], groups: list[int]) -> Finding:
-    evidence = f"{SYS_IOMMU}: {', '.join(entries) or 'empty'}; {SYS_IOMMU_GROUPS}: {len(groups)}"
-    if entries and groups:
-        summary = f"{len(entries)} IOMMU in use, {len(groups)} groups"
+def _effect(facts: DoctorFacts) -> Finding:
+    platform = facts.platform
+    units = ", ".join(platform.units) or "empty"
+    evidence = f"{SYS_IOMMU}: {units}; {SYS_IOMMU_GROUPS}: {platform.groups}"
+    if platform.works:
+        count = f"{len(platform.units)} IOMMU" if platform.units else "the IOMMU is"
+        summary = f"{count} in use, {platform.groups} groups"
         return Finding("iommu-effect", "ok", summary, evidence)
-    if groups:
-        names = {host.read(f"{SYS_IOMMU_GROUPS}/{group}/name") for group in groups}
+    if platform.groups:
         summary = "there are groups, but no IOMMU behind them"
-        if names == {"vfio-noiommu"}:
+        if platform.noiommu:
             summary += ": all are no-IOMMU groups"
         return Finding("iommu-effect", "blocker", summary, evidence, (), VFIO_PAGE)
-    remedy: tuple[str, ...] = ("dmesg | grep -i -e DMAR -e IOMMU -e AMD-Vi",)
-    if iommu_tables(host) == ("VIOT",):
-        absent = module_state(host, "virtio_iommu")[0] == "absent"
+    remedy: tuple[str, ...] = (
+        _MESSAGES.get(platform.architecture or "x86", "dmesg | grep -i iommu"),
+    )
+    if platform.tables == ("VIOT",):
+        absent = facts.modules["virtio_iommu"].state == "absent"
         load = "a kernel with CONFIG_VIRTIO_IOMMU" if absent else "modprobe virtio_iommu"
         remedy = (load, *remedy)
     remedy = (*remedy, "to try vfiotool without an IOMMU of your own: vfiotool lab demo")
@@ -112,23 +132,25 @@ def _effect(host: Host, entries: list[str], groups: list[int]) -> Finding:
     return Finding("iommu-effect", "blocker", summary, evidence, remedy, VFIO_PAGE)
 
 
-def _remapping(host: Host, distribution: Distribution, works: bool) -> Finding:
-    state = interrupt_remapping(host)
+def _remapping(platform: Platform, distribution: Distribution) -> Finding:
+    state = platform.remapping
     if state.enabled:
         summary = "interrupts are remapped"
         return Finding("interrupt-remapping", "ok", summary, state.evidence)
-    if state.enabled is None or not works:
+    if platform.architecture in _ISOLATED:
+        summary = f"interrupts are isolated on {_BUILT_IN[platform.architecture]}"
+        evidence = f"the architecture is {platform.architecture}"
+        return Finding("interrupt-remapping", "ok", summary, evidence)
+    if state.enabled is None or not platform.works:
         summary = "whether interrupts are remapped cannot be told here"
         return Finding("interrupt-remapping", "note", summary, state.evidence, (), VFIO_PAGE)
-    words = (host.read(PROC_CMDLINE) or "").split()
     remedy = ["enable interrupt remapping and x2APIC in the firmware's setup"]
-    off = [word for word in words if word in ("intremap=off", "nointremap")]
+    off = [word for word in platform.options or () if word in ("intremap=off", "nointremap")]
     if off:
-        remedy = [f"remove {off[0]} from the kernel's command line", "reboot"]
-    allowed = unsafe_interrupts_allowed(host)
-    if allowed is not None:
+        remedy = [*distribution.without_kernel_option(off[0]), "reboot"]
+    if platform.unsafe_interrupts is not None:
         summary = "interrupts are not remapped, and VFIO was told to go on regardless"
-        evidence = f"{state.evidence}; {allowed}"
+        evidence = f"{state.evidence}; {platform.unsafe_interrupts}"
         return Finding(
             "interrupt-remapping", "warning", summary, evidence, tuple(remedy), VFIO_PAGE
         )

@@ -210,7 +210,7 @@ def _grub(host: Host, family: str, refresh: tuple[str, ...], name: str) -> _Load
             add = insert
         else:
             add = f'sed -i "s/^{variable}=\'/&{{option}} /" {_GRUB}'
-    remove = f"remove {{option}} from GRUB_CMDLINE_LINUX_DEFAULT or GRUB_CMDLINE_LINUX in {_GRUB}"
+    remove = f"remove {{option}} from the kernel's command line in {_GRUB}"
     return _Loader(name, (add, *refresh), (remove, *refresh))
 
 

@@ -211,16 +211,3 @@ class Host:
 
     def boot_id(self) -> str | None:
         return self.read(PROC_BOOT_ID)
-
-
-def observed_lines(host: Host, name: str) -> tuple[list[list[str]], list[str]]:
-    """An observation's lines, split at tabs, and what it says could not be seen."""
-    lines = []
-    unseen = []
-    for line in (host.read(name) or "").splitlines():
-        fields = line.split("\t")
-        if fields[0] == "!":
-            unseen.append(" ".join(fields[1:]))
-        else:
-            lines.append(fields)
-    return lines, unseen

@@ -24,13 +24,13 @@ def doctor(context: Context) -> int:
         render.emit(diagnosis.as_json())
         return 0 if diagnosis.ready else 1
     lines = [f"{diagnosis.distribution}: {'ready' if diagnosis.ready else 'not ready'}"]
-    for finding in diagnosis.worst_first():
+    for finding in diagnosis.for_people():
         lines.append(f"{finding.severity:8} {finding.summary}")
         if finding.severity == "ok":
             continue
-        lines.append(f"         seen: {finding.evidence}")
-        lines += [f"         do:   {command}" for command in finding.remedy]
+        lines.append(f"         evidence: {finding.evidence}")
+        lines += [f"         fix: {command}" for command in finding.remedy]
         if finding.page is not None:
-            lines.append(f"         read: {finding.page}")
+            lines.append(f"         docs: {finding.page}")
     print(render.escape("\n".join(lines)))
     return 0 if diagnosis.ready else 1
