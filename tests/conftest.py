@@ -34,7 +34,7 @@ def hold_against_schema(command: str, payload: dict[str, Any]) -> None:
 # A shell leaves SIGINT ignored for what it runs in the background, and tests send it to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Here and not in a fixture: before any test imports the modules of commands.
+# Here and not in a fixture: once for all tests.
 listen(hold_against_schema)
 
 

@@ -17,6 +17,8 @@ from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
 from vfiotool.change.signals import Interrupted
 from vfiotool.cli import main as app
+from vfiotool.cli import program
+from vfiotool.cli.globals import Globals
 from vfiotool.errors import Stuck
 from vfiotool.host.child import WriterProcess
 
@@ -115,9 +117,9 @@ def test_an_interrupted_access_leaves_no_answer_for_the_next(tmp_path: Path) -> 
 def test_the_command_says_that_it_was_interrupted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(arguments: list[str]) -> int:
+    def interrupted(arguments: list[str], chosen: Globals) -> int:
         raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(app, "_run_command", interrupted)
+    monkeypatch.setattr(program, "run", interrupted)
     assert app.main(["bind", EDU]) == 143
-    assert "what was begun has been taken back" in capsys.readouterr().err
+    assert "changes were rolled back" in capsys.readouterr().err

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from vfiotool import __version__
-from vfiotool.cli import main as app
-from vfiotool.cli.main import COMMANDS, _hoist_globals, main
+from vfiotool.cli import program
+from vfiotool.cli.commands import COMMANDS, SYNONYMS, sections
+from vfiotool.cli.globals import Globals
+from vfiotool.cli.main import main
+from vfiotool.doctor import examine
 
 FIXTURE = str(Path(__file__).resolve().parents[2] / "fixtures" / "hosts" / "shared-group")
 CONTRACT_COMMANDS = [
@@ -65,18 +68,17 @@ def test_no_help_is_cut_off_on_a_narrow_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*area, "--help"]) == 0
-    lines = capsys.readouterr().out.partition("COMMAND [ARGS]...\n")[2].splitlines()
-    assert lines
-    assert [line for line in lines if line.endswith("...") or len(line) > 80] == []
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines[1:] if line.endswith("...") or len(line) > 80] == []
 
 
-def test_help_lists_every_command_in_the_contracts_order(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_help_lists_every_command_in_its_section(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
-    shown = capsys.readouterr().out.partition("Commands:")[2].splitlines()
-    names = [line.split()[0] for line in shown if line.startswith("  ") and line[2] != " "]
-    assert [name for name in names if name in COMMANDS] == list(COMMANDS)
+    text = capsys.readouterr().out
+    for section, rows in sections():
+        lines = text.partition(f"{section}:\n")[2].partition("\n\n")[0].splitlines()
+        assert [line.split()[0] for line in lines] == [name for name, _ in rows]
 
 
 def test_an_unknown_command_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,16 +95,139 @@ def test_an_unknown_option_with_json_has_the_error_shape(
     assert set(answer["error"]) == {"kind", "message", "hint", "device", "errno"}
 
 
-def test_json_is_taken_after_the_command_too() -> None:
-    assert _hoist_globals(["devices", "--json"]) == ["--json", "devices"]
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--root {} --json show 02:01.0",
+        "show --root {} 02:01.0 --json",
+        "show 02:01.0 --json --root={}",
+        "--json show --root {} -- 02:01.0",
+    ],
+)
+def test_global_options_are_taken_before_and_after_the_command(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.format(FIXTURE).split()) == 0
+    assert json.loads(capsys.readouterr().out)["address"] == "0000:02:01.0"
 
 
-def test_what_lab_run_starts_keeps_its_own_options() -> None:
-    line = ["lab", "run", "vfiotool", "groups", "--json"]
-    assert _hoist_globals(line) == line
-    assert _hoist_globals(["lab", "run", "--json", *line[2:]]) == ["--json", *line]
-    line = ["lab", "run", "--kernel", "6.1", "--", "vfiotool", "groups", "--json"]
-    assert _hoist_globals(line) == line
+def test_global_options_are_taken_within_a_group_of_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for line in (
+        "vf --json list --root {}",
+        "vf --root {} list --json",
+        "--json vf list --root {}",
+    ):
+        assert main(line.format(FIXTURE).split()) == 0
+        assert json.loads(capsys.readouterr().out)["vfs"] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "command", "as_json"),
+    [
+        ("lab run vfiotool groups --json -q", "vfiotool groups --json -q", False),
+        ("lab run --json vfiotool groups --root x", "vfiotool groups --root x", True),
+        ("lab run --kernel 6.1 -- vfiotool groups --json", "vfiotool groups --json", False),
+        ("lab run -- -1 --help", "-1 --help", False),
+    ],
+)
+def test_what_lab_run_starts_keeps_its_own_options(
+    line: str, command: str, as_json: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vfiotool.cli import lab
+
+    seen: list[list[str]] = []
+
+    class Seen(Exception):
+        pass
+
+    def exec(self: object, words: list[str], **_: object) -> None:
+        seen.append(words)
+        raise Seen
+
+    guest = type("Guest", (), {"__enter__": lambda self: self, "__exit__": lambda *_: None})
+    guest.exec, guest.describe, guest.missing_models = exec, lambda _: "", lambda _: ()
+    monkeypatch.setattr(lab, "_guest", lambda *_: guest())
+    monkeypatch.setattr(lab, "_end_on_sigterm", lambda: None)
+    chosen = Globals()
+    with pytest.raises(Seen):
+        program.run(line.split(), chosen)
+    assert seen == [command.split()]
+    assert chosen.json is as_json
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("unbind 01:00.0", "release"),
+        ("detach 01:00.0", "release"),
+        ("list", "devices"),
+        ("devcies", "devices"),
+        ("rollback", "undo"),
+    ],
+)
+def test_words_of_other_tools_get_the_right_suggestion(
+    words: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    assert f"did you mean {meant} (" in capsys.readouterr().err
+
+
+def test_every_synonym_is_no_command_and_means_one() -> None:
+    assert not SYNONYMS.keys() & COMMANDS.keys()
+    assert {name for names in SYNONYMS.values() for name in names} <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("line", ["--version", "-V", "version"])
+def test_the_version_is_told_in_every_usual_way(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([line]) == 0
+    assert capsys.readouterr().out == f"vfiotool {__version__}\n"
+
+
+@pytest.mark.parametrize("line", ["vf set -h", "vf set --help", "help vf set", "vf set x -h"])
+def test_help_is_given_in_every_usual_way(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: vfiotool vf set [OPTIONS] PF COUNT\n")
+    assert "Examples:" in out and "--root PATH" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "usage"),
+    [
+        ("bind --no-such", "vfiotool bind [OPTIONS] DEVICE…"),
+        ("bind", "vfiotool bind [OPTIONS] DEVICE…"),
+        ("vf set x", "vfiotool vf set [OPTIONS] PF COUNT"),
+        ("vf nothing", "vfiotool vf [OPTIONS] COMMAND [ARGS]..."),
+        ("groups twelve", "vfiotool groups [OPTIONS] [ID…]"),
+    ],
+)
+def test_a_usage_error_shows_that_commands_usage(
+    line: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert f"usage: {usage}\n" in error
+
+
+def test_a_negative_number_is_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vf", "set", "02:01.0", "-1"]) == 2
+    assert "-1 is not in the range" in capsys.readouterr().err
+    assert main(["device", "write", "x", "bar0", "0", "-5"]) == 2
+    assert "'-5' is not a value: it is negative" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["groups x --json", "bogus --json", "vf --json", "vf x --json"])
+def test_usage_errors_are_json_wherever_the_option_stands(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    out = capsys.readouterr().out
+    if line != "vf --json":
+        assert json.loads(out)["error"]["kind"] == "usage"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +271,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise ValueError("never meant to happen")
 
-    monkeypatch.setattr(app, "_run_command", fail)
+    monkeypatch.setattr(examine, "examine", fail)
 
 
 @pytest.mark.usefixtures("faulty")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from jsonschema import Draft202012Validator
 from tests.cli.reading import reading_commands, run
 from tests.oracles.printed import SCHEMA_OF, WITHOUT, command_of
 from tests.oracles.schemas import FOLDER, NAMES, faults
-from vfiotool.cli.declare import Commands
-from vfiotool.cli.frame import commands_of
+from vfiotool.cli.commands import COMMANDS
 from vfiotool.cli.look.watch import event_as_json
-from vfiotool.cli.main import COMMANDS, main
+from vfiotool.cli.main import main
+from vfiotool.cli.program import load
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.monitor import Event
@@ -129,17 +128,19 @@ def test_an_undescribed_field_and_a_missing_one_are_found() -> None:
     assert faults("groups", good, strict=False)
 
 
-def leaves(group: Commands, before: str = "") -> set[str]:
+def leaves(command: Any, name: str) -> set[str]:
     """All commands by their full names."""
-    found = {f"{before}{name}" for name in group.functions}
-    for name, below in group.groups.items():
-        found |= leaves(below, f"{before}{name} ")
-    return found
+    if not hasattr(command, "commands"):
+        return {name}
+    return {
+        leaf
+        for below, inner in command.commands.items()
+        for leaf in leaves(inner, f"{name} {below}")
+    }
 
 
 def test_every_command_has_a_schema_and_every_schema_a_command() -> None:
-    areas = [import_module(f"vfiotool.cli.{area}") for area in sorted(set(COMMANDS.values()))]
-    commands = leaves(commands_of(areas))
+    commands = {leaf for name in COMMANDS for leaf in leaves(load(name), name)}
     # `snapshot diff A B` is told from `snapshot FILE` by its arguments.
     assert commands | {"snapshot diff"} == SCHEMA_OF.keys() | WITHOUT
     assert {*SCHEMA_OF.values(), "common", "error"} == set(NAMES)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
-from vfiotool.cli import frame
 from vfiotool.cli import output as render
+from vfiotool.cli import program
+from vfiotool.cli.globals import Globals
 
 Take = Callable[[str, dict[str, Any]], None]
 
@@ -72,8 +72,8 @@ SCHEMA_OF = {
     "lab machines": "lab-machines",
     "lab kernels": "lab-kernels",
 }
-# These run a guest: what they print is the guest's.
-WITHOUT = {"lab run", "lab shell", "lab demo"}
+# These print what is no JSON: a guest's output, a script, help.
+WITHOUT = {"lab run", "lab shell", "lab demo", "completion", "help", "version"}
 
 
 def command_of(arguments: Iterable[str]) -> str:
@@ -99,15 +99,15 @@ def schema_of(command: str, payload: Mapping[str, Any]) -> str:
 def listen(take: Take) -> None:
     """From here on, hand over a copy of each object that a command prints.
 
-    To be called before any module of commands is imported: some import `emit` by its name.
+    To be called before any command runs.
     """
-    emit, run = render.emit, frame.run
+    emit, run = render.emit, program.run
     current = [""]
 
-    def heard_run(modules: Iterable[ModuleType], arguments: list[str]) -> int:
+    def heard_run(arguments: list[str], chosen: Globals) -> int:
         before, current[0] = current[0], command_of(arguments)
         try:
-            return run(modules, arguments)
+            return run(arguments, chosen)
         finally:
             current[0] = before
 
@@ -117,4 +117,4 @@ def listen(take: Take) -> None:
             whole = {"format_version": render.FORMAT_VERSION, **payload}
             take(current[0], json.loads(json.dumps(whole)))
 
-    render.emit, frame.run = heard_emit, heard_run
+    render.emit, program.run = heard_emit, heard_run

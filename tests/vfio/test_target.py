@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vfiotool.cli.drive.device import number, region_number
+from vfiotool.cli.drive.opening import number, region_number
 from vfiotool.cli.main import main
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
 from vfiotool.host.host import Host

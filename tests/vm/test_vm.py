@@ -154,7 +154,7 @@ def test_no_token_is_given_where_the_host_drives_the_physical_function() -> None
 def test_a_token_that_is_no_uuid_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     root = str(HOSTS / "shared-group")
     assert main(["--root", root, "vm", "qemu", "0000:02:01.0", "--vf-token", "a,b"]) == 2
-    assert "is no UUID" in capsys.readouterr().err
+    assert "is not a valid UUID" in capsys.readouterr().err
 
 
 def test_an_unknown_device_is_not_found() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
-from vfiotool.cli.declare import Argument, Commands, Context, Option
-from vfiotool.cli.output import emit, say, state, write
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import area, examples, wants_json
 from vfiotool.errors import UsageError
 from vfiotool.lab import machines
 from vfiotool.lab.kernels import catalogue as kernels
@@ -19,50 +21,70 @@ if TYPE_CHECKING:
     from vfiotool.lab.guest import Guest
 
 MachineOption = Annotated[
-    str, Option("--machine", metavar="NAME", help="What the guest is made of: lab machines.")
+    str,
+    typer.Option(
+        "--machine",
+        metavar="NAME",
+        help="What the guest is made of; `lab machines` lists them.",
+        autocompletion=candidates.machines,
+    ),
 ]
 KernelOption = Annotated[
-    str, Option("--kernel", metavar="NAME", help="A name of `lab kernels`, or a bzImage.")
+    str,
+    typer.Option(
+        "--kernel",
+        metavar="NAME",
+        help="A name that `lab kernels` lists, or a bzImage.",
+        autocompletion=candidates.kernels,
+    ),
 ]
 ShareOption = Annotated[
     list[Path] | None,
-    Option("--share", metavar="DIR", help="A folder that the guest may write to."),
+    typer.Option(
+        "--share",
+        metavar="DIR",
+        help="A folder that the guest may write to.",
+        autocompletion=candidates.files,
+    ),
 ]
-MemoryOption = Annotated[int | None, Option("--memory", metavar="MIB", min=256)]
-CpusOption = Annotated[int, Option("--cpus", metavar="N", min=1, max=16)]
+MemoryOption = Annotated[
+    int | None, typer.Option("--memory", metavar="MIB", min=256, help="The guest's memory.")
+]
+CpusOption = Annotated[
+    int, typer.Option("--cpus", metavar="N", min=1, max=16, help="The guest's processors.")
+]
 AppendOption = Annotated[
     list[str] | None,
-    Option("--append", metavar="WORD", help="One more word for the guest's kernel."),
+    typer.Option("--append", metavar="WORD", help="One more word for the guest's kernel."),
 ]
 
 
-def register(app: Commands) -> None:
-    """Add the lab's commands to `app`."""
-    lab = Commands(
-        help="Rehearse in QEMU guests with a virtual IOMMU, on real kernels.",
-    )
-    lab.command(
-        "run",
-        short_help="Run one command in a guest.",
-        context_settings={"allow_interspersed_args": False},
-    )(run_command)
-    lab.command("shell")(shell_command)
-    lab.command("machines")(machines_command)
-    lab.command("kernels", short_help="List the kernels that a guest can boot.")(kernels_command)
-    lab.command("demo", short_help="Show the whole way of a device in a guest.")(demo_command)
-    app.add_typer(lab, name="lab")
+app = area("Rehearse in QEMU guests with a virtual IOMMU, on real kernels.")
 
 
+@app.command(
+    "run",
+    # What follows the command's name is the command's, options included.
+    context_settings={"allow_interspersed_args": False},
+    epilog=examples(
+        "vfiotool lab run -- lspci -nnk",
+        "vfiotool lab run --machine full --kernel 6.1 -- vfiotool groups --json",
+        "vfiotool lab run --share out -- bash script.sh",
+    ),
+)
 def run_command(
-    command: Annotated[list[str], Argument(metavar="COMMAND…")],
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND…", help="A command and its own options.")
+    ],
     machine: MachineOption = machines.DEFAULT,
     kernel: KernelOption = kernels.DEFAULT,
-    timeout: Annotated[float, Option(metavar="SECONDS", min=0.1)] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="End the command after this time.")
+    ] = 600.0,
     share: ShareOption = None,
     memory: MemoryOption = None,
     cpus: CpusOption = 1,
     append: AppendOption = None,
-    quiet: Annotated[bool, Option(help="Do not say what is booted.")] = False,
 ) -> int:
     """Run COMMAND in a guest, in this folder, and exit with its exit code.
 
@@ -75,21 +97,19 @@ def run_command(
     _end_on_sigterm()
 
     def forward(kind: Kind, data: bytes) -> None:
-        stream = sys.stdout if kind is Kind.OUTPUT else sys.stderr
-        stream.buffer.write(data)
-        stream.buffer.flush()
+        output.forward(data, error=kind is not Kind.OUTPUT)
 
-    if quiet:
-        be_silent()
     guest = _guest(machine, kernel, share, memory, cpus, append)
-    if not quiet:
-        _say_what_boots(guest.describe(), machine, guest.missing_models())
+    _say_what_boots(guest.describe(), machine, guest.missing_models())
     with guest:
         return guest.exec(command, timeout_s=timeout, sink=forward).exit_code
 
 
+@app.command("shell", epilog=examples("vfiotool lab shell", "vfiotool lab shell --machine storage"))
 def shell_command(
-    command: Annotated[list[str] | None, Argument(metavar="COMMAND…")] = None,
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND…", help="Instead of bash.")
+    ] = None,
     machine: MachineOption = machines.DEFAULT,
     kernel: KernelOption = kernels.DEFAULT,
     share: ShareOption = None,
@@ -132,45 +152,47 @@ def _guest(
     )
 
 
-def machines_command(context: Context) -> int:
+@app.command("machines", epilog=examples("vfiotool lab machines"))
+def machines_command(context: typer.Context) -> int:
     """List the machines that a guest can be."""
     rows = list(machines.MACHINES.values())
-    if state(context).json:
-        emit({"machines": [machines.as_json(row) for row in rows]})
+    if wants_json(context):
+        output.emit({"machines": [machines.as_json(row) for row in rows]})
         return 0
-    for row in rows:
-        write((f"{row.name:14}", "bold"), f" {row.summary}")
+    output.table(("MACHINE", "WHAT IT IS"), [[(row.name, "bold"), row.summary] for row in rows])
     return 0
 
 
+@app.command("kernels", epilog=examples("vfiotool lab kernels", "vfiotool lab kernels --get 6.12"))
 def kernels_command(
-    context: Context,
+    context: typer.Context,
     get: Annotated[
-        list[str] | None, Option("--get", metavar="NAME", help="Fetch or build this one.")
+        list[str] | None, typer.Option("--get", metavar="NAME", help="Fetch or build this one.")
     ] = None,
     update: Annotated[
-        bool, Option("--update", help="With --get: anew, from the newest packages.")
+        bool, typer.Option("--update", help="With --get: anew, from the newest packages.")
     ] = False,
 ) -> int:
     """List the kernels that a guest can boot: what is here, what is missing, how to get it."""
     for name in get or []:
         kernels.prepare(name, update=update)
     rows = kernels.statuses()
-    if state(context).json:
-        emit({"kernels": [kernels.as_json(row) for row in rows]})
+    if wants_json(context):
+        output.emit({"kernels": [kernels.as_json(row) for row in rows]})
         return 0
     for row in rows:
         mark = ("ready  ", "green") if row.ready else ("missing", "yellow")
-        write((f"{row.name:8}", "bold"), " ", mark, f" {row.release or '':26} {row.summary}")
+        output.write((f"{row.name:8}", "bold"), " ", mark, f" {row.release or '':26} {row.summary}")
         for note in (*row.notes, *([f"get it: {row.get}"] if row.get else [])):
-            write(f"{'':17}{note}")
+            output.write(f"{'':17}{note}")
     return 0
 
 
+@app.command("demo", epilog=examples("vfiotool lab demo"))
 def demo_command(
     kernel: KernelOption = kernels.DEFAULT,
 ) -> int:
-    """Show the whole way of a device in a guest: look, refuse, bind, drive, give back."""
+    """Show a device's passthrough from end to end in a guest: refuse, bind, drive, release."""
     from vfiotool.lab import demo
 
     _end_on_sigterm()
@@ -185,9 +207,11 @@ def _folders(share: list[Path] | None) -> tuple[Path, ...]:
 
 
 def _say_what_boots(description: str, machine: str, missing: tuple[str, ...]) -> None:
-    say(f"lab: {description}")
+    if output.quiet():
+        be_silent()
+    output.say(f"lab: {description}")
     if missing:
-        say(f"lab: machine {machine} comes without {', '.join(missing)}: this QEMU has none")
+        output.say(f"lab: machine {machine} comes without {', '.join(missing)}: this QEMU has none")
 
 
 def _end_on_sigterm() -> None:

@@ -1,103 +1,311 @@
-"""What all commands share: global options, the chosen host, JSON and people's output."""
+"""All that vfiotool prints: escaped, coloured on terminals, paged there, in ASCII where it must be.
+
+Text for people and the one JSON object go to standard output, notes and errors to standard error.
+Nothing else in the package prints (tests/cli/test_output.py). Importing this imports next to
+nothing; rich is imported where a terminal shows a table or where a tree is drawn.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vfiotool.cli.declare import Context
-from vfiotool.cli.style import coloured, escape, escape_line, paint
-from vfiotool.errors import UsageError
-from vfiotool.host.host import Host
+from vfiotool.cli import paging
+from vfiotool.cli.style import coloured, encodable, encoding_of, escape, escape_line, paint
+from vfiotool.errors import UsageError, from_oserror
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from typing import Any, BinaryIO
+
     from rich.console import Console
+    from rich.tree import Tree
+
+    # Text, or text and its style, such as ("no", "bold red").
+    Part = str | tuple[str, str]
 
 FORMAT_VERSION = "1.0"
+# A file or a pipe has no edge to cut lines at.
+_FILE_WIDTH = 200
+
+_quiet = False
 
 
-@dataclass(frozen=True)
-class State:
-    """The global options."""
-
-    root: str | None = None
-    json: bool = False
-    debug: bool = False
+def begin(*, quiet: bool = False) -> None:
+    """Say at the start of a command whether notes are wanted."""
+    global _quiet
+    _quiet = quiet
 
 
-def state(context: Context) -> State:
-    """The global options that the command was called with."""
-    return context.state
+def quiet() -> bool:
+    """Whether notes and progress are to be left out."""
+    return _quiet
 
 
-def host(context: Context) -> Host:
-    """The host that `--root` names: this machine, a directory, or a snapshot file."""
-    return open_host(state(context).root)
+def _send(text: str) -> None:
+    pipe = paging.target()
+    if pipe is None:
+        sys.stdout.write(encodable(text, sys.stdout))
+    else:
+        pipe(encodable(text, sys.stdout))
 
 
-def open_host(root: str | None) -> Host:
-    """As `host`, from the option's text. Raises UsageError for a root that cannot be used."""
-    if root is None:
-        return Host.local()
-    from vfiotool.snapshot.capture import open_root
-
-    return open_root(root)
+def flush() -> None:
+    """Have what was printed leave this process now: for what is printed as it happens."""
+    sys.stdout.flush()
 
 
 def emit(payload: Mapping[str, object]) -> None:
-    """Print one JSON object, `format_version` first, on standard output."""
+    """Print one JSON object, `format_version` first."""
+    import json
+
     whole = {"format_version": FORMAT_VERSION, **payload}
-    sys.stdout.write(json.dumps(whole, indent=2) + "\n")
+    _send(json.dumps(whole, indent=2) + "\n")
 
 
-def console() -> Console:
-    """A rich console, for what is more than lines: importing rich costs more than most commands."""
-    from rich.console import Console
+def emit_rows(key: str, rows: Iterable[str]) -> None:
+    """Print one JSON object of a list, a row a line: `jq` and `diff` like that, and a long listing
+    is printed while it is read. Each row is JSON text."""
+    _send(f'{{"format_version": "{FORMAT_VERSION}", "{key}": [')
+    separator = "\n"
+    for row in rows:
+        _send(separator + row)
+        separator = ",\n"
+    _send("\n]}\n")
 
-    return Console(highlight=False, soft_wrap=True)
+
+def emit_line(payload: Mapping[str, object]) -> None:
+    """Print one JSON object on one line: for what has no end, such as `watch`."""
+    import json
+
+    _send(json.dumps(payload) + "\n")
 
 
-def write(*parts: str | tuple[str, str]) -> None:
-    """A line on standard output. A part is text, or text and its style, such as `bold red`.
-
-    What could steer a terminal is escaped. Styles are shown on terminals alone, or as NO_COLOR
-    and FORCE_COLOR have it.
-    """
-    colour = coloured()
+def write(*parts: Part) -> None:
+    """A line. What could steer a terminal is escaped, newlines too."""
+    colour = coloured(sys.stdout)
     texts = [
         paint(part, "", colour) if isinstance(part, str) else paint(*part, colour) for part in parts
     ]
-    sys.stdout.write("".join(texts) + "\n")
+    _send("".join(texts).rstrip() + "\n" if not colour else "".join(texts) + "\n")
 
 
-def uuid_of(option: str, text: str) -> str:
-    """A UUID in its usual spelling. Raises UsageError, which names the option."""
-    from uuid import UUID
+def text(block: str) -> None:
+    """Lines of text as they are, such as a policy; control characters are escaped."""
+    _send(escape(block) if block.endswith("\n") else escape(block) + "\n")
 
-    try:
-        return str(UUID(text))
-    except ValueError as error:
-        raise UsageError(f"{option} {text[:40]!r} is no UUID", hint="uuidgen") from error
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Part]]) -> None:
+    """A header and rows in columns; on a terminal cut to its width, the last column first.
+
+    Prints nothing for no rows.
+    """
+    cells = [[part if isinstance(part, tuple) else (part, "") for part in row] for row in rows]
+    if not cells:
+        return
+    head = [(name, "bold") for name in header]
+    if sys.stdout.isatty():
+        _rich_table(head, cells)
+        return
+    lines = [head, *cells]
+    widths = [max(len(escape_line(line[n][0])) for line in lines) for n in range(len(header))]
+    for line in lines:
+        padding = [width - len(escape_line(part[0])) for part, width in zip(line, widths)]  # noqa: B905
+        parts = [(text + " " * more, style) for (text, style), more in zip(line, padding)]  # noqa: B905
+        joined: list[Part] = []
+        for number, part in enumerate(parts):
+            joined += [part] if number == len(parts) - 1 else [part, "  "]
+        last = joined[-1]
+        joined[-1] = (last[0].rstrip(), last[1]) if isinstance(last, tuple) else last.rstrip()
+        write(*joined)
+
+
+def _rich_table(head: list[tuple[str, str]], rows: list[list[tuple[str, str]]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+    for number, (name, _) in enumerate(head):
+        last = number == len(head) - 1
+        grid.add_column(name, no_wrap=True, overflow="ellipsis", min_width=6 if last else len(name))
+    for row in rows:
+        grid.add_row(*(Text(escape_line(text), style=_rich_style(style)) for text, style in row))
+    console().print(grid)
+
+
+def _rich_style(style: str) -> str:
+    """Of a terminal without colours no style is asked for at all."""
+    return style if coloured(sys.stdout) else ""
+
+
+class _Sink:
+    """What rich writes to: our own way out."""
+
+    @property
+    def encoding(self) -> str:
+        return encoding_of(sys.stdout)
+
+    def write(self, text: str) -> int:
+        _send(text)
+        return len(text)
+
+    def flush(self) -> None:
+        return None
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+
+def console() -> Console:
+    """A rich console on standard output. What is handed to it has to be escaped before."""
+    from typing import IO, cast
+
+    from rich.console import Console
+
+    colour = coloured(sys.stdout)
+    return Console(
+        file=cast("IO[str]", _Sink()),
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        no_color=not colour,
+        width=None if sys.stdout.isatty() else _FILE_WIDTH,
+        highlight=False,
+        soft_wrap=False,
+        emoji=False,
+        markup=False,
+    )
+
+
+def trees(roots: Iterable[Tree]) -> None:
+    """Draw trees whose labels are escaped already."""
+    out = console()
+    for root in roots:
+        out.print(root)
 
 
 def say(text: str) -> None:
-    """A line for people on standard error: warnings and notes, so that JSON stays alone."""
-    sys.stderr.write(escape(text) + "\n")
+    """A note for people on standard error; -q leaves it out."""
+    if not _quiet:
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """As `say`, for what -q does not leave out."""
+    sys.stderr.write(encodable(escape(text) + "\n", sys.stderr))
+    sys.stderr.flush()
+
+
+def progress(text: str) -> None:
+    """A note on what runs now, left out where the terminal would not take it at once: what is under
+    way holds locks, and a terminal that is stopped or gone must not hold it up."""
+    from contextlib import suppress
+    from select import select
+
+    with suppress(OSError, ValueError):
+        if select([], [sys.stderr], [], 0)[1]:
+            say(text)
+
+
+def error(message: str, hint: str | None) -> None:
+    """An error and what to type next, on standard error."""
+    colour = coloured(sys.stderr)
+    sys.stderr.write(encodable(paint("vfiotool:", "bold red", colour), sys.stderr))
+    warn(f" {message}")
+    for line in (hint or "").split("\n"):
+        if line:
+            warn(f"  {line}")
+
+
+def traceback() -> None:
+    """The traceback of the exception in hand, for --debug."""
+    from traceback import format_exc
+
+    warn(format_exc().rstrip("\n"))
+
+
+def forward(data: bytes, *, error: bool = False) -> None:
+    """Bytes of another program's output, as they are."""
+    stream = sys.stderr if error else sys.stdout
+    stream.buffer.write(data)
+    stream.buffer.flush()
+
+
+def opened(path: str) -> AbstractContextManager[BinaryIO]:
+    """A file to write bytes to, or standard output for `-`. Raises UsageError, NotPermitted."""
+    from contextlib import nullcontext
+
+    if path == "-":
+        sys.stdout.flush()
+        return nullcontext(sys.stdout.buffer)
+    try:
+        return open(path, "wb")
+    except OSError as error:
+        raise cannot("write", path, error) from error
+
+
+def save(path: str, content: str) -> None:
+    """Write text to a file, or to standard output for `-`. Raises OSError."""
+    if path == "-":
+        sys.stdout.write(content)
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(content)
+
+
+def cannot(what: str, path: str, error: OSError) -> Exception:
+    """The error for a file that the user named and that cannot be read or written."""
+    if error.errno in (1, 13):
+        return from_oserror(f"{what} {path}", error)
+    return UsageError(f"cannot {what} {path}: {error.strerror}")
+
+
+def is_terminal() -> bool:
+    """Whether a person reads standard output."""
+    return sys.stdout.isatty()
+
+
+def interactive() -> bool:
+    """Whether notes on progress reach a person: standard error is a terminal."""
+    return not _quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def report(payload: Any, *, as_json: bool) -> None:
+    """An error's own shape: JSON on standard output, or its message and hint."""
+    if as_json:
+        import json
+
+        _send(json.dumps(payload.as_json(), indent=2) + "\n")
+    else:
+        error(payload.message, payload.hint)
 
 
 __all__ = [
     "FORMAT_VERSION",
-    "State",
+    "begin",
+    "cannot",
     "console",
     "emit",
+    "emit_line",
+    "emit_rows",
+    "error",
     "escape",
     "escape_line",
-    "host",
-    "open_host",
+    "flush",
+    "forward",
+    "interactive",
+    "is_terminal",
+    "opened",
+    "progress",
+    "quiet",
+    "report",
+    "save",
     "say",
-    "state",
+    "table",
+    "text",
+    "traceback",
+    "trees",
+    "warn",
     "write",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from dataclasses import replace
 from typing import Annotated
 
-from vfiotool.cli import output as render
-from vfiotool.cli.declare import Argument, Commands, Context, Option
+import typer
+
+from vfiotool.cli import output
+from vfiotool.cli.context import DevicesArgument, area, examples, host_of, uuid_of, wants_json
 from vfiotool.devices.inventory import Inventory, read_inventory
 from vfiotool.devices.selector import resolve
 from vfiotool.host.host import Host
@@ -17,24 +18,21 @@ from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.saved import ETC_FOLDER, DesiredState
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
 
-_Devices = Annotated[list[str], Argument(metavar="DEVICE…", help="PCI functions or mdevs.")]
 _Token = Annotated[
     str | None,
-    Option(metavar="UUID", help="Of VFs whose PF is on vfio-pci; else the policy's."),
+    typer.Option(
+        metavar="UUID",
+        help="The token of VFs whose PF is on vfio-pci; default: the applied policy's.",
+    ),
 ]
 
 
-def register(app: Commands) -> None:
-    """Add this area's commands."""
-    area = Commands(help="Hand devices to a virtual machine.")
-    area.command("check", help="Say whether a VM can open the devices now.")(check)
-    area.command("qemu", help="Print the options for a q35 machine of QEMU.")(qemu_options)
-    area.command("libvirt", help="Print libvirt's hostdev elements.")(libvirt_elements)
-    area.command("cloud-hypervisor", help="Print cloud-hypervisor's options.")(ch_options)
-    app.add_typer(area, name="vm")
+app = area("Hand devices to a virtual machine: checks, and what its configuration needs.")
 
 
-def check(context: Context, devices: _Devices, vf_token: _Token = None) -> int:
+@app.command("check", epilog=examples("vfiotool vm check 0000:05:01.0"))
+def check(context: typer.Context, devices: DevicesArgument, vf_token: _Token = None) -> int:
+    """Check whether a virtual machine can open the devices now; exit code 1 if not."""
     host, inventory, chosen = _chosen(context, devices)
     token = _find_token(host, chosen, vf_token)
     found = [
@@ -42,25 +40,36 @@ def check(context: Context, devices: _Devices, vf_token: _Token = None) -> int:
         for device in chosen
         for finding in preflight.findings(host, inventory, device, token)
     ]
-    if render.state(context).json:
+    if wants_json(context):
         payload = {"ready": not found, "findings": [finding.as_json() for finding in found]}
-        render.emit(payload)
+        output.emit(payload)
         return 1 if found else 0
     for device in chosen:
         own = [finding for finding in found if finding.device == device.name]
-        sys.stdout.write(f"{device.name}  {'not ready' if own else 'ready'}\n")
+        state = ("not ready", "bold red") if own else ("ready", "bold green")
+        output.write((device.name, "bold"), "  ", state)
         for finding in own:
-            sys.stdout.write(render.escape(f"  {finding.kind}  {finding.detail}\n"))
-            sys.stdout.write(render.escape(f"    {finding.next}\n"))
+            output.write((f"  {finding.kind}", "red"), f"  {finding.detail}")
+            output.write((f"    {finding.next}", "cyan"))
     return 1 if found else 0
 
 
+@app.command(
+    "qemu",
+    epilog=examples(
+        "vfiotool vm qemu 0000:05:01.0",
+        "qemu-system-x86_64 -machine q35 $(vfiotool vm qemu 05:01.0)",
+    ),
+)
 def qemu_options(
-    context: Context,
-    devices: _Devices,
-    iommufd: Annotated[bool, Option("--iommufd", help="Use iommufd (QEMU 8.2 or newer).")] = False,
+    context: typer.Context,
+    devices: DevicesArgument,
+    iommufd: Annotated[
+        bool, typer.Option("--iommufd", help="Use iommufd (QEMU 8.2 or newer).")
+    ] = False,
     vf_token: _Token = None,
 ) -> int:
+    """Print the options (-device vfio-pci) for a q35 machine of QEMU."""
     host, inventory, chosen = _chosen(context, devices)
     token = _find_token(host, chosen, vf_token)
     if host.live:
@@ -72,7 +81,7 @@ def qemu_options(
 def _find_token(host: Host, devices: list[preflight.Handed], given: str | None) -> str | None:
     """The VF token that was given, or that the applied policy names for a device's guard."""
     if given is not None:
-        return render.uuid_of("--vf-token", given)
+        return uuid_of("--vf-token", given)
     guards = {device.guard for device in devices} - {None}
     if not guards or not host.live or not os.path.isdir(ETC_FOLDER):
         return None
@@ -85,28 +94,40 @@ def _find_token(host: Host, devices: list[preflight.Handed], given: str | None) 
     return next((rule.vf_token for rule, names in found if guards & set(names)), None)
 
 
-def libvirt_elements(context: Context, devices: _Devices) -> int:
+@app.command(
+    "libvirt",
+    epilog=examples(
+        "vfiotool vm libvirt 0000:05:01.0 > hostdev.xml",
+        "virsh attach-device vm1 hostdev.xml --config",
+    ),
+)
+def libvirt_elements(context: typer.Context, devices: DevicesArgument) -> int:
+    """Print libvirt's hostdev elements."""
     text = libvirt.hostdevs(_ready(context, devices))
-    if render.state(context).json:
-        render.emit({"xml": text})
+    if wants_json(context):
+        output.emit({"xml": text})
     else:
-        sys.stdout.write(text)
+        output.text(text)
     return 0
 
 
-def ch_options(context: Context, devices: _Devices) -> int:
+@app.command("cloud-hypervisor", epilog=examples("vfiotool vm cloud-hypervisor 0000:05:01.0"))
+def ch_options(context: typer.Context, devices: DevicesArgument) -> int:
+    """Print cloud-hypervisor's options (--device)."""
     _print_words(context, cloud_hypervisor.arguments(_ready(context, devices)))
     return 0
 
 
-def _chosen(context: Context, names: list[str]) -> tuple[Host, Inventory, list[preflight.Handed]]:
-    host = render.host(context)
+def _chosen(
+    context: typer.Context, names: list[str]
+) -> tuple[Host, Inventory, list[preflight.Handed]]:
+    host = host_of(context)
     inventory = read_inventory(host)
     unique = dict.fromkeys(resolve(host, name) for name in names)
     return host, inventory, [preflight.handed(inventory, name) for name in unique]
 
 
-def _ready(context: Context, names: list[str]) -> list[preflight.Handed]:
+def _ready(context: typer.Context, names: list[str]) -> list[preflight.Handed]:
     """The devices; on the running host only if a VM could open each of them now."""
     host, inventory, chosen = _chosen(context, names)
     if host.live:
@@ -114,13 +135,18 @@ def _ready(context: Context, names: list[str]) -> list[preflight.Handed]:
     return chosen
 
 
-def _print_words(context: Context, words: list[str]) -> None:
-    """An option a line, each ready to be pasted into a shell."""
-    if render.state(context).json:
-        render.emit({"arguments": words})
+def _print_words(context: typer.Context, words: list[str]) -> None:
+    """The words of a command line."""
+    if wants_json(context):
+        output.emit({"arguments": words})
         return
-    lines = " ".join(
-        f"\\\n  {shlex.quote(word)}" if word.startswith("-") else shlex.quote(word)
-        for word in words
-    )
-    sys.stdout.write(lines.removeprefix("\\\n") + "\n")
+    if output.is_terminal():
+        # An option a line, to be read and to be pasted into a shell.
+        lines = " ".join(
+            f"\\\n  {shlex.quote(word)}" if word.startswith("-") else shlex.quote(word)
+            for word in words
+        )
+        output.text(lines.removeprefix("\\\n"))
+    else:
+        # For $(vfiotool vm qemu …): a substitution would pass a backslash on.
+        output.text(" ".join(map(shlex.quote, words)))

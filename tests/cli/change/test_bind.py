@@ -79,7 +79,19 @@ def test_vfs_and_mdevs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         "address": "0000:02:10.0",
         "driver": "igbvf",
         "iommu_group": 10,
+        "mac": None,
+        "vlan": None,
+        "trust": None,
     }
+    assert payload["pfs"] == [
+        {
+            "address": "0000:02:00.0",
+            "driver": "igb",
+            "num_vfs": 3,
+            "total_vfs": 7,
+            "autoprobe": True,
+        }
+    ]
     code, payload, _ = run(capsys, "mdev-parents", "mdev", "list")
     assert payload["mdevs"][0]["uuid"] == UUID
     code, payload, _ = run(capsys, "mdev-parents", "mdev", "types")
@@ -231,4 +243,4 @@ def test_what_is_no_time_to_wait_is_bad_usage(
 ) -> None:
     code, payload, _ = run(capsys, "shared-group", *arguments, seconds)
     assert code == 2
-    assert "is no deadline" in payload["error"]["message"]
+    assert "is not a valid time" in payload["error"]["message"]

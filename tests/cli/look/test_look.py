@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -15,10 +14,10 @@ import pytest
 from tests.bench.bighost import lay_out
 from tests.fakes.config_space import build
 from tests.fakes.memory_host import HostBuilder
-from vfiotool.cli import halves
 from vfiotool.cli.look import groups as groups_module
 from vfiotool.cli.look.devices import run_devices
 from vfiotool.cli.look.groups import run_groups
+from vfiotool.cli.look.roles import ROLES, STYLES
 from vfiotool.cli.main import main
 from vfiotool.devices.as_json import function_as_json
 from vfiotool.devices.details import DetailReader
@@ -27,7 +26,6 @@ from vfiotool.devices.names import Names
 from vfiotool.devices.pci import list_addresses, read_functions
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.host.host import Host
-from vfiotool.host.tree import OsTree
 from vfiotool.usage.standing import Standings
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "hosts"
@@ -49,7 +47,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
-def test_the_fast_groups_are_the_ones_that_iommu_reads(
+def test_the_groups_are_the_ones_that_iommu_reads(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from vfiotool.snapshot.capture import open_root
@@ -88,43 +86,6 @@ def test_devices_of_a_big_host_are_whole_and_in_order(
         wanted.update({key: item[key] for key in wanted if key.endswith("_name")})
         wanted.update(standings.of(function).as_json())
         assert item == json.loads(json.dumps(wanted))
-
-
-def read_words(items: Any) -> str:
-    return ",".join(str(item) for item in items)
-
-
-@pytest.mark.parametrize("count", [0, 1, halves.WORTH_IT, halves.WORTH_IT + 1, 5000])
-def test_halves_give_every_item_once_and_in_order(count: int) -> None:
-    host = Host(OsTree("/nowhere"), live=False, name="test")
-    items = list(range(count))
-    texts = [text for text in halves.in_halves(host, items, read_words) if text]
-    assert ",".join(texts) == read_words(items)
-
-
-def test_a_half_whose_process_dies_is_read_again() -> None:
-    host = Host(OsTree("/nowhere"), live=False, name="test")
-    parent = os.getpid()
-
-    def read(items: Any) -> str:
-        if os.getpid() != parent:
-            os.kill(os.getpid(), 9)
-        return read_words(items)
-
-    items = list(range(1000))
-    assert ",".join(halves.in_halves(host, items, read)) == read_words(items)
-
-
-def test_a_half_whose_reader_fails_raises_here() -> None:
-    host = Host(OsTree("/nowhere"), live=False, name="test")
-
-    def read(items: Any) -> str:
-        if 999 in items:
-            raise ValueError("bad item")
-        return read_words(items)
-
-    with pytest.raises(ValueError, match="bad item"):
-        list(halves.in_halves(host, list(range(1000)), read))
 
 
 def test_groups_by_id_and_an_unknown_id(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,19 +220,8 @@ def test_a_piped_listing_is_neither_cut_nor_padded() -> None:
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_listing_for_programs_needs_neither_typer_nor_rich() -> None:
-    code = (
-        "import sys; from vfiotool.cli.main import main;"
-        f"main(['--root', {str(FIXTURES / 'vfs-enabled')!r}, 'devices', '--json']);"
-        "found = {'typer', 'rich', 'pydantic'} & set(sys.modules);"
-        "sys.exit(' '.join(found) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_every_role_has_words_for_people() -> None:
-    assert set(groups_module._ROLES) == {"vfio", "unbound", "bridge", "host", "mdev"}
+    assert set(ROLES) == set(STYLES) == {"vfio", "unbound", "bridge", "host", "mdev"}
 
 
 def test_no_group_member_is_lost_when_a_group_vanishes(
@@ -280,5 +230,4 @@ def test_no_group_member_is_lost_when_a_group_vanishes(
     host = HostBuilder().function("0000:01:00.0", group=1).host()
     with pytest.raises(NotFound):
         run_groups(host, [1, 2], as_json=True)
-    groups_module.print_json(host, [1, 2])
-    assert [group["id"] for group in printed(capsys)["groups"]] == [1]
+    assert [group.id for group in groups_module._read(host, [1, 2])] == [1]

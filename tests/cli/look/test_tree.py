@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.cli.reading import run
-from vfiotool.cli.look.tree import Node, build, summary_of
+from vfiotool.cli.look.node import Node, summary_of
+from vfiotool.cli.look.tree import build
 from vfiotool.cli.look.tree_svg import draw
 from vfiotool.cli.main import main
 from vfiotool.devices.inventory import read_inventory

@@ -1,21 +1,21 @@
-"""`plan`, `apply`, `status`, `undo`, `history`, `recover`, `confirm`, `export`."""
+"""`plan`, `apply`, `confirm`, `status`, `export`: a host's desired state."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Annotated
 
-from vfiotool.change.apply import NothingToUndo, Recovered, last_standing, recover, undo
-from vfiotool.change.confirm import arm, attach, confirm, revert_unconfirmed
-from vfiotool.change.guard import Allowance, find_blockers
-from vfiotool.change.journal import RUN_FOLDER, Journal, Record
+import typer
+
+from vfiotool.change.confirm import arm, attach, confirm
+from vfiotool.change.guard import find_blockers
+from vfiotool.change.journal import Journal
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.registry import steps_as_json
-from vfiotool.cli import output as render
+from vfiotool.cli import candidates, output
 from vfiotool.cli.change.changing import (
     DEADLINE_S,
     Allow,
@@ -23,20 +23,18 @@ from vfiotool.cli.change.changing import (
     DryRun,
     Timeout,
     check_seconds,
-    perform,
-    print_line,
+    journal_of,
+    make_change,
     print_steps,
-    progress_line,
     say_remarks,
 )
-from vfiotool.cli.declare import Argument, Commands, Context, Option
-from vfiotool.errors import Stuck, UsageError, from_oserror
+from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.errors import Refused, Stuck, UsageError, from_oserror
 from vfiotool.host.host import Host
-from vfiotool.host.tree import read_only_root
 from vfiotool.policy.export import export_policy
 from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.model import Policy
-from vfiotool.policy.parse import parse_policy, read_policy, read_policy_text
+from vfiotool.policy.parse import LARGEST_BYTES, parse_policy, read_policy_text
 from vfiotool.policy.plan import Plan, Refusal, plan_policy
 from vfiotool.policy.report import (
     drift_lines,
@@ -47,28 +45,36 @@ from vfiotool.policy.report import (
 )
 from vfiotool.policy.saved import DesiredState, SavedPlan, parse_saved, plan_to_text, refuse_changed
 
-_Policy = Annotated[str, Argument(metavar="POLICY", help="A policy, or a saved plan.")]
+app = area()
+_Policy = Annotated[
+    str,
+    typer.Argument(
+        metavar="POLICY",
+        help="A policy, or a saved plan; - for standard input.",
+        autocompletion=candidates.policies,
+    ),
+]
 _AbsentOk = Annotated[
-    bool, Option("--absent-ok", help="Report rules whose device is absent, and go on.")
+    bool, typer.Option("--absent-ok", help="Report rules whose device is absent, and go on.")
 ]
 
 
-def register(app: Commands) -> None:
-    """Add this area's commands."""
-    app.command("plan", help="Show what a policy would change.")(show_plan)
-    app.command("apply", help="Make the host as a policy says, or leave it as it was.")(apply)
-    app.command("confirm", help="Keep what was applied with --confirm-within.")(keep)
-    app.command("status", help="Tell whether the host is as a policy says (exit 1 if not).")(status)
-    app.command("undo", help="Take the last change back.")(take_back)
-    app.command("history", help="List the changes of this boot.")(history)
-    app.command("recover", help="Finish or undo what a crash or a held device left.")(mend)
-    app.command("export", help="Print the present state as a policy.")(export)
-
-
 def load(path: str) -> Policy | SavedPlan:
-    """A policy's or a saved plan's file. Raises what `read_policy` raises."""
-    text = read_policy_text(path)
-    return parse_saved(text, path) or parse_policy(text, path)
+    """The policy or the saved plan in a file, in a pipe, or on standard input for `-`. Raises what
+    `read_policy_text` and `parse_policy` raise."""
+    name = "standard input" if path == "-" else path
+    text = _read_stream() if path == "-" else read_policy_text(path)
+    return parse_saved(text, name) or parse_policy(text, name)
+
+
+def _read_stream() -> str:
+    data = sys.stdin.buffer.read(LARGEST_BYTES + 1)
+    if len(data) > LARGEST_BYTES:
+        raise UsageError(f"the policy on standard input is larger than {LARGEST_BYTES >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the policy on standard input is not UTF-8: {error}") from error
 
 
 def make_plan(
@@ -88,9 +94,9 @@ def _existing(host: Host) -> Journal | None:
     return Journal.existing(host) if host.live else None
 
 
-def _emit_plan(context: Context, plan: Plan, notes: tuple[str, ...] = ()) -> None:
-    if render.state(context).json:
-        render.emit(
+def _print_plan(context: typer.Context, plan: Plan, notes: tuple[str, ...] = ()) -> None:
+    if wants_json(context):
+        output.emit(
             {
                 "steps": steps_as_json(plan.steps),
                 "in_sync": not plan.steps and not plan.refusals,
@@ -99,28 +105,59 @@ def _emit_plan(context: Context, plan: Plan, notes: tuple[str, ...] = ()) -> Non
             }
         )
     else:
-        for line in (*plan_lines(plan.steps), summary(plan)):
-            print_line(line)
+        _print_lines(plan_lines(plan.steps))
+        output.write((summary(plan), "bold"))
+    _warn_refusals(plan)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Lines under headings: what is not indented is a device."""
+    for line in lines:
+        output.write(line if line.startswith(" ") else (line, "bold"))
+
+
+def _warn_refusals(plan: Plan) -> None:
     for line in refusal_lines(plan.refusals):
-        render.say(f"vfiotool: {line}")
-    _tell_absent(plan)
+        output.warn(f"vfiotool: {line}")
+    _warn_absent(plan)
 
 
-def _tell_absent(plan: Plan) -> None:
+def _warn_absent(plan: Plan) -> None:
     for line in plan.absent:
-        render.say(f"vfiotool: absent: {line}")
+        output.warn(f"vfiotool: absent: {line}")
 
 
+@app.command(
+    "plan",
+    epilog=examples(
+        "vfiotool plan policy.toml",
+        "vfiotool plan policy.toml --out change.plan && vfiotool apply change.plan",
+        "vfiotool import /etc/modprobe.d | vfiotool plan -",
+        "vfiotool --root snapshot.gz plan policy.toml",
+    ),
+)
 def show_plan(
-    context: Context,
+    context: typer.Context,
     policy: _Policy,
     out: Annotated[
-        str | None, Option(metavar="FILE", help="Save the plan for apply FILE.plan.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Save the plan, for apply FILE.plan; - for standard output.",
+            autocompletion=candidates.files,
+        ),
     ] = None,
     absent_ok: _AbsentOk = False,
 ) -> int:
-    host = render.host(context)
-    loaded = read_policy(policy)
+    """Show what a policy would change, step by step, with what would undo each.
+
+    Exit code 0 whether or not there is something to do (status tells that); 4 where apply would
+    refuse.
+    """
+    host = host_of(context)
+    loaded = load(policy)
+    if isinstance(loaded, SavedPlan):
+        loaded = loaded.policy
     plan = make_plan(host, _existing(host), loaded, absent_ok=absent_ok, collect=True)
     uses = (
         Refusal(blocker.kind, blocker.device, blocker.detail, blocker.evidence)
@@ -128,34 +165,49 @@ def show_plan(
     )
     plan = replace(plan, refusals=(*plan.refusals, *uses))
     if out is not None:
-        if not out.endswith(".plan"):
+        if not out.endswith(".plan") and out != "-":
             raise UsageError(
                 f"a saved plan's name ends in .plan, {out} does not", hint=f"--out {out}.plan"
             )
         try:
-            with open(out, "w", encoding="utf-8") as file:
-                file.write(plan_to_text(loaded, plan.steps))
+            output.save(out, plan_to_text(loaded, plan.steps))
         except OSError as error:
             raise from_oserror(f"write {out}", error) from error
-    _emit_plan(context, plan, say_remarks(host, plan.steps))
-    return 4 if plan.refusals else 0
+    if out == "-":
+        _warn_refusals(plan)
+    else:
+        _print_plan(context, plan, say_remarks(host, plan.steps))
+    return Refused.exit_code if plan.refusals else 0
 
 
+@app.command(
+    "apply",
+    epilog=examples(
+        "vfiotool apply policy.toml --dry-run",
+        "vfiotool apply policy.toml --confirm-within 60",
+        "vfiotool apply change.plan",
+        "vfiotool import old.conf | vfiotool apply -",
+    ),
+)
 def apply(
-    context: Context,
+    context: typer.Context,
     policy: _Policy,
     confirm_within: Annotated[
         float | None,
-        Option(metavar="SECONDS", help="Take it back unless confirmed by then."),
+        typer.Option(metavar="SECONDS", help="Roll back unless confirmed within this time."),
     ] = None,
     absent_ok: _AbsentOk = False,
     allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
+    """Apply a policy; all or nothing.
+
+    What it changes lasts until reboot; vfiotool boot enable applies a policy at every boot.
+    """
     if confirm_within is not None:
         check_seconds("--confirm-within", confirm_within)
-    host = render.host(context)
+    host = host_of(context)
     loaded = load(policy)
     rules = loaded.policy if isinstance(loaded, SavedPlan) else loaded
     plans: list[Plan] = []
@@ -169,11 +221,11 @@ def apply(
 
     def run() -> Changed:
         title = f"apply {os.path.basename(policy)}"
-        return perform(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
+        return make_change(context, title, make, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
     if dry_run:
         notes = run().notes
-        _emit_plan(context, plans[-1], notes)
+        _print_plan(context, plans[-1], notes)
         return 0
     # Found wanting before the change, not after it.
     desired = DesiredState() if host.live else None
@@ -185,9 +237,7 @@ def apply(
 
 
 def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Changed:
-    if not host.live:
-        raise read_only_root(host.name)
-    journal = Journal(host)
+    journal = journal_of(host)
     token = arm(host, journal, seconds)
     try:
         done = run()
@@ -195,7 +245,7 @@ def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Ch
         # Half done, and maybe what cut the user off: the watcher tries to undo it.
         raise
     except BaseException:
-        # Rolled back: there is nothing that the watcher should take back.
+        # Rolled back: there is nothing that the watcher should roll back.
         journal.pending.remove(token)
         raise
     attach(journal, token, done.transaction)
@@ -203,169 +253,56 @@ def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Ch
 
 
 def _report_applied(
-    context: Context, done: Changed, plan: Plan, confirm_within: float | None
+    context: typer.Context, done: Changed, plan: Plan, confirm_within: float | None
 ) -> None:
-    if render.state(context).json:
-        render.emit({**done.as_json(), "in_sync": True, "absent": list(plan.absent)})
+    if wants_json(context):
+        output.emit({**done.as_json(), "in_sync": True, "absent": list(plan.absent)})
     elif done.steps:
         print_steps(done.steps)
-        print_line(f"applied (change {done.transaction})")
+        output.write((f"applied (change {done.transaction})", "bold green"))
     else:
-        print_line("in sync: nothing to do")
-    _tell_absent(plan)
+        output.write("in sync: nothing to do")
+    _warn_absent(plan)
     if confirm_within is not None and done.steps:
-        render.say(
-            f"vfiotool: this is taken back in {confirm_within:g} s unless you type: "
-            "vfiotool confirm"
+        output.warn(
+            f"vfiotool: rolls back in {confirm_within:g} s unless confirmed; type: vfiotool confirm"
         )
 
 
-def keep(context: Context) -> int:
-    host = render.host(context)
-    numbers = confirm(host, _journal(host))
-    if render.state(context).json:
-        render.emit({"confirmed": numbers})
+@app.command("confirm", epilog=examples("vfiotool confirm"))
+def keep(context: typer.Context) -> int:
+    """Keep what was applied with --confirm-within."""
+    host = host_of(context)
+    numbers = confirm(host, journal_of(host))
+    if wants_json(context):
+        output.emit({"confirmed": numbers})
     else:
-        print_line(f"kept: change {', '.join(map(str, numbers))}")
+        output.write(f"confirmed: change {', '.join(map(str, numbers))}")
     return 0
 
 
-def _journal(host: Host) -> Journal:
-    if not host.live:
-        raise read_only_root(host.name)
-    return Journal(host)
-
-
-def status(context: Context, policy: _Policy, absent_ok: _AbsentOk = False) -> int:
-    host = render.host(context)
+@app.command("status", epilog=examples("vfiotool status policy.toml", "vfiotool status - < p.toml"))
+def status(context: typer.Context, policy: _Policy, absent_ok: _AbsentOk = False) -> int:
+    """Check whether the host matches a policy; exit code 1 if it does not (drift)."""
+    host = host_of(context)
     loaded = load(policy)
     rules = loaded.policy if isinstance(loaded, SavedPlan) else loaded
     plan = make_plan(host, _existing(host), rules, absent_ok=absent_ok, collect=True)
-    if render.state(context).json:
-        _emit_plan(context, plan)
+    if wants_json(context):
+        _print_plan(context, plan)
     else:
-        for line in (drift_summary(plan), *drift_lines(plan.steps)):
-            print_line(line)
-        for line in refusal_lines(plan.refusals):
-            render.say(f"vfiotool: {line}")
-        _tell_absent(plan)
+        output.write((drift_summary(plan), "yellow" if plan.steps else "green"))
+        _print_lines(drift_lines(plan.steps))
+        _warn_refusals(plan)
     return 1 if plan.steps or plan.refusals else 0
 
 
-def take_back(
-    context: Context,
-    allow: Allow = None,
-    dry_run: DryRun = False,
-    timeout: Timeout = DEADLINE_S,
-    unconfirmed: Annotated[str | None, Option(hidden=True)] = None,
-) -> int:
-    check_seconds("--timeout", timeout)
-    host = render.host(context)
-    journal = _journal(host)
-    if unconfirmed is not None:
-        print_line(revert_unconfirmed(host, journal, unconfirmed, timeout) or "confirmed")
-        return 0
-    if dry_run:
-        record = last_standing(journal.history())
-        inverses = (step.inverse() for step in reversed(record.steps))
-        steps = tuple(step for step in inverses if step is not None)
-        _emit_plan(context, Plan(steps))
-        return 0
-    try:
-        allowed = [Allowance.parse(text) for text in allow or []]
-        record = undo(host, journal, allowed, timeout_s=timeout, progress=progress_line())
-    except NothingToUndo as error:
-        render.say(f"vfiotool: {error.message}")
-        if render.state(context).json:
-            render.emit({"undone": None, "title": None})
-        return 0
-    if render.state(context).json:
-        render.emit({"undone": record.number, "title": record.title})
+@app.command("export", epilog=examples("vfiotool export > policy.toml"))
+def export(context: typer.Context) -> int:
+    """Print the present state of this host's devices as a policy."""
+    text = export_policy(host_of(context))
+    if wants_json(context):
+        output.emit({"policy": text})
     else:
-        print_line(f"undone: change {record.number} ({record.title})")
-    return 0
-
-
-def history(context: Context) -> int:
-    host = render.host(context)
-    if not host.live:
-        raise read_only_root(host.name)
-    # Looking at what was done makes no folder; where there is none nothing was.
-    records = Journal(host).history() if os.path.isdir(RUN_FOLDER) else []
-    undone = {record.undoes for record in records if record.outcome == "committed"}
-    if render.state(context).json:
-        render.emit({"history": [_record_as_json(record, undone) for record in records]})
-        return 0
-    if not records:
-        render.say("vfiotool: nothing was changed since this boot")
-    for record in records:
-        at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        taken = ", undone" if record.number in undone else ""
-        print_line(f"{record.number}  {at}  {_outcome(record)}{taken}  {record.title}")
-        if record.error or record.stuck:
-            print_line(f"    {record.error or record.stuck}")
-    return 0
-
-
-def _outcome(record: Record) -> str:
-    if record.outcome is not None:
-        return record.outcome
-    return "stuck" if record.stuck else "open"
-
-
-def _record_as_json(record: Record, undone: set[int | None]) -> dict[str, object]:
-    return {
-        "number": record.number,
-        "at": record.at,
-        "title": record.title,
-        "outcome": _outcome(record),
-        "error": record.error or record.stuck,
-        "undoes": record.undoes,
-        "undone": record.number in undone,
-        "steps": steps_as_json(record.steps),
-    }
-
-
-def mend(
-    context: Context,
-    finish: Annotated[
-        bool | None, Option("--finish/--undo", help="Decide instead of the default.")
-    ] = None,
-    timeout: Timeout = DEADLINE_S,
-) -> int:
-    check_seconds("--timeout", timeout)
-    host = render.host(context)
-    begun = time.monotonic()
-    results = recover(host, _journal(host), timeout_s=timeout, finish=finish)
-    if render.state(context).json:
-        rows = [
-            {
-                "number": entry.number,
-                "title": entry.title,
-                "result": entry.result,
-                "detail": entry.detail,
-            }
-            for entry in results
-        ]
-        render.emit({"recovered": rows, "seconds": round(time.monotonic() - begun, 3)})
-    else:
-        _print_recovered(results)
-    return 6 if any(entry.result == "stuck" for entry in results) else 0
-
-
-def _print_recovered(results: tuple[Recovered, ...]) -> None:
-    if not results:
-        print_line("nothing to recover")
-    for entry in results:
-        print_line(f"{entry.number} {entry.title}: {entry.result}")
-        if entry.detail:
-            print_line(f"    {entry.detail}")
-
-
-def export(context: Context) -> int:
-    text = export_policy(render.host(context))
-    if render.state(context).json:
-        render.emit({"policy": text})
-    else:
-        print_line(text.rstrip("\n"))
+        output.text(text)
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
+import typer
+
 from vfiotool.change.journal import Journal
 from vfiotool.change.plans.vdpa import (
     plan_vdpa_add,
@@ -13,34 +15,29 @@ from vfiotool.change.plans.vdpa import (
     read_vdpa_facts,
 )
 from vfiotool.change.steps.base import Step
-from vfiotool.cli import output as render
+from vfiotool.cli import candidates, output
 from vfiotool.cli.change.changing import (
     DEADLINE_S,
     Allow,
     Changed,
     DryRun,
+    Report,
     Timeout,
-    Told,
-    carry_out,
-    print_line,
+    run_change,
 )
-from vfiotool.cli.declare import Argument, Commands, Context, Option
+from vfiotool.cli.context import area, examples, host_of, wants_json
 from vfiotool.devices.vdpa import VdpaDevice, VdpaParent, VdpaSettings, read_devices, read_parents
 from vfiotool.errors import UsageError
 from vfiotool.host.host import Host
 
-_Name = Annotated[str, Argument(metavar="NAME", help="As vdpa list names it.")]
+_DRIVERS = ("vhost_vdpa", "virtio_vdpa")
+_Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="As vdpa list shows it.", autocompletion=candidates.vdpas),
+]
 
 
-def register(app: Commands) -> None:
-    """Add this area's commands."""
-    vdpa = Commands(help="vDPA devices.")
-    vdpa.command("parents", help="List what vDPA devices can be made on.")(parents)
-    vdpa.command("list", help="List the vDPA devices.")(devices)
-    vdpa.command("add", help="Make a vDPA device.")(add)
-    vdpa.command("remove", help="Remove a vDPA device.")(remove)
-    vdpa.command("bind", help="Give a vDPA device to a virtual machine, or to this host.")(bind)
-    app.add_typer(vdpa, name="vdpa")
+app = area("List, create and remove vDPA devices.")
 
 
 def parent_as_json(parent: VdpaParent) -> dict[str, object]:
@@ -74,97 +71,137 @@ def device_as_json(device: VdpaDevice) -> dict[str, object]:
     }
 
 
-def parents(context: Context) -> int:
-    host = render.host(context)
+@app.command("parents", epilog=examples("vfiotool vdpa parents"))
+def parents(context: typer.Context) -> int:
+    """List the devices on which vDPA devices can be created."""
+    host = host_of(context)
     found = read_parents(host)
-    if render.state(context).json:
-        render.emit({"parents": [parent_as_json(parent) for parent in found]})
+    if wants_json(context):
+        output.emit({"parents": [parent_as_json(parent) for parent in found]})
         return 0
-    for parent in found:
-        print_line(f"{parent.name}  {', '.join(parent.classes)}  at most {parent.max_vqs} queues")
+    output.table(
+        ("NAME", "CLASSES", "QUEUES"),
+        [[item.name, ", ".join(item.classes), str(item.max_vqs)] for item in found],
+    )
     if not found:
-        render.say(
+        output.say(
             "vfiotool: no vDPA parents"
             if host.live
-            else "vfiotool: only a running host tells its vDPA parents (netlink)"
+            else "vfiotool: only a running host shows its vDPA parents (netlink)"
         )
     return 0
 
 
-def devices(context: Context) -> int:
-    found = read_devices(render.host(context))
-    if render.state(context).json:
-        render.emit({"vdpas": [device_as_json(device) for device in found]})
+@app.command("list", epilog=examples("vfiotool vdpa list"))
+def devices(context: typer.Context) -> int:
+    """List the vDPA devices."""
+    found = read_devices(host_of(context))
+    if wants_json(context):
+        output.emit({"vdpas": [device_as_json(device) for device in found]})
         return 0
-    for device in found:
-        parts = [
-            device.name,
-            device.type or "?",
-            f"on {device.parent or '?'}",
-            device.driver or "no driver",
-            _place(device),
-        ]
-        print_line("  ".join(parts))
+    rows = [
+        [item.name, item.type or "-", item.parent or "-", item.driver or "-", _place(item)]
+        for item in found
+    ]
+    output.table(("NAME", "TYPE", "PARENT", "DRIVER", "NODE"), rows)
+    if not rows:
+        output.say("vfiotool: there are no vDPA devices")
     return 0
 
 
+@app.command(
+    "add",
+    epilog=examples(
+        "vfiotool vdpa add vdpa0 0000:01:00.2",
+        "vfiotool vdpa add vdpa0 vdpasim_net --driver vhost_vdpa --mac 52:54:00:00:00:01",
+    ),
+)
 def add(
-    context: Context,
-    name: Annotated[str, Argument(metavar="NAME", help="A new name, such as vdpa0.")],
-    parent: Annotated[str, Argument(metavar="PARENT", help="As vdpa parents names it.")],
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A new name, such as vdpa0.")],
+    parent: Annotated[
+        str,
+        typer.Argument(
+            metavar="PARENT",
+            help="As vdpa parents shows it.",
+            autocompletion=candidates.vdpa_parents,
+        ),
+    ],
     driver: Annotated[
-        str | None, Option(help="vhost_vdpa or virtio_vdpa; the kernel's choice if left out.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="vhost_vdpa or virtio_vdpa; default: the kernel's choice.",
+            autocompletion=candidates.words(*_DRIVERS),
+        ),
     ] = None,
-    mac: Annotated[str | None, Option(help="MAC address of a network device.")] = None,
-    mtu: Annotated[int | None, Option(help="MTU of a network device.")] = None,
+    mac: Annotated[
+        str | None, typer.Option(metavar="MAC", help="MAC address of a network device.")
+    ] = None,
+    mtu: Annotated[int | None, typer.Option(metavar="N", help="MTU of a network device.")] = None,
     max_vqp: Annotated[
-        int | None, Option("--max-vqp", help="Queue pairs of a network device, at most.")
+        int | None,
+        typer.Option("--max-vqp", metavar="N", help="Queue pairs of a network device, at most."),
     ] = None,
     features: Annotated[
-        str | None, Option(metavar="MASK", help="Virtio feature bits to offer, as 0x….")
+        str | None, typer.Option(metavar="MASK", help="Virtio feature bits to offer, as 0x….")
     ] = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
+    """Create a vDPA device on a parent."""
     settings = VdpaSettings(mac, mtu, max_vqp, _mask(features))
 
     def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
         return plan_vdpa_add(read_vdpa_facts(host), name, parent, driver, settings)
 
     title = f"vdpa add {name} {parent}"
-    tell = _teller(context, name)
-    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout)
+    report = _reporter(context, name)
+    return run_change(context, title, make, report, dry_run=dry_run, timeout_s=timeout)
 
 
+@app.command("remove", epilog=examples("vfiotool vdpa remove vdpa0"))
 def remove(
-    context: Context,
+    context: typer.Context,
     name: _Name,
     allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
+    """Remove a vDPA device."""
+
     def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
         return plan_vdpa_remove(read_vdpa_facts(host), name)
 
     title = f"vdpa remove {name}"
-    tell = _teller(context, name)
-    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    report = _reporter(context, name)
+    return run_change(context, title, make, report, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
+@app.command("bind", epilog=examples("vfiotool vdpa bind vdpa0 vhost_vdpa"))
 def bind(
-    context: Context,
+    context: typer.Context,
     name: _Name,
-    driver: Annotated[str, Argument(metavar="DRIVER", help="vhost_vdpa or virtio_vdpa.")],
+    driver: Annotated[
+        str,
+        typer.Argument(
+            metavar="DRIVER",
+            help="vhost_vdpa or virtio_vdpa.",
+            autocompletion=candidates.words(*_DRIVERS),
+        ),
+    ],
     allow: Allow = None,
     dry_run: DryRun = False,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
+    """Give a vDPA device to virtual machines (vhost_vdpa) or to this host (virtio_vdpa)."""
+
     def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
         return plan_vdpa_bind(read_vdpa_facts(host), name, driver)
 
     title = f"vdpa bind {name} {driver}"
-    tell = _teller(context, name)
-    return carry_out(context, title, make, tell, dry_run=dry_run, timeout_s=timeout, allow=allow)
+    report = _reporter(context, name)
+    return run_change(context, title, make, report, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
 def _mask(text: str | None) -> int | None:
@@ -174,18 +211,18 @@ def _mask(text: str | None) -> int | None:
         raise UsageError(f"--features {text!r} is not a number", hint="as 0x300000020") from error
 
 
-def _teller(context: Context, name: str) -> Callable[[Changed], Told]:
-    """Tells of the device of that name after a change; that it is removed where it is not there."""
+def _reporter(context: typer.Context, name: str) -> Callable[[Changed], Report]:
+    """Reports the device of that name after a change, or that it is removed."""
 
-    def tell(_: Changed) -> Told:
-        found = [device for device in read_devices(render.host(context)) if device.name == name]
+    def report(_: Changed) -> Report:
+        found = [device for device in read_devices(host_of(context)) if device.name == name]
         lines = [
             f"{device.name}: {device.driver or 'no driver'} ({_place(device)})" for device in found
         ]
         keys = {"vdpas": [device_as_json(device) for device in found]}
         return keys, lines or [f"{name}: removed"]
 
-    return tell
+    return report
 
 
 def _place(device: VdpaDevice) -> str:

@@ -2,56 +2,69 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
-from vfiotool.cli.declare import Argument, Commands, Context, Option
-from vfiotool.cli.output import emit, host, say, state
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import DeviceArgument, examples, wants_json
+from vfiotool.cli.drive.opening import BackendOption, opened
 from vfiotool.errors import UsageError
 
 
-def register_frame(group: Commands) -> None:
-    """Add `frame` to the group of `device` commands."""
-    group.command("frame")(frame)
+def add_to(app: typer.Typer) -> None:
+    """Add `frame` to the commands of `device`."""
+    app.command(
+        "frame",
+        epilog=examples(
+            "vfiotool device frame 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001 --output screen.png"
+        ),
+    )(frame)
 
 
 def frame(
-    context: Context,
-    device: Annotated[str, Argument(metavar="DEVICE", help="The UUID of the mdev.")],
-    output: Annotated[Path, Option("--output", metavar="FILE", help="A PNG file.")],
+    context: typer.Context,
+    device: DeviceArgument,
+    file: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="A PNG file; - for standard output.",
+            autocompletion=candidates.files,
+        ),
+    ],
     pattern: Annotated[
-        bool, Option("--pattern", help="Set the mode and draw a test picture first.")
+        bool, typer.Option("--pattern", help="Set the mode and draw a test picture first.")
     ] = False,
     mode: Annotated[
-        str | None, Option("--mode", metavar="WxH", help="For --pattern on mbochs.")
+        str | None, typer.Option("--mode", metavar="WxH", help="For --pattern on mbochs.")
     ] = None,
-    backend: Annotated[str, Option("--backend", metavar="NAME")] = "auto",
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    backend: BackendOption = "auto",
 ) -> None:
     """Save the picture that a display device (mbochs, mdpy) shows."""
     from vfiotool.drivers import display
-    from vfiotool.vfio import Device
 
+    if file == "-" and wants_json(context):
+        raise UsageError("--json and the picture cannot both go to standard output")
     size = None
     if mode is not None:
         parts = mode.lower().split("x")
         if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-            raise UsageError(f"{mode[:40]!r} is no mode: write it as 1024x768")
+            raise UsageError(f"{mode[:40]!r} is not a mode: write it as 1024x768")
         size = int(parts[0]), int(parts[1])
-    with Device.open(device, backend=backend, host=host(context)) as opened:
-        shown = display.open_display(opened)
+    with opened(context, device, backend) as opened_device:
+        shown = display.open_display(opened_device)
         drawn = display.show_pattern(shown, size) if pattern else None
         plane, pixels = shown.frame()
-        name = opened.name
-    try:
-        output.write_bytes(display.png(plane, pixels))
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written: {error.strerror}") from error
-    if as_json or state(context).json:
-        emit(
+        name = opened_device.name
+    with output.opened(file) as sink:
+        sink.write(display.png(plane, pixels))
+    if wants_json(context):
+        output.emit(
             {
                 "device": name,
-                "file": str(output),
+                "file": file,
                 "width": plane.width,
                 "height": plane.height,
                 "format": plane.format,
@@ -60,4 +73,4 @@ def frame(
             }
         )
     else:
-        say(f"{plane.width}x{plane.height} saved to {output}")
+        output.say(f"{plane.width}x{plane.height} saved to {file}")

@@ -11,11 +11,15 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
-from vfiotool.cli.declare import Argument, Commands, Context, Option
-from vfiotool.cli.output import emit, host, say, state
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import DeviceArgument, area, examples, wants_json
+from vfiotool.cli.drive.opening import BackendOption, opened, seekable
 from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,24 +30,7 @@ _LENGTH = struct.Struct("<I")
 _HEADER_LIMIT = 4096
 _PIECE_LIMIT = 1 << 24
 
-DeviceArgument = Annotated[str, Argument(metavar="DEVICE", help="PCI address or mdev UUID.")]
-BackendOption = Annotated[str, Option("--backend", metavar="NAME", help="auto, iommufd, …")]
-JsonOption = Annotated[bool, Option("--json", help="Print one JSON object.")]
-
-
-def register_state(group: Commands) -> None:
-    """Add `state` to the group of `device` commands."""
-    commands = Commands(help="Save and restore a device's state.")
-    commands.command("show")(show)
-    commands.command("save")(save)
-    commands.command("restore")(restore)
-    group.add_typer(commands, name="state")
-
-
-def _open(context: Context, name: str, backend: str) -> Device:
-    from vfiotool.vfio import Device
-
-    return Device.open(name, backend=backend, host=host(context))
+app = area("Save and restore a device's state (VFIO migration).")
 
 
 def _identity(device: Device) -> dict[str, object]:
@@ -52,116 +39,144 @@ def _identity(device: Device) -> dict[str, object]:
     return {"vendor": f"{ids & 0xFFFF:04x}", "device": f"{ids >> 16:04x}"}
 
 
+@app.command("show", epilog=examples("vfiotool device state show 0000:05:01.0"))
 def show(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
-    """Tell whether a device can migrate, and how."""
+    """Show whether a device can migrate, and how."""
     from vfiotool.vfio.migration import STATE_NAMES, Migration, probe
 
-    with _open(context, device, backend) as opened:
-        support = probe(opened)
+    with opened(context, device, backend) as opened_device:
+        support = probe(opened_device)
         found: dict[str, Any] = {
-            "device": opened.name,
+            "device": opened_device.name,
             "can_migrate": support is not None,
-            "reason": None if support else f"its driver {opened.target.driver} saves no state",
-            "state": STATE_NAMES[Migration(opened).state] if support else None,
+            "reason": None
+            if support
+            else f"its driver {opened_device.target.driver} saves no state",
+            "state": STATE_NAMES[Migration(opened_device).state] if support else None,
             "pre_copy": support.pre_copy if support else None,
             "p2p": support.p2p if support else None,
             "dirty_log": support.dirty_log if support else None,
             "size_bytes": support.size_bytes if support else None,
         }
-    if as_json or state(context).json:
-        emit(found)
+    if wants_json(context):
+        output.emit(found)
         return
     if support is None:
-        print(f"{found['device']} cannot migrate: {found['reason']}")
+        output.write(f"{found['device']} cannot migrate: {found['reason']}")
         return
     features = [name for name in ("pre_copy", "p2p", "dirty_log") if found[name]]
-    print(f"{found['device']} can migrate: stop_copy {' '.join(features)}")
+    output.write(f"{found['device']} can migrate: stop_copy {' '.join(features)}")
     size = found["size_bytes"]
-    print(f"  state {found['state']}" + ("" if size is None else f", about {size} bytes"))
+    output.write(f"  state {found['state']}" + ("" if size is None else f", about {size} bytes"))
 
 
+@app.command("save", epilog=examples("vfiotool device state save 0000:05:01.0 --output vf.state"))
 def save(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
-    output: Annotated[Path, Option("--output", metavar="FILE")],
-    pre_copy: Annotated[bool, Option(help="Read what can be read while the device runs.")] = True,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Where to; - for standard output.",
+            autocompletion=candidates.files,
+        ),
+    ],
+    pre_copy: Annotated[
+        bool, typer.Option(help="Read what can be read while the device runs.")
+    ] = True,
     keep_running: Annotated[
-        bool, Option("--keep-running", help="Let the device go on afterwards.")
+        bool, typer.Option("--keep-running", help="Let the device go on afterwards.")
     ] = False,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Save a device's state to a file; the device is left stopped."""
     from vfiotool.vfio.migration import Migration
 
-    with _open(context, device, backend) as opened:
-        migration = Migration(opened)
-        # Under its name only once it is whole.
-        partial = output.with_name(output.name + ".partial")
-        try:
-            with partial.open("xb") as file:
-                writer = _Writer(file, {"format": MAGIC, "version": 1, **_identity(opened)})
-                report = migration.save(writer.piece, pre_copy=pre_copy, keep_running=keep_running)
-                writer.end()
-            partial.replace(output)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                reason = f"{output} cannot be written: {error.strerror}"
-                raise UsageError(reason) from error
-            raise
-        name = opened.name
+    if target == "-" and wants_json(context):
+        raise UsageError("--json and the state cannot both go to standard output")
+    with opened(context, device, backend) as opened_device, _whole(target) as file:
+        migration = Migration(opened_device)
+        writer = _Writer(file, {"format": MAGIC, "version": 1, **_identity(opened_device)})
+        report = migration.save(writer.piece, pre_copy=pre_copy, keep_running=keep_running)
+        writer.end()
+        name = opened_device.name
     told = {
         "device": name,
-        "file": str(output),
+        "file": target,
         "running_bytes": report.running_bytes,
         "stopped_bytes": report.stopped_bytes,
         "stopped_s": report.stopped_s,
         "state": "running" if keep_running else "stop",
     }
-    if as_json or state(context).json:
-        emit(told)
+    if wants_json(context):
+        output.emit(told)
     else:
         total = report.running_bytes + report.stopped_bytes
-        say(f"{total} bytes saved, {report.running_bytes} of them while {name} ran")
+        output.say(f"{total} bytes saved, {report.running_bytes} of them while {name} ran")
 
 
+@app.command(
+    "restore", epilog=examples("vfiotool device state restore 0000:05:01.0 --input vf.state")
+)
 def restore(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
-    source: Annotated[Path, Option("--input", metavar="FILE")],
-    stopped: Annotated[bool, Option("--stopped", help="Do not start it.")] = False,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="What state save wrote; - for standard input.",
+            autocompletion=candidates.files,
+        ),
+    ],
+    stopped: Annotated[bool, typer.Option("--stopped", help="Do not start it.")] = False,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Give a device the state that was saved from one of its kind."""
     from vfiotool.vfio.migration import Migration
 
-    try:
-        file = source.open("rb")
-    except OSError as error:
-        raise UsageError(f"{source} cannot be read: {error.strerror}") from error
-    with file:
-        header = check_file(file, str(source))
-        with _open(context, device, backend) as opened:
-            mine = _identity(opened)
+    with seekable(source) as file:
+        header = check_file(file, source)
+        with opened(context, device, backend) as opened_device:
+            mine = _identity(opened_device)
             if any(header.get(key) != value for key, value in mine.items()):
                 raise UsageError(
                     f"{source} holds the state of a {header.get('vendor')}:{header.get('device')}; "
-                    f"{opened.name} is a {mine['vendor']}:{mine['device']}"
+                    f"{opened_device.name} is a {mine['vendor']}:{mine['device']}"
                 )
-            _read_header(file, str(source))
-            total = Migration(opened).restore(_pieces(file, str(source)), start=not stopped)
-            name = opened.name
-    if as_json or state(context).json:
-        emit({"device": name, "bytes": total, "state": "stop" if stopped else "running"})
+            _read_header(file, source)
+            total = Migration(opened_device).restore(_pieces(file, source), start=not stopped)
+            name = opened_device.name
+    if wants_json(context):
+        output.emit({"device": name, "bytes": total, "state": "stop" if stopped else "running"})
     else:
-        say(f"{total} bytes restored to {name}")
+        output.say(f"{total} bytes restored to {name}")
+
+
+@contextmanager
+def _whole(path: str) -> Iterator[BinaryIO]:
+    """A file that gets its name only once it is whole; standard output for `-`."""
+    if path == "-":
+        with output.opened("-") as stream:
+            yield stream
+        return
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    try:
+        with partial.open("xb") as file:
+            yield file
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise output.cannot("write", path, error) from error
+        raise
 
 
 class _Writer:
@@ -182,7 +197,9 @@ class _Writer:
         self._put(_LENGTH.pack(0))
         self._file.write(self._digest.digest())
         self._file.flush()
-        os.fsync(self._file.fileno())
+        # A pipe or a terminal has nothing to write back.
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
 
 
 def _read_header(file: BinaryIO, name: str) -> dict[str, Any]:
@@ -193,7 +210,7 @@ def _read_header(file: BinaryIO, name: str) -> dict[str, Any]:
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("format") != MAGIC or header.get("version") != 1:
-        raise UsageError(f"{name} is no device state of vfiotool's")
+        raise UsageError(f"{name} is not a device state of vfiotool's")
     return header
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from vfiotool.cli.declare import Commands, Context, Option
-from vfiotool.cli.drive.device import BackendOption, DeviceArgument, JsonOption, opened
-from vfiotool.cli.output import emit, escape, say, state
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import DeviceArgument, area, examples, wants_json
+from vfiotool.cli.drive.opening import BackendOption, opened, seekable
 from vfiotool.errors import Refused, UsageError
 
 if TYPE_CHECKING:
@@ -21,24 +22,16 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
-NamespaceOption = Annotated[int, Option("--nsid", metavar="N", help="The namespace.")]
-LbaOption = Annotated[int, Option("--lba", metavar="N", help="The first block.")]
+NamespaceOption = Annotated[int, typer.Option("--nsid", metavar="N", help="The namespace.")]
+LbaOption = Annotated[int, typer.Option("--lba", metavar="N", help="The first block.")]
 
 
-def register(app: Commands) -> None:
-    """Add the commands of this area."""
-    group = Commands(help="Drive an NVMe disk from user space.")
-    group.command("identify")(identify)
-    group.command("read")(read)
-    group.command("write")(write)
-    group.command("bench")(bench)
-    group.command("secondaries", short_help="List the controllers of this PF's VFs.")(secondaries)
-    app.add_typer(group, name="nvme")
+app = area("Identify, read, write and measure an NVMe disk from user space.")
 
 
 @contextmanager
 def controlled(
-    context: Context, device: str, backend: str, *, shadow_doorbells: bool = False
+    context: typer.Context, device: str, backend: str, *, shadow_doorbells: bool = False
 ) -> Iterator[Controller]:
     """The controller, brought up for the time of the block."""
     from vfiotool.drivers.nvme.controller import Controller
@@ -52,19 +45,15 @@ def size(text: str) -> int:
     digits = text.strip().rstrip("kKmMgGtT")
     unit = text.strip()[len(digits) :].lower()
     if not digits.isdecimal() or unit not in _UNITS:
-        raise UsageError(f"{text[:80]!r} is no size: write it as 512, 4k or 1M")
+        raise UsageError(f"{text[:80]!r} is not a size: write it as 512, 4k or 1M")
     return int(digits) * _UNITS[unit]
 
 
-def _json(context: Context, as_json: bool) -> bool:
-    return as_json or state(context).json
-
-
+@app.command("identify", epilog=examples("vfiotool nvme identify 0000:05:01.0"))
 def identify(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Show what the controller and its namespaces are."""
     with controlled(context, device, backend) as controller:
@@ -88,86 +77,91 @@ def identify(
                 for disk in map(controller.namespace, controller.namespaces())
             ],
         }
-    if _json(context, as_json):
-        emit(found)
+    if wants_json(context):
+        output.emit(found)
         return
-    print(escape(f"{found['model']}  serial {found['serial']}  firmware {found['firmware']}"))
-    print(
+    output.write(f"{found['model']}  serial {found['serial']}  firmware {found['firmware']}")
+    output.write(
         f"  NVMe {found['version']}, {found['queue_pairs']} queue pairs, "
         f"{found['max_transfer_bytes']} bytes a command, through {found['backend']}"
     )
     for disk in found["namespaces"]:
         total = disk["blocks"] * disk["block_bytes"]
-        print(
-            f"  namespace {disk['nsid']}: {disk['blocks']} blocks of {disk['block_bytes']}", end=""
+        output.write(
+            f"  namespace {disk['nsid']}: {disk['blocks']} blocks of {disk['block_bytes']} bytes"
+            f" ({total / (1 << 20):.1f} MiB)"
         )
-        print(f" ({total / (1 << 20):.1f} MiB)")
 
 
+@app.command(
+    "read",
+    epilog=examples(
+        "vfiotool nvme read 05:01.0 --blocks 8 --output blocks.bin",
+        "vfiotool nvme read 05:01.0 --output - | hexdump -C",
+    ),
+)
 def read(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
-    output: Annotated[str, Option("--output", metavar="FILE", help="Or - for stdout.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Where to; - for standard output.",
+            autocompletion=candidates.files,
+        ),
+    ],
     lba: LbaOption = 0,
-    blocks: Annotated[int, Option("--blocks", metavar="N")] = 1,
+    blocks: Annotated[int, typer.Option("--blocks", metavar="N", help="How many.")] = 1,
     nsid: NamespaceOption = 1,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Copy blocks of a namespace to a file."""
     if blocks < 1 or lba < 0:
         raise UsageError("--blocks is at least 1, --lba at least 0")
-    if output == "-" and _json(context, as_json):
+    if target == "-" and wants_json(context):
         raise UsageError("--json and the data cannot both go to standard output")
     with controlled(context, device, backend) as controller:
         disk = controller.namespace(nsid)
         queue = controller.create_queue()
         digest = hashlib.sha256()
         step = max(1, (8 << 20) // disk.block_bytes)
-        with _output(output) as sink:
+        with output.opened(target) as sink:
             for start in range(lba, lba + blocks, step):
                 data = queue.read(disk, start, min(step, lba + blocks - start))
                 digest.update(data)
                 sink.write(data)
         name = controller.device.name
-    if _json(context, as_json):
+    if wants_json(context):
         told = {"device": name, "nsid": nsid, "lba": lba, "blocks": blocks}
-        emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
+        output.emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
 
 
-@contextmanager
-def _output(path: str) -> Iterator[Any]:
-    if path == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    try:
-        file = open(path, "wb")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-    with file:
-        yield file
-
-
+@app.command("write", epilog=examples("vfiotool nvme write 05:01.0 --input blocks.bin --lba 0"))
 def write(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
-    source: Annotated[Path, Option("--input", metavar="FILE")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="Where from; - for standard input.",
+            autocompletion=candidates.files,
+        ),
+    ],
     lba: LbaOption = 0,
     nsid: NamespaceOption = 1,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """Copy a file onto blocks of a namespace, and flush. What was there is gone."""
     if lba < 0:
         raise UsageError("--lba is at least 0")
-    try:
-        file = source.open("rb")
-    except OSError as error:
-        raise UsageError(f"{source} cannot be read: {error.strerror}") from error
-    with file, controlled(context, device, backend) as controller:
+    with seekable(source) as file, controlled(context, device, backend) as controller:
         disk = controller.namespace(nsid)
-        length = source.stat().st_size
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
         if length % disk.block_bytes or lba * disk.block_bytes + length > disk.size_bytes:
             raise UsageError(
                 f"{source} has {length} bytes: not whole blocks of {disk.block_bytes}, or beyond "
@@ -182,41 +176,49 @@ def write(
             at += len(data) // disk.block_bytes
         queue.flush(disk)
         name = controller.device.name
-    if _json(context, as_json):
+    if wants_json(context):
         told = {"device": name, "nsid": nsid, "lba": lba, "blocks": at - lba}
-        emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
+        output.emit({**told, "block_bytes": disk.block_bytes, "sha256": digest.hexdigest()})
     else:
-        say(f"{at - lba} blocks written")
+        output.say(f"{at - lba} blocks written")
 
 
+@app.command(
+    "bench", epilog=examples("vfiotool nvme bench 05:01.0 --rw randread --bs 4k --iodepth 32")
+)
 def bench(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
     rw: Annotated[
-        str, Option("--rw", help="read, write, rw, randread, randwrite or randrw.")
+        str, typer.Option("--rw", help="read, write, rw, randread, randwrite or randrw.")
     ] = "randread",
-    bs: Annotated[str, Option("--bs", metavar="SIZE", help="Bytes a command.")] = "4k",
-    iodepth: Annotated[int, Option("--iodepth", metavar="N", help="In flight a queue.")] = 1,
-    runtime: Annotated[float, Option("--runtime", metavar="SECONDS")] = 5.0,
+    bs: Annotated[str, typer.Option("--bs", metavar="SIZE", help="Bytes a command.")] = "4k",
+    iodepth: Annotated[int, typer.Option("--iodepth", metavar="N", help="In flight a queue.")] = 1,
+    runtime: Annotated[float, typer.Option("--runtime", metavar="SECONDS", help="How long.")] = 5.0,
     number: Annotated[
-        int, Option("--number", metavar="N", help="End after N commands a queue.")
+        int, typer.Option("--number", metavar="N", help="End after N commands a queue.")
     ] = 0,
-    queues: Annotated[int, Option("--queues", metavar="N", help="Queue pairs.")] = 1,
-    batch: Annotated[int, Option("--batch", metavar="N", help="Send anew when N are done.")] = 1,
-    span: Annotated[str, Option("--size", metavar="SIZE", help="The part used; 0: all.")] = "0",
-    rwmixread: Annotated[int, Option("--rwmixread", metavar="PERCENT")] = 50,
-    seed: Annotated[int, Option("--seed", metavar="N")] = 1,
+    queues: Annotated[int, typer.Option("--queues", metavar="N", help="Queue pairs.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", help="Send anew when N are done.")
+    ] = 1,
+    span: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="The part used; 0: all.")
+    ] = "0",
+    rwmixread: Annotated[
+        int, typer.Option("--rwmixread", metavar="PERCENT", help="Reads in rw, randrw.")
+    ] = 50,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random blocks.")] = 1,
     shadow: Annotated[
-        bool, Option("--shadow-doorbells", help="Use them where the controller has them.")
+        bool, typer.Option("--shadow-doorbells", help="Use them where the controller has them.")
     ] = False,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Let a load that writes destroy what is there.")
+        bool, typer.Option("--overwrite", help="Let a load that writes destroy what is there.")
     ] = False,
     nsid: NamespaceOption = 1,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
-    """Measure a namespace in the manner of fio."""
+    """Measure a namespace in the manner of fio. What writes needs --overwrite."""
     from vfiotool.drivers.nvme import bench as nvme_bench
 
     job = nvme_bench.Job(
@@ -240,8 +242,8 @@ def bench(
             "nsid": nsid,
             "shadow_doorbells": shadow,
         }
-    if _json(context, as_json):
-        emit({**told, **nvme_bench.as_json(report, job)})
+    if wants_json(context):
+        output.emit({**told, **nvme_bench.as_json(report, job)})
     else:
         _show(report, job)
 
@@ -269,28 +271,32 @@ def _show(report: LoadReport, job: Job) -> None:
     for name, ios in (("read", report.reads), ("write", report.writes)):
         if ios:
             rate = ios / report.elapsed_s
-            print(f"{name}: {rate:,.0f} IOPS, {rate * job.size_bytes / (1 << 20):,.1f} MiB/s")
+            output.write(
+                f"{name}: {rate:,.0f} IOPS, {rate * job.size_bytes / (1 << 20):,.1f} MiB/s"
+            )
     mean = report.latency_sum_ns / report.ios / 1000
-    print(
+    output.write(
         f"latency: min {report.latency_min_ns / 1000:.1f}, mean {mean:.1f}, "
         f"max {report.latency_max_ns / 1000:.1f} µs"
     )
     steps = (f"p{p:g} {report.percentile_ns(p) / 1000:.1f}" for p in PERCENTILES)
-    print(f"         {', '.join(steps)} µs")
-    print(f"doorbell writes: {report.tail_writes} + {report.head_writes} for {report.ios} commands")
+    output.write(f"         {', '.join(steps)} µs")
+    output.write(
+        f"doorbell writes: {report.tail_writes} + {report.head_writes} for {report.ios} commands"
+    )
 
 
+@app.command("secondaries", epilog=examples("vfiotool nvme secondaries 0000:05:01.0"))
 def secondaries(
-    context: Context,
+    context: typer.Context,
     device: DeviceArgument,
     backend: BackendOption = "auto",
-    as_json: JsonOption = False,
 ) -> None:
     """List the controllers of this PF's VFs, and what each has been given."""
     with controlled(context, device, backend) as controller:
         entries = controller.secondaries()
         name = controller.device.name
-    if _json(context, as_json):
+    if wants_json(context):
         listed = [
             {
                 "controller_id": entry.controller_id,
@@ -301,9 +307,16 @@ def secondaries(
             }
             for entry in entries
         ]
-        emit({"device": name, "secondary_controllers": listed})
+        output.emit({"device": name, "secondary_controllers": listed})
         return
-    for entry in entries:
-        shown = "online" if entry.online else "offline"
-        print(f"controller {entry.controller_id}  VF {entry.vf_number}  {shown}", end="")
-        print(f"  {entry.queues} queues  {entry.interrupts} interrupts")
+    rows = [
+        [
+            str(entry.controller_id),
+            str(entry.vf_number),
+            "online" if entry.online else "offline",
+            str(entry.queues),
+            str(entry.interrupts),
+        ]
+        for entry in entries
+    ]
+    output.table(("CONTROLLER", "VF", "STATE", "QUEUES", "INTERRUPTS"), rows)

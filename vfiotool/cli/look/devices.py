@@ -1,20 +1,40 @@
-"""`vfiotool devices`: every function with all that is known of it, without typer's start-up."""
+"""`vfiotool devices`: PCI functions, with all that is known of each in JSON."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
+from typing import Annotated
 
-from vfiotool.cli.halves import in_halves
-from vfiotool.devices.as_json import FunctionWriter
-from vfiotool.devices.details import DetailReader
-from vfiotool.devices.names import read_names
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import SELECTORS, area, examples, host_of, wants_json
 from vfiotool.devices.pci import Address, list_addresses
 from vfiotool.errors import NotFound
 from vfiotool.host.host import Host
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+app = area()
+
+
+@app.command(
+    "devices",
+    epilog=examples(
+        "vfiotool devices",
+        "vfiotool devices net:eth0 id:10de:2684",
+        "vfiotool devices --json | jq '.devices[] | select(.driver == null) | .address'",
+    ),
+)
+def devices(
+    context: typer.Context,
+    selectors: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SELECTOR…", help=f"Only these. {SELECTORS}", autocompletion=candidates.devices
+        ),
+    ] = None,
+) -> int:
+    """List PCI devices: address, id, IOMMU group, driver, name."""
+    return run_devices(host_of(context), selectors or [], as_json=wants_json(context))
 
 
 def run_devices(host: Host, selectors: Sequence[str], as_json: bool) -> int:
@@ -26,8 +46,6 @@ def run_devices(host: Host, selectors: Sequence[str], as_json: bool) -> int:
     if as_json:
         _print_json(host, chosen)
     else:
-        from vfiotool.cli.look.show import print_devices
-
         print_devices(host, chosen)
     return 0
 
@@ -40,12 +58,14 @@ def _select(host: Host, selectors: Sequence[str]) -> list[str]:
     for name in found:
         if not Address.is_address(name):
             hint = f"vfiotool show {name}"
-            raise NotFound(f"{name} is no PCI function", hint=hint, device=name)
+            raise NotFound(f"{name} is not a PCI function", hint=hint, device=name)
     return list(dict.fromkeys(found))
 
 
 def _print_json(host: Host, chosen: Sequence[str]) -> None:
-    """The contract's `devices` object, one function a line: `jq` and `diff` both like that."""
+    from vfiotool.devices.as_json import FunctionWriter
+    from vfiotool.devices.details import DetailReader
+    from vfiotool.devices.names import read_names
     from vfiotool.usage.standing import Standings
 
     reader, writer, standings = (
@@ -53,17 +73,33 @@ def _print_json(host: Host, chosen: Sequence[str]) -> None:
         FunctionWriter(read_names(host)),
         Standings(host),
     )
+    rows = (
+        writer.text(function, details, standings.of(function).as_json())
+        for function, details in reader.read_all(chosen)
+    )
+    output.emit_rows("devices", rows)
 
-    def read(addresses: Sequence[str]) -> str:
-        return ",\n".join(
-            writer.text(function, details, standings.of(function).as_json())
-            for function, details in reader.read_all(addresses)
+
+def print_devices(host: Host, chosen: Sequence[str]) -> None:
+    """One line a function: where it is, what it is, who has it."""
+    from vfiotool.cli.look.roles import STYLES
+    from vfiotool.devices.iommu import role_of
+    from vfiotool.devices.names import read_names
+    from vfiotool.devices.pci import read_functions
+
+    names = read_names(host)
+    rows: list[list[output.Part]] = []
+    for function in read_functions(host, chosen, links=False):
+        known = names.lookup(function.vendor, function.device, class_code=function.class_code)
+        parts = (known.vendor, known.device or known.class_name)
+        style = "" if function.driver is None else STYLES[role_of(function.driver)]
+        rows.append(
+            [
+                function.address,
+                f"{function.vendor}:{function.device}",
+                "-" if function.iommu_group is None else str(function.iommu_group),
+                (function.driver or "-", style),
+                " ".join(part for part in parts if part),
+            ]
         )
-
-    sys.stdout.write('{"format_version": "1.0", "devices": [')
-    separator = "\n"
-    for text in in_halves(host, chosen, read):
-        if text:
-            sys.stdout.write(separator + text)
-            separator = ",\n"
-    sys.stdout.write("\n]}\n")
+    output.table(("ADDRESS", "ID", "GROUP", "DRIVER", "NAME"), rows)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from vfiotool.cli import output as render
-from vfiotool.cli.declare import Commands, Context
+import typer
+
+from vfiotool.cli import output
+from vfiotool.cli.context import area, examples, host_of, wants_json
+
+app = area()
+_STYLES = {"blocker": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
 
-def register(app: Commands) -> None:
-    """Add this area's command."""
-    app.command(
-        help="Examine the host: IOMMU, modules, limits, conflicts; exit 1 on a blocker.",
-        short_help="Examine the host: IOMMU, modules, limits, conflicts.",
-    )(doctor)
+@app.command("doctor", epilog=examples("vfiotool doctor", "vfiotool --root snapshot.gz doctor"))
+def doctor(context: typer.Context) -> int:
+    """Examine the host: IOMMU, kernel, modules, limits, conflicts.
 
-
-def doctor(context: Context) -> int:
+    Exit code 1 if something stands against passthrough.
+    """
     from vfiotool.devices.inventory import read_inventory
     from vfiotool.doctor.examine import examine
 
-    host = render.host(context)
-    diagnosis = examine(host, read_inventory(host))
-    if render.state(context).json:
-        render.emit(diagnosis.as_json())
+    chosen = host_of(context)
+    diagnosis = examine(chosen, read_inventory(chosen))
+    if wants_json(context):
+        output.emit(diagnosis.as_json())
         return 0 if diagnosis.ready else 1
-    lines = [f"{diagnosis.distribution}: {'ready' if diagnosis.ready else 'not ready'}"]
+    answer = ("ready", "bold green") if diagnosis.ready else ("not ready", "bold red")
+    output.write((diagnosis.distribution, "bold"), ": ", answer)
     for finding in diagnosis.for_people():
-        lines.append(f"{finding.severity:8} {finding.summary}")
+        style = _STYLES.get(finding.severity, "")
+        output.write((f"{finding.severity:8}", style), f" {finding.summary}")
         if finding.severity == "ok":
             continue
-        lines.append(f"         evidence: {finding.evidence}")
-        lines += [f"         fix: {command}" for command in finding.remedy]
+        output.write((f"         evidence: {finding.evidence}", "dim"))
+        for command in finding.remedy:
+            output.write("         fix: ", (command, "cyan"))
         if finding.page is not None:
-            lines.append(f"         docs: {finding.page}")
-    print(render.escape("\n".join(lines)))
+            output.write((f"         docs: {finding.page}", "dim"))
     return 0 if diagnosis.ready else 1

@@ -1,66 +1,47 @@
-"""What `devices`, `show` and `why` print for people. All text from devices is escaped."""
+"""`vfiotool show`: everything about one device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from vfiotool.cli import output as render
+import typer
+
+from vfiotool.cli import output
+from vfiotool.cli.context import DeviceArgument, area, examples, host_of, wants_json
+from vfiotool.cli.look.roles import print_group
 from vfiotool.cli.look.show_capabilities import summary
-from vfiotool.cli.style import escape_line
-from vfiotool.devices.iommu import IommuGroup, role_of
-from vfiotool.devices.names import read_names
-from vfiotool.devices.pci import Link, PciFunction, Region, read_functions
-from vfiotool.devices.show import ShownFunction, ShownMdev
-from vfiotool.host.host import Host
+from vfiotool.devices.pci import Link, PciFunction, Region
+from vfiotool.devices.selector import resolve
+from vfiotool.devices.show import ShownFunction, ShownMdev, read_shown, shown_as_json
+from vfiotool.usage.standing import Standings
 
-if TYPE_CHECKING:
-    from vfiotool.usage.verdict import Verdict
+app = area()
 
-_ROLE_STYLES = {"vfio": "green", "unbound": "", "bridge": "dim", "host": "yellow", "mdev": "cyan"}
-_ROLES = {
-    "vfio": "ready for user space",
-    "unbound": "no driver",
-    "bridge": "not in the way",
-    "host": "in use by the host",
-    "mdev": "mediated device",
-}
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 
 
-def print_devices(host: Host, chosen: Iterable[str]) -> None:
-    """One line a function: where it is, what it is, who has it."""
-    names = read_names(host)
-    rows = [("ADDRESS", "ID", "GROUP", "DRIVER", "NAME")]
-    for function in read_functions(host, chosen, links=False):
-        known = names.lookup(function.vendor, function.device, class_code=function.class_code)
-        parts = (known.vendor, known.device or known.class_name)
-        rows.append(
-            (
-                function.address,
-                f"{function.vendor}:{function.device}",
-                "-" if function.iommu_group is None else str(function.iommu_group),
-                escape_line(function.driver or "-"),
-                escape_line(" ".join(part for part in parts if part)),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for number, row in enumerate(rows):
-        cells = [f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False)]
-        if not row[4]:
-            cells[3] = cells[3].rstrip()
-        style = "" if row[3] == "-" else _ROLE_STYLES[role_of(row[3])]
-        if number == 0:
-            render.write(("".join([*cells, row[4]]).rstrip(), "bold"))
-        else:
-            render.write("".join(cells[:3]), (cells[3], style), row[4])
+@app.command(
+    "show",
+    epilog=examples("vfiotool show 0000:05:01.0", "vfiotool show block:nvme0n1 --json"),
+)
+def show(context: typer.Context, device: DeviceArgument) -> int:
+    """Show everything about one device: driver, slot, regions, capabilities, group."""
+    chosen = host_of(context)
+    name = resolve(chosen, device)
+    shown = read_shown(chosen, name)
+    standing = Standings(chosen).named(name)
+    if wants_json(context):
+        output.emit({**shown_as_json(shown), **standing.as_json()})
+    else:
+        print_shown(shown)
+    return 0
 
 
 def print_shown(shown: ShownFunction | ShownMdev) -> None:
     """Everything about one device, in paragraphs."""
     if isinstance(shown, ShownMdev):
         mdev = shown.mdev
-        render.write((mdev.uuid, "bold"))
+        output.write((mdev.uuid, "bold"))
         _facts(
             [
                 ("parent", mdev.parent),
@@ -71,7 +52,7 @@ def print_shown(shown: ShownFunction | ShownMdev) -> None:
         )
     else:
         _print_function(shown)
-    _print_group(shown.group)
+    print_group(shown.group)
 
 
 def _print_function(shown: ShownFunction) -> None:
@@ -84,9 +65,9 @@ def _print_function(shown: ShownFunction) -> None:
         function.class_code,
     )
     title = " ".join(part for part in (known.vendor, known.device) if part) or "unknown device"
-    render.write(
+    output.write(
         (function.address, "bold"),
-        f"  {escape_line(title)} [{function.vendor}:{function.device}]",
+        f"  {title} [{function.vendor}:{function.device}]",
         f" rev {function.revision}",
     )
     subsystem = f"{function.subsystem_vendor}:{function.subsystem_device}"
@@ -105,9 +86,9 @@ def _print_function(shown: ShownFunction) -> None:
     ]
     _facts([*facts, *_passing(shown), *_children(shown)])
     if function.regions:
-        render.write(("regions", "bold"))
+        output.write(("regions", "bold"))
         for region in function.regions:
-            render.write(f"  {_region(region)}")
+            output.write(f"  {_region(region)}")
     _print_capabilities(shown)
     _print_vpd(shown)
 
@@ -140,70 +121,35 @@ def _children(shown: ShownFunction) -> list[tuple[str, object]]:
 def _print_capabilities(shown: ShownFunction) -> None:
     config = shown.details.config
     if config is None:
-        render.write(("configuration space cannot be read", "yellow"))
+        output.write(("configuration space cannot be read", "yellow"))
         return
     if not config.complete and config.header is not None:
         text = f"capabilities: only {config.size} bytes are readable; the rest needs root"
-        render.write((text, "yellow"))
+        output.write((text, "yellow"))
     for problem in config.problems:
-        render.write((f"configuration space: {problem}", "yellow"))
+        output.write((f"configuration space: {problem}", "yellow"))
     if config.capabilities:
-        render.write(("capabilities", "bold"))
+        output.write(("capabilities", "bold"))
     for capability in config.capabilities:
         version = "" if capability.version is None else f" v{capability.version}"
         line = f"  {capability.offset:#05x}  {capability.title}{version}"
-        render.write(line, (f"  {summary(capability)}", "dim"))
+        output.write(line, (f"  {summary(capability)}", "dim"))
 
 
 def _print_vpd(shown: ShownFunction) -> None:
     if shown.vpd is None:
         return
-    render.write((f"vital product data  {shown.vpd.name or ''}", "bold"))
+    output.write((f"vital product data  {shown.vpd.name or ''}", "bold"))
     for keyword, value in shown.vpd.fields:
-        render.write(f"  {keyword}  {value}")
+        output.write(f"  {keyword}  {value}")
     for problem in shown.vpd.problems:
-        render.write((f"  {problem}", "yellow"))
-
-
-def print_verdict(verdict: Verdict) -> None:
-    """Yes or no, every reason with its evidence, and the commands to type next."""
-    answer = ("can be passed through", "bold green")
-    if not verdict.passable:
-        answer = ("cannot be passed through yet", "bold red")
-    render.write((verdict.address, "bold"), " ", answer)
-    for blocker in verdict.blockers:
-        render.write((f"  {blocker.kind}", "red"), f"  {escape_line(blocker.detail)}")
-        render.write((f"      {escape_line(blocker.evidence)}", "dim"))
-    for warning in verdict.warnings:
-        render.write(("  warning: ", "yellow"), escape_line(warning))
-    for note in verdict.notes:
-        render.write(f"  note: {escape_line(note)}")
-    _print_group(verdict.group)
-    if verdict.next:
-        render.write(("next", "bold"))
-    for command in verdict.next:
-        render.write((f"  {escape_line(command)}", "cyan"))
-
-
-def _print_group(group: IommuGroup | None) -> None:
-    if group is None:
-        render.write(("in no IOMMU group", "yellow"))
-        return
-    state = ("viable", "green") if group.viable else ("not viable", "yellow")
-    render.write((f"group {group.id}", "bold"), f"  {group.type or '-'}  ", state)
-    width = max((len(member.address) for member in group.devices), default=0)
-    for member in group.devices:
-        what = _ROLES[member.role]
-        text = f"  {member.address:<{width}}  {member.driver or '-'} ({what})"
-        render.write((escape_line(text), _ROLE_STYLES[member.role]))
-    for region in group.reserved_regions:
-        render.write((f"  reserved {region.start:#x}-{region.end:#x} {region.type}", "dim"))
+        output.write((f"  {problem}", "yellow"))
 
 
 def _facts(facts: Iterable[tuple[str, object]]) -> None:
     for name, value in facts:
         if value is not None:
-            render.write((f"  {name:<13}", "dim"), escape_line(str(value)))
+            output.write((f"  {name:<13}", "dim"), str(value))
 
 
 def _power(function: PciFunction) -> str | None:

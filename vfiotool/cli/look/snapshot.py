@@ -8,38 +8,60 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
 
-from vfiotool.cli import output as render
-from vfiotool.cli.declare import Argument, Commands, Context, Option
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import area, examples, host_of, wants_json
 from vfiotool.cli.look.groups import no_groups
 from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.host.host import Host
 
-
-def register(app: Commands) -> None:
-    """Add the command to the application."""
-    app.command("snapshot", short_help="Capture this host in a file, or compare two.")(snapshot)
+app = area()
 
 
+@app.command(
+    "snapshot",
+    epilog=examples(
+        "vfiotool snapshot host.gz",
+        "vfiotool snapshot --anonymize host.txt",
+        "vfiotool snapshot - | ssh other 'cat > host.gz'",
+        "vfiotool --root host.gz groups",
+        "vfiotool snapshot diff before.gz after.gz",
+    ),
+)
 def snapshot(
-    context: Context,
-    file: Annotated[str, Argument(metavar="FILE | diff", help="Where to write, or `diff`.")],
+    context: typer.Context,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Where to write, - for standard output; or the word diff, then two snapshots.",
+            autocompletion=candidates.files,
+        ),
+    ],
     others: Annotated[
-        list[str] | None, Argument(metavar="[A B]", help="With diff: two snapshots or roots.")
+        list[str] | None,
+        typer.Argument(
+            metavar="A B",
+            help="With diff: two snapshots, or roots.",
+            autocompletion=candidates.files,
+        ),
     ] = None,
     anonymize: Annotated[
         bool,
-        Option(
+        typer.Option(
             "--anonymize", help="Replace serial numbers, MACs, host names, UUIDs, IP addresses."
         ),
     ] = False,
     machine: Annotated[
-        str | None, Option(metavar="NAME", help="The machine's name, for the header.")
+        str | None, typer.Option(metavar="NAME", help="The machine's name, for the header.")
     ] = None,
     date: Annotated[
-        bool, Option(help="Note the time of capture; without it, captures are reproducible.")
+        bool,
+        typer.Option(help="Note the time of capture; without it, captures are reproducible."),
     ] = True,
-) -> None:
-    """Capture this host in one file that --root opens anywhere; or compare two captures.
+) -> int:
+    """Save this host in one file that --root opens anywhere; or compare two.
 
     FILE ending in .txt is plain, diffable text; .xz and everything else is packed.
     """
@@ -48,29 +70,36 @@ def snapshot(
             raise UsageError(
                 "snapshot diff takes two snapshots", hint="vfiotool snapshot diff BEFORE AFTER"
             )
-        _diff(context, *others)
-        return
+        return _diff(context, *others)
     if others:
         raise UsageError("snapshot takes one file", hint="vfiotool snapshot FILE")
-    _capture(context, file, anonymize=anonymize, machine=machine, date=date)
-
-
-def _capture(
-    context: Context, file: str, *, anonymize: bool, machine: str | None, date: bool
-) -> None:
-    from vfiotool.snapshot.capture import capture, save
-
+    if file == "-" and wants_json(context):
+        raise UsageError("--json and the snapshot cannot both go to standard output")
     header = {} if machine is None else {"machine": machine}
     if date:
         now = datetime.datetime.now(datetime.UTC)
         header["taken"] = now.isoformat(timespec="seconds")
-    found = capture(render.host(context), probes(), header=header)
+    return _capture(context, file, header, anonymize=anonymize)
+
+
+def _capture(context: typer.Context, file: str, header: dict[str, str], *, anonymize: bool) -> int:
+    from vfiotool.snapshot.capture import capture, save
+
+    found = capture(host_of(context), probes(), header=header)
     if anonymize:
         from vfiotool.snapshot.anonymize import anonymized
 
         found = anonymized(found)
-    save(found, file)
     functions = sum(name.endswith("/config") for name in found.files)
+    if file == "-":
+        import gzip
+
+        from vfiotool.snapshot.text import format_snapshot
+
+        with output.opened("-") as stream:
+            stream.write(gzip.compress(format_snapshot(found).encode(), mtime=0))
+        return 0
+    save(found, file)
     payload: dict[str, object] = {
         "file": file,
         "size_bytes": os.path.getsize(file),
@@ -79,14 +108,15 @@ def _capture(
         "functions": functions,
         "anonymized": anonymize,
     }
-    if render.state(context).json:
-        render.emit(payload)
-        return
-    render.say(
+    if wants_json(context):
+        output.emit(payload)
+        return 0
+    output.say(
         f"{file}: {functions} PCI functions, {len(found.files)} files, {len(found.links)} links, "
         f"{payload['size_bytes']} bytes"
     )
-    render.say(f"  open it anywhere: vfiotool --root {file} groups")
+    output.say(f"  open it anywhere: vfiotool --root {file} groups")
+    return 0
 
 
 def probes() -> list[Callable[[Host], object]]:
@@ -131,13 +161,14 @@ def _ask_of_everything(host: Host) -> None:
                 read_eswitch_mode(host, function.address)
 
 
-def _diff(context: Context, before: str, after: str) -> None:
+def _diff(context: typer.Context, before: str, after: str) -> int:
     from vfiotool.snapshot.diff import compare, load_any
 
     changes = compare(load_any(before), load_any(after))
-    if render.state(context).json:
-        render.emit({"changes": [change.as_json() for change in changes]})
-        return
+    if wants_json(context):
+        output.emit({"changes": [change.as_json() for change in changes]})
+        return 1 if changes else 0
     for change in changes:
         for line in change.lines():
-            print(render.escape(line))
+            output.write(line)
+    return 1 if changes else 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-from vfiotool.cli import output as render
-from vfiotool.cli.declare import Commands, Context, Option
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.cli.look.node import Node, short, summary_of
 from vfiotool.devices.inventory import Inventory, read_inventory
 from vfiotool.devices.iommu import role_of
 from vfiotool.devices.names import Names, read_names
-from vfiotool.devices.pci import Address, Link, PciFunction
+from vfiotool.devices.pci import PciFunction
 from vfiotool.errors import UsageError
 from vfiotool.host.host import Host
 
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
 
 # More VFs than this are told in one line.
 _VFS_SHOWN = 8
-# A file or a pipe has no edge to cut the names at.
-_FILE_WIDTH = 200
 _STYLES = {
     "vfio": "green",
     "host": "yellow",
@@ -32,66 +33,41 @@ _STYLES = {
 }
 
 
-@dataclass(frozen=True)
-class Node:
-    """A device in the tree. `kind`: root, bridge, endpoint, vf, mdev; `number`: a VF's index.
-
-    `role` is the contract's; `shared` tells whether another endpoint is in the same group, and
-    `viable` whether the kernel would open that group now.
-    """
-
-    kind: str
-    address: str
-    pci_id: str | None = None
-    name: str | None = None
-    driver: str | None = None
-    role: str | None = None
-    group: int | None = None
-    viable: bool | None = None
-    shared: bool = False
-    number: int | None = None
-    numa_node: int | None = None
-    link: Link | None = None
-    children: list[Node] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, object]:
-        return {
-            "kind": self.kind,
-            "address": self.address,
-            "id": self.pci_id,
-            "name": self.name,
-            "driver": self.driver,
-            "role": self.role,
-            "iommu_group": self.group,
-            "viable": self.viable,
-            "vf_index": self.number,
-            "numa_node": self.numa_node,
-            "children": [child.as_json() for child in self.children],
-        }
+app = area()
 
 
-def register(app: Commands) -> None:
-    """Add the command to the application."""
-    app.command("tree", short_help="Show the PCI tree: groups, drivers, VFs, mdevs.")(tree)
-
-
+@app.command(
+    "tree",
+    epilog=examples("vfiotool tree", "vfiotool tree --svg host.svg", "vfiotool tree --svg - > x"),
+)
 def tree(
-    context: Context,
-    svg: Annotated[str | None, Option(metavar="FILE", help="Draw it as a picture instead.")] = None,
+    context: typer.Context,
+    svg: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw a picture instead; - for standard output.",
+            autocompletion=candidates.files,
+        ),
+    ] = None,
 ) -> int:
-    """Show the PCI tree with IOMMU groups, drivers, VFs and mediated devices marked."""
-    host = render.host(context)
-    roots = build(host, read_inventory(host), read_names(host))
+    """Show the PCI tree with IOMMU groups, drivers, VFs and mediated devices.
+
+    A group number in colour is shared by several devices, which can only be passed through
+    together. Marks: ✓ the group is viable (ready for user space), ✗ a member of a shared group
+    is in use by the host.
+    """
+    if svg == "-" and wants_json(context):
+        raise UsageError("--json and the picture cannot both go to standard output")
+    chosen = host_of(context)
+    roots = build(chosen, read_inventory(chosen), read_names(chosen))
     if svg is not None:
-        _save_svg(host, roots, svg)
-    if render.state(context).json:
-        render.emit({"roots": [root.as_json() for root in roots]})
+        _save_svg(chosen, roots, svg)
+    if wants_json(context):
+        output.emit({"roots": [root.as_json() for root in roots]})
     elif svg is None:
-        out = render.console()
-        if not out.is_terminal:
-            out.width = _FILE_WIDTH
-        for root in roots:
-            out.print(_as_rich(root))
+        output.trees(_as_rich(root) for root in roots)
+        output.write(("✓ viable   ✗ shared with a device that the host uses", "dim"))
     return 0
 
 
@@ -101,10 +77,9 @@ def _save_svg(host: Host, roots: list[Node], path: str) -> None:
 
     picture = draw(roots, kernel=host.read(PROC_OSRELEASE))
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(picture)
+        output.save(path, picture)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        raise output.cannot("write", path, error) from error
 
 
 def build(host: Host, inventory: Inventory, names: Names) -> list[Node]:
@@ -178,11 +153,12 @@ class _Builder:
 
 
 def _as_rich(root: Node) -> Tree:
+    from rich.text import Text
     from rich.tree import Tree
 
-    label = f"[bold]{render.escape_line(root.address)}[/bold]"
+    label = Text(output.escape_line(root.address), "bold")
     if root.numa_node is not None:
-        label += f"  NUMA node {root.numa_node}"
+        label.append(f"  NUMA node {root.numa_node}", "not bold")
     branch = Tree(label, guide_style="bright_black")
     _grow(branch, root.children)
     return branch
@@ -194,17 +170,7 @@ def _grow(branch: Tree, children: Iterable[Node]) -> None:
         if child.kind != "vf" or len(vfs) <= _VFS_SHOWN:
             _grow(branch.add(_label(child)), child.children)
     if len(vfs) > _VFS_SHOWN:
-        branch.add(render.escape_line(summary_of(vfs)))
-
-
-def summary_of(vfs: list[Node]) -> str:
-    """Many VFs in one line: how many, on which drivers, in which groups."""
-    drivers: dict[str, int] = {}
-    for vf in vfs:
-        drivers[vf.driver or "no driver"] = drivers.get(vf.driver or "no driver", 0) + 1
-    groups = sorted(vf.group for vf in vfs if vf.group is not None)
-    text = f"{len(vfs)} VFs: " + ", ".join(f"{count} × {name}" for name, count in drivers.items())
-    return f"{text}; groups {groups[0]}–{groups[-1]}" if groups else text
+        branch.add(output.escape_line(summary_of(vfs)))
 
 
 def _label(node: Node) -> Text:
@@ -214,7 +180,7 @@ def _label(node: Node) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
     if node.kind == "vf":
         text.append(f"VF {'?' if node.number is None else node.number}  ", "cyan")
-    text.append(render.escape_line(short(node.address)), "bold")
+    text.append(output.escape_line(short(node.address)), "bold")
     if node.group is not None:
         text.append(f"  group {node.group}", "cyan" if node.shared else "")
         if node.viable and node.kind != "bridge":
@@ -222,16 +188,11 @@ def _label(node: Node) -> Text:
         elif node.viable is False and node.shared:
             text.append(" ✗", "red")
     if node.kind != "mdev":
-        text.append(f"  {render.escape_line(node.driver or 'no driver')}", style)
+        text.append(f"  {output.escape_line(node.driver or 'no driver')}", style)
     if node.pci_id is not None:
         text.append(f"  {node.pci_id}", "bright_black")
     if node.name:
         text.append(
-            f"  {render.escape_line(node.name)}", "bright_black" if node.kind == "bridge" else ""
+            f"  {output.escape_line(node.name)}", "bright_black" if node.kind == "bridge" else ""
         )
     return text
-
-
-def short(address: str) -> str:
-    """An address without its domain where that is 0000."""
-    return address.removeprefix("0000:") if Address.is_address(address) else address

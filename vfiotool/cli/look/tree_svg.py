@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from xml.sax.saxutils import escape as xml_escape
 
-from vfiotool.cli import output as render
-from vfiotool.cli.look.tree import Node, short, summary_of
+from vfiotool.cli.look.node import Node, short, summary_of
+from vfiotool.cli.style import escape_line
 
 _ROOT_W, _CARD_W, _CARD_H = 132, 304, 46
 _GAP_X, _GAP_Y = 46, 17
@@ -184,7 +184,7 @@ def _text(
 ) -> str:
     """A line of text, cut to `room` pixels by the mean width of a letter."""
     letters = max(int(room / (size * (0.62 if mono else 0.56))), 3)
-    text = render.escape_line(text)
+    text = escape_line(text)
     if len(text) > letters:
         text = text[: letters - 1] + "…"
     family = f' font-family="{_MONO}"' if mono else ""

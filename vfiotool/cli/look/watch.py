@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Annotated
 
-from vfiotool.cli import output as render
-from vfiotool.cli.declare import Argument, Commands, Context, Option
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import area, examples, host_of, wants_json
 from vfiotool.host.monitor import Event, Monitor
 
+app = area()
 _SIGNS = {"add": "+", "remove": "-", "bind": ">", "unbind": "<", "lost": "!"}
 
 
-def register(app: Commands) -> None:
-    """Add the command to the application."""
-    app.command("watch", short_help="Print what happens to devices, one line each.")(watch)
-
-
+@app.command(
+    "watch",
+    epilog=examples("vfiotool watch", "vfiotool watch 0000:05:01.0 --count 2 --timeout 30"),
+)
 def watch(
-    context: Context,
+    context: typer.Context,
     devices: Annotated[
-        list[str] | None, Argument(metavar="[DEVICE…]", help="Only these devices' events.")
+        list[str] | None,
+        typer.Argument(
+            metavar="DEVICE…", help="Only these devices' events.", autocompletion=candidates.devices
+        ),
     ] = None,
     count: Annotated[
-        int | None, Option(min=1, metavar="N", help="End after so many events.")
+        int | None, typer.Option(min=1, metavar="N", help="End after so many events.")
     ] = None,
     timeout: Annotated[
-        float | None, Option(min=0, metavar="SECONDS", help="End after this time.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="End after this time.")
     ] = None,
 ) -> int:
     """Print bind, unbind, add, remove, VF and mdev events, one a line; --json for NDJSON.
@@ -37,18 +41,19 @@ def watch(
     """
     from vfiotool.devices.selector import resolve_all
 
-    host = render.host(context)
-    as_json = render.state(context).json
-    with Monitor(host) as monitor:
-        wanted = {name for text in devices or () for name in resolve_all(host, text)}
-        render.say("watching")
-        sys.stderr.flush()
+    chosen, as_json = host_of(context), wants_json(context)
+    with Monitor(chosen) as monitor:
+        wanted = {name for text in devices or () for name in resolve_all(chosen, text)}
+        output.say("watching")
         seen = 0
         for event in monitor.events(timeout):
             if wanted and event.kind != "lost" and not wanted & {event.device, event.pf}:
                 continue
-            sys.stdout.write(as_line(event, as_json=as_json) + "\n")
-            sys.stdout.flush()
+            if as_json:
+                output.emit_line(event_as_json(event))
+            else:
+                output.write(_text(event))
+            output.flush()
             seen += 1
             if seen == count:
                 return 0
@@ -57,13 +62,13 @@ def watch(
 
 def as_line(event: Event, *, as_json: bool) -> str:
     """An event as one line of text or of NDJSON, without control characters."""
-    return json.dumps(event_as_json(event)) if as_json else render.escape_line(_text(event))
+    return json.dumps(event_as_json(event)) if as_json else output.escape_line(_text(event))
 
 
 def event_as_json(event: Event) -> dict[str, object]:
     """The published shape of an event (docs/schemas/watch.json)."""
     return {
-        "format_version": render.FORMAT_VERSION,
+        "format_version": output.FORMAT_VERSION,
         "time": round(event.time_s, 6),
         "event": event.kind,
         "bus": event.bus,

@@ -1,0 +1,166 @@
+"""`undo`, `history`, `recover`: what was changed, and the way back."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from vfiotool.change.apply import NothingToUndo, Recovered, last_standing, recover, undo
+from vfiotool.change.confirm import revert_unconfirmed
+from vfiotool.change.guard import Allowance
+from vfiotool.change.journal import RUN_FOLDER, Journal, Record
+from vfiotool.change.steps.registry import steps_as_json
+from vfiotool.cli import output
+from vfiotool.cli.change.changing import (
+    DEADLINE_S,
+    Allow,
+    DryRun,
+    Timeout,
+    check_seconds,
+    journal_of,
+    print_steps,
+    progress_line,
+)
+from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.host.tree import read_only_root
+
+app = area()
+_OUTCOMES = {"committed": "green", "rolled-back": "yellow", "stuck": "bold red", "open": "yellow"}
+
+
+@app.command("undo", epilog=examples("vfiotool undo --dry-run", "vfiotool undo"))
+def revert(
+    context: typer.Context,
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+    unconfirmed: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> int:
+    """Revert the last change, whichever command made it. `vfiotool history` lists them."""
+    check_seconds("--timeout", timeout)
+    host = host_of(context)
+    journal = journal_of(host)
+    if unconfirmed is not None:
+        output.write(revert_unconfirmed(host, journal, unconfirmed, timeout) or "confirmed")
+        return 0
+    if dry_run:
+        record = last_standing(journal.history())
+        inverses = (step.inverse() for step in reversed(record.steps))
+        steps = tuple(step for step in inverses if step is not None)
+        if wants_json(context):
+            found = {"steps": steps_as_json(steps), "in_sync": not steps, "notes": []}
+            output.emit({**found, "refusals": []})
+        else:
+            print_steps(steps)
+        return 0
+    try:
+        allowed = [Allowance.parse(text) for text in allow or []]
+        record = undo(host, journal, allowed, timeout_s=timeout, progress=progress_line())
+    except NothingToUndo as error:
+        output.say(f"vfiotool: {error.message}")
+        if wants_json(context):
+            output.emit({"undone": None, "title": None})
+        return 0
+    if wants_json(context):
+        output.emit({"undone": record.number, "title": record.title})
+    else:
+        output.write(f"undone: change {record.number} ({record.title})")
+    return 0
+
+
+@app.command("history", epilog=examples("vfiotool history", "vfiotool history --json"))
+def history(context: typer.Context) -> int:
+    """List the changes since the last boot, with what became of each."""
+    host = host_of(context)
+    if not host.live:
+        raise read_only_root(host.name)
+    # Looking at what was done makes no folder; where there is none nothing was.
+    records = Journal(host).history() if os.path.isdir(RUN_FOLDER) else []
+    undone = {record.undoes for record in records if record.outcome == "committed"}
+    if wants_json(context):
+        output.emit({"history": [_record_as_json(record, undone) for record in records]})
+        return 0
+    if not records:
+        output.say("vfiotool: nothing was changed since this boot")
+    rows: list[list[output.Part]] = []
+    for record in records:
+        outcome = _outcome(record)
+        reverted = ", undone" if record.number in undone else ""
+        rows.append(
+            [
+                str(record.number),
+                local_time(record.at),
+                (outcome + reverted, _OUTCOMES.get(outcome, "")),
+                record.title,
+                record.error or record.stuck or "",
+            ]
+        )
+    output.table(("CHANGE", "TIME", "RESULT", "COMMAND", "ERROR"), rows)
+    return 0
+
+
+def local_time(at: float) -> str:
+    """A time of day of this machine, with its difference from UTC."""
+    return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+
+
+def _outcome(record: Record) -> str:
+    if record.outcome is not None:
+        return record.outcome
+    return "stuck" if record.stuck else "open"
+
+
+def _record_as_json(record: Record, undone: set[int | None]) -> dict[str, object]:
+    return {
+        "number": record.number,
+        "at": record.at,
+        "title": record.title,
+        "outcome": _outcome(record),
+        "error": record.error or record.stuck,
+        "undoes": record.undoes,
+        "undone": record.number in undone,
+        "steps": steps_as_json(record.steps),
+    }
+
+
+@app.command("recover", epilog=examples("vfiotool recover", "vfiotool recover --undo"))
+def resume(
+    context: typer.Context,
+    finish: Annotated[
+        bool | None,
+        typer.Option("--finish/--undo", help="Go forwards or back; default: what is safe."),
+    ] = None,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    """Finish or roll back an interrupted change, after a crash or a device that was held."""
+    check_seconds("--timeout", timeout)
+    host = host_of(context)
+    begun = time.monotonic()
+    results = recover(host, journal_of(host), timeout_s=timeout, finish=finish)
+    if wants_json(context):
+        rows = [
+            {
+                "number": entry.number,
+                "title": entry.title,
+                "result": entry.result,
+                "detail": entry.detail,
+            }
+            for entry in results
+        ]
+        output.emit({"recovered": rows, "seconds": round(time.monotonic() - begun, 3)})
+    else:
+        _print_recovered(results)
+    return 6 if any(entry.result == "stuck" for entry in results) else 0
+
+
+def _print_recovered(results: tuple[Recovered, ...]) -> None:
+    if not results:
+        output.write("nothing to recover")
+    for entry in results:
+        output.write(f"{entry.number} {entry.title}: {entry.result}")
+        if entry.detail:
+            output.write(f"    {entry.detail}")

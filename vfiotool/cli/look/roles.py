@@ -1,0 +1,32 @@
+"""What a group's member means for an operator, in the words and colours of every listing."""
+
+from __future__ import annotations
+
+from vfiotool.cli import output
+from vfiotool.devices.iommu import IommuGroup
+
+# The words for `host` name what stands in the way of passthrough.
+ROLES = {
+    "vfio": "ready for user space",
+    "unbound": "no driver",
+    "bridge": "not in the way",
+    "host": "in use by the host",
+    "mdev": "mediated device",
+}
+STYLES = {"vfio": "green", "unbound": "", "bridge": "dim", "host": "yellow", "mdev": "cyan"}
+
+
+def print_group(group: IommuGroup | None) -> None:
+    """A device's group: its members with their roles, and the addresses that it reserves."""
+    if group is None:
+        output.write(("in no IOMMU group", "yellow"))
+        return
+    state = ("viable", "green") if group.viable else ("not viable", "yellow")
+    output.write((f"group {group.id}", "bold"), f"  {group.type or '-'}  ", state)
+    width = max((len(member.address) for member in group.devices), default=0)
+    for member in group.devices:
+        what = ROLES[member.role]
+        text = f"  {member.address:<{width}}  {member.driver or '-'} ({what})"
+        output.write((text, STYLES[member.role]))
+    for region in group.reserved_regions:
+        output.write((f"  reserved {region.start:#x}-{region.end:#x} {region.type}", "dim"))

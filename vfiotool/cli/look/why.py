@@ -1,0 +1,63 @@
+"""`vfiotool why`: can a device be passed through, and what to type next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from vfiotool.cli import output
+from vfiotool.cli.context import DeviceArgument, area, examples, host_of, wants_json
+from vfiotool.cli.look.roles import print_group
+
+if TYPE_CHECKING:
+    from vfiotool.usage.verdict import Verdict
+
+app = area()
+
+
+@app.command(
+    "why",
+    epilog=examples(
+        "vfiotool why 0000:05:01.0",
+        "vfiotool why net:eth0",
+        "vfiotool why block:nvme0n1 --json",
+    ),
+)
+def why(context: typer.Context, device: DeviceArgument) -> int:
+    """Explain whether a device can be passed through to a virtual machine.
+
+    Each reason against it is named, with the evidence that one can check by hand; then come the
+    commands to type next. Exit code 1 if it cannot be passed through yet.
+    """
+    from vfiotool.devices.selector import resolve
+    from vfiotool.usage.case import read_case
+    from vfiotool.usage.verdict import explain
+
+    chosen = host_of(context)
+    verdict = explain(read_case(chosen, resolve(chosen, device), reasons=True))
+    if wants_json(context):
+        output.emit(verdict.as_json())
+    else:
+        print_verdict(verdict)
+    return 0 if verdict.passable else 1
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """Yes or no, every reason with its evidence, and the commands to type next."""
+    answer = ("can be passed through", "bold green")
+    if not verdict.passable:
+        answer = ("cannot be passed through yet", "bold red")
+    output.write((verdict.address, "bold"), " ", answer)
+    for blocker in verdict.blockers:
+        output.write((f"  {blocker.kind}", "red"), f"  {blocker.detail}")
+        output.write((f"      {blocker.evidence}", "dim"))
+    for warning in verdict.warnings:
+        output.write(("  warning: ", "yellow"), warning)
+    for note in verdict.notes:
+        output.write(f"  note: {note}")
+    print_group(verdict.group)
+    if verdict.next:
+        output.write(("next", "bold"))
+    for command in verdict.next:
+        output.write((f"  {command}", "cyan"))
