@@ -56,7 +56,6 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "names_twice": (
         "Capability",
         "Device",
-        "Finding",
         "Header",
         "Interrupts",
         "Region",

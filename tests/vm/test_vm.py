@@ -100,8 +100,10 @@ def test_a_device_on_a_host_driver_is_not_ready_and_the_remedy_is_named() -> Non
     inventory = read_inventory(host)
     device = preflight.handed(inventory, "0000:00:1e.0")
     found = preflight.findings(host, inventory, device)
-    assert [finding.kind for finding in found] == ["not-bound", "group-not-viable"]
-    assert found[0].next == "vfiotool bind 0000:00:1e.0"
+    # A program has its port open: what why says of it is said here too, and comes first.
+    assert [finding.kind for finding in found] == ["not-bound", "group-not-viable", "open-file"]
+    assert found[0].next == "vfiotool why 0000:00:1e.0"
+    assert found[1].next == "vfiotool bind 0000:00:1e.0 --whole-group"
     with pytest.raises(Refused, match="virtio-pci"):
         preflight.require_ready(host, inventory, [device])
 
@@ -155,6 +157,63 @@ def test_a_token_that_is_no_uuid_is_bad_usage(capsys: pytest.CaptureFixture[str]
     root = str(HOSTS / "shared-group")
     assert main(["--root", root, "vm", "qemu", "0000:02:01.0", "--vf-token", "a,b"]) == 2
     assert "is not a valid UUID" in capsys.readouterr().err
+
+
+FIELD = HOSTS.parent / "field"
+
+
+def field(case: str) -> Host:
+    (folder,) = FIELD.glob(f"{case}-*")
+    return open_root(str(folder / "root.txt"))
+
+
+def qemu_words(host: Host, name: str) -> list[str]:
+    return qemu.arguments([preflight.handed(read_inventory(host), name)])
+
+
+def test_a_function_in_a_domain_above_ffff_is_named_by_its_path() -> None:
+    # QEMU parses 16 bits of domain in host=.
+    template = functions("10000:e1:00.0")
+    assert qemu.arguments(template)[-1].startswith(
+        "vfio-pci,sysfsdev=/sys/bus/pci/devices/10000:e1:00.0,id=vfio-10000-e1-00.0,bus="
+    )
+    assert qemu.arguments(functions("ffff:e1:00.0"))[-1].startswith("vfio-pci,host=ffff:e1:00.0,")
+
+
+MATRIX = "783e6dbb-ea0e-411f-94e2-717eaad438bf"
+
+
+def test_a_crypto_device_of_s390x_gets_no_pci_port() -> None:
+    host = field("16")
+    words = qemu_words(host, MATRIX)
+    path = f"/sys/bus/mdev/devices/{MATRIX}"
+    assert words == ["-device", f"vfio-ap,sysfsdev={path},id=mdev-{MATRIX}"]
+    assert qemu_words(host, "0001:00:00.0") == [
+        "-device",
+        "vfio-pci,host=0001:00:00.0,id=vfio-0001-00-00.0",
+    ]
+    with pytest.raises(Unsupported, match="takes PCI devices only"):
+        cloud_hypervisor.arguments([preflight.handed(read_inventory(host), MATRIX)])
+
+
+def test_channel_devices_have_a_device_number_each() -> None:
+    devices = [preflight.Handed(name, f"/sys/{name}", "vfio-ccw", 1, None) for name in ("a", "b")]
+    numbers = [word.rpartition(",")[2] for word in qemu.arguments(devices) if "ccw" in word]
+    assert numbers == ["devno=fe.0.0000", "devno=fe.0.0001"]
+
+
+def test_a_vendor_vgpu_is_ready_on_the_vendors_driver() -> None:
+    host = field("03")
+    inventory = read_inventory(host)
+    assert preflight.findings(host, inventory, preflight.handed(inventory, "0000:41:00.4")) == ()
+
+
+def test_vm_check_says_what_why_says() -> None:
+    host = open_root(str(HOSTS / "storage-in-use"))
+    inventory = read_inventory(host)
+    found = preflight.findings(host, inventory, preflight.handed(inventory, "0000:01:00.0"))
+    assert [finding.kind for finding in found] == ["not-bound", "mounted"]
+    assert {finding.next for finding in found} == {"vfiotool why 0000:01:00.0"}
 
 
 def test_an_unknown_device_is_not_found() -> None:

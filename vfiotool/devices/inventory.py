@@ -10,11 +10,16 @@ from vfiotool.devices.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
 from vfiotool.devices.pci import PciFunction, list_addresses, read_functions
 from vfiotool.devices.sriov import VirtualFunction, read_vfs
 from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_PCI_DEVICES
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """Everything read at one time. Functions in bus order, groups by id, mdevs by UUID."""
+    """Everything read at one time. Functions in bus order, groups by id, mdevs by UUID.
+
+    `zpci`: its functions are s390x's, each with a function id in place of bridges above it
+    (Documentation/arch/s390/pci.rst).
+    """
 
     boot_id: str | None
     iommu: bool
@@ -23,6 +28,7 @@ class Inventory:
     vfs: tuple[VirtualFunction, ...]
     mdev_types: tuple[MdevType, ...]
     mdevs: tuple[Mdev, ...]
+    zpci: bool = False
 
     @cached_property
     def by_address(self) -> dict[str, PciFunction]:
@@ -49,4 +55,8 @@ def read_inventory(host: Host) -> Inventory:
         ),
         mdev_types=read_mdev_types(host),
         mdevs=read_mdevs(host),
+        zpci=any(
+            host.exists(f"{SYS_PCI_DEVICES}/{function.address}/function_id")
+            for function in functions[:1]
+        ),
     )

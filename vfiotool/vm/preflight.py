@@ -9,8 +9,9 @@ from vfiotool.devices.pci import Address, PciFunction
 from vfiotool.errors import NotFound, Refused
 from vfiotool.host.host import Host
 from vfiotool.host.paths import DEV_IOMMU, DEV_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES
-from vfiotool.usage.blocker import KINDS
-from vfiotool.usage.survey import blockers
+from vfiotool.usage.blocker import KINDS, Blocker
+from vfiotool.usage.case import Case, CaseReader
+from vfiotool.usage.verdict import explain
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Handed:
     function: PciFunction | None
     # The physical function on a VFIO driver that guards this one with a VF token, itself maybe.
     guard: str | None = None
+    # A function of s390x, which has no bus above it that a guest would see (zPCI).
+    zpci: bool = False
 
     @property
     def is_mdev(self) -> bool:
@@ -42,7 +45,7 @@ class Handed:
 
 
 @dataclass(frozen=True)
-class Finding:
+class PreflightFinding:
     """One thing that stands between a device and a VM, with the command that removes it."""
 
     device: str
@@ -65,7 +68,7 @@ def handed(inventory: Inventory, name: str) -> Handed:
     if function is not None:
         path = f"{SYS_PCI_DEVICES}/{name}"
         guard = _guard(inventory, function)
-        return Handed(name, path, "vfio-pci", function.iommu_group, function, guard)
+        return Handed(name, path, "vfio-pci", function.iommu_group, function, guard, inventory.zpci)
     for mdev in inventory.mdevs:
         if mdev.uuid == name:
             api = next(
@@ -90,45 +93,70 @@ def _guard(inventory: Inventory, function: PciFunction) -> str | None:
     """
     if function.physfn is None:
         makes_vfs = function.sriov is not None and function.sriov.num_vfs
-        return function.address if makes_vfs and _on_vfio(function) else None
+        return function.address if makes_vfs and function.on_vfio else None
     owner = inventory.by_address.get(function.physfn)
-    return owner.address if owner is not None and _on_vfio(owner) else None
+    return owner.address if owner is not None and owner.on_vfio else None
 
 
 def findings(
     host: Host, inventory: Inventory, device: Handed, vf_token: str | None = None
-) -> tuple[Finding, ...]:
+) -> tuple[PreflightFinding, ...]:
     """What keeps a VM from opening the device now; empty if nothing does. Reads only."""
+    case = CaseReader(host, inventory.by_address, inventory.by_group).read(device.name)
+    node = f"{DEV_VFIO}/{device.iommu_group}"
+    missing = host.live and device.iommu_group is not None and not host.exists(node)
+    return judge_handing(case, device, vf_token, missing_node=node if missing else None)
+
+
+def judge_handing(
+    case: Case, device: Handed, vf_token: str | None = None, *, missing_node: str | None = None
+) -> tuple[PreflightFinding, ...]:
+    """The findings of one device, from `why`'s own blockers and what a VM needs besides.
+
+    `missing_node` is the device node that is not there though it should be.
+    """
+    verdict = explain(case)
+    # The same commands as why gives: none where none leads to the goal.
+    why = "vfiotool why {}"
+    binds = [line for line in verdict.next if line.startswith(f"vfiotool bind {device.name}")]
+    first = bool(binds) and verdict.next[0] == binds[0]
     found = []
     if device.iommu_group is None:
-        found.append(_finding(device, "no-iommu", "it is in no IOMMU group", "vfiotool why {}"))
-    if device.function is not None and not _on_vfio(device.function):
-        driver = device.function.driver or "no driver"
+        found.append(_finding(device, "no-iommu", "it is in no IOMMU group", why))
+    opens = device.is_mdev or (device.function is not None and device.function.on_vfio)
+    if not opens:
+        driver = (device.function.driver if device.function else None) or "no driver"
         text = f"it is on {driver}, not on a VFIO driver"
-        found.append(_finding(device, "not-bound", text, "vfiotool bind {}"))
+        found.append(_finding(device, "not-bound", text, "vfiotool bind {}" if first else why))
     if device.guard not in (None, device.name) and vf_token is None:
         text = f"its physical function {device.guard} is on a VFIO driver: it opens only with the "
         text += "VF token which the program that drives that one has set"
         command = "vfiotool vm qemu {} --vf-token UUID"
         found.append(_finding(device, "vf-token", text, command))
-    group = inventory.by_group.get(device.iommu_group) if device.iommu_group is not None else None
+    group = case.group
     if group is not None and not group.viable:
         others = [m.address for m in group.devices if m.role == "host" and m.address != device.name]
         if others:
             text = f"group {group.id} is not viable: {', '.join(others)} on host drivers"
-            command = "vfiotool bind {} --whole-group"
-            found.append(_finding(device, "group-not-viable", text, command))
-    if device.is_mdev or (device.function is not None and _on_vfio(device.function)):
-        found += [
-            Finding(device.name, "held", blocker.detail, f"ps -fp {_pid(blocker.evidence)}")
-            for blocker in blockers(host, device.name, inventory.by_address)
-            if KINDS[blocker.kind].holds
-        ]
-        node = f"{DEV_VFIO}/{device.iommu_group}"
-        if host.live and device.iommu_group is not None and not host.exists(node):
-            text = f"{node} does not exist"
-            found.append(_finding(device, "no-node", text, "vfiotool why {}"))
+            found.append(_finding(device, "group-not-viable", text, binds[0] if binds else why))
+    told = {"group-member", *(finding.kind for finding in found)}
+    found += [
+        _blocked(device, blocker, opens) for blocker in verdict.blockers if blocker.kind not in told
+    ]
+    if opens and missing_node is not None:
+        text = f"{missing_node} does not exist"
+        found.append(_finding(device, "no-node", text, why))
     return tuple(found)
+
+
+def _blocked(device: Handed, blocker: Blocker, opens: bool) -> PreflightFinding:
+    if opens and KINDS[blocker.kind].holds:
+        command = f"ps -fp {_pid(blocker.evidence)}"
+        return PreflightFinding(device.name, "held", blocker.detail, command)
+    detail = blocker.detail
+    if blocker.device != device.name:
+        detail = f"{blocker.device}: {detail}"
+    return _finding(device, blocker.kind, detail, "vfiotool why {}")
 
 
 def require_ready(
@@ -149,12 +177,8 @@ def has_iommufd(host: Host) -> bool:
     return host.exists(DEV_IOMMU)
 
 
-def _on_vfio(function: PciFunction) -> bool:
-    return function.on_vfio
-
-
-def _finding(device: Handed, kind: str, detail: str, command: str) -> Finding:
-    return Finding(device.name, kind, detail, command.format(device.name))
+def _finding(device: Handed, kind: str, detail: str, command: str) -> PreflightFinding:
+    return PreflightFinding(device.name, kind, detail, command.format(device.name))
 
 
 def _pid(evidence: str) -> str:

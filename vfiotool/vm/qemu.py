@@ -18,7 +18,8 @@ def arguments(
     """The words to add to a q35 machine's command line, two for each option.
 
     Each slot of the host becomes one PCIe root port, so that the functions of one card (a GPU and
-    its audio) stay functions of one device in the guest. `iommufd` adds the object that the
+    its audio) stay functions of one device in the guest. What is not on PCI in the guest (vfio-ap,
+    vfio-ccw, functions of s390x) gets no port. `iommufd` adds the object that the
     devices then share; it needs QEMU 8.2 or newer. `vf_token` goes to those that have a guard.
     Raises Unsupported for a token through iommufd.
     """
@@ -32,8 +33,11 @@ def arguments(
         )
     words = ["-object", "iommufd,id=iommufd0"] if iommufd else []
     ports: dict[str, list[Handed]] = {}
-    for device in devices:
-        ports.setdefault(_slot_of(device), []).append(device)
+    for number, device in enumerate(devices):
+        if _on_pci(device):
+            ports.setdefault(_slot_of(device), []).append(device)
+        else:
+            words += ["-device", _without_port(device, number, iommufd, vf_token)]
     for number, members in enumerate(ports.values()):
         port = f"vfio-rp{number}"
         chassis, slot = number + 100, _FIRST_SLOT - number // 8
@@ -45,6 +49,32 @@ def arguments(
             if vf_token is not None and device.guard is not None:
                 words[-1] += f",vf-token={vf_token}"
     return words
+
+
+def _on_pci(device: Handed) -> bool:
+    return device.model == "vfio-pci" and not device.zpci
+
+
+def _without_port(device: Handed, number: int, iommufd: bool, vf_token: str | None) -> str:
+    """A device of s390x: channel and crypto devices have no bus, zPCI functions take the first.
+
+    Source: QEMU's docs/system/s390x/vfio-ap.rst, vfio-ccw.rst and pcidevices.rst.
+    """
+    parts = [device.model, _source(device), f"id={_identifier(device.name)}"]
+    if device.model == "vfio-ccw":
+        parts.append(f"devno=fe.0.{number:04x}")
+    if iommufd:
+        parts.append("iommufd=iommufd0")
+    if vf_token is not None and device.guard is not None:
+        parts.append(f"vf-token={vf_token}")
+    return ",".join(parts)
+
+
+def _source(device: Handed) -> str:
+    """`host=` where QEMU can read the address: it takes 16 bits of domain (VMD has more)."""
+    if device.is_mdev or device.address.domain > 0xFFFF:
+        return f"sysfsdev={device.path}"
+    return f"host={device.name}"
 
 
 def _slot_of(device: Handed) -> str:
@@ -63,8 +93,7 @@ def _functions(members: Sequence[Handed]) -> list[int]:
 
 
 def _device(device: Handed, port: str, function: int, several: bool, iommufd: bool) -> str:
-    source = f"sysfsdev={device.path}" if device.is_mdev else f"host={device.name}"
-    parts = [device.model, source, f"id={_identifier(device.name)}", f"bus={port}"]
+    parts = [device.model, _source(device), f"id={_identifier(device.name)}", f"bus={port}"]
     if several:
         parts.append(f"addr=0x0.{function}")
         if function == 0:
