@@ -47,8 +47,8 @@ class Case:
 
     `function` is None for an mdev, `mdev` for a function. `usages` has the device itself and each
     other member that is on a driver of the host. `noiommu`: its group is one without an IOMMU.
-    `mergers` tell why the group is as large as it is, and `neighbours` has its other members that
-    are on a driver of the host and PCI functions, where that was asked for.
+    `mergers` tell why the group is as large as it is, where that was asked for. `neighbours` has
+    its other members that are on a driver of the host, as far as they are PCI functions.
     """
 
     facts: HostFacts
@@ -80,6 +80,7 @@ class CaseReader:
         self._functions = functions or {}
         self._groups: dict[int, IommuGroup | None] = dict(groups or {})
         self._usages: dict[str, Usage] = {}
+        self._others: dict[str, PciFunction | None] = {}
         self._facts: HostFacts | None = None
         self._mdevs: dict[str, Mdev] | None = None
 
@@ -117,15 +118,20 @@ class CaseReader:
             members = {member.address for member in group.devices}
             mergers = find_mergers(self._host, name, function.path, members)
         noiommu = group is not None and self._is_noiommu(group.id)
-        others = self._read_all(usages.keys() - {name}) if reasons else {}
+        others = self._neighbours(usages.keys() - {name})
         return Case(self.facts, name, function, None, group, noiommu, usages, mergers, others)
 
-    def _read_all(self, names: Iterable[str]) -> dict[str, PciFunction]:
-        """Those of the devices that are PCI functions."""
-        found = {
-            name: self._functions.get(name) or read_function(self._host, name) for name in names
-        }
-        return {name: function for name, function in found.items() if function is not None}
+    def _neighbours(self, names: Iterable[str]) -> dict[str, PciFunction]:
+        """Those of the devices that are PCI functions, each read once."""
+        found = {}
+        for name in names:
+            if name not in self._others:
+                known = self._functions.get(name)
+                self._others[name] = known or read_function(self._host, name)
+            function = self._others[name]
+            if function is not None:
+                found[name] = function
+        return found
 
     @property
     def facts(self) -> HostFacts:

@@ -36,8 +36,8 @@ class Advice:
 def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     """The steps for a device that these stand against, in the order in which they are typed.
 
-    The case was read with its reasons: members of the group that are missing among its
-    neighbours are taken for devices that cannot be bound along.
+    Members of the group that are missing among the case's neighbours are no PCI functions, and
+    cannot be bound along.
     """
     if case.function is None:
         return _advise_mdev(case.name, blockers)
