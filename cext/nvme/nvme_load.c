@@ -60,7 +60,7 @@ static uint32_t send(struct load *load, uint64_t now)
 	uint32_t sent = 0;
 
 	while (load->idle_count && (!job->limit || load->issued < job->limit)) {
-		uint16_t cid = load->idle[--load->idle_count];
+		uint16_t index = load->idle[--load->idle_count];
 		struct command *command = &q->commands[q->tail];
 		uint64_t drawn = draw(load), run;
 		int reading = (drawn & 0xffff) * 100 < (uint64_t)job->read_percent << 16;
@@ -71,10 +71,11 @@ static uint32_t send(struct load *load, uint64_t now)
 			run = load->next_run;
 			load->next_run = run + 1 == load->runs ? 0 : run + 1;
 		}
-		*command = load->patterns[cid];
+		*command = load->patterns[index];
+		command->cid = htole16(q->slots[index].cid);
 		command->opcode = reading ? OPCODE_READ : OPCODE_WRITE;
 		command->lba = htole64(job->first_lba + run * job->blocks);
-		take_cid(q, cid, reading, now);
+		take_index(q, index, reading, now);
 		load->issued++;
 		sent++;
 	}
@@ -115,18 +116,19 @@ static int gather(struct load *load, uint64_t now)
 {
 	struct vt_nvme_queue *q = load->q;
 	uint64_t started;
+	uint16_t index;
 
 	while (waiting(q)) {
 		int result;
 
 		record_held(load);
-		result = take(q, &load->held, &started);
+		result = take(q, &load->held, &started, &index);
 		if (result)
 			return result;
 		load->held_ticks = now - started;
 		load->holding = 1;
 		load->report->failed += load->held.status != 0;
-		load->idle[load->idle_count++] = load->held.cid;
+		load->idle[load->idle_count++] = index;
 	}
 	tell_head(q);
 	return 0;
@@ -144,8 +146,8 @@ static int drive(struct load *load)
 
 	send(load, now);
 	while (q->in_flight) {
-		if (!await(q, now + silence) && !halted(q))
-			return -ETIMEDOUT;
+		if (!await(q, now + silence) && (halted(q) != HALTED))
+			return barred(q) ? -EACCES : -ETIMEDOUT;
 		now = ticks();
 		result = gather(load, now);
 		if (result)
@@ -155,8 +157,12 @@ static int drive(struct load *load)
 			send(load, ticks());
 		record_held(load);
 		/* A halted load still waits for what is in flight: its buffers are the device's. */
-		if (ending)
-			__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
+		if (ending) {
+			int asked = HALTED;
+
+			__atomic_compare_exchange_n(&q->halted, &asked, 0, 0, __ATOMIC_RELAXED,
+						    __ATOMIC_RELAXED);
+		}
 	}
 	return 0;
 }
@@ -178,11 +184,11 @@ static int prepare(struct load *load)
 	if (!load->patterns || !load->idle)
 		return -ENOMEM;
 	for (uint32_t i = 0; i < job->depth; i++) {
-		uint16_t cid = (uint16_t)(job->depth - 1 - i);
+		uint16_t index = (uint16_t)(job->depth - 1 - i);
 
-		load->idle[load->idle_count++] = cid;
-		io.iova = job->iova + cid * job->stride;
-		if (vt_nvme_make(q, cid, &io, &load->patterns[cid]))
+		load->idle[load->idle_count++] = index;
+		io.iova = job->iova + index * job->stride;
+		if (vt_nvme_make(q, index, &io, &load->patterns[index]))
 			return -EINVAL;
 	}
 	return 0;
@@ -214,9 +220,7 @@ int vt_nvme_run(struct vt_nvme_queue *q, const struct vt_nvme_job *job,
 	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
 	free(load.patterns);
 	free(load.idle);
-	if (result == -EPROTO || result == -ETIMEDOUT)
+	if (result == -EPROTO || result == -ETIMEDOUT || result == -EACCES)
 		q->stopped = 1; /* and busy: commands are out that the stack does not know of */
-	if (q->stopped)
-		return result;
 	return vt_nvme_leave(q, result);
 }

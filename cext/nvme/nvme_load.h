@@ -30,8 +30,9 @@ struct vt_nvme_report {
 };
 
 /* Runs a load on an idle queue. 0; -ETIMEDOUT if the controller stops answering for 10 seconds,
- * and -EPROTO as vt_nvme_poll: after both the queue is as after vt_nvme_stop, and the controller
- * must be reset. */
+ * or is given up (vt_nvme_abandon); -EPROTO for a completion of no command; -EACCES if the doorbells
+ * are barred meanwhile: after these the queue is as after vt_nvme_stop, and the controller must be
+ * reset. */
 int vt_nvme_run(struct vt_nvme_queue *queue, const struct vt_nvme_job *job,
 		struct vt_nvme_report *report);
 

@@ -65,7 +65,13 @@ static int layout_fits(const struct vt_nvme_layout *layout)
 	       layout->sq_entries >= 2 && layout->sq_entries <= ENTRIES_MAX &&
 	       layout->cq_entries >= layout->sq_entries && layout->cq_entries <= ENTRIES_MAX &&
 	       layout->page_size >= 4096 && !(layout->page_size & (layout->page_size - 1)) &&
-	       !(layout->lists % 8) && !(layout->lists_iova % layout->page_size);
+	       !(layout->gate % 4) && !(layout->lists % 8) && !(layout->lists_iova % layout->page_size);
+}
+
+static void free_all(struct vt_nvme_queue *q)
+{
+	for (uint32_t i = 0; i < q->depth; i++)
+		q->free_cids[i] = (uint16_t)(q->depth - 1 - i);
 }
 
 int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queue)
@@ -86,8 +92,12 @@ int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queu
 		vt_nvme_free(q);
 		return -ENOMEM;
 	}
+	for (q->cid_step = 1; q->cid_step < q->depth;)
+		q->cid_step *= 2;
 	for (uint32_t i = 0; i < q->depth; i++)
-		q->free_cids[i] = (uint16_t)(q->depth - 1 - i);
+		q->slots[i].cid = (uint16_t)i;
+	free_all(q);
+	q->gate = (struct vt_gate *)(uintptr_t)layout->gate;
 	q->commands = (struct command *)(uintptr_t)layout->submission;
 	q->completions = (volatile struct completion *)(uintptr_t)layout->completion;
 	q->tail_bell = (struct doorbell){ word_at(layout->tail_doorbell),
@@ -123,19 +133,27 @@ void vt_nvme_free(struct vt_nvme_queue *q)
 
 int vt_nvme_enter(struct vt_nvme_queue *q)
 {
+	int result = 0;
+
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return q->stopped ? -ESHUTDOWN : -EBUSY;
 	/* In a child the rings are not mapped: MADV_DONTFORK. */
-	if (q->generation != fork_generation) {
+	if (q->generation != fork_generation)
+		result = -ESTALE;
+	else if (q->gate && !vt_gate_enter(q->gate))
+		result = -EACCES;
+	if (result)
 		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
-		return -ESTALE;
-	}
-	return 0;
+	return result;
 }
 
 int vt_nvme_leave(struct vt_nvme_queue *q, int result)
 {
-	__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
+	if (q->gate)
+		vt_gate_leave(q->gate);
+	/* After a load that left commands out it stays busy for ever: see vt_nvme_stop. */
+	if (!q->stopped)
+		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
 	return result;
 }
 
@@ -148,14 +166,46 @@ int vt_nvme_stop(struct vt_nvme_queue *q)
 	return 0;
 }
 
+int vt_nvme_restart(struct vt_nvme_queue *q)
+{
+	if (!q->stopped)
+		return -EBUSY;
+	for (uint32_t i = 0; i < q->depth; i++) {
+		struct slot *slot = &q->slots[i];
+
+		/* What was out may still be told by somebody: not by its old identifier. */
+		if (slot->active)
+			slot->cid = (uint16_t)(slot->cid + q->cid_step);
+		slot->active = 0;
+	}
+	free_all(q);
+	memset(q->commands, 0, (size_t)q->sq_entries * COMMAND_BYTES);
+	memset((void *)(uintptr_t)q->completions, 0,
+	       (size_t)q->cq_entries * sizeof(struct completion));
+	q->tail = q->head = q->untold = q->in_flight = 0;
+	q->phase = 1;
+	q->stopped = 0;
+	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
+	return 0;
+}
+
 void vt_nvme_halt(struct vt_nvme_queue *q)
 {
-	__atomic_store_n(&q->halted, 1, __ATOMIC_RELEASE);
+	int running = 0;
+
+	__atomic_compare_exchange_n(&q->halted, &running, HALTED, 0, __ATOMIC_RELEASE,
+				    __ATOMIC_RELAXED);
+}
+
+void vt_nvme_abandon(struct vt_nvme_queue *q)
+{
+	__atomic_store_n(&q->halted, ABANDONED, __ATOMIC_RELEASE);
 }
 
 /* Base Specification 2.0, 4.1.1: the first entry may begin within a page, the second is either
  * the second page or a list of all but the first. */
-static int set_data(struct vt_nvme_queue *q, uint16_t cid, uint64_t iova, uint32_t bytes,
+static int set_data(struct vt_nvme_queue *q, uint16_t index, uint64_t iova, uint32_t bytes,
 		    uint64_t *prp1, uint64_t *prp2)
 {
 	uint64_t page = q->page_size, first = page - iova % page, next = iova + first, entries;
@@ -175,25 +225,25 @@ static int set_data(struct vt_nvme_queue *q, uint16_t cid, uint64_t iova, uint32
 	/* One page of entries is enough for 2 MiB, more than controllers take in a command. */
 	if (!q->lists || entries > page / sizeof(*list))
 		return -EINVAL;
-	list = q->lists + cid * (page / sizeof(*list));
+	list = q->lists + index * (page / sizeof(*list));
 	for (uint64_t i = 0; i < entries; i++, next += page)
 		list[i] = htole64(next);
-	*prp2 = htole64(q->lists_iova + cid * page);
+	*prp2 = htole64(q->lists_iova + index * page);
 	return 0;
 }
 
-int vt_nvme_make(struct vt_nvme_queue *q, uint16_t cid, const struct vt_nvme_io *io,
+int vt_nvme_make(struct vt_nvme_queue *q, uint16_t index, const struct vt_nvme_io *io,
 		 struct command *command)
 {
 	uint64_t prp1 = 0, prp2 = 0;
 
 	if (io->blocks > BLOCKS_MAX || (io->bytes && !io->blocks))
 		return -EINVAL;
-	if (io->bytes && set_data(q, cid, io->iova, io->bytes, &prp1, &prp2))
+	if (io->bytes && set_data(q, index, io->iova, io->bytes, &prp1, &prp2))
 		return -EINVAL;
 	*command = (struct command){
 		.opcode = io->opcode,
-		.cid = htole16(cid),
+		.cid = htole16(q->slots[index].cid),
 		.nsid = htole32(io->nsid),
 		.prp1 = prp1,
 		.prp2 = prp2,
@@ -204,7 +254,7 @@ int vt_nvme_make(struct vt_nvme_queue *q, uint16_t cid, const struct vt_nvme_io 
 	return 0;
 }
 
-static uint16_t next_cid(const struct vt_nvme_queue *q)
+static uint16_t next_index(const struct vt_nvme_queue *q)
 {
 	return q->free_cids[q->depth - q->in_flight - 1];
 }
@@ -218,12 +268,12 @@ int vt_nvme_submit(struct vt_nvme_queue *q, const struct vt_nvme_io *ios, uint32
 	if (result)
 		return result;
 	for (; done < count && q->in_flight < q->depth; done++) {
-		uint16_t cid = next_cid(q);
+		uint16_t index = next_index(q);
 
-		result = vt_nvme_make(q, cid, &ios[done], &q->commands[q->tail]);
+		result = vt_nvme_make(q, index, &ios[done], &q->commands[q->tail]);
 		if (result)
 			break;
-		take_cid(q, cid, ios[done].tag, now);
+		take_index(q, index, ios[done].tag, now);
 	}
 	if (done)
 		ring(&q->tail_bell, q->tail);
@@ -242,15 +292,15 @@ int vt_nvme_submit_many(struct vt_nvme_queue *q, const struct vt_nvme_io *patter
 	if (result)
 		return result;
 	for (; done < count && q->in_flight < q->depth; done++) {
-		uint16_t cid = next_cid(q);
+		uint16_t index = next_index(q);
 
 		io.lba = lbas[done];
 		io.iova = pattern->iova + tags[done] * stride;
-		result = tags[done] < slots ? vt_nvme_make(q, cid, &io, &q->commands[q->tail]) :
+		result = tags[done] < slots ? vt_nvme_make(q, index, &io, &q->commands[q->tail]) :
 					      -EINVAL;
 		if (result)
 			break;
-		take_cid(q, cid, tags[done], now);
+		take_index(q, index, tags[done], now);
 	}
 	if (done)
 		ring(&q->tail_bell, q->tail);
@@ -260,18 +310,18 @@ int vt_nvme_submit_many(struct vt_nvme_queue *q, const struct vt_nvme_io *patter
 int vt_nvme_submit_raw(struct vt_nvme_queue *q, const void *bytes, uint64_t tag)
 {
 	struct command *command;
-	uint16_t cid;
+	uint16_t index;
 	int result = vt_nvme_enter(q);
 
 	if (result)
 		return result;
 	if (q->in_flight == q->depth)
 		return vt_nvme_leave(q, 0);
-	cid = next_cid(q);
+	index = next_index(q);
 	command = &q->commands[q->tail];
 	memcpy(command, bytes, COMMAND_BYTES);
-	command->cid = htole16(cid);
-	take_cid(q, cid, tag, ticks());
+	command->cid = htole16(q->slots[index].cid);
+	take_index(q, index, tag, ticks());
 	ring(&q->tail_bell, q->tail);
 	return vt_nvme_leave(q, 1);
 }
@@ -281,58 +331,74 @@ static uint64_t deadline_after(uint64_t timeout_ns)
 	return ticks() + to_ticks(timeout_ns);
 }
 
-int vt_nvme_poll(struct vt_nvme_queue *q, struct vt_nvme_done *done, uint32_t room, uint32_t least,
-		 uint64_t timeout_ns)
+/* Takes what is there, up to `room`: how many commands ended. `put` stores each. At most a whole
+ * ring in one go: a controller that overruns it would keep us here. */
+#define TAKE_ALL(q, room, held, put)                                                             \
+	for (uint32_t looked = 0; *(held) < (room) && looked < (q)->cq_entries && waiting(q);    \
+	     looked++) {                                                                         \
+		if (take(q, &done, &started, &index))                                            \
+			continue;                                                                \
+		(q)->free_cids[(q)->depth - (q)->in_flight - 1] = index;                         \
+		put;                                                                             \
+		++*(held);                                                                       \
+	}
+
+/* Whether a poll that has taken `count` so far goes on; waits for the next completion if so. */
+static int goes_on(struct vt_nvme_queue *q, uint32_t count, uint32_t least, uint64_t deadline)
+{
+	return count < least && q->in_flight && deadline && await(q, deadline);
+}
+
+static int end_poll(struct vt_nvme_queue *q, uint32_t count)
+{
+	tell_head(q);
+	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
+	return vt_nvme_leave(q, (int)count);
+}
+
+int vt_nvme_poll(struct vt_nvme_queue *q, struct vt_nvme_done *all, uint32_t room, uint32_t least,
+		 uint64_t timeout_ns, uint32_t *held)
 {
 	uint64_t deadline = timeout_ns ? deadline_after(timeout_ns) : 0, started, now;
-	uint32_t count = 0;
+	uint32_t before = *held;
+	struct vt_nvme_done done;
+	uint16_t index;
 	int result = vt_nvme_enter(q);
 
 	if (result)
 		return result;
-	if (least > room)
-		least = room;
+	if (before > room)
+		return vt_nvme_leave(q, -EINVAL);
+	if (least > room - before)
+		least = room - before;
 	do {
 		now = ticks();
-		for (; count < room && waiting(q); count++) {
-			result = take(q, &done[count], &started);
-			if (result)
-				break;
-			q->free_cids[q->depth - q->in_flight - 1] = done[count].cid;
-			done[count].latency_ns = to_ns(now - started);
-		}
-	} while (!result && count < least && q->in_flight && timeout_ns && await(q, deadline));
-	tell_head(q);
-	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
-	return vt_nvme_leave(q, count ? (int)count : result);
+		TAKE_ALL(q, room, held, (done.latency_ns = to_ns(now - started), all[*held] = done))
+	} while (goes_on(q, *held - before, least, deadline));
+	return end_poll(q, *held - before);
 }
 
 int vt_nvme_poll_tags(struct vt_nvme_queue *q, uint64_t *tags, uint32_t room, uint32_t least,
-		      uint64_t timeout_ns, uint32_t *status)
+		      uint64_t timeout_ns, uint32_t *held, uint32_t *status)
 {
 	uint64_t deadline = timeout_ns ? deadline_after(timeout_ns) : 0, started;
+	uint32_t before = *held;
 	struct vt_nvme_done done;
-	uint32_t count = 0;
+	uint16_t index;
 	int result = vt_nvme_enter(q);
 
 	*status = 0;
 	if (result)
 		return result;
-	if (least > room)
-		least = room;
+	if (before > room)
+		return vt_nvme_leave(q, -EINVAL);
+	if (least > room - before)
+		least = room - before;
 	do {
-		for (; count < room && waiting(q); count++) {
-			result = take(q, &done, &started);
-			if (result)
-				break;
-			q->free_cids[q->depth - q->in_flight - 1] = done.cid;
-			tags[count] = done.tag;
-			*status = *status ? *status : done.status;
-		}
-	} while (!result && count < least && q->in_flight && timeout_ns && await(q, deadline));
-	tell_head(q);
-	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
-	return vt_nvme_leave(q, count ? (int)count : result);
+		TAKE_ALL(q, room, held,
+			 (tags[*held] = done.tag, *status = *status ? *status : done.status))
+	} while (goes_on(q, *held - before, least, deadline));
+	return end_poll(q, *held - before);
 }
 
 void vt_nvme_count(const struct vt_nvme_queue *q, struct vt_nvme_counters *counters)
@@ -341,6 +407,8 @@ void vt_nvme_count(const struct vt_nvme_queue *q, struct vt_nvme_counters *count
 		.submitted = q->submitted,
 		.completed = q->completed,
 		.failed = q->failed,
+		.strays = q->strays,
+		.last_stray = q->last_stray,
 		.tail_writes = q->tail_bell.writes,
 		.head_writes = q->head_bell.writes,
 		.in_flight = q->in_flight,

@@ -1,7 +1,7 @@
 /* NVMe queue pairs: the hot path of a driver, over plain memory and two doorbells.
  *
  * A queue pair belongs to one thread at a time: a call that finds another one inside returns
- * -EBUSY. Nothing here allocates DMA memory or talks to the kernel; the addresses of the rings
+ * -EBUSY; and one while the gate of the doorbells is shut, -EACCES. Nothing here allocates DMA memory or talks to the kernel; the addresses of the rings
  * and of the doorbells come from the caller, who keeps them mapped until vt_nvme_stop has
  * returned 0. NVM Express Base Specification 2.0: section 3.3.1 (queues), 4.2 (submission and
  * completion entries), 4.1.1 (PRP lists), 5.8 (Doorbell Buffer Config).
@@ -25,6 +25,7 @@ struct vt_nvme_layout {
 	uint64_t head_event;
 	uint64_t lists;         /* `sq_entries` pages for PRP lists, or 0 */
 	uint64_t lists_iova;
+	uint64_t gate;          /* the struct vt_gate before the doorbells, or 0: there is none */
 	uint32_t sq_entries;
 	uint32_t cq_entries;
 	uint32_t page_size;     /* the controller's, CC.MPS */
@@ -48,6 +49,7 @@ struct vt_nvme_io {
 struct vt_nvme_done {
 	uint64_t tag;
 	uint64_t latency_ns;
+	uint64_t number;        /* completions before this one */
 	uint32_t result;        /* dword 0 of the completion */
 	uint16_t status;        /* 0: success; otherwise type << 8 | code, do-not-retry in bit 14 */
 	uint16_t cid;
@@ -55,8 +57,11 @@ struct vt_nvme_done {
 
 struct vt_nvme_counters {
 	uint64_t submitted, completed, failed;
+	uint64_t strays;        /* completions of no command: each was dropped */
 	uint64_t tail_writes, head_writes; /* doorbells really written */
 	uint32_t in_flight, depth;
+	uint32_t last_stray;    /* its command identifier; its status in the upper half */
+	uint32_t reserved;
 };
 
 /* 0 with `queue` set; -EINVAL for a layout that cannot be; -ENOMEM. */
@@ -65,8 +70,15 @@ int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queu
  * thread is inside: vt_nvme_halt first, then again. */
 int vt_nvme_stop(struct vt_nvme_queue *queue);
 void vt_nvme_free(struct vt_nvme_queue *queue);
-/* Ends a running vt_nvme_poll or vt_nvme_run soon; the only call allowed from another thread. */
+/* Ends a running vt_nvme_poll or vt_nvme_run soon; with vt_nvme_abandon the only call allowed from
+ * another thread. */
 void vt_nvme_halt(struct vt_nvme_queue *queue);
+/* The same for a controller that is known not to answer: vt_nvme_run does not wait for what is in
+ * flight, and returns -ETIMEDOUT. */
+void vt_nvme_abandon(struct vt_nvme_queue *queue);
+/* After a reset of the controller, on a stopped queue pair: both rings empty, nothing in flight, as
+ * vt_nvme_new left it; counters go on. -EBUSY if it was not stopped. */
+int vt_nvme_restart(struct vt_nvme_queue *queue);
 
 /* Submits commands in order with one write of the doorbell. Returns how many were taken: fewer
  * than `count` where the queue is full. -EINVAL for a run of data that no PRP list can tell. */
@@ -80,13 +92,15 @@ int vt_nvme_submit_many(struct vt_nvme_queue *queue, const struct vt_nvme_io *pa
 int vt_nvme_submit_raw(struct vt_nvme_queue *queue, const void *command, uint64_t tag);
 
 /* Takes completions: waits until there are `least` (or none is in flight), or `timeout_ns` has
- * passed, and returns how many it took, at most `room`. -EPROTO for a completion that belongs to
- * no command: the controller has gone mad and must be reset. */
+ * passed. `done` has `room` places of which the first `*held` are filled already; those taken are
+ * put behind them and counted in `*held`, so that an interrupted caller finds them there. Returns
+ * how many it took. A completion of no command is counted as a stray and otherwise ignored: a wait
+ * ends by its own commands or by time. */
 int vt_nvme_poll(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_t room,
-		 uint32_t least, uint64_t timeout_ns);
+		 uint32_t least, uint64_t timeout_ns, uint32_t *held);
 /* The same where only tags matter; `status` is that of the first command that failed, or 0. */
 int vt_nvme_poll_tags(struct vt_nvme_queue *queue, uint64_t *tags, uint32_t room, uint32_t least,
-		      uint64_t timeout_ns, uint32_t *status);
+		      uint64_t timeout_ns, uint32_t *held, uint32_t *status);
 
 void vt_nvme_count(const struct vt_nvme_queue *queue, struct vt_nvme_counters *counters);
 

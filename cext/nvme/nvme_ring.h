@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "vfio/gate.h"
 #include "vfio/mmio.h"
 #include "nvme/nvme_queue.h"
 
@@ -20,6 +21,9 @@
 /* Reads after which every look comes with a pause, about a millisecond: an earlier one costs more
  * than it saves, above all under QEMU's TCG, where it takes the lock that the device needs. */
 #define SPINS_EAGER (1u << 20)
+
+/* What `halted` says: end soon; or at once, without what is in flight. */
+enum { HALTED = 1, ABANDONED = 2 };
 
 /* Base Specification 2.0, figure 87 (all commands) and NVM Command Set 1.0, section 3.2. */
 struct command {
@@ -42,10 +46,12 @@ struct completion {
 };
 _Static_assert(sizeof(struct completion) == 16, "a completion has 16 bytes");
 
+/* A command that may be out. `cid` is its index below `cid_step`, and above a count that goes on
+ * with every use: a completion that comes twice or late is not taken for the next command's. */
 struct slot {
 	uint64_t tag;
 	uint64_t started; /* ticks */
-	uint32_t active;
+	uint16_t cid, active;
 };
 
 /* A doorbell, with its shadow and event index where the controller reads those (section 5.8). */
@@ -64,8 +70,11 @@ struct vt_nvme_queue {
 	uint32_t depth, in_flight;
 	uint64_t *lists, lists_iova;
 	struct slot *slots;
-	uint16_t *free_cids; /* a stack of depth - in_flight entries */
-	uint64_t submitted, completed, failed;
+	uint16_t *free_cids; /* indices: a stack of depth - in_flight entries */
+	uint32_t cid_step;   /* a power of two, at least depth; 65536 leaves no room for a count */
+	uint64_t submitted, completed, failed, strays;
+	uint32_t last_stray; /* identifier, and status in the upper half */
+	struct vt_gate *gate; /* before the doorbells; may be absent */
 	uint64_t generation;
 	int busy, halted;
 	int stopped;
@@ -74,11 +83,11 @@ struct vt_nvme_queue {
 /* The length of a tick in nanoseconds, 32.32 fixed point; set with the first queue. */
 extern uint64_t vt_nvme_ns_a_tick_32;
 
-/* Entry and exit of every call: 0, -EBUSY, -ESHUTDOWN or -ESTALE; and `result` again. */
+/* Entry and exit of every call: 0, -EBUSY, -ESHUTDOWN, -ESTALE or -EACCES; and `result` again. */
 int vt_nvme_enter(struct vt_nvme_queue *queue);
 int vt_nvme_leave(struct vt_nvme_queue *queue, int result);
 /* The identifier and data pointers of a command, all in wire order. 0 or -EINVAL. */
-int vt_nvme_make(struct vt_nvme_queue *queue, uint16_t cid, const struct vt_nvme_io *io,
+int vt_nvme_make(struct vt_nvme_queue *queue, uint16_t index, const struct vt_nvme_io *io,
 		 struct command *command);
 
 static inline uint64_t clock_ns(void)
@@ -131,6 +140,12 @@ static inline int halted(struct vt_nvme_queue *q)
 	return __atomic_load_n(&q->halted, __ATOMIC_RELAXED);
 }
 
+/* Whether somebody waits for us to leave the doorbells alone. */
+static inline int barred(const struct vt_nvme_queue *q)
+{
+	return q->gate && !vt_gate_is_open(q->gate);
+}
+
 /* Tells the controller `value`. With a shadow the register is written only if the controller asked
  * for it: the event index lies in (old, value]. Linux's nvme_dbbuf_need_event is the same test. */
 static inline void ring(struct doorbell *bell, uint32_t value)
@@ -156,10 +171,14 @@ static inline void advance_tail(struct vt_nvme_queue *q)
 	q->tail = q->tail + 1 == q->sq_entries ? 0 : q->tail + 1;
 }
 
-/* The command at the tail is complete: it takes its identifier from the stack. */
-static inline void take_cid(struct vt_nvme_queue *q, uint16_t cid, uint64_t tag, uint64_t now)
+/* The command at the tail is complete: it takes its index from the stack. */
+static inline void take_index(struct vt_nvme_queue *q, uint16_t index, uint64_t tag, uint64_t now)
 {
-	q->slots[cid] = (struct slot){ .tag = tag, .started = now, .active = 1 };
+	struct slot *slot = &q->slots[index];
+
+	slot->tag = tag;
+	slot->started = now;
+	slot->active = 1;
 	q->in_flight++;
 	q->submitted++;
 	advance_tail(q);
@@ -170,48 +189,57 @@ static inline int waiting(const struct vt_nvme_queue *q)
 	return (le16toh(q->completions[q->head].status) & 1) == q->phase;
 }
 
-/* Takes the completion at the head, which is there: 0 with `done` filled but for its latency. */
-static inline int take(struct vt_nvme_queue *q, struct vt_nvme_done *done, uint64_t *started)
+/* Takes the completion at the head, which is there: 0 with `done` filled but for its latency, and
+ * the command's index; -EPROTO for one of no command, which is counted. */
+static inline int take(struct vt_nvme_queue *q, struct vt_nvme_done *done, uint64_t *started,
+		       uint16_t *index)
 {
 	const volatile struct completion *entry = &q->completions[q->head];
 	struct slot *slot;
+	uint16_t sq_id;
 
 	vt_read_barrier();
 	done->cid = le16toh(entry->cid);
 	done->status = le16toh(entry->status) >> 1;
 	done->result = le32toh(entry->result);
-	if (done->cid >= q->depth || le16toh(entry->sq_id) != q->id)
-		return -EPROTO;
-	slot = &q->slots[done->cid];
-	if (!slot->active)
-		return -EPROTO;
-	slot->active = 0;
-	done->tag = slot->tag;
-	*started = slot->started;
-	q->in_flight--;
-	q->completed++;
-	q->failed += done->status != 0;
+	sq_id = le16toh(entry->sq_id);
 	q->untold++;
 	if (++q->head == q->cq_entries) {
 		q->head = 0;
 		q->phase ^= 1;
 	}
+	*index = (uint16_t)(done->cid & (q->cid_step - 1));
+	slot = &q->slots[*index];
+	if (*index >= q->depth || sq_id != q->id || !slot->active || slot->cid != done->cid) {
+		q->strays++;
+		q->last_stray = (uint32_t)done->status << 16 | done->cid;
+		return -EPROTO;
+	}
+	slot->active = 0;
+	slot->cid = (uint16_t)(slot->cid + q->cid_step);
+	done->tag = slot->tag;
+	done->number = q->completed;
+	*started = slot->started;
+	q->in_flight--;
+	q->completed++;
+	q->failed += done->status != 0;
 	return 0;
 }
 
 static inline void tell_head(struct vt_nvme_queue *q)
 {
-	if (q->untold < q->untold_limit)
+	if (q->untold < q->untold_limit || barred(q))
 		return;
 	ring(&q->head_bell, q->head);
 	q->untold = 0;
 }
 
-/* Waits for a completion: 1, or 0 at the deadline or when halted. */
+/* Waits for a completion: 1, or 0 at the deadline, when halted or barred from the doorbells. */
 static inline int await(struct vt_nvme_queue *q, uint64_t deadline)
 {
 	for (uint32_t spins = 1; !waiting(q); spins++) {
-		if (spins % SPINS_A_LOOK == 0 && (halted(q) || ticks() >= deadline))
+		if (spins % SPINS_A_LOOK == 0 &&
+		    (halted(q) || barred(q) || ticks() >= deadline))
 			return waiting(q);
 		if (spins >= SPINS_EAGER) {
 			spins -= SPINS_A_LOOK;

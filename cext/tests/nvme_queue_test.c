@@ -11,6 +11,7 @@
 
 #include "nvme/nvme_load.h"
 #include "nvme/nvme_queue.h"
+#include "vfio/gate.h"
 
 #define PAGE 4096u
 #define SQ 8u
@@ -151,6 +152,16 @@ static void end(struct device *device, struct vt_nvme_queue *queue)
 	free(device->lists);
 }
 
+static int poll_once(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_t room,
+		     uint32_t least, uint64_t timeout_ns)
+{
+	uint32_t held = 0;
+	int count = vt_nvme_poll(queue, done, room, least, timeout_ns, &held);
+
+	CHECK(count < 0 || (uint32_t)count == held);
+	return count;
+}
+
 static struct vt_nvme_io read_of(uint64_t tag)
 {
 	return (struct vt_nvme_io){ .tag = tag, .lba = 1000 + tag, .iova = 0x10000, .bytes = 4096,
@@ -179,7 +190,7 @@ static void every_command_comes_back_once(int shadows, int lazy, int reverse)
 		count = vt_nvme_submit(queue, ios, want);
 		CHECK(count >= 0);
 		sent += (uint64_t)count;
-		count = vt_nvme_poll(queue, done, SQ, 1, 5000000000u);
+		count = poll_once(queue, done, SQ, 1, 5000000000u);
 		CHECK(count > 0);
 		for (int i = 0; i < count; i++) {
 			CHECK(done[i].tag < TOTAL && !seen[done[i].tag]++);
@@ -207,10 +218,10 @@ static void a_full_queue_takes_no_more(void)
 	CHECK(vt_nvme_submit(queue, ios, 2 * SQ) == SQ - 1);
 	CHECK(vt_nvme_submit(queue, ios, 1) == 0);
 	CHECK(vt_nvme_submit_raw(queue, device.lists, 9) == 0);
-	CHECK(vt_nvme_poll(queue, done, SQ, 1, 0) == 0);
-	CHECK(vt_nvme_poll(queue, done, SQ, 1, 1000000) == 0);
+	CHECK(poll_once(queue, done, SQ, 1, 0) == 0);
+	CHECK(poll_once(queue, done, SQ, 1, 1000000) == 0);
 	work(&device);
-	CHECK(vt_nvme_poll(queue, done, 2 * SQ, 2 * SQ, 1000000000u) == SQ - 1);
+	CHECK(poll_once(queue, done, 2 * SQ, 2 * SQ, 1000000000u) == SQ - 1);
 	CHECK(vt_nvme_submit(queue, ios, 1) == 1);
 	end(&device, queue);
 }
@@ -269,7 +280,7 @@ static void data_pointers_name_every_page(void)
 			for (uint32_t i = 1; i < count; i++)
 				CHECK(pages[i] == 0x40000000u + (uint64_t)i * PAGE);
 			work(&device);
-			CHECK(vt_nvme_poll(queue, &done, 1, 1, 1000000000u) == 1);
+			CHECK(poll_once(queue, &done, 1, 1, 1000000000u) == 1);
 		}
 	}
 	end(&device, queue);
@@ -318,7 +329,15 @@ static void impossible_commands_are_refused(void)
 	end(&device, queue);
 }
 
-static void a_mad_controller_is_noticed(void)
+static uint64_t strays_of(const struct vt_nvme_queue *queue)
+{
+	struct vt_nvme_counters counters;
+
+	vt_nvme_count(queue, &counters);
+	return counters.strays;
+}
+
+static void completions_of_no_command_end_none(void)
 {
 	struct device device;
 	struct vt_nvme_queue *queue = start(&device, 0, 0, 0);
@@ -327,15 +346,140 @@ static void a_mad_controller_is_noticed(void)
 
 	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
 	complete(&device, 60000);
-	CHECK(vt_nvme_poll(queue, done, 4, 1, 1000000) == -EPROTO);
-	end(&device, queue);
-
-	queue = start(&device, 0, 0, 0);
-	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+	complete(&device, 1);
+	CHECK(poll_once(queue, done, 4, 1, 1000000) == 0);
+	CHECK(strays_of(queue) == 2);
 	work(&device);
+	CHECK(poll_once(queue, done, 4, 1, 1000000000u) == 1 && done[0].tag == 1);
+	end(&device, queue);
+}
+
+/* The identifier of a command that has ended is not soon another's: a second completion of it, in
+ * time or late, is a stray. */
+static void a_completion_that_comes_twice_ends_one_command(void)
+{
+	struct device device;
+	struct vt_nvme_queue *queue = start(&device, 0, 0, 0);
+	struct vt_nvme_done done[4];
+
+	for (uint64_t tag = 0; tag < 3000; tag++) {
+		struct vt_nvme_io io = read_of(tag);
+		uint16_t cid;
+
+		CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+		memcpy(&cid, device.sq + 64 * ((device.sq_head) % SQ) + 2, 2);
+		if (tag)
+			complete(&device, done[0].cid);
+		work(&device);
+		CHECK(poll_once(queue, done, 4, 4, 1000000000u) == 1);
+		CHECK(done[0].tag == tag && done[0].cid == cid && done[0].number == tag);
+	}
+	CHECK(strays_of(queue) == 2999);
+	end(&device, queue);
+}
+
+static void another_queues_completion_is_not_ours(void)
+{
+	struct device device;
+	struct vt_nvme_queue *queue = start(&device, 0, 0, 0);
+	struct vt_nvme_io io = read_of(1);
+	struct vt_nvme_done done;
+
+	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
 	complete(&device, 0);
-	CHECK(vt_nvme_poll(queue, done, 4, 2, 1000000) == 1);
-	CHECK(vt_nvme_poll(queue, done, 4, 1, 1000000) == -EPROTO);
+	*(uint8_t *)(uintptr_t)(device.cq + 10) = 7;
+	CHECK(poll_once(queue, &done, 1, 1, 1000000) == 0 && strays_of(queue) == 1);
+	end(&device, queue);
+}
+
+/* A controller that fills the ring again and again keeps nobody inside. */
+static void a_flood_of_strays_ends(void)
+{
+	struct device device;
+	struct vt_nvme_queue *queue = start(&device, 0, 0, 0);
+	struct vt_nvme_io io = read_of(1);
+	struct vt_nvme_done done;
+
+	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+	for (int i = 0; i < 100; i++) {
+		complete(&device, 99);
+		CHECK(poll_once(queue, &done, 1, 1, 1000) == 0);
+	}
+	CHECK(strays_of(queue) == 100);
+	end(&device, queue);
+}
+
+static void what_was_taken_stays_with_the_caller(void)
+{
+	struct device device;
+	struct vt_nvme_queue *queue = start(&device, 0, 0, 0);
+	struct vt_nvme_done done[4];
+	uint32_t held = 0;
+
+	for (uint64_t tag = 0; tag < 3; tag++) {
+		struct vt_nvme_io io = read_of(tag);
+
+		CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+		work(&device);
+		CHECK(vt_nvme_poll(queue, done, 4, 1, 1000000, &held) == 1);
+		CHECK(held == tag + 1 && done[tag].tag == tag);
+	}
+	held = 5;
+	CHECK(vt_nvme_poll(queue, done, 4, 1, 1000000, &held) == -EINVAL);
+	end(&device, queue);
+}
+
+static void a_barred_queue_leaves_the_doorbells_alone(void)
+{
+	static struct vt_gate gate;
+	struct device device;
+	struct vt_nvme_queue *queue, *other = start(&device, 0, 0, 0);
+	struct vt_nvme_layout layout = {
+		.submission = (uintptr_t)device.sq, .completion = (uintptr_t)device.cq,
+		.tail_doorbell = (uintptr_t)&device.words[0],
+		.head_doorbell = (uintptr_t)&device.words[1], .gate = (uintptr_t)&gate,
+		.sq_entries = SQ, .cq_entries = CQ, .page_size = PAGE, .id = 1,
+	};
+	struct vt_nvme_io io = read_of(1);
+	struct vt_nvme_done done;
+
+	CHECK(vt_nvme_new(&layout, &queue) == 0);
+	CHECK(vt_nvme_submit(queue, &io, 1) == -EACCES && device.words[0] == 0);
+	CHECK(poll_once(queue, &done, 1, 1, 0) == -EACCES);
+	vt_gate_set(&gate, 1);
+	CHECK(vt_nvme_submit(queue, &io, 1) == 1 && device.words[0] == 1);
+	work(&device);
+	CHECK(poll_once(queue, &done, 1, 1, 1000000) == 1 && device.words[1] == 1);
+	CHECK(!vt_gate_is_busy(&gate));
+	vt_nvme_free(other);
+	end(&device, queue);
+}
+
+static void a_queue_starts_again_after_a_reset(void)
+{
+	struct device device;
+	struct vt_nvme_queue *queue = start(&device, 0, 0, 0);
+	struct vt_nvme_done done[4];
+	struct vt_nvme_counters counters;
+	uint16_t before, after;
+
+	for (uint64_t round = 0; round < 20; round++) {
+		struct vt_nvme_io io = read_of(round);
+
+		CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+		memcpy(&before, device.sq + 64 * device.sq_head + 2, 2);
+		CHECK(vt_nvme_restart(queue) == -EBUSY);
+		CHECK(vt_nvme_stop(queue) == 0 && vt_nvme_restart(queue) == 0);
+		device.sq_head = device.cq_tail = device.words[0] = device.words[1] = 0;
+		device.phase = 1;
+		vt_nvme_count(queue, &counters);
+		CHECK(counters.in_flight == 0);
+		CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+		memcpy(&after, device.sq + 2, 2);
+		CHECK(before != after);
+		work(&device);
+		CHECK(poll_once(queue, done, 4, 1, 1000000) == 1 && done[0].tag == round);
+	}
 	end(&device, queue);
 }
 
@@ -345,7 +489,7 @@ static void failures_are_counted(void)
 	struct vt_nvme_queue *queue = start(&device, 0, 0, 0);
 	uint64_t lbas[3] = { 5, 6, 7 }, tags[3] = { 2, 0, 1 }, back[3];
 	struct vt_nvme_io io = read_of(0);
-	uint32_t status;
+	uint32_t status, held = 0;
 
 	device.status = 0x4281;
 	CHECK(vt_nvme_submit_many(queue, &io, lbas, tags, 3, 4096, 2) == -EINVAL);
@@ -353,7 +497,7 @@ static void failures_are_counted(void)
 	CHECK(word64(device.sq + 24) == 0x10000 + 2 * 4096 && word64(device.sq + 40) == 5);
 	CHECK(word64(device.sq + 64 + 24) == 0x10000 && word64(device.sq + 64 + 40) == 6);
 	work(&device);
-	CHECK(vt_nvme_poll_tags(queue, back, 3, 3, 1000000, &status) == 3);
+	CHECK(vt_nvme_poll_tags(queue, back, 3, 3, 1000000, &held, &status) == 3);
 	CHECK(status == 0x4281);
 	CHECK(!memcmp(back, tags, sizeof(tags)));
 	end(&device, queue);
@@ -415,7 +559,7 @@ static void *stop_soon(void *queue)
 	struct vt_nvme_done done;
 
 	usleep(20000);
-	CHECK(vt_nvme_poll(queue, &done, 1, 1, 0) == -EBUSY);
+	CHECK(poll_once(queue, &done, 1, 1, 0) == -EBUSY);
 	CHECK(vt_nvme_stop(queue) == -EBUSY);
 	vt_nvme_halt(queue);
 	return NULL;
@@ -442,7 +586,7 @@ static void halting_and_stopping(void)
 	CHECK(vt_nvme_stop(queue) == 0);
 	CHECK(vt_nvme_stop(queue) == 0);
 	CHECK(vt_nvme_submit(queue, &io, 1) == -ESHUTDOWN);
-	CHECK(vt_nvme_poll(queue, &done, 1, 1, 0) == -ESHUTDOWN);
+	CHECK(poll_once(queue, &done, 1, 1, 0) == -ESHUTDOWN);
 	end(&device, queue);
 }
 
@@ -456,6 +600,72 @@ static void silence_ends_a_load(void)
 	device.mute = 1;
 	CHECK(vt_nvme_run(queue, &job, &report) == -ETIMEDOUT);
 	CHECK(vt_nvme_run(queue, &job, &report) == -ESHUTDOWN);
+	end(&device, queue);
+}
+
+static void *shut_soon(void *gate)
+{
+	usleep(20000);
+	vt_gate_set(gate, 0);
+	while (vt_gate_is_busy(gate))
+		usleep(10);
+	return NULL;
+}
+
+/* Whoever shuts the gate finds nobody at the doorbells, however long the poll would have taken. */
+static void a_gate_that_shuts_ends_a_poll_and_a_load(void)
+{
+	static struct vt_nvme_report report;
+	static struct vt_gate gate;
+	struct device device;
+	struct vt_nvme_queue *queue, *other = start(&device, 0, 0, 0);
+	struct vt_nvme_layout layout = {
+		.submission = (uintptr_t)device.sq, .completion = (uintptr_t)device.cq,
+		.tail_doorbell = (uintptr_t)&device.words[0],
+		.head_doorbell = (uintptr_t)&device.words[1], .gate = (uintptr_t)&gate,
+		.sq_entries = SQ, .cq_entries = CQ, .page_size = PAGE, .id = 1,
+	};
+	struct vt_nvme_io io = read_of(1);
+	struct vt_nvme_done done;
+	struct vt_nvme_job job = job_of(10);
+	pthread_t thread;
+
+	CHECK(vt_nvme_new(&layout, &queue) == 0);
+	vt_gate_set(&gate, 1);
+	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+	CHECK(pthread_create(&thread, NULL, shut_soon, &gate) == 0);
+	CHECK(poll_once(queue, &done, 1, 1, 60000000000u) == 0);
+	pthread_join(thread, NULL);
+	work(&device);
+	vt_gate_set(&gate, 1);
+	CHECK(poll_once(queue, &done, 1, 1, 1000000) == 1);
+	CHECK(pthread_create(&thread, NULL, shut_soon, &gate) == 0);
+	CHECK(vt_nvme_run(queue, &job, &report) == -EACCES);
+	pthread_join(thread, NULL);
+	vt_nvme_free(other);
+	end(&device, queue);
+}
+
+static void *abandon_soon(void *queue)
+{
+	usleep(20000);
+	vt_nvme_abandon(queue);
+	return NULL;
+}
+
+static void giving_up_does_not_wait_for_what_is_out(void)
+{
+	static struct vt_nvme_report report;
+	struct device device;
+	struct vt_nvme_queue *queue = start(&device, 0, 0, 1);
+	struct vt_nvme_job job = job_of(10);
+	pthread_t thread;
+
+	device.mute = 1;
+	CHECK(pthread_create(&thread, NULL, abandon_soon, queue) == 0);
+	CHECK(vt_nvme_run(queue, &job, &report) == -ETIMEDOUT);
+	pthread_join(thread, NULL);
+	CHECK(report.elapsed_ns < 2500000000u);
 	end(&device, queue);
 }
 
@@ -494,13 +704,21 @@ int main(void)
 	data_pointers_name_every_page();
 	a_command_has_its_fields();
 	impossible_commands_are_refused();
-	a_mad_controller_is_noticed();
+	completions_of_no_command_end_none();
+	a_completion_that_comes_twice_ends_one_command();
+	another_queues_completion_is_not_ours();
+	a_flood_of_strays_ends();
+	what_was_taken_stays_with_the_caller();
+	a_barred_queue_leaves_the_doorbells_alone();
+	a_queue_starts_again_after_a_reset();
 	failures_are_counted();
 	for (uint32_t batch = 1; batch <= 4; batch++)
 		a_load_adds_up(batch % 2, batch);
 	a_load_stops_at_the_first_failure();
 	halting_and_stopping();
 	silence_ends_a_load();
+	giving_up_does_not_wait_for_what_is_out();
+	a_gate_that_shuts_ends_a_poll_and_a_load();
 	a_child_is_turned_away();
 	buckets_are_close_and_monotonic();
 	return 0;

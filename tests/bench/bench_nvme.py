@@ -141,8 +141,8 @@ def ours(address: str, backend: str, size: int, depth: int, batch: int, seconds:
 
 def python_loop(address: str, backend: str, size: int, depth: int, seconds: float) -> float:
     from vfiotool.drivers.nvme import spec as nvme_spec
+    from vfiotool.drivers.nvme.batch import Batch
     from vfiotool.drivers.nvme.controller import Controller
-    from vfiotool.drivers.nvme.queue_pair import Batch
     from vfiotool.vfio import Device
 
     with Device.open(address, backend=backend) as device:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
+import select
 import struct
 import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+
+from vfiotool.errors import KernelError, UsageError
 
 PAGE = 4096
 DOORBELLS = 0x1000
@@ -31,9 +35,21 @@ class Memory:
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.closed = False
+        self.pins = 0
         table[iova] = self
 
+    def pin(self) -> None:
+        if self.closed:
+            raise UsageError("the DMA buffer is closed")
+        self.pins += 1
+
+    def unpin(self) -> None:
+        assert self.pins > 0
+        self.pins -= 1
+
     def close(self) -> None:
+        if self.pins:
+            raise UsageError("the DMA buffer is in use")
         self.closed = True
         self._table.pop(self.iova, None)
 
@@ -42,6 +58,48 @@ class Memory:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class FakeInterrupt:
+    """A vector: an eventfd."""
+
+    def __init__(self, owner: FakeInterrupts) -> None:
+        self.owner = owner
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        if self.descriptor < 0:
+            raise UsageError("the interrupt is off")
+        select.select([self.descriptor], [], [], timeout_s)
+        try:
+            return os.eventfd_read(self.descriptor)
+        except BlockingIOError:
+            return 0
+
+
+class FakeInterrupts:
+    """What `device.irqs.msix` gives."""
+
+    def __init__(self, count: int) -> None:
+        self.closed = False
+        self.vectors = [FakeInterrupt(self) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def add(self, count: int) -> None:
+        self.vectors += [FakeInterrupt(self) for _ in range(count)]
+
+    def fire(self, vector: int) -> None:
+        if not self.closed and 0 <= vector < len(self.vectors):
+            os.eventfd_write(self.vectors[vector].descriptor, 1)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            for one in self.vectors:
+                os.close(one.descriptor)
+                one.descriptor = -1
 
 
 class FakeNvme:
@@ -64,12 +122,25 @@ class FakeNvme:
         self.serial = b"fake-1".ljust(20)
         self.hooks: list[Callable[[], object]] = []
         self.bus_master: list[bool] = []
-        self.info = SimpleNamespace(is_pci=True)
+        self.info = SimpleNamespace(is_pci=True, has_reset=False)
+        self.gate = (ctypes.c_uint32 * 2)(1, 0)
+        self.pins = 0
         self.config = SimpleNamespace(read32=lambda offset: 0x01080201)
         self.dma = SimpleNamespace(alloc=self.alloc)
+        self.entries, self.shutdown_s, self.rtd3e_us = 1024, 0.0, 0
+        self.vectors: dict[int, int] = {}
+        self.held: list[tuple[int, dict[str, Any], int, int, int]] = []
+        self.hold = False
+        self.events: list[int] = []
+        self.features: dict[int, int] = {}
+        self.nsids = [1]
+        self._shutting: float | None = None
+        self.irqs = SimpleNamespace(msix=self._msix)
+        self.sets: list[FakeInterrupts] = []
         self._bells = mmap.mmap(-1, PAGE)
         self._words = (ctypes.c_uint32 * (PAGE // 4)).from_buffer(self._bells)
         self._ending = False
+        self.lock = threading.RLock()
         self._thread = threading.Thread(target=self._live, daemon=True)
 
     def __enter__(self) -> FakeNvme:
@@ -101,6 +172,19 @@ class FakeNvme:
     def map(self) -> FakeNvme:
         return self
 
+    def pin(self) -> int:
+        self.pins += 1
+        return ctypes.addressof(self.gate)
+
+    def unpin(self) -> None:
+        assert self.pins > 0
+        self.pins -= 1
+
+    def block(self, blocked: bool) -> None:
+        """As Mapping does it: nobody is at the doorbells when this returns."""
+        self.gate[0] = 0 if blocked else 1
+        self.wait(lambda: not self.gate[1])
+
     def address(self, offset: int, length: int) -> int:
         return ctypes.addressof(self._words) + offset - DOORBELLS
 
@@ -108,14 +192,16 @@ class FakeNvme:
         if self.gone:
             return 0xFFFFFFFF
         if offset == 0:
-            return 2 << 24 | 1 << 16 | 1023
+            return 2 << 24 | 1 << 16 | self.entries - 1
         if offset == 4:
             return 1 << (37 - 32)
         if offset == 8:
             return 0x00020000
         if offset == 0x1C:
             enabled = self.registers[0x14] & 1
-            shutdown = 2 if self.registers[0x14] >> 14 & 3 else 0
+            shutdown = 0
+            if self.registers[0x14] >> 14 & 3 and self._shutting is not None:
+                shutdown = 2 if time.monotonic() - self._shutting >= self.shutdown_s else 1
             up = int(bool(enabled and self.ready))
             return up | int(self.fatal) << 1 | shutdown << 2
         return self.registers[offset]
@@ -123,6 +209,9 @@ class FakeNvme:
     def write32(self, offset: int, value: int) -> None:
         if offset == 0x14:
             self.configurations.append(value)
+            self._shutting = time.monotonic() if value >> 14 & 3 else None
+            if not value & 1:
+                self._forget()
             if value & 1 and not self.registers[0x14] & 1:
                 self._begin()
         self.registers[offset] = value
@@ -134,14 +223,46 @@ class FakeNvme:
         raise AssertionError("64-bit registers are written as two halves")
 
     def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
-        from vfiotool.errors import KernelError
-
         end = time.monotonic() + timeout_s
         while (value := self.read32(offset)) & mask != wanted:
             if time.monotonic() > end:
                 raise KernelError("timed out", errno_name="ETIMEDOUT")
             time.sleep(1e-3)
         return value
+
+    def _forget(self) -> None:
+        """CC.EN=0, or a reset: queues are gone, what was out is not answered."""
+        with self.lock:
+            self.queues, self.held, self.fatal = {}, [], False
+            self.events.clear()
+
+    def reset(self) -> None:
+        """Somebody else's reset: CC.EN is 0 afterwards, and DMA is off."""
+        self.registers[0x14] = 0
+        self._forget()
+
+    def _msix(self, count: int) -> FakeInterrupts:
+        assert all(one.closed for one in self.sets), "one kind at a time"
+        self.sets.append(FakeInterrupts(count))
+        return self.sets[-1]
+
+    def release(self, order: Callable[[list[Any]], None] | None = None) -> None:
+        """Answer what is held, in the order that `order` puts it in."""
+        with self.lock:
+            held, self.held = self.held, []
+            if order is not None:
+                order(held)
+            for number, queue, cid, status, result in held:
+                if self.queues.get(number) is queue:
+                    self._complete(number, queue, cid, status, result)
+
+    def event(self, result: int) -> bool:
+        """Answer an Asynchronous Event Request; False where none is out."""
+        with self.lock:
+            if not self.events:
+                return False
+            self._complete(0, self.queues[0], self.events.pop(0), 0, result)
+            return True
 
     def _begin(self) -> None:
         sizes = self.registers[0x24]
@@ -174,7 +295,10 @@ class FakeNvme:
             for number, queue in list(self.queues.items()):
                 while not self.mute and queue["head"] != self._words[2 * number]:
                     worked = True
-                    self._step(number, queue)
+                    with self.lock:
+                        if self.queues.get(number) is not queue:
+                            break
+                        self._step(number, queue)
             if not worked:
                 time.sleep(2e-4)
 
@@ -191,8 +315,15 @@ class FakeNvme:
                 status = 0x04
         if number == 0:
             self.admin_seen.append(opcode)
+            if opcode == 0x0C:
+                self.events.append(cid)
+                return
         if number in self.queues:
-            self._complete(number, queue, 9999 if self.mad else cid, status, result)
+            cid = 9999 if self.mad else cid
+            if self.hold and number:
+                self.held.append((number, queue, cid, status, result))
+            else:
+                self._complete(number, queue, cid, status, result)
 
     def _complete(
         self, number: int, queue: dict[str, Any], cid: int, status: int, result: int
@@ -203,6 +334,8 @@ class FakeNvme:
         queue["cq_tail"] += 1
         if queue["cq_tail"] == queue["cq_entries"]:
             queue["cq_tail"], queue["phase"] = 0, queue["phase"] ^ 1
+        for vectors in self.sets:
+            vectors.fire(self.vectors.get(number, -1))
 
     def _admin(self, opcode: int, entry: bytes) -> tuple[int, int]:
         (nsid,) = struct.unpack_from("<I", entry, 4)
@@ -212,9 +345,14 @@ class FakeNvme:
         if opcode == 0x06:
             return self._identify(ten & 0xFF, nsid, prp1), 0
         if opcode == 0x09:
-            return 0, 7 << 16 | 7
+            if ten & 0xFF != 7:
+                self.features[ten & 0xFF] = eleven
+            return 0, 7 << 16 | 7 if ten & 0xFF == 7 else 0
+        if opcode == 0x0A:
+            return (0, self.features[ten & 0xFF]) if ten & 0xFF in self.features else (0x02, 0)
         if opcode == 0x05:
             self.completions[number] = (prp1, entries)
+            self.vectors[number] = eleven >> 16 if eleven & 2 else -1
         elif opcode == 0x01:
             self._words[2 * number] = self._words[2 * number + 1] = 0
             self._add(number, prp1, entries, eleven >> 16)
@@ -231,9 +369,11 @@ class FakeNvme:
         if cns == 0x01:
             page[4:24], page[24:64] = self.serial, b"Fake \x1b[31m".ljust(40)
             page[77] = 5
+            page[88:92] = struct.pack("<I", self.rtd3e_us)
         elif cns == 0x02:
-            page[:4] = struct.pack("<I", 1)
-        elif nsid != 1:
+            later = [one for one in self.nsids if one > nsid][:1024]
+            page[: 4 * len(later)] = struct.pack(f"<{len(later)}I", *later)
+        elif nsid not in self.nsids:
             return 0x0B
         else:
             page[:8] = struct.pack("<Q", self.blocks)

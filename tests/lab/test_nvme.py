@@ -21,10 +21,10 @@ from vfiotool.drivers import demo
 from vfiotool.drivers.nvme import bench as nvme_bench
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.aio import AsyncQueue
+from vfiotool.drivers.nvme.batch import Batch
 from vfiotool.drivers.nvme.controller import Controller
+from vfiotool.drivers.nvme.identify import Namespace
 from vfiotool.drivers.nvme.io import IoQueue
-from vfiotool.drivers.nvme.queue_pair import Batch
-from vfiotool.drivers.nvme.spec import Namespace
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device
 
@@ -344,7 +344,7 @@ def test_memory_decode_off_is_an_error_and_no_crash(
 def test_what_is_no_nvme_is_refused(backend: str) -> None:
     with (
         Device.open(to_vfio(EDU), backend=backend) as device,
-        pytest.raises(Unsupported, match="no NVMe controller"),
+        pytest.raises(Unsupported, match="not an NVMe controller"),
     ):
         Controller(device)
 

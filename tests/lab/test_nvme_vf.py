@@ -11,6 +11,7 @@ import pytest
 
 from tests.lab.nvme_guest import bind_nvme, run, to_vfio
 from tests.lab.vfio_guest import BACKENDS, PCI
+from vfiotool.drivers.nvme import virtualization
 from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.errors import KernelError
 from vfiotool.vfio import Device
@@ -95,11 +96,11 @@ def test_a_vf_that_our_pf_driver_has_equipped_is_driven() -> None:
     token = uuid.uuid4()
     with Device.open(PF, backend="type1") as pf:
         pf.feature(FEATURE_VF_TOKEN, FEATURE_SET, token.bytes)
-        controller = Controller(pf).release_flexible()
-        assert [entry.online for entry in controller.secondaries()] == [False] * 4
+        controller = virtualization.release_flexible(Controller(pf))
+        assert [entry.online for entry in virtualization.secondaries(controller)] == [False] * 4
         (PCI / PF / "sriov_numvfs").write_text("1")
-        controller.give(1, queues=2, interrupts=1)
-        first = controller.secondaries()[0]
+        virtualization.give(controller, 1, queues=2, interrupts=1)
+        first = virtualization.secondaries(controller)[0]
         assert (first.online, first.vf_number, first.queues, first.interrupts) == (True, 1, 2, 1)
         to_vfio(VF)
         with Device.open(VF, backend="type1", vf_token=str(token)) as vf:

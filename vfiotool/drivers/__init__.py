@@ -18,7 +18,7 @@ DEMOS = {
     "edu": "vfiotool.drivers.edu",
     "pci_testdev": "vfiotool.drivers.pci_testdev",
     "mtty": "vfiotool.drivers.mtty",
-    "nvme": "vfiotool.drivers.nvme.controller",
+    "nvme": "vfiotool.drivers.nvme.demo",
     "mbochs": "vfiotool.drivers.display",
     "mdpy": "vfiotool.drivers.display",
 }

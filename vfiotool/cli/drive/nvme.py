@@ -18,7 +18,7 @@ from vfiotool.errors import Refused, UsageError
 if TYPE_CHECKING:
     from vfiotool.drivers.nvme.bench import Job
     from vfiotool.drivers.nvme.controller import Controller
-    from vfiotool.drivers.nvme.queue_pair import LoadReport
+    from vfiotool.drivers.nvme.load import LoadReport
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -293,8 +293,10 @@ def secondaries(
     backend: BackendOption = "auto",
 ) -> None:
     """List the controllers of this PF's VFs, and what each has been given."""
+    from vfiotool.drivers.nvme import virtualization
+
     with controlled(context, device, backend) as controller:
-        entries = controller.secondaries()
+        entries = virtualization.secondaries(controller)
         name = controller.device.name
     if wants_json(context):
         listed = [

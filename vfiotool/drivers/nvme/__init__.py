@@ -1,1 +1,24 @@
-"""An NVMe driver in user space."""
+"""The NVMe driver: what a program uses of it.
+
+`Controller` brings a controller up, `IoQueue` is a queue pair for one thread, `SharedQueue` and
+`AsyncQueue` one for many threads and for coroutines.
+"""
+
+from vfiotool.drivers.nvme.aio import AsyncQueue
+from vfiotool.drivers.nvme.controller import Controller
+from vfiotool.drivers.nvme.identify import ControllerIdentity, Namespace
+from vfiotool.drivers.nvme.io import IoQueue
+from vfiotool.drivers.nvme.queue_pair import Completion
+from vfiotool.drivers.nvme.shared import SharedQueue
+from vfiotool.drivers.nvme.status import failed_with
+
+__all__ = [
+    "AsyncQueue",
+    "Completion",
+    "Controller",
+    "ControllerIdentity",
+    "IoQueue",
+    "Namespace",
+    "SharedQueue",
+    "failed_with",
+]

@@ -10,67 +10,117 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
+from threading import get_ident
 from typing import Self
 
 from vfiotool.drivers.nvme import spec as nvme_spec
-from vfiotool.drivers.nvme.io import IoQueue
-from vfiotool.drivers.nvme.queue_pair import Completion, failed_with
-from vfiotool.drivers.nvme.spec import Namespace
+from vfiotool.drivers.nvme.deadline import Deadline
+from vfiotool.drivers.nvme.identify import Namespace
+from vfiotool.drivers.nvme.io import IO_TIMEOUT_S, IoQueue
+from vfiotool.drivers.nvme.queue_pair import Completion
+from vfiotool.drivers.nvme.status import failed_with
 from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.vfio import DmaBuffer
+
+# An interrupt that was lost, and a queue that was closed, are noticed after so long.
+_TICK_S = 0.05
 
 
 class AsyncQueue:
     """`queue` for the coroutines of one event loop. Use it as a context manager: its end waits
-    for all that is in flight.
+    for all that is in flight, for `timeout_s` seconds at most, and raises KernelError if something
+    did not come back.
 
-    A command cannot be called back: a coroutine that is cancelled leaves its command running, and
-    the DMA buffer must live until the context manager's end.
+    A command cannot be called back: a coroutine that is cancelled, or times out, leaves its
+    command running, and its DMA buffer cannot be closed until that has ended.
     """
 
-    def __init__(self, queue: IoQueue) -> None:
+    def __init__(self, queue: IoQueue, *, timeout_s: float | None = IO_TIMEOUT_S) -> None:
         self.queue = queue
-        self._waiting: dict[int, asyncio.Future[Completion]] = {}
-        self._room = asyncio.Semaphore(queue.depth)
-        self._next_tag = 0
+        self.timeout_s = timeout_s
+        self._waiting: set[asyncio.Future[Completion]] = set()
+        self._for_room: deque[asyncio.Future[None]] = deque()
         self._poller: asyncio.Task[None] | None = None
+        self._descriptor = -1
         self._open = False
 
     async def __aenter__(self) -> Self:
+        self.queue.refuse_closed()
         if self.queue.pair.in_flight:
             raise UsageError("the queue has commands in flight: poll them first")
+        if self.queue.commands.taken_by(get_ident()) != get_ident():
+            raise UsageError(f"another thread is using {self.queue.commands.what}")
         self._open = True
         if self.queue.interrupt is not None:
-            descriptor = self.queue.interrupt.descriptor
-            asyncio.get_running_loop().add_reader(descriptor, self._signalled)
+            self._descriptor = self.queue.interrupt.descriptor
+            asyncio.get_running_loop().add_reader(self._descriptor, self._signalled)
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._open = False
-        if self._waiting:
-            await asyncio.wait(list(self._waiting.values()))
-        if self.queue.interrupt is not None:
-            asyncio.get_running_loop().remove_reader(self.queue.interrupt.descriptor)
+        deadline = Deadline(self.timeout_s)
+        try:
+            pair = self.queue.pair
+            while not self.queue.closed and pair.in_flight and not deadline.passed:
+                try:
+                    self._reap()
+                    self.queue.commands.health.watch(deadline, "what is in flight")
+                except VfiotoolError as error:
+                    self._fail(error)
+                    if kind is None:
+                        raise
+                    return
+                await asyncio.sleep(0 if self._descriptor < 0 else 1e-3)
+            if not self.queue.closed and pair.in_flight:
+                missing = self.queue.commands.timed_out(f"{pair.in_flight} commands", deadline)
+                self._fail(missing)
+                if kind is None:
+                    raise missing
+        finally:
+            await self._leave()
+
+    async def _leave(self) -> None:
+        if self._descriptor >= 0:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+            self._descriptor = -1
+        self._fail(UsageError("the queue is used outside its `async with`"))
         if self._poller is not None:
+            self._poller.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._poller
+        self.queue.commands.left_by(get_ident())
 
     async def read(
-        self, disk: Namespace, lba: int, blocks: int, buffer: DmaBuffer, offset: int = 0
+        self,
+        disk: Namespace,
+        lba: int,
+        blocks: int,
+        buffer: DmaBuffer,
+        offset: int = 0,
+        *,
+        timeout_s: float | None = IO_TIMEOUT_S,
     ) -> Completion:
         """Read `blocks` blocks into `buffer` from `offset` on. Raises as `IoQueue.send`, and
-        KernelError when the controller fails the command."""
-        return await self._run(nvme_spec.READ, disk, lba, blocks, buffer, offset)
+        KernelError when the controller fails the command or does not answer in `timeout_s`."""
+        return await self._run(nvme_spec.READ, disk, lba, blocks, buffer, offset, timeout_s)
 
     async def write(
-        self, disk: Namespace, lba: int, blocks: int, buffer: DmaBuffer, offset: int = 0
+        self,
+        disk: Namespace,
+        lba: int,
+        blocks: int,
+        buffer: DmaBuffer,
+        offset: int = 0,
+        *,
+        timeout_s: float | None = IO_TIMEOUT_S,
     ) -> Completion:
         """Write `blocks` blocks out of `buffer` from `offset` on; as `read`."""
-        return await self._run(nvme_spec.WRITE, disk, lba, blocks, buffer, offset)
+        return await self._run(nvme_spec.WRITE, disk, lba, blocks, buffer, offset, timeout_s)
 
-    async def flush(self, disk: Namespace) -> Completion:
+    async def flush(self, disk: Namespace, *, timeout_s: float | None = IO_TIMEOUT_S) -> Completion:
         """Until all writes that were done before are on stable media."""
-        return await self._run(nvme_spec.FLUSH, disk, 0, 0, None, 0)
+        return await self._run(nvme_spec.FLUSH, disk, 0, 0, None, 0, timeout_s)
 
     async def _run(
         self,
@@ -80,48 +130,118 @@ class AsyncQueue:
         blocks: int,
         buffer: DmaBuffer | None,
         offset: int,
+        timeout_s: float | None,
     ) -> Completion:
-        if not self._open:
-            raise UsageError("the queue is used outside its `async with`")
-        await self._room.acquire()
-        tag, self._next_tag = self._next_tag, self._next_tag + 1
+        what = f"blocks {lba} and on, opcode {opcode:#x}"
+        deadline = Deadline(timeout_s)
+        holds = () if buffer is None else (buffer,)
+        loop = asyncio.get_running_loop()
+        commands = self.queue.commands
+        send = self.queue.sender(opcode, disk, lba, blocks, buffer, offset, 0)
+        number = 0
+        while not number:
+            self._refuse_closed()
+            future: asyncio.Future[Completion] = loop.create_future()
+
+            def ended(done: Completion, future: asyncio.Future[Completion] = future) -> None:
+                if not future.done():
+                    future.set_result(done)
+                self._wake_one()
+
+            number = commands.start(send, holds=holds, call=True, ended=ended)
+            if not number:
+                await self._room(deadline, what)
+        self._waiting.add(future)
+        self._start_poller()
         try:
-            # The semaphore counts what is in flight, so the queue has room.
-            self.queue.send(opcode, disk, lba, blocks, buffer, offset, tag=tag)
-        except BaseException:
-            self._room.release()
-            raise
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting[tag] = future
-        if self.queue.interrupt is None and (self._poller is None or self._poller.done()):
-            self._poller = asyncio.create_task(self._poll())
-        done = await asyncio.shield(future)
+            done = await asyncio.wait_for(future, _finite(deadline))
+        except TimeoutError:
+            raise commands.timed_out(what, deadline) from None
+        finally:
+            self._waiting.discard(future)
+            if (sent := commands.out.get(number)) is not None:
+                sent.late = True
         if done.status:
-            raise failed_with(done.status, f"blocks {lba} and on, opcode {opcode:#x}")
+            raise failed_with(done.status, what)
         return done
 
-    def _signalled(self) -> None:
-        assert self.queue.interrupt is not None
-        self.queue.interrupt.wait(0.0)
-        self._reap()
+    def _refuse_closed(self) -> None:
+        if not self._open:
+            raise UsageError("the queue is used outside its `async with`")
+        self.queue.refuse_closed()
+
+    async def _room(self, deadline: Deadline, what: str) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._for_room.append(turn)
+        self._start_poller()
+        try:
+            await asyncio.wait_for(turn, _finite(deadline))
+        except TimeoutError:
+            raise self.queue.commands.timed_out(what, deadline) from None
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._wake_one()  # the turn was ours, and we do not take it
+            raise
+        finally:
+            if turn in self._for_room:
+                self._for_room.remove(turn)
+
+    def _wake_one(self) -> None:
+        while self._for_room:
+            turn = self._for_room.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _start_poller(self) -> None:
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.get_running_loop().create_task(self._poll())
 
     async def _poll(self) -> None:
-        while self._waiting:
-            self._reap()
-            await asyncio.sleep(0)
+        """While somebody waits: takes completions, and notices a controller that died and a queue
+        that was closed, by whomever."""
+        deadline = Deadline(None)
+        while self._waiting or self._for_room:
+            try:
+                self.queue.refuse_closed()
+                if self._reap():
+                    deadline = Deadline(None)
+                self.queue.commands.health.watch(deadline)
+                if self.queue.pair.in_flight < self.queue.depth:
+                    self._wake_one()
+            except VfiotoolError as error:
+                # Nothing more will come.
+                self._fail(error)
+                return
+            await asyncio.sleep(0 if self._descriptor < 0 else _TICK_S)
 
-    def _reap(self) -> None:
+    def _signalled(self) -> None:
+        interrupt = self.queue.interrupt
         try:
-            taken = self.queue.pair.poll()
+            if interrupt is not None:
+                interrupt.wait(0.0)
+            self._reap()
         except VfiotoolError as error:
-            # A controller that answers what nobody asked: nothing more will come.
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(error)
-            self._waiting.clear()
-            return
-        for one in taken:
-            self._room.release()
-            future = self._waiting.pop(one.tag)
+            self._fail(error)
+            if self._descriptor >= 0:
+                asyncio.get_running_loop().remove_reader(self._descriptor)
+                self._descriptor = -1
+
+    def _reap(self) -> int:
+        taken = self.queue.pair.gather()
+        self.queue.commands.settle()
+        return taken
+
+    def _fail(self, error: VfiotoolError) -> None:
+        for future in list(self._waiting):
             if not future.done():
-                future.set_result(one)
+                future.set_exception(error)
+        while self._for_room:
+            turn = self._for_room.popleft()
+            if not turn.done():
+                turn.set_exception(error)
+
+
+def _finite(deadline: Deadline) -> float | None:
+    left = deadline.left()
+    return None if left == float("inf") else left

@@ -5,15 +5,16 @@ The loop that keeps the queues filled is C (`cext/nvme_load.c`), one thread a qu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from vfiotool.drivers.nvme.controller import Controller
+from vfiotool.drivers.nvme.identify import Namespace
 from vfiotool.drivers.nvme.io import IoQueue
-from vfiotool.drivers.nvme.queue_pair import Load, LoadReport, failed_with, merge
-from vfiotool.drivers.nvme.spec import Namespace
+from vfiotool.drivers.nvme.load import Load, LoadReport, merge
+from vfiotool.drivers.nvme.status import failed_with
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
 from vfiotool.vfio import DmaBuffer
 
@@ -56,22 +57,16 @@ def run(controller: Controller, disk: Namespace, job: Job) -> LoadReport:
     """Run `job` on queue pairs of its own. Raises UsageError for a job that cannot be, KernelError
     with the controller's words when a command fails."""
     _check(controller, disk, job)
-    with ExitStack() as stack:
-        queues: list[IoQueue] = []
-        buffers: list[DmaBuffer] = []
-        page = controller.page_bytes
-        stride = -(-job.size_bytes // page) * page
-        for _ in range(job.queues):
-            queues.append(controller.create_queue(max(job.depth + 1, 2)))
-            stack.callback(queues[-1].close)
-            buffers.append(controller.device.dma.alloc(job.depth * stride, align=page))
-            stack.callback(buffers[-1].close)
-            if job.writes:
-                buffers[-1].view[: job.size_bytes] = os.urandom(job.size_bytes)
-        loads = [
-            _load(disk, job, buffer.iova, stride, number) for number, buffer in enumerate(buffers)
-        ]
-        report = merge(_side_by_side(queues, loads))
+    queues: list[IoQueue] = []
+    buffers: list[DmaBuffer] = []
+    try:
+        report = _run(controller, disk, job, queues, buffers)
+    except BaseException:
+        # What ended the load is told, not what its clean-up met.
+        with contextlib.suppress(VfiotoolError):
+            _clean_up(controller, queues, buffers)
+        raise
+    _clean_up(controller, queues, buffers)
     if report.failed:
         raise failed_with(report.first_status, f"{report.failed} commands; the first one")
     if not report.ios:
@@ -79,11 +74,46 @@ def run(controller: Controller, disk: Namespace, job: Job) -> LoadReport:
     return report
 
 
+def _clean_up(controller: Controller, queues: list[IoQueue], buffers: list[DmaBuffer]) -> None:
+    """The first error is raised when all was tried. A buffer that commands may still reach is
+    kept: the controller's end frees it."""
+    first: VfiotoolError | None = None
+    for queue in queues:
+        try:
+            queue.close()
+        except VfiotoolError as error:
+            first = first or error
+    if first is not None:
+        controller.keep(buffers)
+        raise first
+    for buffer in buffers:
+        buffer.close()
+
+
+def _run(
+    controller: Controller,
+    disk: Namespace,
+    job: Job,
+    queues: list[IoQueue],
+    buffers: list[DmaBuffer],
+) -> LoadReport:
+    page = controller.page_bytes
+    stride = -(-job.size_bytes // page) * page
+    for _ in range(job.queues):
+        queues.append(controller.create_queue(max(job.depth + 1, 2)))
+        buffers.append(controller.device.dma.alloc(job.depth * stride, align=page))
+        if job.writes:
+            buffers[-1].view[: job.size_bytes] = os.urandom(job.size_bytes)
+    loads = [_load(disk, job, buffer.iova, stride, number) for number, buffer in enumerate(buffers)]
+    return merge(_side_by_side(controller, queues, loads))
+
+
 def _check(controller: Controller, disk: Namespace, job: Job) -> None:
     if job.pattern not in PATTERNS:
         raise UsageError(f"no pattern {job.pattern!r}", hint=f"one of {', '.join(PATTERNS)}")
     if job.size_bytes <= 0 or job.size_bytes % disk.block_bytes:
         raise UsageError(f"{job.size_bytes} bytes are not whole blocks of {disk.block_bytes}")
+    disk.refuse_metadata()
     if job.size_bytes > controller.max_transfer:
         raise UsageError(f"the controller takes {controller.max_transfer} bytes a command at most")
     if not 1 <= job.batch <= job.depth or job.queues < 1:
@@ -116,15 +146,18 @@ def _load(disk: Namespace, job: Job, iova: int, stride: int, number: int) -> Loa
     )
 
 
-def _side_by_side(queues: list[IoQueue], loads: list[Load]) -> list[LoadReport]:
+def _side_by_side(
+    controller: Controller, queues: list[IoQueue], loads: list[Load]
+) -> list[LoadReport]:
+    watch = controller.health.check
     if len(queues) == 1:
-        return [queues[0].pair.run(loads[0])]
+        return [queues[0].pair.run(loads[0], watch)]
     reports: list[LoadReport] = []
     failures: list[VfiotoolError] = []
 
     def work(queue: IoQueue, load: Load) -> None:
         try:
-            reports.append(queue.pair.run(load))
+            reports.append(queue.pair.run(load, watch))
         except VfiotoolError as error:
             failures.append(error)
 

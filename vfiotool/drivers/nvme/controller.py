@@ -13,97 +13,133 @@ through `queue_pair.py`; what is here happens once a queue, or waits for a devic
 from __future__ import annotations
 
 import contextlib
-import struct
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import partial
 
-from vfiotool.drivers import Check
 from vfiotool.drivers.nvme import spec as nvme_spec
+from vfiotool.drivers.nvme.deadline import Deadline
+from vfiotool.drivers.nvme.health import ALL_ONES, Health
+from vfiotool.drivers.nvme.identify import ControllerIdentity, Namespace, namespace_list
+from vfiotool.drivers.nvme.in_flight import InFlight
 from vfiotool.drivers.nvme.io import IoQueue
-from vfiotool.drivers.nvme.queue_pair import Completion, Doorbells, QueuePair, Rings, failed_with
-from vfiotool.drivers.nvme.spec import ControllerIdentity, Namespace, SecondaryController
+from vfiotool.drivers.nvme.queue_pair import Completion, Doorbells, QueuePair, Rings
+from vfiotool.drivers.nvme.shared import SharedInFlight
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.vfio import Device, DmaBuffer, Interrupt
 
 ADMIN_ENTRIES = 32
 ADMIN_TIMEOUT_S = 10.0
-# A PRP list of one page tells 2 MiB of 4 KiB pages (vfio/nvme_queue.py keeps to one).
+QUEUE_ENTRIES = 128
+# A PRP list of one page tells 2 MiB of 4 KiB pages (cext/nvme/nvme_queue.c keeps to one).
 TRANSFER_LIMIT = 2 << 20
+# The steps of a controller's end; with a controller that answers nothing they add up to 14 s.
+_DRAIN_S, _DELETE_S, _SHUTDOWN_S, _DISABLE_S = 1.0, 3.0, 5.0, 5.0
+_SHUTDOWN_LIMIT_S = 60.0
 _PAGE = 4096
 _OFFLINE_HINT = (
     "a VF comes up once its PF has given it queues and interrupts and brought it online: "
     "nvme virt-mgmt"
 )
+_open: weakref.WeakKeyDictionary[Device, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
 
 
 class Controller:
     """A controller, brought up: admin queue running, identified, queues of I/O to be created.
 
-    Raises Unsupported for what is no NVMe controller or lacks the NVM command set, KernelError
-    when it does not come up. When `device` is closed the controller is shut down first, so that
-    no DMA is left when its memory goes.
+    Raises Unsupported for what is not an NVMe controller or lacks the NVM command set, UsageError
+    while `device` has another Controller that is not closed, KernelError when it does not come up.
+    When `device` is closed the controller is shut down first, so that no DMA is left when its
+    memory goes. Admin commands can come from any thread.
     """
+
+    _closed: bool = False
 
     def __init__(self, device: Device, *, shadow_doorbells: bool = False) -> None:
         if device.info.is_pci and device.config.read32(0x08) >> 8 != 0x010802:
-            raise Unsupported(f"{device.name} is no NVMe controller", device=device.name)
+            raise Unsupported(f"{device.name} is not an NVMe controller", device=device.name)
+        other = _open.get(device, lambda: None)()
+        if other is not None and not other._closed:
+            raise UsageError(
+                f"{device.name} has a Controller already", hint="close it, or call its reset()"
+            )
         self.device = device
         self.bar = device.region(0).map()
         self.registers = nvme_spec.NvmeRegisters(self.bar)
         self._capabilities = self.registers.capabilities.fields()
         self._timeout_s = max(1.0, self._capabilities["timeout"] * 0.5)
         self.page_bytes = _PAGE << self._capabilities["page_min"]
+        self.health = Health(device.name, self.registers)
         self.interrupts: list[Interrupt] = []
         self.queues: dict[int, IoQueue] = {}
+        self._undead: list[IoQueue] = []  # their deletion failed: the controller may know them
         self._buffers: list[DmaBuffer] = []
-        self._lock = threading.Lock()
-        self._closed = False
+        self._making = threading.RLock()
+        self._with_shadows = shadow_doorbells
         self._shadows: tuple[DmaBuffer, DmaBuffer] | None = None
         device.on_close(self.close)
-        self._disable()
-        self._enable()
+        _open[device] = weakref.ref(self)
+        try:
+            self._disable()
+            self._make_admin()
+            self._enable()
+            self._learn()
+        except BaseException:
+            with contextlib.suppress(VfiotoolError):
+                self.close()
+            raise
+
+    def _learn(self) -> None:
         self.identity = ControllerIdentity.parse(self.identify(nvme_spec.CNS_CONTROLLER))
         self.max_transfer = self._max_transfer()
         self.queue_limit = self._ask_queues()
-        if shadow_doorbells:
+        if self._with_shadows:
             self._set_doorbell_buffers()
 
     def _max_transfer(self) -> int:
         pages = self.identity.max_transfer_pages
         return min(TRANSFER_LIMIT, pages * self.page_bytes if pages else TRANSFER_LIMIT)
 
-    def _disable(self) -> None:
+    def _disable(self, timeout_s: float | None = None) -> None:
         """Section 3.5.1, step 1 of initialization; also what ends all DMA."""
-        if self.registers.status.read() == 0xFFFFFFFF:
+        if self.registers.status.read() == ALL_ONES:
             raise KernelError(f"{self.device.name} has gone: its registers read all ones")
         configuration = self.registers.configuration
         if configuration.field("enable"):
             configuration.modify(enable=0)
-        self.registers.status.poll_field("ready", 0, self._timeout_s)
+        self.registers.status.poll_field("ready", 0, timeout_s or self._timeout_s)
 
-    def _enable(self) -> None:
-        """Section 3.5.1, steps 2 to 6."""
-        registers = self.registers
+    def _make_admin(self) -> None:
         if not any(self._capabilities.values()):
             raise KernelError(
                 f"{self.device.name} is offline: its capabilities read zero", hint=_OFFLINE_HINT
             )
-        if not self._capabilities["command_sets"] & 1:
+        # CAP.CSS: bit 0 the NVM command set, bit 6 a choice of sets (3.1.3.1).
+        if not self._capabilities["command_sets"] & 0x41:
             raise Unsupported(f"{self.device.name} does not speak the NVM command set")
         rings = self._rings(0, ADMIN_ENTRIES, ADMIN_ENTRIES, lists=False)
+        self._admin = QueuePair(rings, self._doorbells(0))
+        self._commands = InFlight(self._admin, self.health)
+        self._shared = SharedInFlight(self._commands)
+
+    def _enable(self) -> None:
+        """Section 3.5.1, steps 2 to 6."""
+        registers, rings = self.registers, self._admin.rings
         self.device.set_bus_master(True)
         registers.admin_queues.set(sq_size=ADMIN_ENTRIES - 1, cq_size=ADMIN_ENTRIES - 1)
         registers.admin_submission.write(rings.submission.iova)
         registers.admin_completion.write(rings.completion.iova)
         registers.configuration.set(
             enable=1,
+            # CC.CSS 110b: all command sets that it has (3.1.3.5), zoned namespaces among them.
+            command_set=6 if self._capabilities["command_sets"] >> 6 & 1 else 0,
             page_size=self._capabilities["page_min"],
             sq_entry_size=6,
             cq_entry_size=4,
         )
         self._await_ready()
-        self._admin = QueuePair(rings, self._doorbells(0))
 
     def _await_ready(self) -> None:
         end = time.monotonic() + self._timeout_s
@@ -125,6 +161,27 @@ class Controller:
         buffer = self.device.dma.alloc(size, align=self.page_bytes)
         self._buffers.append(buffer)
         return buffer
+
+    @contextlib.contextmanager
+    def memory(self, size: int) -> Iterator[DmaBuffer]:
+        """A DMA buffer for an admin command. After a time-out the controller may still reach it:
+        then it is kept until the controller is closed."""
+        buffer = self._alloc(size)
+        try:
+            yield buffer
+        finally:
+            if not self._commands.uses(buffer):
+                self._free(buffer)
+
+    def keep(self, buffers: Iterable[DmaBuffer]) -> None:
+        """Buffers that commands may still reach: they are closed when the controller is."""
+        self._buffers += buffers
+
+    def _free(self, *buffers: DmaBuffer | None) -> None:
+        for buffer in buffers:
+            if buffer is not None and buffer in self._buffers:
+                self._buffers.remove(buffer)
+                buffer.close()
 
     def _rings(
         self, number: int, sq_entries: int, cq_entries: int, *, lists: bool, lazy: bool = False
@@ -160,214 +217,329 @@ class Controller:
     def _set_doorbell_buffers(self) -> None:
         if not self.identity.doorbell_buffers:
             raise Unsupported(f"{self.device.name} takes no shadow doorbells")
-        shadows = (self._alloc(self.page_bytes), self._alloc(self.page_bytes))
-        self.admin(
-            nvme_spec.command(
-                nvme_spec.DOORBELL_BUFFERS, prp1=shadows[0].iova, prp2=shadows[1].iova
-            )
-        )
-        self._shadows = shadows
+        if self._shadows is None:
+            self._shadows = (self._alloc(self.page_bytes), self._alloc(self.page_bytes))
+        for buffer in self._shadows:
+            buffer.view[:] = bytes(buffer.size)
+        words, events = (buffer.iova for buffer in self._shadows)
+        self.admin(nvme_spec.command(nvme_spec.DOORBELL_BUFFERS, prp1=words, prp2=events))
 
-    def admin(self, command: bytes, timeout_s: float = ADMIN_TIMEOUT_S) -> Completion:
-        """Run an admin command (64 bytes, see `nvme_spec.command`) to its end. Raises KernelError
-        with the controller's words if it fails, and ETIMEDOUT if no answer comes."""
-        self._refuse_closed()
-        with self._lock:
-            self._admin.submit_raw(command)
-            done = self._admin.poll(1, timeout_s)
-        if not done:
-            raise KernelError(
-                f"{self.device.name} did not answer admin command {command[0]:#x}",
-                hint="close it and reset it: vfiotool device reset",
-                device=self.device.name,
-                errno_name="ETIMEDOUT",
-            )
-        if done[0].status:
-            raise failed_with(done[0].status, f"admin command {command[0]:#x}")
-        return done[0]
+    def admin(
+        self,
+        command: bytes,
+        timeout_s: float | None = None,
+        *,
+        what: str = "",
+        holds: tuple[DmaBuffer, ...] = (),
+    ) -> Completion:
+        """Run an admin command (64 bytes, see `nvme_spec.command`) to its own end, for at most
+        `timeout_s` seconds (`ADMIN_TIMEOUT_S`; infinity waits without limit). `holds` are the
+        buffers that it uses.
 
-    def identify(self, cns: int, nsid: int = 0, controller_id: int = 0) -> bytes:
+        Raises KernelError with the controller's words if it fails; ETIMEDOUT, with what the status
+        register says, if no answer comes: one that comes later goes to `aside`. After a status
+        that is fatal no further command is tried until `reset`.
+        """
+        what = what or f"admin command {command[0]:#x}"
+        deadline = Deadline(ADMIN_TIMEOUT_S if timeout_s is None else timeout_s)
+        return self._shared.call(partial(self._admin.submit_raw, command), deadline, what, holds)
+
+    @property
+    def aside(self) -> list[Completion]:
+        """Completions of admin commands that came after their call had given up."""
+        if not self._closed and self.health.failure is None:
+            self._shared.look()
+        return list(self._commands.aside)
+
+    def identify(
+        self, cns: int, nsid: int = 0, controller_id: int = 0, *, command_set: int = 0
+    ) -> bytes:
         """Identify (5.17): 4096 bytes of the structure `cns`."""
-        with self.device.dma.alloc(_PAGE, align=self.page_bytes) as page:
-            dwords = (cns | controller_id << 16,)
-            self.admin(nvme_spec.command(nvme_spec.IDENTIFY, nsid, prp1=page.iova, dwords=dwords))
-            return bytes(page.view[:_PAGE])
+        dwords = (cns | controller_id << 16, command_set << 24)
+        return self.fetch(nvme_spec.IDENTIFY, nsid, dwords, _PAGE, f"identify {cns:#x}")
+
+    def fetch(self, opcode: int, nsid: int, dwords: tuple[int, ...], size: int, what: str) -> bytes:
+        """Run an admin command that returns up to a page of data."""
+        with self.memory(self.page_bytes) as page:
+            command = nvme_spec.command(opcode, nsid, prp1=page.iova, dwords=dwords)
+            self.admin(command, what=what, holds=(page,))
+            return bytes(page.view[:size])
 
     def namespaces(self) -> list[int]:
-        """The identifiers of the active namespaces."""
-        raw = self.identify(nvme_spec.CNS_ACTIVE_NAMESPACES)
-        return [nsid for (nsid,) in struct.iter_unpack("<I", raw) if nsid]
+        """The identifiers of the active namespaces, however many."""
+        return namespace_list(partial(self.identify, nvme_spec.CNS_ACTIVE_NAMESPACES))
 
     def namespace(self, nsid: int) -> Namespace:
         """The namespace `nsid`. Raises KernelError where there is none, and UsageError for one
         that is not active."""
-        found = Namespace.parse(nsid, self.identify(nvme_spec.CNS_NAMESPACE, nsid))
-        if not found.blocks:
+        raw = self.identify(nvme_spec.CNS_NAMESPACE, nsid)
+        if not any(raw[:8]):
             active = ", ".join(map(str, self.namespaces())) or "none"
             raise UsageError(f"namespace {nsid} is not active", hint=f"active: {active}")
-        return found
+        return Namespace.parse(nsid, raw, self._command_set(nsid))
+
+    def _command_set(self, nsid: int) -> int:
+        """Which command set a namespace is of, from its descriptors (5.17.2.3)."""
+        if not self.registers.configuration.field("command_set"):
+            return 0
+        raw = self.identify(nvme_spec.CNS_DESCRIPTORS, nsid)
+        at = 0
+        while at + 4 < len(raw) and raw[at]:
+            if raw[at] == 4:
+                return raw[at + 4]
+            at += 4 + raw[at + 1]
+        return 0
 
     def enable_interrupts(self, count: int) -> None:
-        """Turn on `count` MSI-X vectors; vector 0 is the admin queue's, which is polled."""
-        self.interrupts = list(self.device.irqs.msix(count).vectors)
+        """Have `count` MSI-X vectors on, or more; vector 0 is the admin queue's, which is polled.
+        They are turned off when the controller is closed."""
+        on = self.interrupts[0].owner if self.interrupts else None
+        if on is None or on.closed:
+            on = self.device.irqs.msix(count)
+        elif count > len(on):
+            on.add(count - len(on))
+        self.interrupts = list(on.vectors)
 
-    def create_queue(self, entries: int = 128, *, vector: int | None = None) -> IoQueue:
-        """A new pair of I/O queues (5.4, 5.5) for up to `entries` - 1 commands in flight; polled,
-        or signalled by MSI-X `vector`. Raises UsageError where there is no room for more."""
-        self._refuse_closed()
-        number = next(n for n in range(1, 0xFFFF) if n not in self.queues)
-        limit = self._capabilities["queue_entries"] + 1
-        if number > self.queue_limit or not 2 <= entries <= limit:
-            raise UsageError(
-                f"{self.device.name} takes {self.queue_limit} queue pairs of 2 to {limit} entries"
-            )
-        if vector is not None and not 0 <= vector < len(self.interrupts):
-            raise UsageError(f"vector {vector} of {len(self.interrupts)} that are on")
-        completions = entries if vector is not None else min(limit, max(1024, 2 * entries))
-        rings = self._rings(number, entries, completions, lists=True, lazy=vector is None)
-        signals = 0 if vector is None else vector << 16 | 1 << 1
-        create = nvme_spec.command
-        self.admin(
-            create(
-                nvme_spec.CREATE_CQ,
-                prp1=rings.completion.iova,
-                dwords=(number | (completions - 1) << 16, signals | 1),
-            )
-        )
-        try:
-            self.admin(
-                create(
-                    nvme_spec.CREATE_SQ,
-                    prp1=rings.submission.iova,
-                    dwords=(number | (entries - 1) << 16, number << 16 | 1),
+    def create_queue(self, entries: int | None = None, *, vector: int | None = None) -> IoQueue:
+        """A new pair of I/O queues (5.4, 5.5) for up to `entries` - 1 commands in flight (as many
+        as the controller takes, but no more than 128 entries, where left out); polled, or
+        signalled by MSI-X `vector`, which is then this queue's alone. Raises UsageError where
+        there is no room for more."""
+        self.health.refuse()
+        with self._making:
+            taken = {*self.queues, *(queue.number for queue in self._undead)}
+            number = next(n for n in range(1, 0xFFFF) if n not in taken)
+            limit = self._capabilities["queue_entries"] + 1
+            entries = min(QUEUE_ENTRIES, limit) if entries is None else entries
+            if number > self.queue_limit or not 2 <= entries <= limit:
+                raise UsageError(
+                    f"{self.device.name} takes {self.queue_limit} queue pairs of 2 to {limit} "
+                    "entries"
                 )
-            )
+            interrupt = self._vector(vector)
+            completions = entries if interrupt else min(limit, max(1024, 2 * entries))
+            rings = self._rings(number, entries, completions, lists=True, lazy=interrupt is None)
+            try:
+                self._create(rings, vector)
+                pair = QueuePair(rings, self._doorbells(number))
+            except VfiotoolError:
+                self._free(*rings.buffers)
+                raise
+            commands = InFlight(pair, self.health, interrupt)
+            queue = IoQueue(commands, self.device, self.max_transfer, self.delete_queue)
+            self.queues[number] = queue
+            return queue
+
+    def _vector(self, vector: int | None) -> Interrupt | None:
+        if vector is None:
+            return None
+        if not 0 <= vector < len(self.interrupts):
+            raise UsageError(f"vector {vector} of {len(self.interrupts)} that are on")
+        interrupt = self.interrupts[vector]
+        for queue in self.queues.values():
+            if queue.interrupt is interrupt:
+                raise UsageError(
+                    f"vector {vector} signals queue {queue.number} already",
+                    hint="a vector for each queue: enable_interrupts with more",
+                )
+        return interrupt
+
+    def _create(self, rings: Rings, vector: int | None) -> None:
+        create, number = nvme_spec.command, rings.id
+        signals = 0 if vector is None else vector << 16 | 1 << 1
+        dwords = (number | (rings.cq_entries - 1) << 16, signals | 1)
+        self.admin(create(nvme_spec.CREATE_CQ, prp1=rings.completion.iova, dwords=dwords))
+        try:
+            dwords = (number | (rings.sq_entries - 1) << 16, number << 16 | 1)
+            self.admin(create(nvme_spec.CREATE_SQ, prp1=rings.submission.iova, dwords=dwords))
         except VfiotoolError:
             with contextlib.suppress(VfiotoolError):
                 self.admin(create(nvme_spec.DELETE_CQ, dwords=(number,)))
             raise
-        interrupt = None if vector is None else self.interrupts[vector]
-        self.queues[number] = IoQueue(self, QueuePair(rings, self._doorbells(number)), interrupt)
-        return self.queues[number]
 
-    def delete_queue(self, queue: IoQueue) -> None:
-        """End a pair of I/O queues (5.6, 5.7); what was in flight does not come back."""
-        number = queue.number
+    def delete_queue(self, queue: IoQueue, timeout_s: float | None = None) -> None:
+        """End a pair of I/O queues (5.6, 5.7); what was in flight does not come back. Where the
+        controller does not answer its memory is kept until `reset` or `close`."""
+        with self._making:
+            number = queue.number
+            queue.closed = True
+            queue.pair.stop(abandon=self.health.failure is not None)
+            if self.queues.pop(number, None) is None:
+                return
+            try:
+                for opcode in (nvme_spec.DELETE_SQ, nvme_spec.DELETE_CQ):
+                    self.admin(nvme_spec.command(opcode, dwords=(number,)), timeout_s)
+            except VfiotoolError:
+                self._undead.append(queue)
+                raise
+            self._bury(queue)
+
+    def _bury(self, queue: IoQueue) -> None:
+        """Give back the memory of a queue that the controller does not know any more."""
+        queue.commands.drop()
         queue.pair.close()
-        self.admin(nvme_spec.command(nvme_spec.DELETE_SQ, dwords=(number,)))
-        self.admin(nvme_spec.command(nvme_spec.DELETE_CQ, dwords=(number,)))
-        del self.queues[number]
-        queue.free()
+        queue.free_bounce()
+        self._free(*queue.pair.rings.buffers)
 
-    def free(self, rings: Rings) -> None:
-        """Give back the memory of queues that the controller does not know any more."""
-        for buffer in (rings.submission, rings.completion, rings.lists):
-            if buffer is not None:
-                self._buffers.remove(buffer)
-                buffer.close()
+    def reset(self, *, resubmit: bool = False) -> None:
+        """Disable the controller and bring it up again (3.7.2), from any thread: its queues and
+        interrupts are as before. InFlight that were in flight end with the status "aborted by the
+        host" (type 3, code 71h), or with `resubmit` are sent once more, in each queue's order
+        (only where doing one twice is harmless).
 
-    def manage(self, action: int, controller_id: int, resource: int = 0, count: int = 0) -> int:
-        """Virtualization Management (5.25) on a PF; returns how many resources were assigned.
-        Raises Unsupported where the controller has no such command."""
-        if not self.identity.virtualization:
-            raise Unsupported(f"{self.device.name} has no virtualization management")
-        dwords = (action | resource << 8 | controller_id << 16, count)
-        return self.admin(nvme_spec.command(nvme_spec.VIRTUALIZATION, dwords=dwords)).result
-
-    def secondaries(self) -> list[SecondaryController]:
-        """The controllers of this PF's VFs."""
-        return SecondaryController.parse_list(self.identify(nvme_spec.CNS_SECONDARY_CONTROLLERS))
-
-    def release_flexible(self) -> Controller:
-        """Free the PF's flexible queues and interrupts for its VFs (8.2.6): resets the function,
-        as only that makes it so, and returns its controller, brought up anew. Any VFs go."""
-        for resource in (nvme_spec.QUEUE_RESOURCES, nvme_spec.INTERRUPT_RESOURCES):
-            self.manage(nvme_spec.ASSIGN_PRIMARY, self.identity.controller_id, resource)
-        self.close()
-        self.device.reset()
-        return Controller(self.device)
-
-    def give(self, controller_id: int, queues: int, interrupts: int) -> None:
-        """Assign queue pairs and interrupts (the admin ones counted in) to a VF and bring it
-        online. It stays so until this controller is closed, and must be reset to come up, as
-        opening it through VFIO does."""
-        self.manage(nvme_spec.SECONDARY_OFFLINE, controller_id)
-        for resource, count in (
-            (nvme_spec.QUEUE_RESOURCES, queues),
-            (nvme_spec.INTERRUPT_RESOURCES, interrupts),
-        ):
-            self.manage(nvme_spec.ASSIGN_SECONDARY, controller_id, resource, count)
-        self.manage(nvme_spec.SECONDARY_ONLINE, controller_id)
-
-    def _refuse_closed(self) -> None:
+        The remedy after a time-out or a fatal status. Raises KernelError where the controller does
+        not come up, and stays failed then.
+        """
         if self._closed:
             raise UsageError(f"the controller {self.device.name} is closed")
+        with self._making, contextlib.ExitStack() as stack:
+            self.health.failure = "it is being reset"
+            every = [self._commands, *(queue.commands for queue in self.queues.values())]
+            for commands in every:
+                commands.pair.stop(abandon=True)
+            for commands in every:
+                stack.enter_context(commands.taken_over(Deadline(_DRAIN_S)))
+            try:
+                self._restart(every)
+                self.health.failure = None
+                self._come_back(resubmit=resubmit)
+            except VfiotoolError as error:
+                self.health.failure = f"its reset failed: {error.message}"
+                raise
+
+    def _restart(self, every: list[InFlight]) -> None:
+        try:
+            self._disable(_DISABLE_S)
+        except KernelError as error:
+            if "gone" in error.message or not self.device.info.has_reset:
+                raise
+            self.device.reset()  # what does not obey CC.EN may obey FLR
+        for commands in every:
+            commands.pair.restart()
+        for queue in self._undead:
+            self._bury(queue)
+        self._undead.clear()
+        self._enable()
+
+    def _come_back(self, *, resubmit: bool) -> None:
+        self._commands.after_reset(resubmit=False)
+        self._ask_queues()
+        if self._shadows is not None:
+            self._set_doorbell_buffers()
+        for queue in self.queues.values():
+            vectors = {id(one): number for number, one in enumerate(self.interrupts)}
+            self._create(queue.pair.rings, vectors.get(id(queue.interrupt)))
+        for queue in self.queues.values():
+            queue.commands.after_reset(resubmit=resubmit)
 
     def close(self) -> None:
-        """Shut the controller down (3.6.1), disable it, free its memory. Closing twice is
-        nothing. Memory stays mapped if the controller does not stop."""
+        """Shut the controller down (3.6.1), disable it, free its memory, turn its interrupts off.
+        Closing twice is nothing. With a controller that does not answer it takes at most 15 s.
+
+        Raises KernelError, after all of it, where the controller did not finish its shutdown: what
+        its write cache held may be lost.
+        """
         if self._closed:
             return
-        gone = self.registers.status.read() == 0xFFFFFFFF
-        if not gone and self.registers.status.field("ready"):
-            self._end_queues()
+        status = self._status()
+        reachable = status not in (None, ALL_ONES)
+        mute = bool(status is None or status & 2 or not status & 1)
+        if reachable and not mute:
+            mute = self._end_queues()
         self._closed = True
+        if hasattr(self, "health"):
+            self.health.closed = True
+        problem: KernelError | None = None
+        stopped = status == ALL_ONES
         for queue in self.queues.values():
-            queue.pair.close()
+            queue.closed = True
+            queue.pair.stop(abandon=True)
         if hasattr(self, "_admin"):
-            self._admin.close()
-        if gone:
-            return
-        configuration = self.registers.configuration
-        if configuration.field("enable") and self.registers.status.field("ready"):
-            configuration.modify(shutdown=1)
-            with contextlib.suppress(KernelError):
-                self.registers.status.poll_field("shutdown", 2, self._timeout_s)
-        self._disable()
-        for queue in self.queues.values():
-            queue.free_bounce()
-        for buffer in self._buffers:
-            buffer.close()
+            self._admin.stop(abandon=True)
+        if reachable:
+            problem = self._shut_down(mute)
+            with contextlib.suppress(VfiotoolError):
+                self._disable(_DISABLE_S if mute else None)
+                stopped = True
+        if not stopped:
+            # It may still write to memory: not through a bridge that does not let it.
+            with contextlib.suppress(VfiotoolError):
+                self.device.set_bus_master(False)
+                stopped = True
+        self._let_go(stopped)
+        if problem is not None:
+            raise problem
 
-    def _end_queues(self) -> None:
-        """Let what is in flight end, then delete the queues, as 3.6.1 has it before a shutdown.
+    def _status(self) -> int | None:
+        try:
+            return self.registers.status.read()
+        except VfiotoolError:
+            return None
+
+    def _let_go(self, stopped: bool) -> None:
+        if getattr(self, "interrupts", None):
+            with contextlib.suppress(VfiotoolError):
+                self.interrupts[0].owner.close()
+        for queue in (*self.queues.values(), *getattr(self, "_undead", ())):
+            queue.commands.drop()
+            queue.pair.close()
+            if stopped:
+                queue.free_bounce()
+        if hasattr(self, "_admin"):
+            self._commands.drop()
+            self._admin.close()
+        if stopped:
+            self._free(*list(self._buffers))
+
+    def _shut_down(self, mute: bool) -> KernelError | None:
+        """Section 3.6.1: notify, and wait as long as RTD3E says (5.17.2.1), at least 5 s."""
+        configuration = self.registers.configuration
+        status = self.registers.status.fields()
+        if not configuration.field("enable") or not status["ready"] or status["fatal"]:
+            return None
+        told = self.identity.shutdown_s if hasattr(self, "identity") else 0.0
+        wait_s = _SHUTDOWN_S if mute else min(max(told, _SHUTDOWN_S), _SHUTDOWN_LIMIT_S)
+        configuration.modify(shutdown=1)
+        try:
+            self.registers.status.poll_field("shutdown", 2, wait_s)
+        except KernelError:
+            return KernelError(
+                f"{self.device.name} did not finish its shutdown within {wait_s:g} s: what its "
+                "write cache held may be lost",
+                hint="flush before closing; check the data that was written last",
+                device=self.device.name,
+                errno_name="ETIMEDOUT",
+            )
+        return None
+
+    def _end_queues(self) -> bool:
+        """Let what is in flight end, then delete the queues, as 3.6.1 has it before a shutdown;
+        whether the controller did not answer: then nothing further is asked of it.
         It matters: QEMU 10.0 reads freed memory when it is disabled with commands unfetched."""
+        deadline = Deadline(_DRAIN_S)
         for queue in list(self.queues.values()):
             with contextlib.suppress(VfiotoolError):
-                queue.drain()
+                queue.drain(deadline.left())
+        deadline = Deadline(_DELETE_S)
         for queue in list(self.queues.values()):
-            with contextlib.suppress(VfiotoolError):
-                self.delete_queue(queue)
+            try:
+                self.delete_queue(queue, deadline.left())
+            except VfiotoolError as error:
+                if error.errno_name is not None or self.health.failure is not None:
+                    return True
+        return False
 
     def __enter__(self) -> Controller:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # The error of the block is the one that is told.
+        with contextlib.suppress(VfiotoolError):
+            self.close()
 
-
-def demo(device: Device) -> Iterator[Check]:
-    """Identify, read the first blocks polled and by interrupt, compare; nothing is written."""
-    controller = Controller(device)
-    identity = controller.identity
-    named = f"{identity.model} {identity.serial}, firmware {identity.firmware}"
-    yield Check("identify", bool(identity.model), named)
-    nsids = controller.namespaces()
-    yield Check("namespaces", bool(nsids), f"{nsids}, {controller.queue_limit} queue pairs")
-    disk = controller.namespace(nsids[0])
-    queue = controller.create_queue()
-    count = min(disk.blocks, 64)
-    polled = queue.read(disk, 0, count)
-    size = f"{disk.blocks} blocks of {disk.block_bytes}"
-    yield Check("read", len(polled) == count * disk.block_bytes, f"{len(polled)} bytes of {size}")
-    controller.enable_interrupts(2)
-    signalled = controller.create_queue(32, vector=1)
-    same = signalled.read(disk, 0, count) == polled
-    yield Check("interrupt", same, f"{len(polled)} bytes by MSI-X, equal: {same}")
-    last = queue.read(disk, disk.blocks - 1, 1)
-    yield Check("last block", len(last) == disk.block_bytes, f"{len(last)} bytes")
-
-
-def registers_of(device: Device) -> nvme_spec.NvmeRegisters:
-    """The controller's registers, for `device dump`."""
-    return nvme_spec.NvmeRegisters(device.region(0).map())
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.health.failure or f"{len(self.queues)} queues"
+        return f"<Controller {self.device.name}: {state}>"

@@ -1,15 +1,13 @@
-"""What the NVMe specifications fix: registers, commands, the structures of Identify.
+"""What the NVMe specifications fix: registers, commands and their numbers.
 
 Sources: NVM Express Base Specification 2.0 (sections by number below), NVM Command Set
-Specification 1.0. Everything here is a pure value; `nvme.py` is the driver.
+Specification 1.0. Everything here is a pure value; `controller.py` is the driver.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
-from vfiotool.errors import KernelError, Unsupported
 from vfiotool.vfio.registers import Register, RegisterMap
 
 DOORBELLS = 0x1000
@@ -19,8 +17,14 @@ FORCE_UNIT_ACCESS = 1 << 14
 # Admin commands: Base Specification 2.0, figure 138.
 DELETE_SQ, CREATE_SQ, DELETE_CQ, CREATE_CQ = 0x00, 0x01, 0x04, 0x05
 IDENTIFY, SET_FEATURES, VIRTUALIZATION, DOORBELL_BUFFERS = 0x06, 0x09, 0x1C, 0x7C
+GET_LOG_PAGE, ABORT, GET_FEATURES, ASYNC_EVENT = 0x02, 0x08, 0x0A, 0x0C
+NAMESPACE_MANAGEMENT, FIRMWARE_COMMIT, FIRMWARE_DOWNLOAD = 0x0D, 0x10, 0x11
+NAMESPACE_ATTACHMENT, FORMAT, SANITIZE = 0x15, 0x80, 0x84
 # Identify's CNS values: figure 273.
 CNS_NAMESPACE, CNS_CONTROLLER, CNS_ACTIVE_NAMESPACES = 0x00, 0x01, 0x02
+CNS_DESCRIPTORS, CNS_NAMESPACE_OF_SET, CNS_CONTROLLER_OF_SET = 0x03, 0x05, 0x06
+CNS_ALLOCATED_NAMESPACES, CNS_ALLOCATED_NAMESPACE = 0x10, 0x11
+CNS_NAMESPACE_CONTROLLERS, CNS_CONTROLLERS = 0x12, 0x13
 CNS_PRIMARY_CAPABILITIES, CNS_SECONDARY_CONTROLLERS = 0x14, 0x15
 FEATURE_QUEUES = 0x07
 # Virtualization Management, 5.25: actions and resources.
@@ -57,6 +61,7 @@ class NvmeRegisters(RegisterMap):
             "enable": (0, 0),
             "command_set": (6, 4),
             "page_size": (10, 7),
+            "arbitration": (13, 11),
             "shutdown": (15, 14),
             "sq_entry_size": (19, 16),
             "cq_entry_size": (23, 20),
@@ -76,93 +81,3 @@ def command(
     """A command's 64 bytes; `dwords` are those from dword 10 on."""
     rest = (*dwords, *(0,) * (6 - len(dwords)))
     return _COMMAND.pack(opcode, 0, 0, nsid, 0, prp1, prp2, *rest)
-
-
-def _text(raw: bytes) -> str:
-    """An ASCII field of Identify, without its padding; a device can put anything there."""
-    return "".join(chr(byte) if 32 <= byte < 127 else "?" for byte in raw.rstrip(b" \0"))
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerIdentity:
-    """Identify Controller (figure 275). `max_transfer_pages` counts pages of CAP.MPSMIN, None
-    is no limit; the flags tell optional admin commands."""
-
-    vendor: int
-    serial: str
-    model: str
-    firmware: str
-    controller_id: int
-    max_transfer_pages: int | None
-    namespaces: int
-    volatile_write_cache: bool
-    virtualization: bool
-    doorbell_buffers: bool
-
-    @classmethod
-    def parse(cls, raw: bytes) -> ControllerIdentity:
-        (vendor,) = struct.unpack_from("<H", raw, 0)
-        limit, controller_id = struct.unpack_from("<BH", raw, 77)
-        (optional,) = struct.unpack_from("<H", raw, 256)
-        (namespaces,) = struct.unpack_from("<I", raw, 516)
-        return cls(
-            vendor=vendor,
-            serial=_text(raw[4:24]),
-            model=_text(raw[24:64]),
-            firmware=_text(raw[64:72]),
-            controller_id=controller_id,
-            max_transfer_pages=1 << limit if 0 < limit < 32 else None,
-            namespaces=namespaces,
-            volatile_write_cache=bool(raw[525] & 1),
-            virtualization=bool(optional >> 7 & 1),
-            doorbell_buffers=bool(optional >> 8 & 1),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Namespace:
-    """A namespace: `blocks` of `block_bytes` each (Identify Namespace, NVM Command Set 1.0,
-    figure 97)."""
-
-    nsid: int
-    blocks: int
-    block_bytes: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.blocks * self.block_bytes
-
-    @classmethod
-    def parse(cls, nsid: int, raw: bytes) -> Namespace:
-        """Raises KernelError for a block size that cannot be, Unsupported for blocks that carry
-        metadata."""
-        (blocks,) = struct.unpack_from("<Q", raw, 0)
-        flags = raw[26]
-        index = flags & 0xF | (flags >> 5 & 3) << 4
-        metadata, shift = struct.unpack_from("<HB", raw, 128 + 4 * index)
-        if not 9 <= shift <= 16:
-            raise KernelError(f"namespace {nsid} claims blocks of 2^{shift} bytes")
-        if metadata:
-            raise Unsupported(f"the blocks of namespace {nsid} carry {metadata} bytes of metadata")
-        return cls(nsid, blocks, 1 << shift)
-
-
-@dataclass(frozen=True, slots=True)
-class SecondaryController:
-    """An entry of the Secondary Controller List (figure 280): a VF as its PF sees it."""
-
-    controller_id: int
-    online: bool
-    vf_number: int
-    queues: int
-    interrupts: int
-
-    @staticmethod
-    def parse_list(raw: bytes) -> list[SecondaryController]:
-        found = []
-        for index in range(min(raw[0], 127)):
-            entry = struct.unpack_from("<HHB3xHHH", raw, 32 + 32 * index)
-            controller_id, _, state, vf_number, queues, interrupts = entry
-            online = bool(state & 1)
-            found.append(SecondaryController(controller_id, online, vf_number, queues, interrupts))
-        return found

@@ -1,0 +1,231 @@
+"""One queue pair for many threads.
+
+    with SharedQueue(queue) as shared:
+        ... in any thread: shared.read(disk, 0, 8, buffer); shared.flush(disk)
+
+Whoever waits looks for everybody: one thread at a time takes completions and wakes the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Condition
+from typing import Self
+
+from vfiotool.drivers.nvme import spec as nvme_spec
+from vfiotool.drivers.nvme.deadline import Deadline
+from vfiotool.drivers.nvme.identify import Namespace
+from vfiotool.drivers.nvme.in_flight import InFlight, Send
+from vfiotool.drivers.nvme.io import IO_TIMEOUT_S, IoQueue
+from vfiotool.drivers.nvme.queue_pair import Completion
+from vfiotool.drivers.nvme.status import failed_with
+from vfiotool.errors import UsageError
+from vfiotool.vfio import DmaBuffer
+
+# Looks without a result after which they come with a pause.
+_EAGER = 2000
+_PAUSE_S = 5e-5
+_FOLLOWER_S = 0.05
+
+
+class SharedInFlight:
+    """The commands of a queue pair, for threads side by side."""
+
+    def __init__(self, commands: InFlight) -> None:
+        self.commands = commands
+        self._turn = Condition()
+        self._leading = False
+        commands.turn = self._turn
+
+    def call(
+        self,
+        send: Send,
+        deadline: Deadline,
+        what: str,
+        holds: Sequence[DmaBuffer] = (),
+    ) -> Completion:
+        """As `InFlight.call`, from any thread."""
+        number = self.start(send, deadline, what, holds)
+        done = self.result(number, deadline, what)
+        if done.status:
+            raise failed_with(done.status, what)
+        return done
+
+    def start(
+        self, send: Send, deadline: Deadline, what: str, holds: Sequence[DmaBuffer] = ()
+    ) -> int:
+        """Send a command as soon as there is room; its number, for `result`."""
+        pair = self.commands.pair
+        with self._turn:
+            while True:
+                if not self._until(lambda: pair.in_flight < pair.depth, deadline, what):
+                    raise self.commands.timed_out(what, deadline)
+                if number := self.commands.start(send, holds=holds, call=True):
+                    return number
+
+    def result(self, number: int, deadline: Deadline, what: str) -> Completion:
+        """The completion of command `number`. Raises KernelError when it did not come in time;
+        if it comes later it is put aside."""
+        results = self.commands.results
+        try:
+            with self._turn:
+                if self._until(lambda: number in results, deadline, what):
+                    return results.pop(number)
+            raise self.commands.timed_out(what, deadline)
+        finally:
+            self.commands.give_up(number)
+
+    def look(self) -> None:
+        """Take what has come, without waiting."""
+        with self._turn:
+            self.commands.look()
+            self._turn.notify_all()
+
+    def _until(self, over: Callable[[], bool], deadline: Deadline, what: str) -> bool:
+        while not over():
+            self.commands.health.watch(deadline, what)
+            if deadline.passed:
+                return False
+            if self._leading:
+                self._turn.wait(min(deadline.left(), _FOLLOWER_S))
+                continue
+            self._leading = True
+            try:
+                self._lead(over, deadline, what)
+            finally:
+                self._leading = False
+                self._turn.notify_all()
+        return True
+
+    def _lead(self, over: Callable[[], bool], deadline: Deadline, what: str) -> None:
+        commands = self.commands
+        looks = 0
+        while not over() and not deadline.passed:
+            try:
+                taken = commands.pair.gather()
+            except UsageError:
+                commands.health.refuse()  # a reset in another thread says more than "closed"
+                raise
+            commands.settle()
+            if taken:
+                looks = 0
+                self._turn.notify_all()
+                continue
+            commands.health.watch(deadline, what)
+            looks += 1
+            with self._unlocked():
+                if commands.interrupt is not None:
+                    commands.interrupt.wait(min(deadline.left(), _FOLLOWER_S))
+                else:
+                    time.sleep(0 if looks < _EAGER else _PAUSE_S)
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self._turn.release()
+        try:
+            yield
+        finally:
+            self._turn.acquire()
+
+
+class SharedQueue:
+    """`queue` for many threads, until it is closed; meanwhile the queue itself refuses calls.
+
+    `read`, `write` and `flush` wait for the end of their own command, and take a DMA buffer that
+    cannot be closed meanwhile. `begin` and `end` are the halves: a thread can keep several out.
+    """
+
+    def __init__(self, queue: IoQueue) -> None:
+        queue.refuse_closed()
+        self.queue = queue
+        self._owner = -id(self)
+        if queue.commands.taken_by(self._owner) != self._owner:
+            raise UsageError(f"another thread is using {queue.commands.what}")
+        self._shared = SharedInFlight(queue.commands)
+
+    def begin(
+        self,
+        opcode: int,
+        disk: Namespace,
+        lba: int = 0,
+        blocks: int = 0,
+        buffer: DmaBuffer | None = None,
+        offset: int = 0,
+        *,
+        control: int = 0,
+        timeout_s: float | None = IO_TIMEOUT_S,
+    ) -> int:
+        """Send a command as `IoQueue.send`, waiting for room; the number for `end`."""
+        if self.queue.commands.turn is None:
+            raise UsageError("the SharedQueue is closed")
+        send = self.queue.sender(opcode, disk, lba, blocks, buffer, offset, control)
+        holds = () if buffer is None else (buffer,)
+        return self._shared.start(send, Deadline(timeout_s), f"opcode {opcode:#x}", holds)
+
+    def end(self, number: int, timeout_s: float | None = IO_TIMEOUT_S) -> Completion:
+        """Wait for the command that `begin` sent, once. Raises KernelError with the controller's
+        words if it failed, and ETIMEDOUT."""
+        done = self._shared.result(number, Deadline(timeout_s), "a command")
+        if done.status:
+            raise failed_with(done.status, "a command")
+        return done
+
+    def read(
+        self,
+        disk: Namespace,
+        lba: int,
+        blocks: int,
+        buffer: DmaBuffer,
+        offset: int = 0,
+        *,
+        timeout_s: float | None = IO_TIMEOUT_S,
+    ) -> Completion:
+        """Read `blocks` blocks into `buffer` from `offset` on."""
+        return self._run(nvme_spec.READ, disk, lba, blocks, buffer, offset, timeout_s)
+
+    def write(
+        self,
+        disk: Namespace,
+        lba: int,
+        blocks: int,
+        buffer: DmaBuffer,
+        offset: int = 0,
+        *,
+        timeout_s: float | None = IO_TIMEOUT_S,
+    ) -> Completion:
+        """Write `blocks` blocks out of `buffer` from `offset` on."""
+        return self._run(nvme_spec.WRITE, disk, lba, blocks, buffer, offset, timeout_s)
+
+    def flush(self, disk: Namespace, *, timeout_s: float | None = IO_TIMEOUT_S) -> Completion:
+        """Until all writes that had ended when this was called are on stable media."""
+        return self._run(nvme_spec.FLUSH, disk, 0, 0, None, 0, timeout_s)
+
+    def _run(
+        self,
+        opcode: int,
+        disk: Namespace,
+        lba: int,
+        blocks: int,
+        buffer: DmaBuffer | None,
+        offset: int,
+        timeout_s: float | None,
+    ) -> Completion:
+        if self.queue.commands.turn is None:
+            raise UsageError("the SharedQueue is closed")
+        send = self.queue.sender(opcode, disk, lba, blocks, buffer, offset, 0)
+        what = f"opcode {opcode:#x} on blocks {lba} and on"
+        holds = () if buffer is None else (buffer,)
+        return self._shared.call(send, Deadline(timeout_s), what, holds)
+
+    def close(self) -> None:
+        """Give the queue back to one thread; who still waits is told. Closing twice is nothing."""
+        self.queue.commands.turn = None
+        self.queue.commands.left_by(self._owner)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
