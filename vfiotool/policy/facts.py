@@ -16,6 +16,7 @@ from vfiotool.errors import NotFound, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
+from vfiotool.policy.mdev_attributes import read_matrix
 from vfiotool.policy.model import Match, Policy
 
 MSIX = "msix"
@@ -25,6 +26,7 @@ MSIX = "msix"
 class PolicyFacts:
     """`devices[i]` and `sriov[i]` are what the i-th rule of that kind names, in bus order.
 
+    `matrices` is what each AP matrix has been assigned, by UUID; its attributes cannot be read.
     `creatable` holds the vGPU types, by number, that each VF of NVIDIA's driver offers now.
     """
 
@@ -38,6 +40,7 @@ class PolicyFacts:
     mdevs: tuple[Mdev, ...] = ()
     vdpa: VdpaFacts | None = None
     creatable: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    matrices: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
 
 def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None) -> PolicyFacts:
@@ -89,7 +92,13 @@ def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None
         mdevs=read_mdevs(host) if policy.mdevs else (),
         vdpa=read_vdpa_facts(host) if policy.vdpas else None,
         creatable=_read_creatable(host, facts, policy, sriov),
+        matrices=_read_matrices(host, policy),
     )
+
+
+def _read_matrices(host: Host, policy: Policy) -> dict[str, tuple[tuple[str, str], ...]]:
+    found = ((rule.uuid, read_matrix(host, rule.uuid)) for rule in policy.mdevs if rule.attrs)
+    return {uuid: pairs for uuid, pairs in found if pairs is not None}
 
 
 def _drivers_of(policy: Policy) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 
-from vfiotool.change.plans.bind import group_endpoints, load_steps, plan_bind
+from vfiotool.change.plans.bind import group_endpoints, load_steps, plan_bind, stands
 from vfiotool.change.plans.facts import DeviceFacts, Facts, SriovFacts, vf_address
 from vfiotool.change.plans.mdev import plan_mdev_create
 from vfiotool.change.plans.sriov import (
@@ -40,6 +40,7 @@ from vfiotool.errors import (
 from vfiotool.host.paths import SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.facts import MSIX, PolicyFacts
+from vfiotool.policy.mdev_attributes import same_assignment
 from vfiotool.policy.model import DeviceRule, MdevRule, Policy, SriovRule, VfRule
 from vfiotool.policy.toml_places import Place
 
@@ -310,7 +311,7 @@ def _bind_vf(
     goal = Binding(None, PARKED) if driver == "none" else Binding(driver, driver)
     found = None if remade else draft.facts.facts.devices.get(place)
     before = Binding(None, PARKED) if waiting is not None else found.binding if found else None
-    if found is not None and before == goal:
+    if found is not None and before is not None and stands(before, goal):
         return
     draft.steps += load_steps(draft.facts.facts, draft.steps, goal.driver)
     if found is not None and before is not None:
@@ -407,11 +408,16 @@ def _plan_mdev(draft: _Draft, rule: MdevRule) -> None:
     facts = draft.facts
     made = plan_mdev_create(facts.types, facts.mdevs, rule.parent, rule.type, rule.uuid)
     draft.steps += made
-    wanted = dict(rule.attrs)
+    matrix = () if made else facts.matrices.get(rule.uuid, ())
+    assigned = {pair for pair in rule.attrs if same_assignment(*pair, matrix)}
+    wanted = dict(pair for pair in rule.attrs if pair not in assigned)
     found = {} if made else {name: facts.attributes.get((rule.uuid, name)) for name in wanted}
     if all(found.get(name) == value for name, value in wanted.items()):
         return
     for name, value in rule.attrs:
+        if (name, value) in assigned:
+            # Assigning it again is an error of the kernel's.
+            continue
         # In the file's order, a repeated one each time: their order may matter to the parent.
         draft.steps.append(SetMdevAttribute(rule.uuid, name, found.get(name), value))
         found[name] = value

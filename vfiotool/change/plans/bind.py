@@ -52,12 +52,23 @@ def plan_bind(
         device = facts.device(address)
         name = wanted or device.best_driver
         goal = Binding(None, PARKED) if name == "none" else Binding(name, name)
-        if device.binding == goal:
+        if stands(device.binding, goal):
             continue
         _refuse_unfit(facts, device, name)
         steps += load_steps(facts, steps, goal.driver)
         steps.append(BindDriver(address, device.binding, goal, device.identity))
     return tuple(steps)
+
+
+def stands(found: Binding, goal: Binding) -> bool:
+    """Whether a device is where it is to be, so that nothing has to be done.
+
+    One that a VFIO driver has by other means (`ids=`, `new_id`) is: no override is needed for it.
+    """
+    if found == goal:
+        return True
+    on_vfio = goal.driver is not None and is_vfio_driver(goal.driver)
+    return on_vfio and found == Binding(goal.driver, None)
 
 
 def _refuse_with_vfs(device: DeviceFacts) -> None:

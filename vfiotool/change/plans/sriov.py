@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from vfiotool.change.plans.bind import plan_bind
+from vfiotool.change.plans.bind import plan_bind, stands
 from vfiotool.change.plans.facts import DeviceFacts, Facts, SriovFacts, vf_address, vf_routing
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver
@@ -85,7 +85,7 @@ def plan_pf(facts: Facts, pf: str, goal: PfGoal, settings: Iterable[VfSettings] 
         raise UsageError(f"{pf} cannot have {goal.vfs} VFs without a driver", device=pf)
     _refuse_eswitch(device, sriov, goal)
     draft = _Draft(facts, device, sriov, goal, tuple(settings))
-    moves = goal.driver is not None and device.binding != _binding(goal.driver)
+    moves = goal.driver is not None and not stands(device.binding, _binding(goal.driver))
     if goal.vfs and (moves or sriov.num != goal.vfs):
         _refuse_vfio(facts, device, goal)
         _refuse_without_room(device, sriov, goal.vfs)

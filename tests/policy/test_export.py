@@ -1,0 +1,77 @@
+"""What stands is exported, whoever made it; what a policy cannot say is a comment."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.change.changing import EDU, NIC, NVME, counting, do, furnished, run_folder
+from vfiotool.change.journal import Journal
+from vfiotool.policy.export import export_policy, policy_of, read_present_state
+from vfiotool.policy.facts import read_policy_facts
+from vfiotool.policy.mdev_attributes import parse_matrix, same_assignment
+from vfiotool.policy.parse import parse_policy
+from vfiotool.policy.plan import plan_policy
+
+
+def test_a_device_that_new_id_gave_to_vfio_is_exported_and_in_sync() -> None:
+    kernel = furnished()
+    kernel._attach(EDU, "vfio-pci")
+    text = export_policy(kernel.host())
+    assert f'match = {{ address = "{EDU}", id = "1234:11e8" }}' in text
+    policy = parse_policy(text)
+    assert plan_policy(policy, read_policy_facts(kernel.host(), policy)).steps == ()
+
+
+def test_an_override_that_has_not_come_to_pass_is_a_comment() -> None:
+    kernel = furnished()
+    kernel._put(f"/sys/devices/pci0000:00/{NVME}/driver_override", b"vfio-pci\n")
+    text = export_policy(kernel.host())
+    assert f"# {NVME}: its driver_override is vfio-pci though it is on nvme" in text
+    assert parse_policy(text).devices == ()
+
+
+def test_a_vf_on_vfio_by_other_means_is_exported_with_its_function() -> None:
+    kernel = furnished()
+    with run_folder() as folder:
+        do(kernel.host(), Journal(kernel.host(), folder), counting(NIC, 2))
+    kernel._detach(kernel.vf_address(NIC, 1))
+    kernel._attach(kernel.vf_address(NIC, 1), "vfio-pci")
+    policy = parse_policy(export_policy(kernel.host()))
+    (rule,) = policy.sriov
+    assert [(vf.index, vf.driver) for vf in rule.vf] == [(0, None), (1, "vfio-pci")]
+    assert plan_policy(policy, read_policy_facts(kernel.host(), policy)).steps == ()
+
+
+def test_what_cannot_be_looked_at_is_a_comment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vfiotool.errors import KernelError
+
+    def fail(_: object) -> None:
+        raise KernelError("list vDPA devices: EIO\nversion = 2")
+
+    monkeypatch.setattr("vfiotool.policy.export.read_vdpa_facts", fail)
+    text = policy_of(read_present_state(furnished().host()))
+    assert "# not looked at: vDPA devices: list vDPA devices: EIO?version = 2" in text
+    parse_policy(text)
+
+
+def test_an_ap_matrix_is_told_by_what_was_assigned() -> None:
+    assert parse_matrix("05.0004\n05.00ab\n06.0004\n06.00ab\n", "00ab\n") == (
+        ("assign_adapter", "0x05"),
+        ("assign_adapter", "0x06"),
+        ("assign_domain", "0x0004"),
+        ("assign_domain", "0x00ab"),
+        ("assign_control_domain", "0x00ab"),
+    )
+    assert parse_matrix("05.\n06.\n", "") == (
+        ("assign_adapter", "0x05"),
+        ("assign_adapter", "0x06"),
+    )
+    assert parse_matrix(".0004\nrubbish\nzz.1\n", "zz") == (("assign_domain", "0x0004"),)
+
+
+def test_an_assignment_counts_by_its_number() -> None:
+    held = parse_matrix("05.00ab", "")
+    assert same_assignment("assign_adapter", "5", held)
+    assert same_assignment("assign_domain", "171", held)
+    assert not same_assignment("assign_domain", "5", held)
+    assert not same_assignment("assign_adapter", "five", held)
