@@ -1,0 +1,382 @@
+#include "virtio/ring.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DESC_NEXT 1u
+#define DESC_WRITE 2u
+#define DESC_INDIRECT 4u
+#define AVAIL_NO_INTERRUPT 1u
+#define USED_NO_NOTIFY 1u
+
+struct descriptor {
+	uint64_t address;
+	uint32_t length;
+	uint16_t flags;
+	uint16_t next;
+};
+
+struct used_element {
+	uint32_t id;
+	uint32_t length;
+};
+
+/* As the driver shares them: every field is read or written by an atomic access of its width. */
+struct available {
+	uint16_t flags, index, ring[];
+};
+
+struct used {
+	uint16_t flags, index;
+	struct used_element ring[];
+};
+
+struct vt_ring {
+	struct vt_ring_layout layout;
+	struct vt_memory *memory;
+	const struct descriptor *descriptors;
+	struct available *available;
+	struct used *used;
+	const char *broken;
+	uint16_t mask;
+	uint16_t fetched;   /* the next available entry */
+	uint16_t completed; /* the next used entry */
+	uint16_t published;
+	bool told;          /* `published` was compared with used_event since the start */
+	bool quiet;         /* notifications are off */
+	uint32_t in_flight;
+	uint8_t busy[];
+};
+
+static uint16_t load16(const uint16_t *word, int order)
+{
+	return le16toh(order == __ATOMIC_ACQUIRE ? __atomic_load_n(word, __ATOMIC_ACQUIRE) :
+						   __atomic_load_n(word, __ATOMIC_RELAXED));
+}
+
+static void store16(uint16_t *word, uint16_t value)
+{
+	__atomic_store_n(word, htole16(value), __ATOMIC_RELAXED);
+}
+
+/* The word behind the available ring, by which the driver says when to signal. */
+static const uint16_t *used_event(const struct vt_ring *ring)
+{
+	return &ring->available->ring[ring->layout.size];
+}
+
+/* The word behind the used ring, by which the device says when to be notified. */
+static uint16_t *available_event(const struct vt_ring *ring)
+{
+	return (uint16_t *)&ring->used->ring[ring->layout.size];
+}
+
+static int breaks(struct vt_ring *ring, const char *why)
+{
+	if (!ring->broken)
+		ring->broken = why;
+	return -EPROTO;
+}
+
+static int place(struct vt_ring *ring, const struct vt_memory *memory)
+{
+	const struct vt_ring_layout *at = &ring->layout;
+
+	ring->descriptors = vt_memory_user(memory, at->descriptors, 16ull * at->size, 16);
+	ring->available = vt_memory_user(memory, at->available, 6 + 2ull * at->size, 2);
+	ring->used = vt_memory_user(memory, at->used, 6 + 8ull * at->size, 4);
+	return ring->descriptors && ring->available && ring->used ? 0 : -EFAULT;
+}
+
+const char *vt_ring_broken(const struct vt_ring *ring)
+{
+	if (!ring->broken && vt_memory_is_broken(ring->memory))
+		return "guest memory is gone";
+	return ring->broken;
+}
+
+int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout, uint16_t base,
+		  struct vt_ring **ring)
+{
+	struct vt_ring *made;
+
+	*ring = NULL;
+	if (!layout->size || layout->size > VT_RING_SIZE || layout->size & (layout->size - 1))
+		return -EINVAL;
+	made = calloc(1, sizeof(*made) + layout->size);
+	if (!made)
+		return -ENOMEM;
+	made->layout = *layout;
+	made->mask = (uint16_t)(layout->size - 1);
+	if (place(made, memory)) {
+		free(made);
+		return -EFAULT;
+	}
+	made->memory = vt_memory_get(memory);
+	made->fetched = base;
+	/* After a reconnect the used index is where the driver saw it last, not where we began. */
+	made->completed = made->published = load16(&made->used->index, __ATOMIC_RELAXED);
+	*ring = made;
+	return 0;
+}
+
+uint16_t vt_ring_stop(struct vt_ring *ring)
+{
+	uint16_t fetched;
+
+	if (!ring)
+		return 0;
+	fetched = ring->fetched;
+	vt_memory_put(ring->memory);
+	free(ring);
+	return fetched;
+}
+
+int vt_ring_set_memory(struct vt_ring *ring, struct vt_memory *memory)
+{
+	struct vt_memory *old = ring->memory;
+
+	if (place(ring, memory)) {
+		/* The old places stay, so that nothing points nowhere. */
+		place(ring, old);
+		breaks(ring, "the ring does not lie in the new memory");
+		return -EFAULT;
+	}
+	ring->memory = vt_memory_get(memory);
+	vt_memory_put(old);
+	return 0;
+}
+
+/* A descriptor as it was at one moment. */
+static struct descriptor copied(const struct descriptor *shared)
+{
+	const volatile struct descriptor *once = shared;
+	struct descriptor copy = { once->address, once->length, once->flags, once->next };
+
+	return (struct descriptor){ le64toh(copy.address), le32toh(copy.length),
+				    le16toh(copy.flags), le16toh(copy.next) };
+}
+
+/* The chain that is being taken apart, and where its descriptors come from. */
+struct walk {
+	struct vt_chain *chain;
+	struct iovec *segments; /* of this chain */
+	uint32_t room;
+	uint32_t count;
+	uint64_t indirect;      /* the table's guest address, or 0 in the ring's own */
+	uint32_t table_size;
+	bool is_indirect;
+};
+
+/* Return: 1 and the descriptor, or the ring is broken. */
+static int load_descriptor(struct vt_ring *ring, const struct walk *walk, uint32_t index,
+			   struct descriptor *found)
+{
+	struct descriptor shared;
+
+	if (index >= walk->table_size)
+		return breaks(ring, "a descriptor's number is not below the table's size");
+	if (!walk->is_indirect) {
+		*found = copied(&ring->descriptors[index]);
+		return 1;
+	}
+	if (vt_memory_read(ring->memory, walk->indirect + 16ull * index, &shared, sizeof(shared)))
+		return breaks(ring, "an indirect table lies in no region");
+	*found = copied(&shared);
+	return 1;
+}
+
+static int enter_table(struct vt_ring *ring, struct walk *walk, const struct descriptor *entry)
+{
+	if (!ring->layout.indirect)
+		return breaks(ring, "an indirect descriptor that was not negotiated");
+	if (walk->is_indirect)
+		return breaks(ring, "an indirect table within an indirect table");
+	if (entry->flags & DESC_NEXT)
+		return breaks(ring, "an indirect descriptor with a next one");
+	if (!entry->length || entry->length % 16)
+		return breaks(ring, "an indirect table that holds no whole descriptors");
+	if (entry->address + (entry->length - 1) < entry->address)
+		return breaks(ring, "an indirect table that runs over the address space");
+	walk->is_indirect = true;
+	walk->indirect = entry->address;
+	walk->table_size = entry->length / 16;
+	return 1;
+}
+
+/* Return: 1; 0 if the arena has no room for this chain; or the ring is broken. */
+static int add_segments(struct vt_ring *ring, struct walk *walk, const struct descriptor *entry)
+{
+	struct vt_chain *chain = walk->chain;
+	bool written = entry->flags & DESC_WRITE;
+	uint32_t *bytes = written ? &chain->writable_bytes : &chain->readable_bytes;
+	uint32_t left = VT_CHAIN_SEGMENTS - walk->count;
+	int got;
+
+	if (!entry->length)
+		return breaks(ring, "a descriptor without a length");
+	if (!written && chain->writable)
+		return breaks(ring, "a readable descriptor after a writable one");
+	if (entry->length > UINT32_MAX - *bytes)
+		return breaks(ring, "a chain of 4 GiB or more");
+	if (left > walk->room - walk->count)
+		left = walk->room - walk->count;
+	got = vt_memory_segments(ring->memory, entry->address, entry->length,
+				 walk->segments + walk->count, left);
+	if (got == -EFAULT)
+		return breaks(ring, "a descriptor's memory lies in no region");
+	if (got < 0)
+		return walk->room < VT_CHAIN_SEGMENTS ?
+			       0 :
+			       breaks(ring, "a chain of too many segments");
+	*bytes += entry->length;
+	walk->count += (uint32_t)got;
+	if (written)
+		chain->writable = (uint16_t)(chain->writable + got);
+	else
+		chain->readable = (uint16_t)(chain->readable + got);
+	return 1;
+}
+
+/* Return: 1; 0 if the arena has no room; or the ring is broken. */
+static int walk_chain(struct vt_ring *ring, struct walk *walk)
+{
+	uint32_t index = walk->chain->head;
+	uint32_t steps = 0;
+	struct descriptor entry;
+
+	walk->table_size = ring->layout.size;
+	for (;;) {
+		int result = load_descriptor(ring, walk, index, &entry);
+
+		if (result < 0)
+			return result;
+		if (entry.flags & DESC_INDIRECT) {
+			result = enter_table(ring, walk, &entry);
+			if (result < 0)
+				return result;
+			index = 0;
+			steps = 0;
+			continue;
+		}
+		/* A chain cannot be longer than its table without going round in it. */
+		if (steps++ == walk->table_size)
+			return breaks(ring, "a chain that goes round");
+		result = add_segments(ring, walk, &entry);
+		if (result <= 0)
+			return result;
+		if (!(entry.flags & DESC_NEXT))
+			return 1;
+		index = entry.next;
+	}
+}
+
+int vt_ring_fetch(struct vt_ring *ring, struct vt_chain *chains, uint32_t most,
+		  struct iovec *arena, uint32_t room)
+{
+	uint16_t available;
+	uint32_t taken = 0, used_room = 0;
+
+	if (vt_ring_broken(ring))
+		return -EPROTO;
+	available = load16(&ring->available->index, __ATOMIC_ACQUIRE);
+	if ((uint16_t)(available - ring->fetched) > ring->layout.size)
+		return breaks(ring, "the available index ran ahead of the ring");
+	while (taken < most && ring->fetched != available) {
+		uint16_t head = load16(&ring->available->ring[ring->fetched & ring->mask],
+				       __ATOMIC_RELAXED);
+		struct walk walk = { .chain = &chains[taken],
+				     .segments = arena + used_room,
+				     .room = room - used_room };
+		int result;
+
+		if (head >= ring->layout.size)
+			return breaks(ring, "a head is not below the ring's size");
+		if (ring->busy[head])
+			return breaks(ring, "a head that is in use already");
+		chains[taken] = (struct vt_chain){ .head = head, .first = used_room };
+		result = walk_chain(ring, &walk);
+		if (result < 0)
+			return result;
+		if (!result)
+			break;
+		ring->busy[head] = 1;
+		ring->in_flight++;
+		ring->fetched++;
+		used_room += walk.count;
+		taken++;
+	}
+	if (vt_ring_broken(ring))
+		return -EPROTO;
+	return (int)taken;
+}
+
+uint16_t vt_ring_waiting(const struct vt_ring *ring)
+{
+	return (uint16_t)(load16(&ring->available->index, __ATOMIC_ACQUIRE) - ring->fetched);
+}
+
+uint32_t vt_ring_in_flight(const struct vt_ring *ring)
+{
+	return ring->in_flight;
+}
+
+int vt_ring_complete(struct vt_ring *ring, uint16_t head, uint32_t written)
+{
+	struct used_element *element;
+
+	if (head >= ring->layout.size || !ring->busy[head])
+		return -EINVAL;
+	element = &ring->used->ring[ring->completed & ring->mask];
+	__atomic_store_n(&element->id, htole32(head), __ATOMIC_RELAXED);
+	__atomic_store_n(&element->length, htole32(written), __ATOMIC_RELAXED);
+	ring->completed++;
+	ring->busy[head] = 0;
+	ring->in_flight--;
+	return 0;
+}
+
+bool vt_ring_publish(struct vt_ring *ring)
+{
+	uint16_t old = ring->published, now = ring->completed;
+	bool told = ring->told;
+
+	if (old == now)
+		return false;
+	__atomic_store_n(&ring->used->index, htole16(now), __ATOMIC_RELEASE);
+	ring->published = now;
+	ring->told = true;
+	/* Section 2.7.10: the index is seen before used_event is read. */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	if (ring->layout.event_index) {
+		uint16_t event = load16(used_event(ring), __ATOMIC_RELAXED);
+
+		return !told || (uint16_t)(now - event - 1) < (uint16_t)(now - old);
+	}
+	return !(load16(&ring->available->flags, __ATOMIC_RELAXED) & AVAIL_NO_INTERRUPT);
+}
+
+bool vt_ring_notify_on(struct vt_ring *ring)
+{
+	ring->quiet = false;
+	if (ring->layout.event_index)
+		store16(available_event(ring), ring->fetched);
+	else
+		store16(&ring->used->flags, 0);
+	/* The wish is seen before the index is looked at: a notification that was left out because
+	 * of the old wish cannot be missed. */
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	return vt_ring_waiting(ring) != 0;
+}
+
+void vt_ring_notify_off(struct vt_ring *ring)
+{
+	if (ring->quiet)
+		return;
+	ring->quiet = true;
+	/* With the event index nothing is said: the index stays where it is and is passed by. */
+	if (!ring->layout.event_index)
+		store16(&ring->used->flags, USED_NO_NOTIFY);
+}
