@@ -30,7 +30,14 @@ HEADERS = (
     "nvme/nvme_load.h",
     "vfio/gfx.h",
     "vfio/migration.h",
+    "virtio/memory.h",
+    "virtio/ring.h",
+    "virtio/inflight.h",
+    "virtio/block.h",
+    "virtio/worker.h",
 )
+# Of the C library's own headers, as far as ours mention it.
+FOREIGN = "struct iovec { ...; };"
 
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 
@@ -44,6 +51,7 @@ def declarations(header: str) -> str:
 def interface() -> FFI:
     """The library as its headers declare it, ready to be emitted."""
     ffi = FFI()
+    ffi.cdef(FOREIGN)
     for name in HEADERS:
         ffi.cdef(declarations((HERE / name).read_text()))
     includes = "".join(f'#include "{name}"\n' for name in HEADERS)

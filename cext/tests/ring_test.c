@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "virtio/inflight.h"
 #include "virtio/memory.h"
 #include "virtio/ring.h"
 
@@ -582,6 +583,103 @@ static void swapped(void)
 	end(&driver);
 }
 
+/* A process that ends at any moment leaves a log by which another one does what was not done. */
+static void crashes(uint32_t rounds)
+{
+	static uint8_t log[16 + 16 * SIZE] __attribute__((aligned(8)));
+	struct vt_ring_layout layout = { LOW_USER, LOW_USER + 0x1000, LOW_USER + 0x2000, SIZE,
+					 false, true };
+	struct iovec arena[2 * VT_CHAIN_SEGMENTS];
+	struct vt_chain chains[SIZE];
+	uint32_t state[SIZE] = { 0 }; /* 1: made available, not seen to be used */
+	struct driver driver;
+
+	CHECK(vt_log_size(SIZE) == sizeof(log));
+	memset(log, 0, sizeof(log));
+	begin(&driver, false);
+	CHECK(vt_ring_set_log(driver.ring, log) == 0);
+	for (uint32_t round = 0; round < rounds; round++) {
+		uint32_t order[SIZE], pending = 0;
+		int count;
+
+		for (uint32_t i = below(12); i && driver.free_count; i--) {
+			uint32_t head = driver.free_heads[--driver.free_count];
+
+			driver.table[head] = (struct descriptor){ HIGH_GUEST, 8, 0, 0 };
+			state[head] = 1;
+			add(&driver, (uint16_t)head);
+		}
+		count = vt_ring_fetch(driver.ring, chains, 1 + below(SIZE), arena,
+				      2 * VT_CHAIN_SEGMENTS);
+		CHECK(count >= 0);
+		/* Some of them are completed, in any order, and not all of that becomes visible. */
+		for (int i = 0; i < count; i++)
+			if (below(4))
+				order[pending++] = chains[i].head;
+		for (uint32_t i = 0; i < pending; i++) {
+			CHECK(vt_ring_complete(driver.ring, (uint16_t)order[i], 0) == 0);
+			if (!below(3))
+				vt_ring_publish(driver.ring);
+		}
+		while (driver.seen != used_index(&driver)) {
+			uint32_t head = used_word(&driver, driver.seen++, 0);
+
+			CHECK(head < SIZE && state[head] == 1);
+			state[head] = 0;
+			driver.free_heads[driver.free_count++] = head;
+		}
+		/* The process ends; another one takes over, whatever base it was told. */
+		if (below(2)) {
+			uint32_t outstanding = 0;
+
+			vt_ring_stop(driver.ring);
+			CHECK(vt_ring_start(driver.memory, &layout, (uint16_t)below(9),
+					    &driver.ring) == 0);
+			CHECK(vt_ring_set_log(driver.ring, log) >= 0);
+			for (uint32_t i = 0; i < SIZE; i++)
+				outstanding += state[i];
+			CHECK(vt_ring_waiting(driver.ring) <= outstanding);
+		} else {
+			/* Or it goes on, and completes what it still has. */
+			for (int i = 0; i < count; i++)
+				if (vt_ring_complete(driver.ring, chains[i].head, 0) == 0)
+					vt_ring_publish(driver.ring);
+		}
+	}
+	/* Nothing is lost: all of it ends now. */
+	vt_ring_stop(driver.ring);
+	CHECK(vt_ring_start(driver.memory, &layout, 0, &driver.ring) == 0);
+	CHECK(vt_ring_set_log(driver.ring, log) >= 0);
+	for (;;) {
+		int count = vt_ring_fetch(driver.ring, chains, SIZE, arena, 2 * VT_CHAIN_SEGMENTS);
+
+		CHECK(count >= 0);
+		if (!count)
+			break;
+		for (int i = 0; i < count; i++)
+			CHECK(vt_ring_complete(driver.ring, chains[i].head, 0) == 0);
+		vt_ring_publish(driver.ring);
+	}
+	while (driver.seen != used_index(&driver)) {
+		uint32_t head = used_word(&driver, driver.seen++, 0);
+
+		CHECK(head < SIZE && state[head] == 1);
+		state[head] = 0;
+	}
+	for (uint32_t i = 0; i < SIZE; i++)
+		CHECK(state[i] == 0);
+	/* Another queue's log, and one that contradicts itself. */
+	vt_ring_stop(driver.ring);
+	CHECK(vt_ring_start(driver.memory, &layout, 0, &driver.ring) == 0);
+	log[10] = 7;
+	CHECK(vt_ring_set_log(driver.ring, log) == -EINVAL);
+	end(&driver);
+	begin(&driver, false);
+	memset(log, 0xff, sizeof(log));
+	CHECK(vt_ring_set_log(driver.ring, log) == -EINVAL);
+	end(&driver);
+}
+
 int main(int count, char **arguments)
 {
 	uint32_t rounds = count > 1 ? (uint32_t)strtoul(arguments[1], NULL, 0) : 1000;
@@ -595,6 +693,7 @@ int main(int count, char **arguments)
 	shrinking();
 	threads(20 * rounds, false);
 	threads(20 * rounds, true);
+	crashes(rounds);
 	hostile(rounds);
 	return 0;
 }

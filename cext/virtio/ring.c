@@ -1,5 +1,7 @@
 #include "virtio/ring.h"
 
+#include "virtio/inflight.h"
+
 #include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -47,6 +49,9 @@ struct vt_ring {
 	bool told;          /* `published` was compared with used_event since the start */
 	bool quiet;         /* notifications are off */
 	uint32_t in_flight;
+	struct vt_log *log;
+	uint16_t *again;    /* heads that the log says are in flight, oldest first */
+	uint32_t again_count, again_next;
 	uint8_t busy[];
 };
 
@@ -130,8 +135,26 @@ uint16_t vt_ring_stop(struct vt_ring *ring)
 		return 0;
 	fetched = ring->fetched;
 	vt_memory_put(ring->memory);
+	vt_log_end(ring->log);
+	free(ring->again);
 	free(ring);
 	return fetched;
+}
+
+int vt_ring_set_log(struct vt_ring *ring, void *at)
+{
+	int count;
+
+	ring->again = calloc(ring->layout.size, sizeof(*ring->again));
+	if (!ring->again)
+		return -ENOMEM;
+	count = vt_log_take_up(at, ring->layout.size, ring->completed, ring->again, &ring->log);
+	if (count < 0)
+		return count;
+	ring->again_count = (uint32_t)count;
+	/* What was fetched is what was used and what is in flight. */
+	ring->fetched = (uint16_t)(ring->completed + count);
+	return count;
 }
 
 int vt_ring_set_memory(struct vt_ring *ring, struct vt_memory *memory)
@@ -273,38 +296,63 @@ static int walk_chain(struct vt_ring *ring, struct walk *walk)
 	}
 }
 
+/* The next head to fetch. Return: 1 and the head; 0 if there is none; or the ring is broken. */
+static int next_head(struct vt_ring *ring, uint16_t available, uint16_t *head)
+{
+	if (ring->again_next < ring->again_count) {
+		*head = ring->again[ring->again_next];
+	} else if (ring->fetched != available) {
+		*head = load16(&ring->available->ring[ring->fetched & ring->mask],
+			       __ATOMIC_RELAXED);
+	} else {
+		return 0;
+	}
+	if (*head >= ring->layout.size)
+		return breaks(ring, "a head is not below the ring's size");
+	if (ring->busy[*head])
+		return breaks(ring, "a head that is in use already");
+	return 1;
+}
+
+static void take_head(struct vt_ring *ring, uint16_t head)
+{
+	ring->busy[head] = 1;
+	ring->in_flight++;
+	if (ring->again_next < ring->again_count) {
+		ring->again_next++;
+		return;
+	}
+	ring->fetched++;
+	if (ring->log)
+		vt_log_mark(ring->log, head);
+}
+
 int vt_ring_fetch(struct vt_ring *ring, struct vt_chain *chains, uint32_t most,
 		  struct iovec *arena, uint32_t room)
 {
-	uint16_t available;
+	uint16_t available, head;
 	uint32_t taken = 0, used_room = 0;
+	int result;
 
 	if (vt_ring_broken(ring))
 		return -EPROTO;
 	available = load16(&ring->available->index, __ATOMIC_ACQUIRE);
 	if ((uint16_t)(available - ring->fetched) > ring->layout.size)
 		return breaks(ring, "the available index ran ahead of the ring");
-	while (taken < most && ring->fetched != available) {
-		uint16_t head = load16(&ring->available->ring[ring->fetched & ring->mask],
-				       __ATOMIC_RELAXED);
+	while (taken < most && (result = next_head(ring, available, &head)) != 0) {
 		struct walk walk = { .chain = &chains[taken],
 				     .segments = arena + used_room,
 				     .room = room - used_room };
-		int result;
 
-		if (head >= ring->layout.size)
-			return breaks(ring, "a head is not below the ring's size");
-		if (ring->busy[head])
-			return breaks(ring, "a head that is in use already");
+		if (result < 0)
+			return result;
 		chains[taken] = (struct vt_chain){ .head = head, .first = used_room };
 		result = walk_chain(ring, &walk);
 		if (result < 0)
 			return result;
 		if (!result)
 			break;
-		ring->busy[head] = 1;
-		ring->in_flight++;
-		ring->fetched++;
+		take_head(ring, head);
 		used_room += walk.count;
 		taken++;
 	}
@@ -315,6 +363,8 @@ int vt_ring_fetch(struct vt_ring *ring, struct vt_chain *chains, uint32_t most,
 
 uint16_t vt_ring_waiting(const struct vt_ring *ring)
 {
+	if (ring->again_next < ring->again_count)
+		return (uint16_t)(ring->again_count - ring->again_next);
 	return (uint16_t)(load16(&ring->available->index, __ATOMIC_ACQUIRE) - ring->fetched);
 }
 
@@ -332,6 +382,8 @@ int vt_ring_complete(struct vt_ring *ring, uint16_t head, uint32_t written)
 	element = &ring->used->ring[ring->completed & ring->mask];
 	__atomic_store_n(&element->id, htole32(head), __ATOMIC_RELAXED);
 	__atomic_store_n(&element->length, htole32(written), __ATOMIC_RELAXED);
+	if (ring->log)
+		vt_log_batch(ring->log, head);
 	ring->completed++;
 	ring->busy[head] = 0;
 	ring->in_flight--;
@@ -346,6 +398,8 @@ bool vt_ring_publish(struct vt_ring *ring)
 	if (old == now)
 		return false;
 	__atomic_store_n(&ring->used->index, htole16(now), __ATOMIC_RELEASE);
+	if (ring->log)
+		vt_log_publish(ring->log, now);
 	ring->published = now;
 	ring->told = true;
 	/* Section 2.7.10: the index is seen before used_event is read. */

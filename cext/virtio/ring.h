@@ -54,6 +54,13 @@ const char *vt_ring_broken(const struct vt_ring *ring);
 int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout, uint16_t base,
 		  struct vt_ring **ring);
 
+/* Keep an in-flight log at `at` (vt_log_size bytes of memory that stays mapped, aligned to 8), before
+ * the first fetch. What the log says is in flight is fetched first, in its order, and the ring goes
+ * on behind it, whatever `base` was.
+ *
+ * Return: the number of requests taken over; -EINVAL if the log is not this ring's; -ENOMEM. */
+int vt_ring_set_log(struct vt_ring *ring, void *at);
+
 /* End a ring. Its busy heads are lost to the driver: drain first. `ring` may be NULL.
  * Return: the index of the next entry that was not fetched, for another start. */
 uint16_t vt_ring_stop(struct vt_ring *ring);

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 CEXT = Path(__file__).resolve().parents[2] / "cext"
-SOURCES = ("virtio/memory.c", "virtio/ring.c", "tests/ring_test.c")
+SOURCES = ("virtio/memory.c", "virtio/ring.c", "virtio/inflight.c", "tests/ring_test.c")
 WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 

@@ -1,0 +1,63 @@
+/* virtio-blk requests on a disk in memory or in a file (Virtual I/O Device 1.2, section 5.2).
+ *
+ * A request is read from its chain as a byte stream, however the driver framed it: 16 bytes of
+ * header first, one byte of status last. What it says is checked against the disk with sums that
+ * cannot overflow. A disk may be used by many queues and threads at once; it keeps no position.
+ */
+#ifndef VT_VIRTIO_BLOCK_H
+#define VT_VIRTIO_BLOCK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "virtio/ring.h"
+
+#define VT_SECTOR 512u
+/* Of one discard or write-zeroes request; announced to the driver as such. */
+#define VT_BLK_RANGES 16u
+#define VT_BLK_ID_BYTES 20u
+
+struct vt_disk;
+
+struct vt_disk_settings {
+	int fd;               /* of a raw image or a block device; -1 for memory. Not kept: duplicated */
+	uint64_t offset;      /* of the disk's first byte in the file, a multiple of VT_SECTOR */
+	uint64_t size;        /* bytes, a multiple of VT_SECTOR */
+	bool read_only;
+	bool discard;         /* holes can be punched, and discard was announced */
+	char id[VT_BLK_ID_BYTES]; /* the serial, padded with zeros */
+};
+
+/* Counters of one disk since it was opened; each is exact, not all of one moment. */
+struct vt_disk_figures {
+	uint64_t reads, writes, flushes, discards;
+	uint64_t bytes_read, bytes_written;
+	uint64_t failed;      /* answered with an error */
+};
+
+/* Open a disk. Return: 0, -EINVAL for sizes that are no multiples, -ENOMEM, or what dup or mmap say. */
+int vt_disk_open(const struct vt_disk_settings *settings, struct vt_disk **disk);
+
+/* Close a disk that no queue uses any more. `disk` may be NULL. */
+void vt_disk_close(struct vt_disk *disk);
+
+/* Change the size that requests are checked against: after the image was resized. */
+void vt_disk_resize(struct vt_disk *disk, uint64_t size);
+
+void vt_disk_figures(const struct vt_disk *disk, struct vt_disk_figures *figures);
+
+/* How the driver of one queue's device uses the disk. */
+struct vt_blk_mode {
+	bool write_through;   /* it negotiated no flush: a write that is answered is on the disk */
+};
+
+/* Do one request. `segments` are those of the chain.
+ *
+ * Return: the number of bytes to report as written (the status included); -EPROTO for a chain that
+ * has no room for a header and a status, which breaks the ring it came from.
+ */
+int64_t vt_blk_request(struct vt_disk *disk, const struct vt_blk_mode *mode,
+		       const struct vt_chain *chain, const struct iovec *segments);
+
+#endif

@@ -1,0 +1,66 @@
+/* Threads that serve virtqueues, without the interpreter's lock.
+ *
+ * A queue belongs to one worker; control (any other thread) hands it over, takes it back and changes
+ * it by commands that return when the worker has done them. A worker sleeps in epoll while its
+ * queues are idle. After work it looks at the rings itself for a while, which doubles when work came
+ * within it and halves when none did, up to the worker's limit; 0 never looks.
+ */
+#ifndef VT_VIRTIO_WORKER_H
+#define VT_VIRTIO_WORKER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "virtio/block.h"
+#include "virtio/memory.h"
+#include "virtio/ring.h"
+
+struct vt_worker;
+struct vt_queue;
+
+struct vt_worker_figures {
+	uint64_t requests, batches, signals, kicks, sleeps;
+};
+
+struct vt_queue_settings {
+	struct vt_memory *memory;     /* a reference is taken */
+	struct vt_ring_layout layout;
+	uint32_t base;                /* the next available entry */
+	struct vt_disk *disk;         /* has to stay until the queue is stopped */
+	struct vt_blk_mode mode;
+	int kick_fd;                  /* eventfd that the driver writes; -1: none, the ring is polled */
+	int call_fd;                  /* eventfd that the driver waits for; -1: none */
+	int error_fd;                 /* eventfd that is written once when the queue breaks; or -1 */
+	struct vt_memory *log_memory; /* holds the in-flight log, or NULL; a reference is taken */
+	uint64_t log_at;              /* its `user` address there */
+};
+
+/* Start a thread. `poll_us` limits how long it looks at idle rings before it sleeps.
+ * Return: 0 or a negative errno. */
+int vt_worker_start(uint32_t poll_us, struct vt_worker **worker);
+
+/* End a worker that has no queues. Return: 0, or -EBUSY. */
+int vt_worker_stop(struct vt_worker *worker);
+
+void vt_worker_figures(const struct vt_worker *worker, struct vt_worker_figures *figures);
+
+/* Have a worker serve a queue. The descriptors are duplicated. Requests that the log says are in
+ * flight are done first.
+ * Return: 0, what vt_ring_start and vt_ring_set_log say, -EFAULT for a log that does not lie in its
+ * memory, -EMFILE. */
+int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *settings,
+		   struct vt_queue **queue);
+
+/* End a queue when its requests have ended. Return: the next available entry (0 to 65535). */
+int vt_queue_stop(struct vt_queue *queue);
+
+/* Put another memory map under a running queue. Return: 0; -EFAULT: the queue is then broken. */
+int vt_queue_set_memory(struct vt_queue *queue, struct vt_memory *memory);
+
+/* Signal another eventfd from now on, and once at once; -1: none. Return: 0 or -EMFILE. */
+int vt_queue_set_call(struct vt_queue *queue, int call_fd);
+
+/* Why the queue serves no more, in words; NULL while it does. */
+const char *vt_queue_broken(struct vt_queue *queue);
+
+#endif

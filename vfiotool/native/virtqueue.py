@@ -1,0 +1,231 @@
+"""Virtqueues in C: memory maps, disks, workers and queues as objects that end explicitly.
+
+Whoever makes one closes it, in the reverse order: queues before their worker and disk. Each call
+that waits for a worker gives up the interpreter's lock meanwhile. See cext/virtio/*.h for what is
+guaranteed.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from vfiotool.errors import UsageError, VfiotoolError
+from vfiotool.native.library import failed, ffi, lib
+
+LOG_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRegion:
+    """One region of a front end's memory: bytes `offset` to `offset + size` of the file `fd`."""
+
+    guest: int
+    user: int
+    size: int
+    offset: int
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class RingLayout:
+    """Where a split ring lies, in the front end's addresses, and how it is used."""
+
+    descriptors: int
+    available: int
+    used: int
+    size: int
+    event_index: bool
+    indirect: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFigures:
+    """Counters since a disk was opened."""
+
+    reads: int
+    writes: int
+    flushes: int
+    discards: int
+    bytes_read: int
+    bytes_written: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFigures:
+    """Counters since a worker was started."""
+
+    requests: int
+    batches: int
+    signals: int
+    kicks: int
+    sleeps: int
+
+
+_T = TypeVar("_T")
+_REFUSED = {errno.EINVAL: UsageError, errno.EFAULT: UsageError, errno.E2BIG: UsageError}
+
+
+def _done(result: int, operation: str) -> int:
+    if result < 0:
+        raise failed(result, operation, branches=_REFUSED)
+    return result
+
+
+def _figures(kind: type[_T], values: Any) -> _T:
+    return kind(*(getattr(values, field.name) for field in fields(kind)))  # type: ignore[arg-type]
+
+
+class MemoryMap:
+    """A front end's memory, mapped here. Raises UsageError for regions that contradict themselves.
+
+    Shrinking files break the queues that use them, and nothing else: see vt_memory_guard.
+    """
+
+    def __init__(self, regions: Sequence[MemoryRegion]) -> None:
+        _done(lib.vt_memory_guard(), "guard against shrinking memory")
+        table = ffi.new("struct vt_region[]", len(regions))
+        for entry, region in zip(table, regions, strict=True):
+            entry.guest, entry.user = region.guest, region.user
+            entry.size, entry.offset, entry.fd = region.size, region.offset, region.fd
+        made = ffi.new("struct vt_memory **")
+        _done(lib.vt_memory_create(table, len(regions), made), "map the front end's memory")
+        self.handle = made[0]
+
+    def close(self) -> None:
+        """Give the reference back; queues that use the map keep theirs."""
+        handle, self.handle = self.handle, ffi.NULL
+        lib.vt_memory_put(handle)
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(lib.vt_memory_is_broken(self.handle))
+
+
+def log_bytes(queue_size: int) -> int:
+    """The bytes of one queue's in-flight log, rounded so that the next one is aligned."""
+    size = int(lib.vt_log_size(queue_size))
+    return (size + LOG_ALIGNMENT - 1) // LOG_ALIGNMENT * LOG_ALIGNMENT
+
+
+class RawDisk:
+    """A disk in memory (`fd` None) or in a raw file from `offset` on; sizes in bytes.
+
+    The descriptor is duplicated. Raises UsageError for sizes that are no multiples of 512.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        fd: int | None = None,
+        offset: int = 0,
+        read_only: bool = False,
+        discard: bool = True,
+        serial: str = "",
+    ) -> None:
+        settings = ffi.new("struct vt_disk_settings *")
+        settings.fd = -1 if fd is None else fd
+        settings.offset, settings.size = offset, size
+        settings.read_only, settings.discard = read_only, discard
+        settings.id = serial.encode()[: lib.VT_BLK_ID_BYTES].ljust(lib.VT_BLK_ID_BYTES, b"\0")
+        made = ffi.new("struct vt_disk **")
+        _done(lib.vt_disk_open(settings, made), "open the disk")
+        self.handle = made[0]
+
+    def resize(self, size: int) -> None:
+        lib.vt_disk_resize(self.handle, size)
+
+    def figures(self) -> DiskFigures:
+        values = ffi.new("struct vt_disk_figures *")
+        lib.vt_disk_figures(self.handle, values)
+        return _figures(DiskFigures, values)
+
+    def close(self) -> None:
+        handle, self.handle = self.handle, ffi.NULL
+        lib.vt_disk_close(handle)
+
+
+class Worker:
+    """A thread that serves queues; `poll_us` limits how long it looks at idle rings."""
+
+    def __init__(self, poll_us: int = 0) -> None:
+        made = ffi.new("struct vt_worker **")
+        _done(lib.vt_worker_start(poll_us, made), "start a worker")
+        self.handle = made[0]
+        self.queues = 0
+
+    def figures(self) -> WorkerFigures:
+        values = ffi.new("struct vt_worker_figures *")
+        lib.vt_worker_figures(self.handle, values)
+        return _figures(WorkerFigures, values)
+
+    def close(self) -> None:
+        """End the thread. Raises KernelError (EBUSY) while it serves queues."""
+        if self.handle != ffi.NULL:
+            _done(lib.vt_worker_stop(self.handle), "stop a worker")
+            self.handle = ffi.NULL
+
+
+class ServedQueue:
+    """A virtqueue that a worker serves from now on; see vt_queue_start.
+
+    `log` is the map that holds the in-flight log and the log's address in it. Raises UsageError for
+    a ring that does not lie in `memory` or a log that contradicts itself.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        disk: RawDisk,
+        memory: MemoryMap,
+        layout: RingLayout,
+        *,
+        base: int = 0,
+        write_through: bool = False,
+        kick: int | None = None,
+        call: int | None = None,
+        error: int | None = None,
+        log: tuple[MemoryMap, int] | None = None,
+    ) -> None:
+        settings = ffi.new("struct vt_queue_settings *")
+        settings.memory, settings.disk, settings.base = memory.handle, disk.handle, base
+        ring = settings.layout
+        ring.descriptors, ring.available = layout.descriptors, layout.available
+        ring.used, ring.size = layout.used, layout.size
+        ring.event_index, ring.indirect = layout.event_index, layout.indirect
+        settings.mode.write_through = write_through
+        settings.kick_fd = -1 if kick is None else kick
+        settings.call_fd = -1 if call is None else call
+        settings.error_fd = -1 if error is None else error
+        if log is not None:
+            settings.log_memory, settings.log_at = log[0].handle, log[1]
+        made = ffi.new("struct vt_queue **")
+        _done(lib.vt_queue_start(worker.handle, settings, made), "start a queue")
+        self.handle = made[0]
+        self.worker = worker
+        worker.queues += 1
+
+    def stop(self) -> int:
+        """End it when what it fetched has ended; returns the next available index."""
+        handle, self.handle = self.handle, ffi.NULL
+        if handle == ffi.NULL:
+            raise VfiotoolError("the queue has been stopped already")
+        self.worker.queues -= 1
+        return int(lib.vt_queue_stop(handle))
+
+    def set_memory(self, memory: MemoryMap) -> bool:
+        """Put another map under it; whether the ring lies in it. It is broken otherwise."""
+        return int(lib.vt_queue_set_memory(self.handle, memory.handle)) == 0
+
+    def set_call(self, call: int | None) -> None:
+        result = lib.vt_queue_set_call(self.handle, -1 if call is None else call)
+        _done(result, "change a queue's call")
+
+    def broken(self) -> str | None:
+        """Why it serves no more, in words; None while it does."""
+        why = lib.vt_queue_broken(self.handle)
+        return None if why == ffi.NULL else ffi.string(why).decode()

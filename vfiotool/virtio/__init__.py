@@ -1,0 +1,1 @@
+"""The device side of virtio: served to virtual machines over vhost-user."""

@@ -1,0 +1,474 @@
+"""The vhost-user back end: what each message does to a device's state.
+
+One `Frontend` is one connection. It owns what the front end handed over (memory, eventfds, logs)
+and the queues that run from it, and gives all of it back when the connection ends, however it ends.
+Queues run in workers; what is here only starts, stops and changes them.
+
+A ring starts when its kick arrives (or is said to be absent) and it is enabled, and stops at
+GET_VRING_BASE (QEMU docs/interop/vhost-user.rst, "Ring states").
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import IntEnum, IntFlag
+
+from vfiotool.errors import VfiotoolError
+from vfiotool.native.virtqueue import (
+    MemoryMap,
+    MemoryRegion,
+    RingLayout,
+    ServedQueue,
+    Worker,
+    log_bytes,
+)
+from vfiotool.virtio.block import BlockDisk, BlockFeature
+from vfiotool.virtio.message import (
+    CONFIG_BYTES,
+    BackendRequest,
+    InflightArea,
+    Message,
+    ProtocolError,
+    Request,
+    VringAddresses,
+    format_backend_request,
+    format_config,
+    format_inflight,
+    format_reply,
+    format_state,
+    format_u64,
+    parse_addresses,
+    parse_config,
+    parse_inflight,
+    parse_memory_table,
+    parse_one_region,
+    parse_state,
+    parse_u64,
+    parse_vring_descriptor,
+)
+
+# What QEMU may plug in at most; each is one mapping of ours.
+MEMORY_SLOTS = 509
+LARGEST_QUEUE = 1024
+
+
+class VirtioFeature(IntFlag):
+    """Feature bits that belong to no device type (section 6), and vhost-user's own."""
+
+    INDIRECT_DESC = 1 << 28
+    EVENT_IDX = 1 << 29
+    PROTOCOL_FEATURES = 1 << 30
+    VERSION_1 = 1 << 32
+
+
+class ProtocolFeature(IntEnum):
+    """Bit numbers of the protocol features offered here."""
+
+    MQ = 0
+    REPLY_ACK = 3
+    BACKEND_REQ = 5
+    CONFIG = 9
+    INFLIGHT_SHMFD = 12
+    CONFIGURE_MEM_SLOTS = 15
+
+
+PROTOCOL_FEATURES = sum(1 << feature for feature in ProtocolFeature)
+_TRANSPORT = (
+    VirtioFeature.INDIRECT_DESC
+    | VirtioFeature.EVENT_IDX
+    | VirtioFeature.PROTOCOL_FEATURES
+    | VirtioFeature.VERSION_1
+)
+
+
+@dataclass
+class Vring:
+    """One queue's state. Descriptors are owned; `queue` is there while it runs."""
+
+    size: int = 0
+    base: int = 0
+    addresses: VringAddresses | None = None
+    kick: int | None = None
+    call: int | None = None
+    error: int | None = None
+    kicked: bool = False
+    enabled: bool = False
+    queue: ServedQueue | None = None
+
+
+class Frontend:
+    """One front end's connection to a disk, whose queues run in `workers`.
+
+    `handle` takes one message and returns the reply, if one is due, and a descriptor to send.
+    A request that cannot be done is answered with an error where the protocol has one (REPLY_ACK),
+    and ends the connection with ProtocolError where it has none.
+    """
+
+    def __init__(self, disk: BlockDisk, workers: list[Worker]) -> None:
+        self.disk = disk
+        self.workers = workers
+        self.features = 0
+        self.protocol_features = 0
+        self.vrings = [Vring() for _ in range(disk.settings.queues)]
+        self.regions: list[MemoryRegion] = []
+        self.memory: MemoryMap | None = None
+        self.log: MemoryMap | None = None
+        self.log_area: InflightArea | None = None
+        self.channel: socket.socket | None = None
+
+    def offered(self) -> int:
+        return int(self.disk.features() | _TRANSPORT)
+
+    def handle(self, message: Message) -> tuple[bytes, int | None] | None:
+        """Do what a message asks. The message's descriptors are taken or closed."""
+        try:
+            answer = _HANDLERS[message.request](self, message)
+        except ProtocolError:
+            raise
+        except (VfiotoolError, OSError) as error:
+            if not self._acknowledges(message) or message.request in _ANSWERED:
+                raise ProtocolError(f"{message.request.name}: {error}") from error
+            return format_reply(message.request, format_u64(1)), None
+        finally:
+            message.close()
+        if answer is not None:
+            payload, descriptor = answer
+            return format_reply(message.request, payload), descriptor
+        if self._acknowledges(message):
+            return format_reply(message.request, format_u64(0)), None
+        return None
+
+    def _acknowledges(self, message: Message) -> bool:
+        negotiated = self.protocol_features >> ProtocolFeature.REPLY_ACK & 1
+        return bool(message.needs_reply and negotiated)
+
+    def broken(self) -> list[str]:
+        """Why queues serve no more."""
+        found = []
+        for index, vring in enumerate(self.vrings):
+            if vring.queue is not None and (why := vring.queue.broken()):
+                found.append(f"queue {index}: {why}")
+        return found
+
+    def config_changed(self) -> bool:
+        """Tell the driver that the configuration changed; whether there is a way to."""
+        if self.channel is None:
+            return False
+        with suppress(OSError):
+            # A front end that does not read its channel must not stop us.
+            data = format_backend_request(BackendRequest.CONFIG_CHANGE)
+            return self.channel.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(data)
+        return False
+
+    def close(self) -> None:
+        """Stop all queues, after what they fetched, and give everything back."""
+        for vring in self.vrings:
+            self._stop(vring)
+            for descriptor in (vring.kick, vring.call, vring.error):
+                if descriptor is not None:
+                    os.close(descriptor)
+            vring.kick = vring.call = vring.error = None
+        self._set_regions([])
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+        self._drop_log()
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
+    # Queues
+
+    def _vring(self, index: int) -> Vring:
+        if index >= len(self.vrings):
+            raise ProtocolError(f"vring {index} of {len(self.vrings)}")
+        return self.vrings[index]
+
+    def _run(self, index: int) -> None:
+        """Start a ring that has all it needs; one that runs already goes on."""
+        vring = self.vrings[index]
+        if vring.queue is not None or not vring.kicked or not vring.enabled:
+            return
+        if self.memory is None or vring.addresses is None or not vring.size:
+            raise ProtocolError(f"vring {index} starts before its memory, size and addresses")
+        layout = RingLayout(
+            vring.addresses.descriptors,
+            vring.addresses.available,
+            vring.addresses.used,
+            vring.size,
+            event_index=bool(self.features & VirtioFeature.EVENT_IDX),
+            indirect=bool(self.features & VirtioFeature.INDIRECT_DESC),
+        )
+        vring.queue = ServedQueue(
+            min(self.workers, key=lambda worker: worker.queues),
+            self.disk.raw,
+            self.memory,
+            layout,
+            base=vring.base,
+            write_through=not self.features & BlockFeature.FLUSH,
+            kick=vring.kick,
+            call=vring.call,
+            error=vring.error,
+            log=self._log_of(index, vring.size),
+        )
+
+    def _stop(self, vring: Vring) -> None:
+        if vring.queue is not None:
+            queue, vring.queue = vring.queue, None
+            vring.base = queue.stop()
+
+    def _log_of(self, index: int, size: int) -> tuple[MemoryMap, int] | None:
+        if self.log is None or self.log_area is None:
+            return None
+        if index >= self.log_area.queues or size != self.log_area.queue_size:
+            raise ProtocolError(f"vring {index} of {size} entries is not in the in-flight area")
+        return self.log, index * log_bytes(size)
+
+    # Memory
+
+    def _set_regions(self, regions: list[MemoryRegion]) -> None:
+        """Own these regions from now on, and close the descriptors of those that went."""
+        kept = {region.fd for region in regions}
+        for region in self.regions:
+            if region.fd not in kept:
+                os.close(region.fd)
+        self.regions = regions
+
+    def _publish(self, regions: list[MemoryRegion]) -> None:
+        """Map these regions and put them under the running queues; nothing changes on an error."""
+        fresh = MemoryMap(regions) if regions else None
+        self._set_regions(regions)
+        old, self.memory = self.memory, fresh
+        for vring in self.vrings:
+            if vring.queue is None:
+                continue
+            if fresh is None:
+                self._stop(vring)
+            else:
+                vring.queue.set_memory(fresh)
+        if old is not None:
+            old.close()
+
+    def _drop_log(self) -> None:
+        if self.log is not None:
+            self.log.close()
+        self.log, self.log_area = None, None
+
+    # Messages
+
+    def _get_features(self, _: Message) -> tuple[bytes, None]:
+        return format_u64(self.offered()), None
+
+    def _set_features(self, message: Message) -> None:
+        wanted = parse_u64(message.payload)
+        if unknown := wanted & ~self.offered():
+            raise ProtocolError(f"features {unknown:#x} were not offered")
+        self.features = wanted
+        if not wanted & VirtioFeature.PROTOCOL_FEATURES:
+            for vring in self.vrings:
+                vring.enabled = True
+
+    def _nothing(self, _: Message) -> None:
+        """SET_OWNER, and RESET_OWNER, which front ends no longer mean anything by."""
+
+    def _get_protocol_features(self, _: Message) -> tuple[bytes, None]:
+        return format_u64(PROTOCOL_FEATURES), None
+
+    def _set_protocol_features(self, message: Message) -> None:
+        wanted = parse_u64(message.payload)
+        if unknown := wanted & ~PROTOCOL_FEATURES:
+            raise ProtocolError(f"protocol features {unknown:#x} were not offered")
+        self.protocol_features = wanted
+
+    def _get_queue_num(self, _: Message) -> tuple[bytes, None]:
+        return format_u64(len(self.vrings)), None
+
+    def _get_max_mem_slots(self, _: Message) -> tuple[bytes, None]:
+        return format_u64(MEMORY_SLOTS), None
+
+    def _set_mem_table(self, message: Message) -> None:
+        regions = parse_memory_table(message)
+        self._publish(regions)
+        message.descriptors.clear()
+
+    def _add_mem_reg(self, message: Message) -> None:
+        if len(self.regions) >= MEMORY_SLOTS:
+            raise ProtocolError(f"more than {MEMORY_SLOTS} memory slots")
+        self._publish([*self.regions, parse_one_region(message)])
+        message.descriptors.clear()
+
+    def _rem_mem_reg(self, message: Message) -> None:
+        gone = parse_one_region(message)
+        for region in self.regions:
+            if (region.guest, region.user, region.size) == (gone.guest, gone.user, gone.size):
+                self._publish([other for other in self.regions if other is not region])
+                return
+        raise ProtocolError(f"no memory region at {gone.guest:#x} to remove")
+
+    def _set_vring_num(self, message: Message) -> None:
+        index, size = parse_state(message.payload)
+        vring = self._vring(index)
+        if not 0 < size <= LARGEST_QUEUE or size & (size - 1):
+            raise ProtocolError(f"vring {index} of {size} entries")
+        self._needs_stopped(index, vring)
+        vring.size = size
+
+    def _set_vring_addr(self, message: Message) -> None:
+        addresses = parse_addresses(message.payload)
+        vring = self._vring(addresses.index)
+        # Sent again while it runs when dirty logging is switched; the ring's place stays.
+        if vring.queue is not None and replace(addresses, flags=0) != replace(
+            vring.addresses or addresses, flags=0
+        ):
+            raise ProtocolError(f"vring {addresses.index} is moved while it runs")
+        vring.addresses = addresses
+
+    def _set_vring_base(self, message: Message) -> None:
+        index, base = parse_state(message.payload)
+        vring = self._vring(index)
+        if base > 0xFFFF:
+            raise ProtocolError(f"vring {index} begins at {base}")
+        self._needs_stopped(index, vring)
+        vring.base = base
+
+    def _needs_stopped(self, index: int, vring: Vring) -> None:
+        if vring.queue is not None:
+            raise ProtocolError(f"vring {index} is changed while it runs")
+
+    def _get_vring_base(self, message: Message) -> tuple[bytes, None]:
+        index, _ = parse_state(message.payload)
+        vring = self._vring(index)
+        self._stop(vring)
+        vring.kicked = False
+        if vring.kick is not None:
+            os.close(vring.kick)
+            vring.kick = None
+        return format_state(index, vring.base), None
+
+    def _set_vring_kick(self, message: Message) -> None:
+        index, descriptor = self._vring_descriptor(message)
+        vring = self._vring(index)
+        # A ring that gets another kick is started anew behind what it has done.
+        self._stop(vring)
+        if vring.kick is not None:
+            os.close(vring.kick)
+        vring.kick, vring.kicked = descriptor, True
+        self._run(index)
+
+    def _set_vring_call(self, message: Message) -> None:
+        index, descriptor = self._vring_descriptor(message)
+        vring = self._vring(index)
+        if vring.call is not None:
+            os.close(vring.call)
+        vring.call = descriptor
+        if vring.queue is not None:
+            vring.queue.set_call(descriptor)
+
+    def _set_vring_err(self, message: Message) -> None:
+        index, descriptor = self._vring_descriptor(message)
+        vring = self._vring(index)
+        if vring.error is not None:
+            os.close(vring.error)
+        vring.error = descriptor
+
+    def _vring_descriptor(self, message: Message) -> tuple[int, int | None]:
+        """The vring and the descriptor that comes with it, which is the caller's from now on."""
+        index, has_descriptor = parse_vring_descriptor(message.payload)
+        self._vring(index)
+        if has_descriptor != bool(message.descriptors):
+            raise ProtocolError(f"{message.request.name}: the descriptor does not fit its flag")
+        return index, message.take() if has_descriptor else None
+
+    def _set_vring_enable(self, message: Message) -> None:
+        index, enabled = parse_state(message.payload)
+        vring = self._vring(index)
+        vring.enabled = bool(enabled)
+        if enabled:
+            self._run(index)
+        else:
+            self._stop(vring)
+
+    def _set_backend_req_fd(self, message: Message) -> None:
+        try:
+            channel = socket.socket(fileno=message.descriptors[0])
+        except OSError as error:
+            raise ProtocolError(f"the back end's channel is not a socket: {error}") from error
+        message.descriptors.clear()
+        if self.channel is not None:
+            self.channel.close()
+        self.channel = channel
+
+    def _get_config(self, message: Message) -> tuple[bytes, None]:
+        offset, size, _ = parse_config(message.payload)
+        whole = self.disk.config().ljust(CONFIG_BYTES, b"\0")
+        return format_config(offset, whole[offset : offset + size]), None
+
+    def _set_config(self, message: Message) -> None:
+        parse_config(message.payload)
+        raise ProtocolError("no field of the configuration can be written")
+
+    def _get_inflight_fd(self, message: Message) -> tuple[bytes, int]:
+        asked = parse_inflight(message.payload)
+        if not 0 < asked.queues <= len(self.vrings) or not self._is_size(asked.queue_size):
+            raise ProtocolError(f"an in-flight area for {asked.queues} x {asked.queue_size}")
+        size = asked.queues * log_bytes(asked.queue_size)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        descriptor = os.memfd_create("vhost-user-inflight", flags)
+        try:
+            os.ftruncate(descriptor, size)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return format_inflight(replace(asked, size=size, offset=0)), descriptor
+
+    def _set_inflight_fd(self, message: Message) -> None:
+        area = parse_inflight(message.payload)
+        if not self._is_size(area.queue_size) or not area.queues:
+            raise ProtocolError(f"an in-flight area for {area.queues} x {area.queue_size}")
+        if area.size < area.queues * log_bytes(area.queue_size):
+            raise ProtocolError(f"an in-flight area of {area.size} bytes is too small")
+        if any(vring.queue is not None for vring in self.vrings):
+            raise ProtocolError("the in-flight area is changed while rings run")
+        descriptor = message.descriptors[0]
+        fresh = MemoryMap([MemoryRegion(0, 0, area.size, area.offset, descriptor)])
+        self._drop_log()
+        self.log, self.log_area = fresh, area
+
+    @staticmethod
+    def _is_size(size: int) -> bool:
+        return 0 < size <= LARGEST_QUEUE and not size & (size - 1)
+
+
+_Handler = Callable[[Frontend, Message], tuple[bytes, int | None] | None]
+_HANDLERS: dict[Request, _Handler] = {
+    Request.GET_FEATURES: Frontend._get_features,
+    Request.SET_FEATURES: Frontend._set_features,
+    Request.SET_OWNER: Frontend._nothing,
+    Request.RESET_OWNER: Frontend._nothing,
+    Request.SET_MEM_TABLE: Frontend._set_mem_table,
+    Request.SET_VRING_NUM: Frontend._set_vring_num,
+    Request.SET_VRING_ADDR: Frontend._set_vring_addr,
+    Request.SET_VRING_BASE: Frontend._set_vring_base,
+    Request.GET_VRING_BASE: Frontend._get_vring_base,
+    Request.SET_VRING_KICK: Frontend._set_vring_kick,
+    Request.SET_VRING_CALL: Frontend._set_vring_call,
+    Request.SET_VRING_ERR: Frontend._set_vring_err,
+    Request.GET_PROTOCOL_FEATURES: Frontend._get_protocol_features,
+    Request.SET_PROTOCOL_FEATURES: Frontend._set_protocol_features,
+    Request.GET_QUEUE_NUM: Frontend._get_queue_num,
+    Request.SET_VRING_ENABLE: Frontend._set_vring_enable,
+    Request.SET_BACKEND_REQ_FD: Frontend._set_backend_req_fd,
+    Request.GET_CONFIG: Frontend._get_config,
+    Request.SET_CONFIG: Frontend._set_config,
+    Request.GET_INFLIGHT_FD: Frontend._get_inflight_fd,
+    Request.SET_INFLIGHT_FD: Frontend._set_inflight_fd,
+    Request.GET_MAX_MEM_SLOTS: Frontend._get_max_mem_slots,
+    Request.ADD_MEM_REG: Frontend._add_mem_reg,
+    Request.REM_MEM_REG: Frontend._rem_mem_reg,
+}
+# Those with an answer of their own, which has no room for an error.
+_ANSWERED = frozenset(request for request in Request if request.name.startswith("GET_"))

@@ -1,0 +1,219 @@
+"""The block device: what a disk offers to its driver, and images opened safely.
+
+Virtual I/O Device 1.2, section 5.2. Images are raw, never probed: a guest that writes another
+format's header into its disk must not have it interpreted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import IntFlag
+
+from vfiotool.errors import Refused, UsageError, from_oserror
+from vfiotool.native.virtqueue import RawDisk
+
+SECTOR = 512
+MOST_SEGMENTS = 254
+MOST_RANGES = 16
+_MOST_RANGE_SECTORS = 1 << 21
+_CONFIG = struct.Struct("<QII HBB I BBHI BBH II I II B3x")
+# QEMU's locks on an image (block/file-posix.c): a byte for each permission that is used, and one
+# for each that is not shared. Bits: consistent read 0, write 1, write unchanged 2, resize 3.
+_LOCK_USED, _LOCK_UNSHARED = 100, 200
+_READER, _WRITER, _NOT_SHARED = (0,), (0, 1), (1, 3)
+_FLOCK = struct.Struct("hhqqi4x")
+_F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+
+
+class BlockFeature(IntFlag):
+    """Feature bits of section 5.2.3."""
+
+    SEG_MAX = 1 << 2
+    RO = 1 << 5
+    BLK_SIZE = 1 << 6
+    FLUSH = 1 << 9
+    TOPOLOGY = 1 << 10
+    MQ = 1 << 12
+    DISCARD = 1 << 13
+    WRITE_ZEROES = 1 << 14
+
+
+@dataclass(frozen=True)
+class DiskSettings:
+    """A disk as it is asked for. Bytes; `path` None is a disk in memory of `size` bytes."""
+
+    path: str | None = None
+    size: int | None = None
+    offset: int = 0
+    read_only: bool = False
+    serial: str = ""
+    block_size: int = SECTOR
+    queues: int = 1
+
+
+def check(settings: DiskSettings) -> None:
+    """Raise UsageError for what no disk can be, naming the option."""
+    size = settings.block_size
+    if not SECTOR <= size <= 4096 or size & (size - 1):
+        raise UsageError(f"--block-size {size}: not a power of two from 512 to 4096")
+    if not 1 <= settings.queues <= 256:
+        raise UsageError(f"--queues {settings.queues}: not from 1 to 256")
+    if settings.offset < 0 or settings.offset % size:
+        raise UsageError(f"--offset {settings.offset}: not a multiple of the block size {size}")
+    if settings.size is not None and (settings.size <= 0 or settings.size % size):
+        raise UsageError(f"--size {settings.size}: not a multiple of the block size {size}")
+    if settings.path is None and settings.size is None:
+        raise UsageError("a disk in memory has no size", hint="give it: --ram 1G")
+    if len(settings.serial.encode()) > 20 or not settings.serial.isprintable():
+        raise UsageError(f"--serial {settings.serial!r}: not at most 20 printable bytes")
+
+
+class BlockDisk:
+    """An open disk that any number of queues serve. Close it when none does any more.
+
+    Opening raises UsageError, NotPermitted or KernelError, naming the image, and Refused if another
+    program (or another export) has the image locked; nothing stays open then.
+    """
+
+    def __init__(self, settings: DiskSettings) -> None:
+        check(settings)
+        self.settings = settings
+        with ExitStack() as stack:
+            descriptor, available = None, settings.size or 0
+            if settings.path is not None:
+                descriptor = _open(settings)
+                stack.callback(os.close, descriptor)
+                lock(descriptor, settings.path, read_only=settings.read_only)
+                available = _available(descriptor, settings)
+            self.size = settings.size if settings.size is not None else available
+            if self.size > available or not self.size:
+                raise UsageError(
+                    f"{settings.path}: holds {available} bytes from offset {settings.offset} on,"
+                    f" not {self.size}"
+                )
+            self.raw = RawDisk(
+                self.size,
+                fd=descriptor,
+                offset=settings.offset,
+                read_only=settings.read_only,
+                serial=settings.serial,
+            )
+            self._open = stack.pop_all()
+
+    def features(self) -> int:
+        found = BlockFeature.SEG_MAX | BlockFeature.BLK_SIZE | BlockFeature.FLUSH
+        found |= BlockFeature.TOPOLOGY | BlockFeature.MQ
+        if self.settings.read_only:
+            found |= BlockFeature.RO
+        else:
+            found |= BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES
+        return int(found)
+
+    def config(self) -> bytes:
+        """`struct virtio_blk_config` up to the write-zeroes fields."""
+        block = self.settings.block_size
+        return _CONFIG.pack(
+            self.size // SECTOR,
+            0,  # size_max: not offered
+            MOST_SEGMENTS,
+            0,
+            0,
+            0,  # geometry: not offered
+            block,
+            0,
+            0,
+            0,
+            0,  # topology: blocks as they are
+            1,  # writeback
+            0,
+            self.settings.queues,
+            _MOST_RANGE_SECTORS,
+            MOST_RANGES,
+            block // SECTOR,
+            _MOST_RANGE_SECTORS,
+            MOST_RANGES,
+            1,  # zeros may unmap
+        )
+
+    def resize(self) -> bool:
+        """Take a changed image's size; whether it changed. A disk cut out by `size` stays."""
+        if self.settings.path is None or self.settings.size is not None:
+            return False
+        size = os.stat(self.settings.path).st_size - self.settings.offset
+        size -= size % self.settings.block_size
+        if size == self.size or size <= 0:
+            return False
+        self.size = size
+        self.raw.resize(size)
+        return True
+
+    def close(self) -> None:
+        self.raw.close()
+        self._open.close()
+
+
+def _open(settings: DiskSettings) -> int:
+    path = settings.path or ""
+    flags = os.O_RDONLY if settings.read_only else os.O_RDWR
+    try:
+        # Non-blocking, so that a FIFO is refused and not waited for.
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise from_oserror(f"open {path}", error) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(descriptor)
+        raise UsageError(f"{path}: neither a regular file nor a block device")
+    return descriptor
+
+
+def _available(descriptor: int, settings: DiskSettings) -> int:
+    """The bytes from the offset on, in whole blocks unless it ends in the middle of one."""
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    available = max(end - settings.offset, 0)
+    if settings.size is None and available % settings.block_size:
+        raise UsageError(
+            f"{settings.path}: {available} bytes are not a multiple of the block size"
+            f" {settings.block_size}",
+            hint="give the part that is served: --size BYTES",
+        )
+    return available
+
+
+def lock(descriptor: int, path: str, *, read_only: bool) -> None:
+    """Lock an image as QEMU does, until the descriptor is closed. Raises Refused if it is in use.
+
+    The locks are of the open file (fcntl(2), "Open file description locks"), so two exports of one
+    process meet each other as well. A file system without locks is served unlocked, as QEMU does.
+    """
+    used = _READER if read_only else _WRITER
+    try:
+        for bit in used:
+            _ofd(descriptor, _F_OFD_SETLK, fcntl.F_RDLCK, _LOCK_USED + bit)
+        for bit in _NOT_SHARED:
+            _ofd(descriptor, _F_OFD_SETLK, fcntl.F_RDLCK, _LOCK_UNSHARED + bit)
+        others = [_LOCK_UNSHARED + bit for bit in used] + [_LOCK_USED + bit for bit in _NOT_SHARED]
+        busy = [at for at in others if _ofd(descriptor, _F_OFD_GETLK, fcntl.F_WRLCK, at)]
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            return
+        raise from_oserror(f"lock {path}", error) from error
+    if busy:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        raise Refused(
+            f"{path}: in use by another program or another export",
+            hint="stop what has it open, or serve it everywhere with --read-only",
+        )
+
+
+def _ofd(descriptor: int, command: int, kind: int, at: int) -> bool:
+    """One operation on one byte; for GETLK, whether another open file has a lock there."""
+    asked = _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0)
+    answer = _FLOCK.unpack(fcntl.fcntl(descriptor, command, asked))
+    return command == _F_OFD_GETLK and answer[0] != fcntl.F_UNLCK

@@ -1,0 +1,228 @@
+"""Sockets, connections and signals: exports that front ends connect to, in one thread of control.
+
+The control thread reads messages and never waits for one; requests run in the workers. An export
+serves one front end at a time, others wait in its socket's backlog. What a front end does wrong
+ends its own connection; the next one finds the export as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import stat
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from vfiotool.errors import Refused, UsageError, VfiotoolError, from_oserror
+from vfiotool.native.virtqueue import Worker
+from vfiotool.virtio.backend import Frontend
+from vfiotool.virtio.block import BlockDisk
+from vfiotool.virtio.message import ProtocolError, Receiver
+
+Report = Callable[[str], None]
+_SEND_TIMEOUT_S = 5.0
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(f"vfiotool: {text}\n")
+
+
+@dataclass
+class _Connection:
+    socket: socket.socket
+    receiver: Receiver
+    frontend: Frontend
+
+
+class Export:
+    """A disk behind a listening socket, or behind one connection that was handed over.
+
+    `listener` belongs to the export from now on.
+    """
+
+    def __init__(self, name: str, disk: BlockDisk, listener: socket.socket) -> None:
+        self.name = name
+        self.disk = disk
+        self.listener: socket.socket | None = listener
+        self.connection: _Connection | None = None
+
+
+class Server:
+    """Exports and the workers that serve them. Use as a context manager."""
+
+    def __init__(self, *, threads: int = 1, poll_us: int = 0, report: Report = _to_stderr) -> None:
+        self._report = report
+        self._selector = selectors.DefaultSelector()
+        self._exports: dict[str, Export] = {}
+        self._ending = False
+        self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
+        self.workers = [Worker(poll_us) for _ in range(threads)]
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, export: Export) -> None:
+        """Serve an export from now on."""
+        assert export.listener is not None
+        self._exports[export.name] = export
+        self._listen(export)
+
+    def adopt(self, name: str, disk: BlockDisk, connection: socket.socket) -> None:
+        """Serve a disk over a connection that is there already (`--fd`); it ends with it."""
+        export = Export(name, disk, connection)
+        export.listener = None
+        self._exports[name] = export
+        self._connect(export, connection)
+
+    def run(self) -> None:
+        """Serve until `stop` is called, or the last export with no listener has lost its client."""
+        while not self._ending and self._exports:
+            for key, _ in self._selector.select():
+                key.data()
+
+    def stop(self) -> None:
+        """End `run` from another thread or from a signal handler."""
+        with suppress(BlockingIOError):
+            self._waker.send(b"x")
+
+    def close(self) -> None:
+        """End every connection after what it has in flight, then the workers and the disks."""
+        for export in self._exports.values():
+            self._disconnect(export)
+            if export.listener is not None:
+                export.listener.close()
+            export.disk.close()
+        self._exports.clear()
+        for worker in self.workers:
+            worker.close()
+        self.workers = []
+        self._selector.close()
+        self._wake.close()
+        self._waker.close()
+
+    def resize(self, name: str) -> bool:
+        """Take an export's image as large as it is now, and tell its driver."""
+        export = self._exports[name]
+        if not export.disk.resize():
+            return False
+        if export.connection is not None:
+            export.connection.frontend.config_changed()
+        return True
+
+    def _woken(self) -> None:
+        self._wake.recv(64)
+        self._ending = True
+
+    def _listen(self, export: Export) -> None:
+        if export.listener is not None:
+            self._selector.register(
+                export.listener, selectors.EVENT_READ, lambda: self._accept(export)
+            )
+
+    def _accept(self, export: Export) -> None:
+        assert export.listener is not None
+        try:
+            connection, _ = export.listener.accept()
+        except OSError as error:
+            # One that went again before it was taken is nobody's fault; EMFILE is told.
+            if error.errno is not None and not isinstance(error, BlockingIOError):
+                self._report(f"{export.name}: a connection cannot be taken: {error.strerror}")
+            return
+        self._selector.unregister(export.listener)
+        self._connect(export, connection)
+
+    def _connect(self, export: Export, connection: socket.socket) -> None:
+        connection.settimeout(_SEND_TIMEOUT_S)
+        made = _Connection(connection, Receiver(connection), Frontend(export.disk, self.workers))
+        export.connection = made
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(export, made))
+
+    def _serve(self, export: Export, connection: _Connection) -> None:
+        try:
+            message = connection.receiver.receive()
+            if message is None:
+                return
+            answer = connection.frontend.handle(message)
+            if answer is None:
+                return
+            data, descriptor = answer
+            try:
+                descriptors = [] if descriptor is None else [descriptor]
+                sent = socket.send_fds(connection.socket, [data], descriptors)
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+            if sent != len(data):
+                raise ProtocolError("the front end does not take its answers")
+        except EOFError:
+            self._end(export)
+        except (ProtocolError, OSError) as error:
+            text = error.message if isinstance(error, VfiotoolError) else str(error)
+            self._report(f"{export.name}: connection ended: {text}")
+            self._end(export)
+
+    def _end(self, export: Export) -> None:
+        self._disconnect(export)
+        if export.listener is None:
+            export.disk.close()
+            del self._exports[export.name]
+        else:
+            self._listen(export)
+
+    def _disconnect(self, export: Export) -> None:
+        connection, export.connection = export.connection, None
+        if connection is None:
+            return
+        self._selector.unregister(connection.socket)
+        for why in connection.frontend.broken():
+            self._report(f"{export.name}: {why}")
+        connection.frontend.close()
+        connection.receiver.close()
+        connection.socket.close()
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket at `path`. A socket there that nobody listens on any more is replaced.
+
+    Raises Refused if somebody does, UsageError for what is no socket or a path that is too long,
+    NotPermitted or KernelError as bind does.
+    """
+    if len(os.fsencode(path)) > 107:
+        raise UsageError(f"{path}: a socket's path has at most 107 bytes")
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path} is there and is not a socket")
+        if _is_listened_on(path):
+            raise Refused(
+                f"{path}: another program listens there", hint="stop it, or choose another path"
+            )
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(path)
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise from_oserror(f"listen on {path}", error) from error
+    return listener
+
+
+def _is_listened_on(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+    return True
