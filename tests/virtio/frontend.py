@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vfiotool.virtio.message import Flag, Request
+from vfiotool.virtio.message import Flag, VhostRequest
 
 SIZE = 64
 _DESCRIPTOR = struct.Struct("<QIHH")
@@ -112,18 +112,18 @@ class Frontend:
         return int(struct.unpack("<Q", answer)[0])
 
     def negotiate(self, without: int = 0) -> None:
-        offered = struct.unpack("<Q", self.ask(Request.GET_FEATURES))[0]
+        offered = struct.unpack("<Q", self.ask(VhostRequest.GET_FEATURES))[0]
         self.features = offered & ~without
-        protocol = struct.unpack("<Q", self.ask(Request.GET_PROTOCOL_FEATURES))[0]
-        self.send(Request.SET_PROTOCOL_FEATURES, struct.pack("<Q", protocol))
-        self.send(Request.SET_OWNER)
-        assert self.acknowledged(Request.SET_FEATURES, struct.pack("<Q", self.features)) == 0
+        protocol = struct.unpack("<Q", self.ask(VhostRequest.GET_PROTOCOL_FEATURES))[0]
+        self.send(VhostRequest.SET_PROTOCOL_FEATURES, struct.pack("<Q", protocol))
+        self.send(VhostRequest.SET_OWNER)
+        assert self.acknowledged(VhostRequest.SET_FEATURES, struct.pack("<Q", self.features)) == 0
 
     def table(self) -> bytes:
         return struct.pack("<IIQQQQ", 1, 0, GUEST, self.size, USER, 0)
 
     def share(self) -> None:
-        assert self.acknowledged(Request.SET_MEM_TABLE, self.table(), [self.fd]) == 0
+        assert self.acknowledged(VhostRequest.SET_MEM_TABLE, self.table(), [self.fd]) == 0
 
     def addresses(self, index: int) -> bytes:
         at = USER + self.rings[index].at
@@ -131,12 +131,12 @@ class Frontend:
 
     def start(self, index: int = 0, base: int = 0) -> None:
         ring = self.rings[index]
-        self.send(Request.SET_VRING_NUM, struct.pack("<II", index, SIZE))
-        self.send(Request.SET_VRING_BASE, struct.pack("<II", index, base))
-        self.send(Request.SET_VRING_ADDR, self.addresses(index))
-        self.send(Request.SET_VRING_CALL, struct.pack("<Q", index), [ring.call])
-        self.send(Request.SET_VRING_KICK, struct.pack("<Q", index), [ring.kick])
-        assert self.acknowledged(Request.SET_VRING_ENABLE, struct.pack("<II", index, 1)) == 0
+        self.send(VhostRequest.SET_VRING_NUM, struct.pack("<II", index, SIZE))
+        self.send(VhostRequest.SET_VRING_BASE, struct.pack("<II", index, base))
+        self.send(VhostRequest.SET_VRING_ADDR, self.addresses(index))
+        self.send(VhostRequest.SET_VRING_CALL, struct.pack("<Q", index), [ring.call])
+        self.send(VhostRequest.SET_VRING_KICK, struct.pack("<Q", index), [ring.kick])
+        assert self.acknowledged(VhostRequest.SET_VRING_ENABLE, struct.pack("<II", index, 1)) == 0
 
     def up(self) -> None:
         """Everything until the queues run."""
@@ -146,7 +146,7 @@ class Frontend:
             self.start(index)
 
     def stop(self, index: int = 0) -> int:
-        answer = self.ask(Request.GET_VRING_BASE, struct.pack("<II", index, 0))
+        answer = self.ask(VhostRequest.GET_VRING_BASE, struct.pack("<II", index, 0))
         return int(struct.unpack("<II", answer)[1])
 
     # Rings

@@ -32,7 +32,7 @@ from tests.virtio.frontend import (
 )
 from vfiotool.errors import Refused, UsageError
 from vfiotool.virtio.block import BlockDisk, DiskSettings
-from vfiotool.virtio.message import Request
+from vfiotool.virtio.message import VhostRequest
 from vfiotool.virtio.server import Export, Server, listen
 
 MIB = 1 << 20
@@ -176,10 +176,10 @@ def test_the_configuration_names_the_disk(path: Path, settings: DiskSettings) ->
     with serving(path, settings), connected(path) as front:
         front.negotiate()
         head = struct.pack("<III", 0, 60, 0)
-        config = front.ask(Request.GET_CONFIG, head + bytes(60))[12:]
+        config = front.ask(VhostRequest.GET_CONFIG, head + bytes(60))[12:]
         assert struct.unpack_from("<Q", config)[0] == 16 * MIB // 512
         assert struct.unpack_from("<H", config, 34)[0] == 2
-        front.send(Request.GET_CONFIG, struct.pack("<III", 250, 60, 0) + bytes(60))
+        front.send(VhostRequest.GET_CONFIG, struct.pack("<III", 250, 60, 0) + bytes(60))
         with pytest.raises(Closed):
             front.receive()
 
@@ -193,7 +193,7 @@ def test_a_grown_image_is_told_to_the_driver(path: Path, image: Path) -> None:
         theirs,
     ):
         front.up()
-        assert front.acknowledged(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()]) == 0
+        assert front.acknowledged(VhostRequest.SET_BACKEND_REQ_FD, fds=[theirs.fileno()]) == 0
         os.truncate(image, 32 * MIB)
         assert front.write(20 * MIB // 512, bytes(512)) == 1
         assert server.resize("disk")
@@ -256,14 +256,14 @@ def test_memory_is_swapped_and_plugged_under_running_queues(
         os.ftruncate(other, MIB)
         slot = struct.pack("<QQQQQ", 0, 0x9000_0000, MIB, USER + (1 << 40), 0)
         for _ in range(50):
-            assert front.acknowledged(Request.ADD_MEM_REG, slot, [other]) == 0
+            assert front.acknowledged(VhostRequest.ADD_MEM_REG, slot, [other]) == 0
             assert front.read(0, 512) == b"m" * 512
-            assert front.acknowledged(Request.REM_MEM_REG, slot) == 0
+            assert front.acknowledged(VhostRequest.REM_MEM_REG, slot) == 0
             front.share()
             assert front.read(0, 512) == b"m" * 512
         # What overlaps is refused, and what was there goes on.
         wrong = struct.pack("<QQQQQ", 0, 0x4000_0000, MIB, USER + (1 << 40), 0)
-        assert front.acknowledged(Request.ADD_MEM_REG, wrong, [other]) == 1
+        assert front.acknowledged(VhostRequest.ADD_MEM_REG, wrong, [other]) == 1
         assert front.read(0, 512) == b"m" * 512
         os.close(other)
 
@@ -318,10 +318,10 @@ def test_a_server_that_is_killed_is_taken_over_without_loss(path: Path, image: P
     front = Frontend(str(path))
     front.negotiate()
     asked = struct.pack("<QQHH4x", 0, 0, 1, SIZE)
-    front.send(Request.GET_INFLIGHT_FD, asked)
+    front.send(VhostRequest.GET_INFLIGHT_FD, asked)
     _, area, (log,) = front.receive()
     front.share()
-    assert front.acknowledged(Request.SET_INFLIGHT_FD, area, [log]) == 0
+    assert front.acknowledged(VhostRequest.SET_INFLIGHT_FD, area, [log]) == 0
     front.start()
     ring, sent, kills = front.rings[0], 0, 0
     outstanding: dict[int, int] = {}
@@ -353,7 +353,7 @@ def test_a_server_that_is_killed_is_taken_over_without_loss(path: Path, image: P
                 front.socket.connect(str(path))
                 front.negotiate()
                 front.share()
-                assert front.acknowledged(Request.SET_INFLIGHT_FD, area, [log]) == 0
+                assert front.acknowledged(VhostRequest.SET_INFLIGHT_FD, area, [log]) == 0
                 front.start(base=front.u16(ring.at + 0x2002))
             if outstanding:
                 for head, _ in front.wait(ring):
@@ -469,7 +469,7 @@ def attack(front: Frontend, rng: random.Random) -> None:
     if rng.random() < 0.5:
         front.start(rng.randrange(2))
     for _ in range(rng.randrange(1, 12)):
-        request = rng.choice([*Request, rng.randrange(60)])
+        request = rng.choice([*VhostRequest, rng.randrange(60)])
         size = rng.choice([0, 8, 24, 40, rng.randrange(64)])
         words = [
             rng.choice([0, 1, 2, 0xFF, 1 << 8, 1 << 32, (1 << 64) - 1, rng.getrandbits(64)])

@@ -31,9 +31,9 @@ from vfiotool.virtio.message import (
     CONFIG_BYTES,
     BackendRequest,
     InflightArea,
-    Message,
     ProtocolError,
-    Request,
+    VhostMessage,
+    VhostRequest,
     VringAddresses,
     format_backend_request,
     format_config,
@@ -123,7 +123,7 @@ class Frontend:
     def offered(self) -> int:
         return int(self.disk.features() | _TRANSPORT)
 
-    def handle(self, message: Message) -> tuple[bytes, int | None] | None:
+    def handle(self, message: VhostMessage) -> tuple[bytes, int | None] | None:
         """Do what a message asks. The message's descriptors are taken or closed."""
         try:
             answer = _HANDLERS[message.request](self, message)
@@ -142,7 +142,7 @@ class Frontend:
             return format_reply(message.request, format_u64(0)), None
         return None
 
-    def _acknowledges(self, message: Message) -> bool:
+    def _acknowledges(self, message: VhostMessage) -> bool:
         negotiated = self.protocol_features >> ProtocolFeature.REPLY_ACK & 1
         return bool(message.needs_reply and negotiated)
 
@@ -260,10 +260,10 @@ class Frontend:
 
     # Messages
 
-    def _get_features(self, _: Message) -> tuple[bytes, None]:
+    def _get_features(self, _: VhostMessage) -> tuple[bytes, None]:
         return format_u64(self.offered()), None
 
-    def _set_features(self, message: Message) -> None:
+    def _set_features(self, message: VhostMessage) -> None:
         wanted = parse_u64(message.payload)
         if unknown := wanted & ~self.offered():
             raise ProtocolError(f"features {unknown:#x} were not offered")
@@ -272,36 +272,36 @@ class Frontend:
             for vring in self.vrings:
                 vring.enabled = True
 
-    def _nothing(self, _: Message) -> None:
+    def _nothing(self, _: VhostMessage) -> None:
         """SET_OWNER, and RESET_OWNER, which front ends no longer mean anything by."""
 
-    def _get_protocol_features(self, _: Message) -> tuple[bytes, None]:
+    def _get_protocol_features(self, _: VhostMessage) -> tuple[bytes, None]:
         return format_u64(PROTOCOL_FEATURES), None
 
-    def _set_protocol_features(self, message: Message) -> None:
+    def _set_protocol_features(self, message: VhostMessage) -> None:
         wanted = parse_u64(message.payload)
         if unknown := wanted & ~PROTOCOL_FEATURES:
             raise ProtocolError(f"protocol features {unknown:#x} were not offered")
         self.protocol_features = wanted
 
-    def _get_queue_num(self, _: Message) -> tuple[bytes, None]:
+    def _get_queue_num(self, _: VhostMessage) -> tuple[bytes, None]:
         return format_u64(len(self.vrings)), None
 
-    def _get_max_mem_slots(self, _: Message) -> tuple[bytes, None]:
+    def _get_max_mem_slots(self, _: VhostMessage) -> tuple[bytes, None]:
         return format_u64(MEMORY_SLOTS), None
 
-    def _set_mem_table(self, message: Message) -> None:
+    def _set_mem_table(self, message: VhostMessage) -> None:
         regions = parse_memory_table(message)
         self._publish(regions)
         message.descriptors.clear()
 
-    def _add_mem_reg(self, message: Message) -> None:
+    def _add_mem_reg(self, message: VhostMessage) -> None:
         if len(self.regions) >= MEMORY_SLOTS:
             raise ProtocolError(f"more than {MEMORY_SLOTS} memory slots")
         self._publish([*self.regions, parse_one_region(message)])
         message.descriptors.clear()
 
-    def _rem_mem_reg(self, message: Message) -> None:
+    def _rem_mem_reg(self, message: VhostMessage) -> None:
         gone = parse_one_region(message)
         for region in self.regions:
             if (region.guest, region.user, region.size) == (gone.guest, gone.user, gone.size):
@@ -309,7 +309,7 @@ class Frontend:
                 return
         raise ProtocolError(f"no memory region at {gone.guest:#x} to remove")
 
-    def _set_vring_num(self, message: Message) -> None:
+    def _set_vring_num(self, message: VhostMessage) -> None:
         index, size = parse_state(message.payload)
         vring = self._vring(index)
         if not 0 < size <= LARGEST_QUEUE or size & (size - 1):
@@ -317,7 +317,7 @@ class Frontend:
         self._needs_stopped(index, vring)
         vring.size = size
 
-    def _set_vring_addr(self, message: Message) -> None:
+    def _set_vring_addr(self, message: VhostMessage) -> None:
         addresses = parse_addresses(message.payload)
         vring = self._vring(addresses.index)
         # Sent again while it runs when dirty logging is switched; the ring's place stays.
@@ -327,7 +327,7 @@ class Frontend:
             raise ProtocolError(f"vring {addresses.index} is moved while it runs")
         vring.addresses = addresses
 
-    def _set_vring_base(self, message: Message) -> None:
+    def _set_vring_base(self, message: VhostMessage) -> None:
         index, base = parse_state(message.payload)
         vring = self._vring(index)
         if base > 0xFFFF:
@@ -339,7 +339,7 @@ class Frontend:
         if vring.queue is not None:
             raise ProtocolError(f"vring {index} is changed while it runs")
 
-    def _get_vring_base(self, message: Message) -> tuple[bytes, None]:
+    def _get_vring_base(self, message: VhostMessage) -> tuple[bytes, None]:
         index, _ = parse_state(message.payload)
         vring = self._vring(index)
         self._stop(vring)
@@ -349,7 +349,7 @@ class Frontend:
             vring.kick = None
         return format_state(index, vring.base), None
 
-    def _set_vring_kick(self, message: Message) -> None:
+    def _set_vring_kick(self, message: VhostMessage) -> None:
         index, descriptor = self._vring_descriptor(message)
         vring = self._vring(index)
         # A ring that gets another kick is started anew behind what it has done.
@@ -359,7 +359,7 @@ class Frontend:
         vring.kick, vring.kicked = descriptor, True
         self._run(index)
 
-    def _set_vring_call(self, message: Message) -> None:
+    def _set_vring_call(self, message: VhostMessage) -> None:
         index, descriptor = self._vring_descriptor(message)
         vring = self._vring(index)
         if vring.call is not None:
@@ -368,14 +368,14 @@ class Frontend:
         if vring.queue is not None:
             vring.queue.set_call(descriptor)
 
-    def _set_vring_err(self, message: Message) -> None:
+    def _set_vring_err(self, message: VhostMessage) -> None:
         index, descriptor = self._vring_descriptor(message)
         vring = self._vring(index)
         if vring.error is not None:
             os.close(vring.error)
         vring.error = descriptor
 
-    def _vring_descriptor(self, message: Message) -> tuple[int, int | None]:
+    def _vring_descriptor(self, message: VhostMessage) -> tuple[int, int | None]:
         """The vring and the descriptor that comes with it, which is the caller's from now on."""
         index, has_descriptor = parse_vring_descriptor(message.payload)
         self._vring(index)
@@ -383,7 +383,7 @@ class Frontend:
             raise ProtocolError(f"{message.request.name}: the descriptor does not fit its flag")
         return index, message.take() if has_descriptor else None
 
-    def _set_vring_enable(self, message: Message) -> None:
+    def _set_vring_enable(self, message: VhostMessage) -> None:
         index, enabled = parse_state(message.payload)
         vring = self._vring(index)
         vring.enabled = bool(enabled)
@@ -392,7 +392,7 @@ class Frontend:
         else:
             self._stop(vring)
 
-    def _set_backend_req_fd(self, message: Message) -> None:
+    def _set_backend_req_fd(self, message: VhostMessage) -> None:
         try:
             channel = socket.socket(fileno=message.descriptors[0])
         except OSError as error:
@@ -402,16 +402,16 @@ class Frontend:
             self.channel.close()
         self.channel = channel
 
-    def _get_config(self, message: Message) -> tuple[bytes, None]:
+    def _get_config(self, message: VhostMessage) -> tuple[bytes, None]:
         offset, size, _ = parse_config(message.payload)
         whole = self.disk.config().ljust(CONFIG_BYTES, b"\0")
         return format_config(offset, whole[offset : offset + size]), None
 
-    def _set_config(self, message: Message) -> None:
+    def _set_config(self, message: VhostMessage) -> None:
         parse_config(message.payload)
         raise ProtocolError("no field of the configuration can be written")
 
-    def _get_inflight_fd(self, message: Message) -> tuple[bytes, int]:
+    def _get_inflight_fd(self, message: VhostMessage) -> tuple[bytes, int]:
         asked = parse_inflight(message.payload)
         if not 0 < asked.queues <= len(self.vrings) or not self._is_size(asked.queue_size):
             raise ProtocolError(f"an in-flight area for {asked.queues} x {asked.queue_size}")
@@ -425,7 +425,7 @@ class Frontend:
             raise
         return format_inflight(replace(asked, size=size, offset=0)), descriptor
 
-    def _set_inflight_fd(self, message: Message) -> None:
+    def _set_inflight_fd(self, message: VhostMessage) -> None:
         area = parse_inflight(message.payload)
         if not self._is_size(area.queue_size) or not area.queues:
             raise ProtocolError(f"an in-flight area for {area.queues} x {area.queue_size}")
@@ -443,32 +443,32 @@ class Frontend:
         return 0 < size <= LARGEST_QUEUE and not size & (size - 1)
 
 
-_Handler = Callable[[Frontend, Message], tuple[bytes, int | None] | None]
-_HANDLERS: dict[Request, _Handler] = {
-    Request.GET_FEATURES: Frontend._get_features,
-    Request.SET_FEATURES: Frontend._set_features,
-    Request.SET_OWNER: Frontend._nothing,
-    Request.RESET_OWNER: Frontend._nothing,
-    Request.SET_MEM_TABLE: Frontend._set_mem_table,
-    Request.SET_VRING_NUM: Frontend._set_vring_num,
-    Request.SET_VRING_ADDR: Frontend._set_vring_addr,
-    Request.SET_VRING_BASE: Frontend._set_vring_base,
-    Request.GET_VRING_BASE: Frontend._get_vring_base,
-    Request.SET_VRING_KICK: Frontend._set_vring_kick,
-    Request.SET_VRING_CALL: Frontend._set_vring_call,
-    Request.SET_VRING_ERR: Frontend._set_vring_err,
-    Request.GET_PROTOCOL_FEATURES: Frontend._get_protocol_features,
-    Request.SET_PROTOCOL_FEATURES: Frontend._set_protocol_features,
-    Request.GET_QUEUE_NUM: Frontend._get_queue_num,
-    Request.SET_VRING_ENABLE: Frontend._set_vring_enable,
-    Request.SET_BACKEND_REQ_FD: Frontend._set_backend_req_fd,
-    Request.GET_CONFIG: Frontend._get_config,
-    Request.SET_CONFIG: Frontend._set_config,
-    Request.GET_INFLIGHT_FD: Frontend._get_inflight_fd,
-    Request.SET_INFLIGHT_FD: Frontend._set_inflight_fd,
-    Request.GET_MAX_MEM_SLOTS: Frontend._get_max_mem_slots,
-    Request.ADD_MEM_REG: Frontend._add_mem_reg,
-    Request.REM_MEM_REG: Frontend._rem_mem_reg,
+_Handler = Callable[[Frontend, VhostMessage], tuple[bytes, int | None] | None]
+_HANDLERS: dict[VhostRequest, _Handler] = {
+    VhostRequest.GET_FEATURES: Frontend._get_features,
+    VhostRequest.SET_FEATURES: Frontend._set_features,
+    VhostRequest.SET_OWNER: Frontend._nothing,
+    VhostRequest.RESET_OWNER: Frontend._nothing,
+    VhostRequest.SET_MEM_TABLE: Frontend._set_mem_table,
+    VhostRequest.SET_VRING_NUM: Frontend._set_vring_num,
+    VhostRequest.SET_VRING_ADDR: Frontend._set_vring_addr,
+    VhostRequest.SET_VRING_BASE: Frontend._set_vring_base,
+    VhostRequest.GET_VRING_BASE: Frontend._get_vring_base,
+    VhostRequest.SET_VRING_KICK: Frontend._set_vring_kick,
+    VhostRequest.SET_VRING_CALL: Frontend._set_vring_call,
+    VhostRequest.SET_VRING_ERR: Frontend._set_vring_err,
+    VhostRequest.GET_PROTOCOL_FEATURES: Frontend._get_protocol_features,
+    VhostRequest.SET_PROTOCOL_FEATURES: Frontend._set_protocol_features,
+    VhostRequest.GET_QUEUE_NUM: Frontend._get_queue_num,
+    VhostRequest.SET_VRING_ENABLE: Frontend._set_vring_enable,
+    VhostRequest.SET_BACKEND_REQ_FD: Frontend._set_backend_req_fd,
+    VhostRequest.GET_CONFIG: Frontend._get_config,
+    VhostRequest.SET_CONFIG: Frontend._set_config,
+    VhostRequest.GET_INFLIGHT_FD: Frontend._get_inflight_fd,
+    VhostRequest.SET_INFLIGHT_FD: Frontend._set_inflight_fd,
+    VhostRequest.GET_MAX_MEM_SLOTS: Frontend._get_max_mem_slots,
+    VhostRequest.ADD_MEM_REG: Frontend._add_mem_reg,
+    VhostRequest.REM_MEM_REG: Frontend._rem_mem_reg,
 }
 # Those with an answer of their own, which has no room for an error.
-_ANSWERED = frozenset(request for request in Request if request.name.startswith("GET_"))
+_ANSWERED = frozenset(request for request in VhostRequest if request.name.startswith("GET_"))

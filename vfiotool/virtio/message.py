@@ -34,7 +34,7 @@ _INFLIGHT = struct.Struct("<QQHH4x")
 _NO_DESCRIPTOR = 1 << 8
 
 
-class Request(IntEnum):
+class VhostRequest(IntEnum):
     """Requests of the front end that are known here."""
 
     GET_FEATURES = 1
@@ -81,10 +81,10 @@ class ProtocolError(VfiotoolError):
 
 
 @dataclass
-class Message:
+class VhostMessage:
     """A request as it came. `descriptors` belong to whoever holds the message: take or close."""
 
-    request: Request
+    request: VhostRequest
     flags: int
     payload: bytes
     descriptors: list[int] = field(default_factory=list)
@@ -125,32 +125,32 @@ class InflightArea:
 
 
 # The payload's size, and how many descriptors may come with it (least, most); None: checked later.
-_SHAPES: dict[Request, tuple[int | None, int, int]] = {
-    Request.GET_FEATURES: (0, 0, 0),
-    Request.SET_FEATURES: (8, 0, 0),
-    Request.SET_OWNER: (0, 0, 0),
-    Request.RESET_OWNER: (0, 0, 0),
-    Request.SET_MEM_TABLE: (None, 0, MOST_DESCRIPTORS),
-    Request.SET_VRING_NUM: (8, 0, 0),
-    Request.SET_VRING_ADDR: (40, 0, 0),
-    Request.SET_VRING_BASE: (8, 0, 0),
-    Request.GET_VRING_BASE: (8, 0, 0),
-    Request.SET_VRING_KICK: (8, 0, 1),
-    Request.SET_VRING_CALL: (8, 0, 1),
-    Request.SET_VRING_ERR: (8, 0, 1),
-    Request.GET_PROTOCOL_FEATURES: (0, 0, 0),
-    Request.SET_PROTOCOL_FEATURES: (8, 0, 0),
-    Request.GET_QUEUE_NUM: (0, 0, 0),
-    Request.SET_VRING_ENABLE: (8, 0, 0),
-    Request.SET_BACKEND_REQ_FD: (0, 1, 1),
-    Request.GET_CONFIG: (None, 0, 0),
-    Request.SET_CONFIG: (None, 0, 0),
-    Request.GET_INFLIGHT_FD: (24, 0, 0),
-    Request.SET_INFLIGHT_FD: (24, 1, 1),
-    Request.GET_MAX_MEM_SLOTS: (0, 0, 0),
-    Request.ADD_MEM_REG: (40, 1, 1),
+_SHAPES: dict[VhostRequest, tuple[int | None, int, int]] = {
+    VhostRequest.GET_FEATURES: (0, 0, 0),
+    VhostRequest.SET_FEATURES: (8, 0, 0),
+    VhostRequest.SET_OWNER: (0, 0, 0),
+    VhostRequest.RESET_OWNER: (0, 0, 0),
+    VhostRequest.SET_MEM_TABLE: (None, 0, MOST_DESCRIPTORS),
+    VhostRequest.SET_VRING_NUM: (8, 0, 0),
+    VhostRequest.SET_VRING_ADDR: (40, 0, 0),
+    VhostRequest.SET_VRING_BASE: (8, 0, 0),
+    VhostRequest.GET_VRING_BASE: (8, 0, 0),
+    VhostRequest.SET_VRING_KICK: (8, 0, 1),
+    VhostRequest.SET_VRING_CALL: (8, 0, 1),
+    VhostRequest.SET_VRING_ERR: (8, 0, 1),
+    VhostRequest.GET_PROTOCOL_FEATURES: (0, 0, 0),
+    VhostRequest.SET_PROTOCOL_FEATURES: (8, 0, 0),
+    VhostRequest.GET_QUEUE_NUM: (0, 0, 0),
+    VhostRequest.SET_VRING_ENABLE: (8, 0, 0),
+    VhostRequest.SET_BACKEND_REQ_FD: (0, 1, 1),
+    VhostRequest.GET_CONFIG: (None, 0, 0),
+    VhostRequest.SET_CONFIG: (None, 0, 0),
+    VhostRequest.GET_INFLIGHT_FD: (24, 0, 0),
+    VhostRequest.SET_INFLIGHT_FD: (24, 1, 1),
+    VhostRequest.GET_MAX_MEM_SLOTS: (0, 0, 0),
+    VhostRequest.ADD_MEM_REG: (40, 1, 1),
     # QEMU sends the region's descriptor again; the specification lets it come without.
-    Request.REM_MEM_REG: (40, 0, 1),
+    VhostRequest.REM_MEM_REG: (40, 0, 1),
 }
 
 
@@ -167,7 +167,7 @@ class Receiver:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
-    def receive(self) -> Message | None:
+    def receive(self) -> VhostMessage | None:
         """The next message; None if it is not whole yet.
 
         Raises ProtocolError for what is no message, EOFError at the end, OSError as recvmsg does.
@@ -206,16 +206,16 @@ class Receiver:
             raise ProtocolError("a reply where a request is due")
         return int(_HEADER.size + size - len(self._data))
 
-    def _whole(self) -> Message:
+    def _whole(self) -> VhostMessage:
         number, flags, _ = _HEADER.unpack_from(self._data)
         payload, self._data = self._data[_HEADER.size :], b""
         descriptors, self._descriptors = self._descriptors, []
         try:
-            request = Request(number)
+            request = VhostRequest(number)
         except ValueError:
-            Message(Request.SET_OWNER, 0, b"", descriptors).close()
+            VhostMessage(VhostRequest.SET_OWNER, 0, b"", descriptors).close()
             raise ProtocolError(f"request {number} is not known") from None
-        message = Message(request, flags, payload, descriptors)
+        message = VhostMessage(request, flags, payload, descriptors)
         size, least, most = _SHAPES[request]
         if size is not None and len(payload) != size:
             message.close()
@@ -248,7 +248,7 @@ def parse_vring_descriptor(payload: bytes) -> tuple[int, bool]:
     return value & 0xFF, not value & _NO_DESCRIPTOR
 
 
-def parse_memory_table(message: Message) -> list[MemoryRegion]:
+def parse_memory_table(message: VhostMessage) -> list[MemoryRegion]:
     """SET_MEM_TABLE: one region a descriptor; those stay the message's."""
     payload = message.payload
     if len(payload) < _TABLE.size:
@@ -265,7 +265,7 @@ def parse_memory_table(message: Message) -> list[MemoryRegion]:
     ]
 
 
-def parse_one_region(message: Message) -> MemoryRegion:
+def parse_one_region(message: VhostMessage) -> MemoryRegion:
     """ADD_MEM_REG and REM_MEM_REG; the descriptor, if any, stays the message's."""
     descriptor = message.descriptors[0] if message.descriptors else -1
     return _region(message.payload, 8, descriptor)
@@ -291,7 +291,7 @@ def parse_inflight(payload: bytes) -> InflightArea:
     return InflightArea(*_INFLIGHT.unpack(payload))
 
 
-def format_reply(request: Request, payload: bytes) -> bytes:
+def format_reply(request: VhostRequest, payload: bytes) -> bytes:
     """The reply to a request, ready to be sent."""
     return _HEADER.pack(request, _VERSION | Flag.REPLY, len(payload)) + payload
 
