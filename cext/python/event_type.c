@@ -15,15 +15,27 @@
 #include "vfio/uapi_compat.h"
 
 #define LONGEST_S 1e6 /* eleven days */
+/* The eventfd counts firings in its low half. A waiter that took them while others wait passes them
+ * on by adding ECHO, which wakes one more and is no firing. */
+#define ECHO ((uint64_t)1 << 32)
+
+/* A thread that waits; `start` is what had fired before it began. */
+struct waiter {
+	uint64_t start;
+	struct waiter *next;
+};
 
 typedef struct {
 	PyObject_HEAD
 	int fd;
 	int open;
-	int closing; /* close was called while another thread waited */
-	Py_ssize_t waiting;
+	int closing; /* close was called while others waited */
+	uint64_t fired; /* all that was ever taken from the eventfd */
+	struct waiter *waiters;
+	int watched; /* an event loop looks at the descriptor */
+	uint64_t watch_start;
 	uint64_t generation;
-	int device; /* -1: no interrupt of a device's */
+	PyObject *device; /* the Handle of the device, or NULL */
 	unsigned index, vector;
 	int maskable;
 } Event;
@@ -37,7 +49,7 @@ static double now_s(void)
 }
 
 /* 0, or -1 with an exception set. `object` is a number of seconds, or None if `none` may be. */
-static int take_seconds(PyObject *object, double *seconds, int *none)
+static int take_seconds(PyObject *self, PyObject *object, double *seconds, int *none)
 {
 	if (none && object == Py_None) {
 		*none = 1;
@@ -49,7 +61,7 @@ static int take_seconds(PyObject *object, double *seconds, int *none)
 	if (*seconds == -1.0 && PyErr_Occurred())
 		return -1;
 	if (*seconds != *seconds) {
-		PyErr_SetString(PyExc_ValueError, "not a number of seconds");
+		vt_refuse(self, VT_BAD_TIME, 0, 0);
 		return -1;
 	}
 	if (*seconds < 0)
@@ -57,8 +69,8 @@ static int take_seconds(PyObject *object, double *seconds, int *none)
 	return 0;
 }
 
-static int take_arguments(PyObject *const *arguments, Py_ssize_t count, PyObject *names,
-			  double *timeout, int *endless, double *spin)
+static int take_arguments(PyObject *self, PyObject *const *arguments, Py_ssize_t count,
+			  PyObject *names, double *timeout, int *endless, double *spin)
 {
 	Py_ssize_t named = names ? PyTuple_Size(names) : 0;
 
@@ -67,16 +79,16 @@ static int take_arguments(PyObject *const *arguments, Py_ssize_t count, PyObject
 		PyErr_SetString(PyExc_TypeError, "wait takes one positional argument: timeout_s");
 		return -1;
 	}
-	if (count == 1 && take_seconds(arguments[0], timeout, endless))
+	if (count == 1 && take_seconds(self, arguments[0], timeout, endless))
 		return -1;
 	for (Py_ssize_t i = 0; i < named; i++) {
 		PyObject *name = PyTuple_GetItem(names, i);
 		int failed;
 
 		if (!PyUnicode_CompareWithASCIIString(name, "spin_s")) {
-			failed = take_seconds(arguments[count + i], spin, NULL);
+			failed = take_seconds(self, arguments[count + i], spin, NULL);
 		} else if (!PyUnicode_CompareWithASCIIString(name, "timeout_s") && !count) {
-			failed = take_seconds(arguments[count + i], timeout, endless);
+			failed = take_seconds(self, arguments[count + i], timeout, endless);
 		} else {
 			PyErr_Format(PyExc_TypeError, "wait has no argument %R", name);
 			return -1;
@@ -89,11 +101,47 @@ static int take_arguments(PyObject *const *arguments, Py_ssize_t count, PyObject
 
 static void finish_closing(Event *self)
 {
-	if (self->closing && !self->waiting && self->open) {
+	if (self->closing && !self->waiters && !self->watched && self->open) {
 		close(self->fd);
 		self->fd = -1;
 		self->open = 0;
 	}
+}
+
+/* Makes the descriptor readable. If the counter is full it is so already. */
+static void signal_one(const Event *self, uint64_t value)
+{
+	ssize_t done = write(self->fd, &value, sizeof(value));
+
+	(void)done;
+}
+
+static int others_missed(const Event *self)
+{
+	if (self->watched && self->watch_start != self->fired)
+		return 1;
+	for (const struct waiter *one = self->waiters; one; one = one->next)
+		if (one->start != self->fired)
+			return 1;
+	return 0;
+}
+
+/* Counts what was taken from the eventfd, and wakes the next of those who wait for it too. */
+static void account(Event *self, uint64_t taken)
+{
+	self->fired += taken & (ECHO - 1);
+	if (others_missed(self))
+		signal_one(self, ECHO);
+}
+
+static void leave_queue(Event *self, const struct waiter *me)
+{
+	struct waiter **place = &self->waiters;
+
+	while (*place && *place != me)
+		place = &(*place)->next;
+	if (*place)
+		*place = me->next;
 }
 
 /* 0, or -1 with an exception set: it is off, or this is a child. */
@@ -105,18 +153,29 @@ static int refuse_unusable(Event *self)
 	return -1;
 }
 
-/* One wait with the interpreter's lock released, and the Unix signals that came meanwhile. As
- * vt_eventfd_wait, but -1 is an exception that has been set. */
-static int block_once(Event *self, int64_t *left_ns, uint64_t spin_ns, uint64_t *signals)
+static PyObject *os_error(int result)
 {
+	errno = -result;
+	return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* One wait with the interpreter's lock released, and the Unix signals that came meanwhile. 0, or -1
+ * with an exception set; what fired is in self->fired. */
+static int block_once(Event *self, uint64_t start, int64_t *left_ns, uint64_t spin_ns)
+{
+	struct waiter me = { .start = start, .next = self->waiters };
+	uint64_t signals = 0;
 	int result;
 
-	self->waiting++;
+	self->waiters = &me;
 	Py_BEGIN_ALLOW_THREADS
-	result = vt_eventfd_wait(self->fd, left_ns, spin_ns, signals);
+	result = vt_eventfd_wait(self->fd, left_ns, spin_ns, &signals);
 	Py_END_ALLOW_THREADS
-	self->waiting--;
+	leave_queue(self, &me);
 	if (self->closing) {
+		/* Each that leaves wakes the next. */
+		if (self->waiters)
+			signal_one(self, 1);
 		finish_closing(self);
 		vt_refuse((PyObject *)self, VT_CLOSED, 0, 0);
 		return -1;
@@ -132,22 +191,31 @@ static int block_once(Event *self, int64_t *left_ns, uint64_t spin_ns, uint64_t 
 		return 0;
 	}
 	if (result < 0) {
-		errno = -result;
-		PyErr_SetFromErrno(PyExc_OSError);
+		os_error(result);
 		return -1;
 	}
-	return result;
+	if (result > 0)
+		account(self, signals);
+	if (result > 0 && start == self->fired && others_missed(self)) {
+		/* It woke the wrong one: let those run for whom it was. */
+		const struct timespec pause = { .tv_nsec = 20000 };
+
+		Py_BEGIN_ALLOW_THREADS
+		nanosleep(&pause, NULL);
+		Py_END_ALLOW_THREADS
+	}
+	return 0;
 }
 
 static PyObject *wait_for(Event *self, PyObject *const *arguments, Py_ssize_t count,
 			  PyObject *names)
 {
 	double timeout = 0, spin = 0;
-	uint64_t signals = 0, spin_ns;
+	uint64_t start = self->fired, signals = 0, spin_ns;
 	int64_t left_ns = -1;
 	int endless, result;
 
-	if (take_arguments(arguments, count, names, &timeout, &endless, &spin) ||
+	if (take_arguments((PyObject *)self, arguments, count, names, &timeout, &endless, &spin) ||
 	    refuse_unusable(self))
 		return NULL;
 	if (!endless)
@@ -155,34 +223,86 @@ static PyObject *wait_for(Event *self, PyObject *const *arguments, Py_ssize_t co
 	spin_ns = spin > 10 ? 10000000000u : (uint64_t)(spin * 1e9);
 	/* Often it has fired already: then this is the only call into the kernel. */
 	result = vt_eventfd_take(self->fd, &signals);
-	if (result < 0) {
-		errno = -result;
-		return PyErr_SetFromErrno(PyExc_OSError);
-	}
-	while (!result && (left_ns || spin_ns)) {
-		result = block_once(self, &left_ns, spin_ns, &signals);
+	if (result < 0)
+		return os_error(result);
+	if (result)
+		account(self, signals);
+	while (self->fired == start && (left_ns || spin_ns)) {
+		if (block_once(self, start, &left_ns, spin_ns))
+			return NULL;
+		/* A handler of a Unix signal may have closed it. */
+		if (self->fired == start && refuse_unusable(self))
+			return NULL;
 		spin_ns = 0;
 	}
-	return result < 0 ? NULL : PyLong_FromUnsignedLongLong(signals);
+	return PyLong_FromUnsignedLongLong(self->fired - start);
+}
+
+static PyObject *watch(Event *self, PyObject *unused)
+{
+	(void)unused;
+	if (refuse_unusable(self))
+		return NULL;
+	if (self->watched) {
+		PyErr_SetString(PyExc_RuntimeError, "an event loop watches it already");
+		return NULL;
+	}
+	self->watched = 1;
+	self->watch_start = self->fired;
+	return PyLong_FromUnsignedLongLong(self->fired);
+}
+
+static PyObject *collect(Event *self, PyObject *unused)
+{
+	uint64_t signals = 0;
+	int result;
+
+	(void)unused;
+	if (refuse_unusable(self))
+		return NULL;
+	result = vt_eventfd_take(self->fd, &signals);
+	if (result < 0)
+		return os_error(result);
+	self->watch_start = self->fired + (signals & (ECHO - 1));
+	if (result)
+		account(self, signals);
+	return PyLong_FromUnsignedLongLong(self->fired);
+}
+
+static PyObject *unwatch(Event *self, PyObject *unused)
+{
+	(void)unused;
+	self->watched = 0;
+	finish_closing(self);
+	Py_RETURN_NONE;
 }
 
 static PyObject *arm(Event *self, PyObject *arguments)
 {
-	if (!PyArg_ParseTuple(arguments, "iIIp", &self->device, &self->index, &self->vector,
+	PyObject *device;
+
+	if (!PyArg_ParseTuple(arguments, "OIIp", &device, &self->index, &self->vector,
 			      &self->maskable))
 		return NULL;
+	Py_XDECREF(self->device);
+	self->device = Py_NewRef(device);
 	Py_RETURN_NONE;
 }
 
 static PyObject *act(Event *self, const char *verb, uint32_t action)
 {
-	int result = -EOPNOTSUPP;
+	int device, result = -EOPNOTSUPP;
 
 	if (refuse_unusable(self))
 		return NULL;
-	/* The lock stays held: otherwise another thread could close the device under the call. */
-	if (self->device >= 0 && (self->maskable || action == VT_IRQ_TRIGGER))
-		result = vt_irq_action(self->device, self->index, self->vector, 1, action);
+	if (self->device && (self->maskable || action == VT_IRQ_TRIGGER)) {
+		device = vt_handle_take(self->device);
+		if (device < 0)
+			return vt_refuse((PyObject *)self, VT_CLOSED, 0, 0);
+		/* The lock stays held: it costs more to let go of than this takes. */
+		result = vt_irq_action(device, self->index, self->vector, 1, action);
+		vt_handle_give(self->device);
+	}
 	if (result < 0)
 		return PyObject_CallMethod((PyObject *)self, "_refused", "si", verb, result);
 	Py_RETURN_NONE;
@@ -208,17 +328,14 @@ static PyObject *unmask(Event *self, PyObject *unused)
 
 static PyObject *close_event(Event *self, PyObject *unused)
 {
-	const uint64_t one = 1;
-
 	(void)unused;
 	if (!self->open || self->closing)
 		Py_RETURN_NONE;
 	self->closing = 1;
-	/* Whoever waits is woken, and closes the descriptor itself: a number that is being waited
-	 * for must not be given to another file. */
-	if (self->waiting && write(self->fd, &one, sizeof(one)) < 0) {
-		/* Full: then the waiter is awake anyway. */
-	}
+	/* Whoever waits is woken, and the last one closes the descriptor: a number that is being
+	 * waited for must not be given to another file. */
+	if (self->waiters)
+		signal_one(self, 1);
 	finish_closing(self);
 	Py_RETURN_NONE;
 }
@@ -244,7 +361,6 @@ static int event_init(Event *self, PyObject *arguments, PyObject *keywords)
 		return -1;
 	}
 	self->fd = fd;
-	self->device = -1;
 	self->open = 1;
 	self->generation = vt_fork_generation;
 	return 0;
@@ -257,21 +373,36 @@ static void event_dealloc(Event *self)
 
 	if (self->open)
 		close(self->fd);
+	Py_XDECREF(self->device);
 	release(self);
 	Py_DECREF(type);
 }
 
 static PyMethodDef event_methods[] = {
 	{ "wait", (PyCFunction)(void (*)(void))wait_for, METH_FASTCALL | METH_KEYWORDS,
-	  "wait(timeout_s=None, *, spin_s=0.0): how often it fired, or 0 at the deadline." },
+	  "wait($self, timeout_s=None, *, spin_s=0.0)\n--\n\n"
+	  "How often it has fired since the last wait, or since this one began where several wait at\n"
+	  "once: each of them is woken. 0 at the deadline; None and inf wait without limit, less than\n"
+	  "0 is 0. Raises UsageError for NaN, and once it is closed, also meanwhile." },
 	{ "trigger", (PyCFunction)(void (*)(void))trigger, METH_NOARGS,
+	  "trigger($self, /)\n--\n\n"
 	  "Let the kernel signal it as if the device had: a self-test without hardware." },
-	{ "mask", (PyCFunction)(void (*)(void))mask, METH_NOARGS, "Hold it back (INTx)." },
+	{ "mask", (PyCFunction)(void (*)(void))mask, METH_NOARGS,
+	  "mask($self, /)\n--\n\nHold it back (INTx)." },
 	{ "unmask", (PyCFunction)(void (*)(void))unmask, METH_NOARGS,
+	  "unmask($self, /)\n--\n\n"
 	  "Let it through again. INTx is masked by the kernel whenever it fires: acknowledge the\n"
 	  "device first, then unmask." },
-	{ "_arm", (PyCFunction)(void (*)(void))arm, METH_VARARGS, NULL },
-	{ "_close", (PyCFunction)(void (*)(void))close_event, METH_NOARGS, NULL },
+	{ "_arm", (PyCFunction)(void (*)(void))arm, METH_VARARGS,
+	  "_arm(device, index, vector, maskable): what trigger, mask and unmask act on." },
+	{ "_watch", (PyCFunction)(void (*)(void))watch, METH_NOARGS,
+	  "_watch(): an event loop waits for the descriptor from now on; what has fired so far." },
+	{ "_collect", (PyCFunction)(void (*)(void))collect, METH_NOARGS,
+	  "_collect(): for the event loop: take what has fired; the sum of all that ever did." },
+	{ "_unwatch", (PyCFunction)(void (*)(void))unwatch, METH_NOARGS,
+	  "_unwatch(): the event loop has let go of the descriptor." },
+	{ "_close", (PyCFunction)(void (*)(void))close_event, METH_NOARGS,
+	  "_close(): wake all who wait with UsageError; the last one closes the descriptor." },
 	{ NULL, NULL, 0, NULL },
 };
 

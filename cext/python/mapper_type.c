@@ -20,18 +20,15 @@
 
 typedef struct {
 	PyObject_HEAD
-	int fd; /* a container's or an iommufd's; -1 while there is none */
+	PyObject *handle; /* of a container or an iommufd; NULL while there is none */
 	int is_iommufd;
 	uint32_t ioas;
 	uint64_t generation;
 } Mapper;
 
-/* Rows of numbers, one after another: `owned`, or lent by the buffer of a Python object. */
+/* Rows of numbers, one after another: a copy of what Python gave. */
 struct rows {
-	const uint64_t *numbers;
-	uint64_t *owned;
-	Py_buffer buffer;
-	int lent;
+	uint64_t *numbers;
 	uint32_t count;
 };
 
@@ -105,9 +102,7 @@ static int take_rights(PyObject *const *values, PyObject *names, uint32_t *flags
 
 static void release_rows(struct rows *rows)
 {
-	free(rows->owned);
-	if (rows->lent)
-		PyBuffer_Release(&rows->buffer);
+	free(rows->numbers);
 }
 
 static int take_row(PyObject *row, Py_ssize_t width, uint64_t *numbers)
@@ -126,27 +121,32 @@ static int take_row(PyObject *row, Py_ssize_t width, uint64_t *numbers)
 	return failed ? -1 : 0;
 }
 
-/* An array of 64-bit numbers, such as array("Q") or numpy's uint64, is used where it lies. */
-static int borrow_rows(PyObject *object, Py_ssize_t width, struct rows *rows)
+/* An array of 64-bit numbers, such as array("Q") or numpy's uint64. Copied: another thread may change
+ * it while the lock is released, and what was mapped is to be taken away again, not what it says
+ * then. */
+static int copy_buffer(PyObject *object, Py_ssize_t width, struct rows *rows)
 {
 	const char *format;
+	Py_buffer buffer;
+	int failed = -1;
 
-	if (PyObject_GetBuffer(object, &rows->buffer, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS))
+	if (PyObject_GetBuffer(object, &buffer, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS))
 		return -1;
-	rows->lent = 1;
-	format = rows->buffer.format ? rows->buffer.format : "B";
+	format = buffer.format ? buffer.format : "B";
 	format += *format == '@' || *format == '=';
-	if (rows->buffer.itemsize != 8 || (strcmp(format, "Q") && strcmp(format, "L"))) {
+	if (buffer.itemsize != 8 || (strcmp(format, "Q") && strcmp(format, "L"))) {
 		PyErr_SetString(PyExc_TypeError, "rows are unsigned numbers of 64 bits");
-		return -1;
-	}
-	if (rows->buffer.len % (8 * width) || rows->buffer.len / (8 * width) > UINT32_MAX) {
+	} else if (buffer.len % (8 * width) || buffer.len / (8 * width) > UINT32_MAX) {
 		PyErr_Format(PyExc_ValueError, "not whole rows of %zd numbers", width);
-		return -1;
+	} else if (!(rows->numbers = malloc((size_t)buffer.len + 1))) {
+		PyErr_NoMemory();
+	} else {
+		memcpy(rows->numbers, buffer.buf, (size_t)buffer.len);
+		rows->count = (uint32_t)(buffer.len / (8 * width));
+		failed = 0;
 	}
-	rows->numbers = rows->buffer.buf;
-	rows->count = (uint32_t)(rows->buffer.len / (8 * width));
-	return 0;
+	PyBuffer_Release(&buffer);
+	return failed;
 }
 
 static int copy_rows(PyObject *object, Py_ssize_t width, struct rows *rows)
@@ -160,8 +160,8 @@ static int copy_rows(PyObject *object, Py_ssize_t width, struct rows *rows)
 		failed = 1;
 	}
 	if (!failed) {
-		rows->owned = calloc((size_t)count + 1, (size_t)width * sizeof(*rows->owned));
-		if (!rows->owned) {
+		rows->numbers = calloc((size_t)count + 1, (size_t)width * sizeof(*rows->numbers));
+		if (!rows->numbers) {
 			PyErr_NoMemory();
 			failed = 1;
 		}
@@ -171,18 +171,17 @@ static int copy_rows(PyObject *object, Py_ssize_t width, struct rows *rows)
 		PyObject *row = PyList_GetItem(list, i);
 
 		Py_XINCREF(row);
-		failed = !row || take_row(row, width, rows->owned + i * width);
+		failed = !row || take_row(row, width, rows->numbers + i * width);
 		Py_XDECREF(row);
 	}
 	Py_XDECREF(list);
-	rows->numbers = rows->owned;
 	rows->count = (uint32_t)count;
 	return failed ? -1 : 0;
 }
 
 static int take_rows(PyObject *object, Py_ssize_t width, struct rows *rows)
 {
-	int failed = PyObject_CheckBuffer(object) ? borrow_rows(object, width, rows) :
+	int failed = PyObject_CheckBuffer(object) ? copy_buffer(object, width, rows) :
 						    copy_rows(object, width, rows);
 
 	if (failed)
@@ -190,10 +189,11 @@ static int take_rows(PyObject *object, Py_ssize_t width, struct rows *rows)
 	return failed;
 }
 
-/* 0, or -EBADF: there is no address space, or this is a child of its process. */
-static int usable(const Mapper *self)
+/* The descriptor, open until vt_handle_give; or -EBADF: there is no address space, it was closed, or
+ * this is a child of its process. */
+static int take(const Mapper *self)
 {
-	return self->fd >= 0 && self->generation == vt_fork_generation ? 0 : -EBADF;
+	return self->generation == vt_fork_generation ? vt_handle_take(self->handle) : -EBADF;
 }
 
 static PyObject *map_failed(Mapper *self, int result, const uint64_t *row)
@@ -211,20 +211,22 @@ static PyObject *unmap_failed(Mapper *self, int result, uint64_t iova, uint64_t 
 
 static PyObject *map(Mapper *self, PyObject *const *arguments, Py_ssize_t count, PyObject *names)
 {
+	PyObject *handle = self->handle;
 	uint64_t row[NUMBERS_MAX];
 	uint32_t flags;
-	int result;
+	int fd, result;
 
 	if (take_numbers(arguments, count, 3, row, "map") ||
 	    take_rights(arguments + count, names, &flags))
 		return NULL;
-	result = usable(self);
-	if (!result) {
+	result = fd = take(self);
+	if (fd >= 0) {
 		Py_BEGIN_ALLOW_THREADS
-		result = self->is_iommufd ? vt_iommufd_map(self->fd, self->ioas, row[0], row[1],
-							   row[2], flags) :
-					    vt_type1_map(self->fd, row[0], row[1], row[2], flags);
+		result = self->is_iommufd ?
+				 vt_iommufd_map(fd, self->ioas, row[0], row[1], row[2], flags) :
+				 vt_type1_map(fd, row[0], row[1], row[2], flags);
 		Py_END_ALLOW_THREADS
+		vt_handle_give(handle);
 	}
 	if (result < 0)
 		return map_failed(self, result, row);
@@ -233,19 +235,20 @@ static PyObject *map(Mapper *self, PyObject *const *arguments, Py_ssize_t count,
 
 static PyObject *unmap(Mapper *self, PyObject *const *arguments, Py_ssize_t count)
 {
+	PyObject *handle = self->handle;
 	uint64_t row[NUMBERS_MAX], size;
-	int result;
+	int fd, result;
 
 	if (take_numbers(arguments, count, 2, row, "unmap"))
 		return NULL;
 	size = row[1];
-	result = usable(self);
-	if (!result) {
+	result = fd = take(self);
+	if (fd >= 0) {
 		Py_BEGIN_ALLOW_THREADS
-		result = self->is_iommufd ?
-				 vt_iommufd_unmap(self->fd, self->ioas, row[0], &size) :
-				 vt_type1_unmap(self->fd, row[0], &size, 0);
+		result = self->is_iommufd ? vt_iommufd_unmap(fd, self->ioas, row[0], &size) :
+					    vt_type1_unmap(fd, row[0], &size, 0);
 		Py_END_ALLOW_THREADS
+		vt_handle_give(handle);
 	}
 	if (result < 0)
 		return unmap_failed(self, result, row[0], row[1]);
@@ -253,15 +256,14 @@ static PyObject *unmap(Mapper *self, PyObject *const *arguments, Py_ssize_t coun
 }
 
 /* Takes the first `count` of `rows` (address, iova, size) away again: as vt_type1_unmap. */
-static int roll_back(Mapper *self, const uint64_t *rows, uint32_t count)
+static int roll_back(const Mapper *self, int fd, const uint64_t *rows, uint32_t count)
 {
 	int first = 0;
 
 	for (; count; count--, rows += 3) {
 		uint64_t size = rows[2];
-		int result = self->is_iommufd ?
-				     vt_iommufd_unmap(self->fd, self->ioas, rows[1], &size) :
-				     vt_type1_unmap(self->fd, rows[1], &size, 0);
+		int result = self->is_iommufd ? vt_iommufd_unmap(fd, self->ioas, rows[1], &size) :
+						vt_type1_unmap(fd, rows[1], &size, 0);
 
 		first = first ? first : result;
 	}
@@ -272,14 +274,11 @@ static int roll_back(Mapper *self, const uint64_t *rows, uint32_t count)
 static PyObject *map_many_failed(Mapper *self, int result, int back, const uint64_t *rows,
 				 uint32_t done)
 {
-	if (back < 0) {
-		PyObject *answer = unmap_failed(self, back, rows[1], rows[2]);
-
-		if (!answer)
-			return NULL;
-		Py_DECREF(answer);
-	}
-	return map_failed(self, result, rows + (size_t)done * 3);
+	rows += (size_t)done * 3;
+	if (back < 0)
+		return PyObject_CallMethod((PyObject *)self, "_roll_back_failed", "iiKK", result, back,
+					   (unsigned long long)rows[1], (unsigned long long)rows[2]);
+	return map_failed(self, result, rows);
 }
 
 static PyObject *map_many(Mapper *self, PyObject *const *arguments, Py_ssize_t count,
@@ -287,8 +286,9 @@ static PyObject *map_many(Mapper *self, PyObject *const *arguments, Py_ssize_t c
 {
 	struct rows rows = { 0 };
 	PyObject *answer = NULL;
+	PyObject *handle = self->handle;
 	uint32_t flags, done = 0;
-	int result, back = 0;
+	int fd, result, back = 0;
 
 	if (count != 1) {
 		PyErr_SetString(PyExc_TypeError, "map_many takes one positional argument");
@@ -296,16 +296,17 @@ static PyObject *map_many(Mapper *self, PyObject *const *arguments, Py_ssize_t c
 	}
 	if (take_rights(arguments + count, names, &flags) || take_rows(arguments[0], 3, &rows))
 		return NULL;
-	result = rows.count ? usable(self) : 0;
-	if (!result) {
+	result = fd = rows.count ? take(self) : 0;
+	if (rows.count && fd >= 0) {
 		Py_BEGIN_ALLOW_THREADS
 		result = self->is_iommufd ?
-				 vt_iommufd_map_many(self->fd, self->ioas, rows.numbers, rows.count,
-						     flags, &done) :
-				 vt_type1_map_many(self->fd, rows.numbers, rows.count, flags, &done);
+				 vt_iommufd_map_many(fd, self->ioas, rows.numbers, rows.count, flags,
+						     &done) :
+				 vt_type1_map_many(fd, rows.numbers, rows.count, flags, &done);
 		if (result < 0)
-			back = roll_back(self, rows.numbers, done);
+			back = roll_back(self, fd, rows.numbers, done);
 		Py_END_ALLOW_THREADS
+		vt_handle_give(handle);
 	}
 	if (result < 0)
 		answer = map_many_failed(self, result, back, rows.numbers, done);
@@ -319,21 +320,22 @@ static PyObject *unmap_many(Mapper *self, PyObject *argument)
 {
 	struct rows rows = { 0 };
 	PyObject *answer;
+	PyObject *handle = self->handle;
 	uint64_t unmapped = 0;
 	uint32_t done = 0;
-	int result;
+	int fd, result;
 
 	if (take_rows(argument, 2, &rows))
 		return NULL;
-	result = rows.count ? usable(self) : 0;
-	if (!result) {
+	result = fd = rows.count ? take(self) : 0;
+	if (rows.count && fd >= 0) {
 		Py_BEGIN_ALLOW_THREADS
 		result = self->is_iommufd ?
-				 vt_iommufd_unmap_many(self->fd, self->ioas, rows.numbers,
-						       rows.count, &unmapped, &done) :
-				 vt_type1_unmap_many(self->fd, rows.numbers, rows.count, &unmapped,
-						     &done);
+				 vt_iommufd_unmap_many(fd, self->ioas, rows.numbers, rows.count,
+						       &unmapped, &done) :
+				 vt_type1_unmap_many(fd, rows.numbers, rows.count, &unmapped, &done);
 		Py_END_ALLOW_THREADS
+		vt_handle_give(handle);
 	}
 	if (result < 0) {
 		const uint64_t *row = rows.numbers + (size_t)done * 2;
@@ -346,17 +348,28 @@ static PyObject *unmap_many(Mapper *self, PyObject *argument)
 	return answer;
 }
 
-/* _aim(descriptor, ioas): of a container if `ioas` is None, of an iommufd otherwise. */
+/* _aim(handle, ioas): of a container if `ioas` is None, of an iommufd otherwise. Once for all: a call
+ * under way in another thread gives back what it took. */
 static PyObject *aim(Mapper *self, PyObject *arguments)
 {
-	PyObject *ioas;
+	PyObject *handle, *ioas;
 	uint64_t number = 0;
 	int fd;
 
-	if (!PyArg_ParseTuple(arguments, "iO", &fd, &ioas) ||
+	if (!PyArg_ParseTuple(arguments, "OO", &handle, &ioas) ||
 	    (ioas != Py_None && take_u64(ioas, &number)))
 		return NULL;
-	self->fd = fd;
+	if (self->handle) {
+		PyErr_SetString(PyExc_RuntimeError, "a Mapper has one handle");
+		return NULL;
+	}
+	fd = vt_handle_take(handle);
+	if (fd < 0) {
+		PyErr_SetString(PyExc_TypeError, "not an open Handle");
+		return NULL;
+	}
+	vt_handle_give(handle);
+	self->handle = Py_NewRef(handle);
 	self->is_iommufd = ioas != Py_None;
 	self->ioas = (uint32_t)number;
 	self->generation = vt_fork_generation;
@@ -365,12 +378,12 @@ static PyObject *aim(Mapper *self, PyObject *arguments)
 
 static int mapper_init(Mapper *self, PyObject *arguments, PyObject *keywords)
 {
+	(void)self;
 	(void)keywords;
 	if (PyTuple_Size(arguments)) {
 		PyErr_SetString(PyExc_TypeError, "Mapper takes no arguments");
 		return -1;
 	}
-	self->fd = -1;
 	return 0;
 }
 
@@ -379,19 +392,29 @@ static void mapper_dealloc(Mapper *self)
 	PyTypeObject *type = Py_TYPE((PyObject *)self);
 	freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
 
+	Py_XDECREF(self->handle);
 	release(self);
 	Py_DECREF(type);
 }
 
 static PyMethodDef mapper_methods[] = {
 	{ "map", (PyCFunction)(void (*)(void))map, METH_FASTCALL | METH_KEYWORDS,
-	  "map(address, iova, size, *, read, write)" },
-	{ "unmap", (PyCFunction)(void (*)(void))unmap, METH_FASTCALL, "unmap(iova, size): bytes" },
+	  "map($self, address, iova, size, /, *, read, write)\n--\n\n"
+	  "Let devices read and write `size` bytes of this process at `iova`. Raises UsageError where\n"
+	  "something is mapped already, KernelError." },
+	{ "unmap", (PyCFunction)(void (*)(void))unmap, METH_FASTCALL,
+	  "unmap($self, iova, size, /)\n--\n\n"
+	  "Take the mappings within `size` bytes from `iova` on away; the bytes that were mapped,\n"
+	  "which may be 0. Raises UsageError for a part of a mapping, KernelError." },
 	{ "map_many", (PyCFunction)(void (*)(void))map_many, METH_FASTCALL | METH_KEYWORDS,
-	  "map_many(rows, *, read, write): all of them or none" },
+	  "map_many($self, rows, /, *, read, write)\n--\n\n"
+	  "As `map` for each row (address, iova, size); all of them or none. Rows are a sequence of\n"
+	  "tuples, or a buffer of unsigned 64-bit numbers, which is copied first." },
 	{ "unmap_many", (PyCFunction)(void (*)(void))unmap_many, METH_O,
-	  "unmap_many(rows): bytes" },
-	{ "_aim", (PyCFunction)(void (*)(void))aim, METH_VARARGS, NULL },
+	  "unmap_many($self, rows, /)\n--\n\n"
+	  "As `unmap` for each row (iova, size); the sum of the bytes." },
+	{ "_aim", (PyCFunction)(void (*)(void))aim, METH_VARARGS,
+	  "_aim(handle, ioas): map through this container (ioas None) or iommufd." },
 	{ NULL, NULL, 0, NULL },
 };
 

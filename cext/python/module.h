@@ -9,17 +9,26 @@
 #include <stdint.h>
 
 /* Beside enum vt_refusal of mmio.h. */
-#define VT_BAD_VALUE 7   /* the value does not fit the width */
-#define VT_WINDOW_BUSY 8 /* another thread is polling the window */
+#define VT_BAD_VALUE 7     /* the value does not fit the width */
+#define VT_WINDOW_PINNED 8 /* C keeps an address of the window */
+#define VT_BAD_TIME 9      /* not a number of seconds */
 
-/* Calls the function that vfio/native.py has set, which raises; always NULL. */
+/* Calls the method `_refuse` of `self`, which raises. Always NULL with an exception set. */
 PyObject *vt_refuse(PyObject *self, int reason, uint64_t offset, unsigned width);
+
+/* The descriptor of a `Handle`, which stays open until vt_handle_give: or -EBADF for one that was
+ * closed, -EINVAL for an object that is none. NULL is closed. Needs the interpreter's lock. */
+int vt_handle_take(PyObject *handle);
+/* The counterpart of a vt_handle_take that gave a descriptor. Closes it if Handle.close was called
+ * meanwhile and nobody else uses it. Needs the interpreter's lock. */
+void vt_handle_give(PyObject *handle);
 
 /* Adds the type that `spec` describes to the module as `name`: 0, or -1 with an exception set. */
 int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec);
-/* Adds the type `Event` to the module: 0, or -1 with an exception set. */
+/* Add one type each: 0, or -1 with an exception set. */
 int vt_add_event_type(PyObject *module);
-/* The same for `Mapper`. */
+int vt_add_handle_type(PyObject *module);
 int vt_add_mapper_type(PyObject *module);
+int vt_add_window_type(PyObject *module);
 
 #endif

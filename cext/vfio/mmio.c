@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -36,7 +37,7 @@ int vt_window_map(struct vt_window *window, int fd, uint64_t position, uint64_t 
 			 (access & VT_WINDOW_WRITE ? PROT_WRITE : 0);
 	void *reserved;
 
-	if (!size || (alignment & (alignment - 1)) || position % page)
+	if (!size || (alignment & (alignment - 1)) || alignment > UINT64_MAX / 4 || position % page)
 		return -EINVAL;
 	if (alignment < page)
 		alignment = page;
@@ -69,20 +70,24 @@ int vt_window_map(struct vt_window *window, int fd, uint64_t position, uint64_t 
 		.generation = vt_fork_generation,
 		.reserved = reserved,
 		.reserved_size = room,
+		.gate = { .open = 1 },
 	};
 	return 0;
 }
 
 void vt_window_unmap(struct vt_window *window)
 {
+	vt_gate_set(&window->gate, 0);
 	if (window->reserved)
 		munmap(window->reserved, window->reserved_size);
-	memset(window, 0, sizeof(*window));
+	/* All but the gate: somebody may just be turning back from it. */
+	memset(window, 0, offsetof(struct vt_window, gate));
 }
 
 void vt_window_block(struct vt_window *window, int blocked)
 {
 	window->access = blocked ? 0 : window->granted;
+	vt_gate_set(&window->gate, !blocked && window->reserved);
 }
 
 enum vt_refusal vt_window_check(const struct vt_window *window, uint64_t offset, uint64_t count,
@@ -180,17 +185,23 @@ static uint64_t now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-int vt_window_poll(const struct vt_window *window, uint64_t offset, uint32_t width, uint64_t mask,
+int vt_window_poll(struct vt_window *window, uint64_t offset, uint32_t width, uint64_t mask,
 		   uint64_t wanted, uint64_t timeout_ns, uint64_t *value)
 {
 	uint64_t begin = now_ns(), spent = 0, nap = 1000;
+	int found;
 
+	if (!vt_gate_enter(&window->gate))
+		return -1;
 	for (;;) {
+		if (!vt_gate_is_open(&window->gate)) {
+			found = -1;
+			break;
+		}
 		*value = load(window, offset, width);
-		if ((*value & mask) == wanted)
-			return 1;
-		if (spent >= timeout_ns)
-			return 0;
+		found = (*value & mask) == wanted;
+		if (found || spent >= timeout_ns)
+			break;
 		if (spent > SPIN_NS) {
 			struct timespec pause = { .tv_nsec = (long)nap };
 
@@ -201,4 +212,6 @@ int vt_window_poll(const struct vt_window *window, uint64_t offset, uint32_t wid
 		}
 		spent = now_ns() - begin;
 	}
+	vt_gate_leave(&window->gate);
+	return found;
 }

@@ -10,6 +10,8 @@
 #include <endian.h>
 #include <stdint.h>
 
+#include "vfio/gate.h"
+
 /* Why an access was refused; also what vt_window_check returns. */
 enum vt_refusal {
 	VT_OK = 0,
@@ -33,6 +35,7 @@ struct vt_window {
 	uint64_t generation;
 	uint64_t reserved_size; /* the address range kept for the window, alignment included */
 	void *reserved;
+	struct vt_gate gate; /* for loops that run without the interpreter's lock */
 };
 
 /* Counts the forks between this process and the one that loaded the library. */
@@ -43,7 +46,10 @@ void vt_watch_forks(void);
  * an address that is a multiple of `alignment` (0: the page). Hidden from children. 0 or -errno. */
 int vt_window_map(struct vt_window *window, int fd, uint64_t position, uint64_t start,
 		  uint64_t size, uint32_t access, uint64_t alignment);
+/* Unmaps; the gate stays shut. The caller has seen that nobody is inside. */
 void vt_window_unmap(struct vt_window *window);
+/* Refuses all accesses from now on, or allows them again where `blocked` is 0. Loops that are inside
+ * the gate end soon: vt_gate_is_busy tells when they have. */
 void vt_window_block(struct vt_window *window, int blocked);
 /* The reason why `count` accesses of `width` bytes from `offset` on would be refused, or VT_OK. */
 enum vt_refusal vt_window_check(const struct vt_window *window, uint64_t offset, uint64_t count,
@@ -55,9 +61,10 @@ void vt_window_read_many(const struct vt_window *window, uint64_t offset, uint32
 			 uint32_t step, void *out, uint64_t count);
 void vt_window_write_many(const struct vt_window *window, uint64_t offset, uint32_t width,
 			  uint32_t step, const void *in, uint64_t count);
-/* Reads the register until (value & mask) == wanted: 1, or 0 when `timeout_ns` has passed. Spins
- * for 20 microseconds, then sleeps between reads, never longer than 100 microseconds. */
-int vt_window_poll(const struct vt_window *window, uint64_t offset, uint32_t width, uint64_t mask,
+/* Reads the register until (value & mask) == wanted: 1, or 0 when `timeout_ns` has passed, or -1 when
+ * the window's gate is shut, at once or meanwhile; `value` is then not set. Spins for 20
+ * microseconds, then sleeps between reads, never longer than 100 microseconds. */
+int vt_window_poll(struct vt_window *window, uint64_t offset, uint32_t width, uint64_t mask,
 		   uint64_t wanted, uint64_t timeout_ns, uint64_t *value);
 
 static inline void vt_write_barrier(void)

@@ -71,7 +71,7 @@ def test_two_traces_of_one_driver_are_the_same_and_a_change_is_named(
     assert all(event["device"] == EDU for event in first)
 
 
-def test_a_trace_is_shown_compared_and_replayed(
+def test_a_trace_is_shown_and_compared(
     guide: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bind_vfio(EDU)
@@ -87,11 +87,6 @@ def test_a_trace_is_shown_compared_and_replayed(
     shown = capsys.readouterr().out
     assert "dma-map" in shown and "value=0xffffff00" in shown
     assert main(["device", "trace", str(file), "--compare", str(file)]) == 0
-    for backend in BACKENDS:
-        assert main(["device", "trace", str(file), "--replay", EDU, "--backend", backend]) == 0
     changed = tmp_path / "changed"
     changed.write_text(file.read_text().replace("4294967040", "4294967041"))
-    capsys.readouterr()
-    assert main(["device", "trace", str(changed), "--replay", EDU]) == 1
-    assert "0xffffff01 before, 0xffffff00 now" in capsys.readouterr().out
     assert main(["device", "trace", str(file), "--compare", str(changed)]) == 1

@@ -101,7 +101,7 @@ def test_ioctl_is_called_through_one_function() -> None:
 
 def test_the_shipped_build_has_no_fault_injection() -> None:
     assert native.fault_set(1, errno.EIO) == -errno.ENOSYS
-    native.Event(native.eventfd())._close()
+    native.Eventfd(native.eventfd())._close()
 
 
 def test_the_test_build_has_it_and_is_made_once() -> None:
@@ -124,7 +124,7 @@ class Space(native.Mapper):
         raise OSError(-result, "map")
 
 space = Space()
-space._aim(native.open_node("/dev/null"), None)
+space._aim(native.Handle(native.open_node("/dev/null")), None)
 native.fault_set(3, errno.EXDEV)
 native.open_node("/dev/null")
 for expected in (errno.ENOTTY, errno.EXDEV, errno.ENOTTY):

@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy
 import pytest
 
-from vfiotool.native.library import Mapper
+from vfiotool.native.library import Handle, Mapper
 
 PAGE = 4096
 
@@ -27,15 +27,18 @@ class Space(Mapper):
     def _unmap_failed(self, result: int, iova: int, size: int) -> int:
         raise Failed("unmap", -result, iova, size)
 
+    def _roll_back_failed(self, result: int, back: int, iova: int, size: int) -> NoReturn:
+        raise Failed("roll back", -result, -back, iova, size)
+
 
 @pytest.fixture(params=[None, 1], ids=["type1", "iommufd"])
 def space(request: pytest.FixtureRequest) -> Iterator[Space]:
     """Over a file that knows none of the ioctls."""
-    descriptor = os.open("/dev/null", os.O_RDWR)
+    handle = Handle(os.open("/dev/null", os.O_RDWR))
     made = Space()
-    made._aim(descriptor, request.param)
+    made._aim(handle, request.param)
     yield made
-    os.close(descriptor)
+    handle.close()
 
 
 def failure(work: object, *arguments: object, **rights: bool) -> tuple[object, ...]:
@@ -124,8 +127,8 @@ def test_a_list_that_shrinks_while_it_is_read_does_no_harm(space: Space) -> None
 def test_without_an_address_space_and_in_a_child_nothing_is_reached() -> None:
     space = Space()
     assert failure(space.unmap, 0, PAGE)[:2] == ("unmap", errno.EBADF)
-    descriptor = os.open("/dev/null", os.O_RDWR)
-    space._aim(descriptor, None)
+    handle = Handle(os.open("/dev/null", os.O_RDWR))
+    space._aim(handle, None)
     child = os.fork()
     if child == 0:
         try:
@@ -134,6 +137,5 @@ def test_without_an_address_space_and_in_a_child_nothing_is_reached() -> None:
             os._exit(error.args[1])
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EBADF
-    space._aim(-1, None)
+    handle.close()
     assert failure(space.unmap_many, [(0, PAGE)])[:2] == ("unmap", errno.EBADF)
-    os.close(descriptor)

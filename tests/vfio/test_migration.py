@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -67,7 +68,8 @@ class FakeDevice:
 
     def __init__(self, flags: int = 7, stream: bytes = b"state") -> None:
         self.name = "fake"
-        self.descriptor = -1
+        self.use = lambda: contextlib.nullcontext(-1)
+        self.reach = SimpleNamespace(resetting=contextlib.nullcontext)
         self.flags, self.stream = flags, stream
         self.state = RUNNING
         self.moves: list[int] = []

@@ -189,7 +189,7 @@ def test_nothing_works_after_close_and_closing_twice_is_nothing() -> None:
 
 def test_a_blocked_window_refuses_until_it_is_unblocked(memory: Memory) -> None:
     memory.window._block(True)
-    with pytest.raises(UsageError, match="does not decode memory"):
+    with pytest.raises(UsageError, match="cannot be reached"):
         memory.window.read32(START)
     memory.window._block(False)
     memory.window.read32(START)
@@ -214,18 +214,76 @@ def test_polling_ends_at_its_deadline_and_lets_other_threads_run(memory: Memory)
     assert ran
 
 
-def test_a_window_is_not_unmapped_under_a_poll(memory: Memory) -> None:
-    thread = threading.Thread(
-        target=lambda: memory.window._poll_until(START, 4, 1, 1, 10_000_000_000)
-    )
-    thread.start()
-    while not memory.window.polling:
+@pytest.mark.parametrize("end", ["_close", "_block"])
+def test_closing_or_blocking_a_window_ends_its_polls_with_an_error(
+    memory: Memory, end: str
+) -> None:
+    said: list[str] = []
+
+    def poll() -> None:
+        try:
+            memory.window._poll_until(START, 4, 1, 1, 30_000_000_000)
+        except UsageError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=poll) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while memory.window.polling < 3:
         time.sleep(0)
-    with pytest.raises(UsageError, match="polling"):
+    begin = time.monotonic()
+    getattr(memory.window, end)(*([True] if end == "_block" else []))
+    # Nobody is at the window any more when it returns.
+    assert time.monotonic() - begin < 5
+    for thread in threads:
+        thread.join(5)
+    assert len(said) == 3, said
+    assert all(("closed" if end == "_close" else "reached") in text for text in said)
+
+
+def test_a_pinned_window_is_not_closed_but_with_its_device(memory: Memory) -> None:
+    gate = memory.window.pin()
+    assert gate and memory.window.pins == 1
+    with pytest.raises(UsageError, match="keeps an address"):
         memory.window._close()
-    memory.window.write32(START, 1)
+    assert memory.window.read32(START) == 0
+    memory.window.unpin()
+    with pytest.raises(RuntimeError):
+        memory.window.unpin()
+    memory.window.pin()
+    memory.window._close(True)
+    assert memory.window.closed
+    # Whoever pinned it lets go later.
+    memory.window.unpin()
+    with pytest.raises(UsageError, match="closed"):
+        memory.window.pin()
+
+
+def test_the_gate_tells_c_whether_it_may_access(memory: Memory) -> None:
+    import ctypes
+
+    opened = ctypes.c_uint32.from_address(memory.window.pin())
+    inside = ctypes.c_uint32.from_address(ctypes.addressof(opened) + 4)
+    assert (opened.value, inside.value) == (1, 0)
+    memory.window._block(True)
+    assert opened.value == 0
+    memory.window._block(False)
+    inside.value = 1
+    blocked = threading.Event()
+
+    def block() -> None:
+        memory.window._block(True)
+        blocked.set()
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    while opened.value:
+        time.sleep(0)
+    assert not blocked.is_set()
+    inside.value = 0
+    assert blocked.wait(5)
     thread.join()
-    assert not memory.window.closed
+    memory.window.unpin()
 
 
 def test_a_signal_interrupts_a_poll(memory: Memory) -> None:
@@ -269,7 +327,7 @@ def test_the_mapping_is_aligned_as_asked_for(memory: Memory) -> None:
     window = Window(memory.fd, 4096, START, 4096, READ_WRITE, 1 << 21)
     assert window.address(START, 4) % (1 << 21) == 4096
     window._close()
-    for wrong in (3, (1 << 63) + 1):
+    for wrong in (3, (1 << 63) + 1, 1 << 63, 1 << 62):
         with pytest.raises(OSError, match="Invalid"):
             Window(memory.fd, 0, 0, 4096, READ_WRITE, wrong)
 

@@ -126,7 +126,7 @@ def test_what_this_kernel_lacks_is_unsupported_by_name() -> None:
     cdev_only = laid_out("/dev/vfio/devices/vfio3", "/dev/iommu")
     with pytest.raises(Unsupported, match="no VFIO group"):
         open_space(find(EDU, cdev_only), "type1", cdev_only)
-    with pytest.raises(UsageError, match="no backend"):
+    with pytest.raises(UsageError, match="not a backend"):
         open_space(find(EDU, group_only), "container", group_only)
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from vfiotool.errors import NotFound
-from vfiotool.vfio import Device
-from vfiotool.vfio.registers import RegisterMap
+from vfiotool.vfio import Device, RegisterMap
 
 # Name -> module with a `demo(device)`; a module is imported when it is asked for.
 DEMOS = {

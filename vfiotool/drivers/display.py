@@ -14,9 +14,15 @@ from collections.abc import Iterator
 
 from vfiotool.drivers import Check
 from vfiotool.errors import Unsupported, UsageError
-from vfiotool.vfio import Device
-from vfiotool.vfio.gfx import Plane, plane_kind, primary_plane, read_plane
-from vfiotool.vfio.registers import Register, RegisterMap
+from vfiotool.vfio import (
+    Device,
+    Plane,
+    Register,
+    RegisterMap,
+    plane_kind,
+    primary_plane,
+    read_plane,
+)
 
 MBOCHS_ID = 0x1111_1234
 MDPY_ID = 0x000F_1B36

@@ -13,8 +13,7 @@ from math import factorial
 
 from vfiotool.drivers import Check
 from vfiotool.errors import KernelError, UsageError
-from vfiotool.vfio import Device, Interrupt
-from vfiotool.vfio.registers import Register, RegisterMap
+from vfiotool.vfio import Device, Interrupt, Register, RegisterMap
 
 VENDOR_DEVICE = 0x11E8_1234  # device and vendor id as configuration space holds them
 ADDRESS_BITS = 28

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 from vfiotool.drivers import Check
 from vfiotool.errors import KernelError, UsageError
-from vfiotool.vfio import Device
-from vfiotool.vfio.registers import Register, RegisterMap
+from vfiotool.vfio import Device, Register, RegisterMap
 
 VENDOR_DEVICE = 0x3253_4348
 FIFO_BYTES = 15

@@ -20,7 +20,8 @@ from vfiotool.errors import (
     VfiotoolError,
     errno_name,
 )
-from vfiotool.native._types import Event, Mapper, Window, fork_generation, set_refusal
+from vfiotool.native import _types
+from vfiotool.native._types import Mapper, fork_generation
 
 try:
     from vfiotool.native._library import ffi, lib
@@ -30,7 +31,7 @@ except ImportError as _missing:  # pragma: no cover - a broken installation
         hint="install vfiotool with a C compiler at hand: pip install .",
     ) from _missing
 
-__all__ = ["Event", "Mapper", "Window", "ffi", "fork_generation", "lib"]
+__all__ = ["Eventfd", "Handle", "Mapper", "Window", "ffi", "fork_generation", "lib"]
 
 WINDOW_READ = 1
 WINDOW_WRITE = 2
@@ -38,27 +39,72 @@ _INFO_FIRST = 512
 _INFO_LIMIT = 1 << 20
 
 _REFUSALS = {
-    1: "the mapping is closed",
-    2: "the device does not decode memory now (COMMAND, Memory Space Enable is off)",
+    1: "it is closed",
+    2: "the device cannot be reached now",
     3: "this process is a child of the one that opened the device",
     4: "the region does not allow it",
     5: "it lies outside the mapped range",
     6: "offset or length is not a multiple of the width",
     7: "the value does not fit the width",
-    8: "another thread is polling the mapping",
+    8: "a queue or a loop in C keeps an address of it: close that first",
+    9: "the time-out is not a number of seconds",
 }
+_ENDLESS_NS = 1 << 62
 
 
-def _refuse(refused: Window | Event, reason: int, offset: int, width: int) -> None:
-    described = getattr(refused, "description", "window")
-    if isinstance(refused, Event):
-        what = "is off" if reason == 1 else _REFUSALS.get(reason, "refused")
-        raise UsageError(f"{getattr(refused, 'description', 'the interrupt')}: {what}")
-    where = "" if reason == 8 else f" at {offset:#x}, {width} byte{'s' if width > 1 else ''}"
-    raise UsageError(f"access to {described}{where}: {_REFUSALS.get(reason, 'refused')}")
+class Window(_types.Window):
+    """A mapped part of a region; what it refuses it tells as UsageError.
+
+    `description` is what it is called there, `unreachable` why the device cannot be reached.
+    """
+
+    description = "window"
+    unreachable: str | None = None
+
+    def _refuse(self, reason: int, offset: int, width: int) -> None:
+        said = self.unreachable if reason == 2 and self.unreachable else _REFUSALS[reason]
+        bytes_ = f", {width} byte{'s' if width > 1 else ''}" if width else ""
+        raise UsageError(f"access to {self.description} at {offset:#x}{bytes_}: {said}")
+
+    def refuse_access(self, offset: int = 0) -> None:
+        """Raises the UsageError that an access would raise now: for C that found the gate shut."""
+        self.address(offset or self.start, 1)
+        raise UsageError(f"access to {self.description}: the device could not be reached meanwhile")
 
 
-set_refusal(_refuse)
+class Eventfd(_types.Event):
+    """An eventfd that an interrupt signals; what it refuses it tells as UsageError."""
+
+    description = "the interrupt"
+
+    def _refuse(self, reason: int, _offset: int, _width: int) -> None:
+        raise UsageError(f"{self.description}: {'is off' if reason == 1 else _REFUSALS[reason]}")
+
+
+class Handle(_types.Handle):
+    """A descriptor that is never closed under a call: `with handle as fd`. `description` is what it
+    belongs to."""
+
+    description = "the device"
+
+    def _refuse(self, _reason: int, _offset: int, _width: int) -> None:
+        raise UsageError(f"{self.description} is closed")
+
+
+def nanoseconds(timeout_s: float | None) -> int:
+    """A time-out as the C loops take it: None and inf are no limit, less than 0 is now.
+
+    Raises UsageError for NaN and for what is not a number.
+    """
+    if timeout_s is None:
+        return _ENDLESS_NS
+    try:
+        number = float(timeout_s)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a time-out of {timeout_s!r} seconds is not a number") from error
+    if number != number:
+        raise UsageError("a time-out of NaN seconds is not a number")
+    return round(min(max(number, 0.0), _ENDLESS_NS / 1e9) * 1e9)
 
 
 def failed(
@@ -349,7 +395,7 @@ def irq_unmask_fd(device: int, index: int, descriptor: int) -> int:
 
 
 def eventfd() -> int:
-    """A new eventfd for an `Event`: close-on-exec, not blocking, at zero."""
+    """A new eventfd for an `Eventfd`: close-on-exec, not blocking, at zero."""
     return check(lib.vt_eventfd(), "eventfd")
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from vfiotool.errors import KernelError
 
 HOP_LIMIT = 64
+# VFIO_PCI_CONFIG_REGION_INDEX.
+CONFIG_REGION = 7
 _HEADER = struct.Struct("=HHI")
 
 CAP_SPARSE_MMAP = 1
@@ -46,7 +48,7 @@ def names(flags: int, table: dict[int, str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Capability:
+class InfoCapability:
     """One link of a chain: `body` is what follows its header, up to the end of the buffer."""
 
     id: int
@@ -54,9 +56,9 @@ class Capability:
     body: bytes
 
 
-def walk(buffer: bytes, offset: int, head_bytes: int, what: str) -> list[Capability]:
+def walk(buffer: bytes, offset: int, head_bytes: int, what: str) -> list[InfoCapability]:
     """The capabilities from `offset` on (0: none; a set CAPS flag can come with offset 0)."""
-    found: list[Capability] = []
+    found: list[InfoCapability] = []
     seen: set[int] = set()
     while offset:
         if offset in seen or len(seen) >= HOP_LIMIT:
@@ -65,7 +67,7 @@ def walk(buffer: bytes, offset: int, head_bytes: int, what: str) -> list[Capabil
             raise KernelError(f"{what}: a capability lies outside the answer, at {offset:#x}")
         seen.add(offset)
         number, version, following = _HEADER.unpack_from(buffer, offset)
-        found.append(Capability(number, version, buffer[offset + _HEADER.size :]))
+        found.append(InfoCapability(number, version, buffer[offset + _HEADER.size :]))
         offset = following
     return found
 

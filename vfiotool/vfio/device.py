@@ -8,34 +8,31 @@ Source: Documentation/driver-api/vfio.rst, <linux/vfio.h>; PCI Local Bus Specifi
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import threading
 import uuid
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.native import library as native
-from vfiotool.vfio.backend import AddressSpace, open_space
-from vfiotool.vfio.caps import (
-    IRQ_FLAGS,
-    IrqInfo,
-    RegionInfo,
-    names,
-    parse_device,
-    parse_region,
-)
+from vfiotool.vfio.backend import Backend, open_space
+from vfiotool.vfio.caps import CONFIG_REGION, IRQ_FLAGS, IrqInfo, RegionInfo, names
+from vfiotool.vfio.dma import dma_of
 from vfiotool.vfio.irq import Interrupts
-from vfiotool.vfio.region import Mapping, Region
+from vfiotool.vfio.opened import OpenDevice
+from vfiotool.vfio.reach import COMMAND, COMMAND_MASTER, COMMAND_MEMORY
+from vfiotool.vfio.region import Config, Mapping, Region
+from vfiotool.vfio.space import AddressSpace
 from vfiotool.vfio.target import find
 from vfiotool.vfio.trace import Trace
 
-CONFIG_REGION = 7
-_COMMAND = 0x04
-_COMMAND_IO = 1 << 0
-_COMMAND_MEMORY = 1 << 1
-_COMMAND_MASTER = 1 << 2
+# What the fixed regions of a PCI device are called (VFIO_PCI_*_REGION_INDEX).
+REGION_NAMES = {**{f"bar{n}": n for n in range(6)}, "rom": 6, "config": CONFIG_REGION, "vga": 8}
+_CONFIG_IDS = 0x00
+_CONFIG_CLASS = 0x08
 # Device-specific regions come after the nine fixed ones; no driver has near as many.
 _REGION_LIMIT = 256
 _IRQ_LIMIT = 64
@@ -68,17 +65,7 @@ class Dependent:
     owner: int
 
 
-class Config(Region):
-    """Configuration space. A write to COMMAND is followed by what it means for mappings."""
-
-    def write(self, offset: int, value: int, width: int) -> None:
-        """As `Region.write`."""
-        super().write(offset, value, width)
-        if offset <= _COMMAND < offset + width:
-            self.device.follow_command()
-
-
-class Device:
+class Device(OpenDevice):
     """An open device. Make one with `Device.open`; all errors are VfiotoolError."""
 
     def __init__(
@@ -91,30 +78,34 @@ class Device:
         vf_token: str | None = None,
     ) -> None:
         self.space = space
-        self.trace = trace
-        self.mappings: weakref.WeakSet[Mapping] = weakref.WeakSet()
         self._owns_space = owns_space
         self._quiesce: list[Callable[[], object]] = []
-        self._closed = False
+        self._close_lock = threading.RLock()
+        self._closing = False
         self._regions: dict[int, Region] = {}
         self.attachment = space.attach(find(name, space.host), vf_token)
         self.target = self.attachment.target
-        self.name = self.target.name
         if trace is not None:
-            trace.device = self.name
+            trace.device = self.target.name
         try:
+            super().__init__(self.target.name, self.attachment.handle, trace)
             self._learn()
         except BaseException:
             space.detach(self.attachment)
             raise
         space.devices.append(self)
 
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"open over {self.backend}"
+        reason = None if self.closed else self.reach.reason
+        return f"<Device {self.name}, {state}{f'; {reason}' if reason else ''}>"
+
     @classmethod
     def open(
         cls,
         name: str,
         *,
-        backend: str = "auto",
+        backend: Backend = "auto",
         space: AddressSpace | None = None,
         host: Host | None = None,
         trace: Trace | None = None,
@@ -142,24 +133,21 @@ class Device:
             raise
 
     def _learn(self) -> None:
-        descriptor = self.attachment.descriptor
-        self.info = parse_device(native.device_info(descriptor, self.name))
-        regions: list[RegionInfo | None] = []
-        for index in range(min(self.info.num_regions, _REGION_LIMIT)):
-            raw = native.region_info(descriptor, index, self.name)
-            regions.append(None if raw is None else parse_region(raw, index))
+        regions = [self.ask_region(i) for i in range(min(self.info.num_regions, _REGION_LIMIT))]
         irqs: list[IrqInfo | None] = []
         for index in range(min(self.info.num_irqs, _IRQ_LIMIT)):
-            found = native.irq_info(descriptor, index)
+            with self.use() as fd:
+                found = native.irq_info(fd, index)
             irqs.append(
                 None if found is None else IrqInfo(index, found[1], names(found[0], IRQ_FLAGS))
             )
         self.regions = tuple(regions)
-        self.irqs = Interrupts(self, irqs, self.trace)
+        self.irqs = Interrupts(self, irqs)
         # Attaching may have narrowed what can be mapped.
-        self.dma = self.space.dma
+        self.dma = dma_of(self.space)
         self.dma.trace = self.dma.trace or self.trace
         self.dma.refresh()
+        self.reach.refresh()
 
     @property
     def backend(self) -> str:
@@ -167,25 +155,43 @@ class Device:
         return self.space.name
 
     @property
-    def closed(self) -> bool:
-        return self._closed
+    def descriptor(self) -> int:
+        """The device's file, for looking only: another thread may close it (`use` keeps it open).
+        Raises UsageError once it is closed, and in a child process."""
+        self.refuse_closed()
+        return self.handle.number
 
     @property
-    def descriptor(self) -> int:
-        """The device's file. Raises UsageError once it is closed, and in a child process."""
-        self.refuse_closed()
-        return self.attachment.descriptor
+    def mappings(self) -> list[Mapping]:
+        """The mappings of its regions that were not closed."""
+        return [window for window in self.reach.windows if isinstance(window, Mapping)]
 
-    def refuse_closed(self) -> None:
-        """Raises UsageError once the device is closed, and in a child process."""
-        self.space.refuse_child()
-        if self._closed:
-            raise UsageError(f"{self.name} is closed")
+    def _identity(self, offset: int, width: int) -> int:
+        return self.config.read(offset, width)
 
-    def region(self, index: int) -> Region:
-        """The region `index`: 0 to 5 are the BARs, 6 the ROM, 7 configuration space. Raises
-        UsageError where the device has none."""
+    @property
+    def vendor(self) -> int:
+        """The vendor's id (PCI Local Bus 3.0, 6.2.1). Raises Unsupported for what is not PCI."""
+        return self._identity(_CONFIG_IDS, 2)
+
+    @property
+    def device(self) -> int:
+        """The device's id, as the vendor gave it; as `vendor`."""
+        return self._identity(_CONFIG_IDS + 2, 2)
+
+    @property
+    def class_code(self) -> int:
+        """Class, subclass and interface in 24 bits (0x010802 is an NVMe controller); as
+        `vendor`."""
+        return self._identity(_CONFIG_CLASS, 4) >> 8
+
+    def region(self, index: int | str) -> Region:
+        """The region `index`: of a PCI device 0 to 5 are the BARs, 6 the ROM, 7 configuration
+        space, also by name: "bar0" to "bar5", "rom", "config", "vga". Raises UsageError where the
+        device has none."""
         self.refuse_closed()
+        if isinstance(index, str):
+            index = self._region_called(index)
         if index not in self._regions:
             info = self._region_info(index)
             if info is None or not info.size:
@@ -196,15 +202,23 @@ class Device:
                     device=self.name,
                 )
             kind = Config if index == CONFIG_REGION and self.info.is_pci else Region
-            self._regions[index] = kind(self, info, self.trace)
+            self._regions[index] = kind(self, info)
         return self._regions[index]
+
+    def _region_called(self, name: str) -> int:
+        if self.info.is_pci and name.lower() in REGION_NAMES:
+            return REGION_NAMES[name.lower()]
+        raise UsageError(
+            f"{self.name} has no region called {name!r}",
+            hint=", ".join(REGION_NAMES) if self.info.is_pci else "only PCI's have names",
+            device=self.name,
+        )
 
     def _region_info(self, index: int) -> RegionInfo | None:
         if index < len(self.regions) or index >= _REGION_LIMIT:
             return self.regions[index] if 0 <= index < len(self.regions) else None
         # A device may have more than it counts: mdpy's plane is in region 16 of 9 (mdpy.c).
-        raw = native.region_info(self.descriptor, index, self.name)
-        return None if raw is None else parse_region(raw, index)
+        return self.ask_region(index)
 
     @property
     def config(self) -> Region:
@@ -216,55 +230,49 @@ class Device:
     @property
     def command(self) -> int:
         """The COMMAND register."""
-        return self.config.read16(_COMMAND)
+        return self.config.read16(COMMAND)
 
     @property
     def memory_decode(self) -> bool:
         """Whether the device answers to its memory BARs now; always true beyond PCI."""
-        return not self.info.is_pci or bool(self.command & _COMMAND_MEMORY)
+        return not self.info.is_pci or bool(self.command & COMMAND_MEMORY)
 
-    def require_memory_decode(self) -> None:
-        """Raises UsageError if a mapped access would be a bus error now."""
-        if not self.memory_decode:
-            raise UsageError(
-                f"{self.name} does not decode memory (COMMAND, Memory Space Enable is off)",
-                hint="set it first: device.set_memory_decode(True)",
-                device=self.name,
-            )
+    @property
+    def unreachable(self) -> str | None:
+        """Why mapped accesses are refused now, or None: memory decode is off, the device sleeps,
+        is being reset, or is gone."""
+        self.refuse_closed()
+        return self.reach.reason
 
     def set_memory_decode(self, on: bool) -> None:
         """Turn Memory Space Enable on or off; while it is off mapped accesses are refused."""
-        self._set_command(_COMMAND_MEMORY, on)
-
-    def follow_command(self) -> None:
-        """Allow or refuse mapped accesses as COMMAND stands; called after each write to it."""
-        blocked = not self.memory_decode
-        for mapping in list(self.mappings):
-            mapping._block(blocked)
+        self._set_command(COMMAND_MEMORY, on)
 
     @property
     def bus_master(self) -> bool:
         """Whether the device may start DMA and send MSIs (COMMAND, Bus Master Enable)."""
-        return self.info.is_pci and bool(self.command & _COMMAND_MASTER)
+        return self.info.is_pci and bool(self.command & COMMAND_MASTER)
 
     def set_bus_master(self, on: bool) -> None:
         """Turn Bus Master Enable on or off. It is off after open and after a reset. Raises
         KernelError where a PCI device does not take it."""
         if not self.info.is_pci:
             return
-        self._set_command(_COMMAND_MASTER, on)
+        self._set_command(COMMAND_MASTER, on)
         if self.target.bus == "pci" and self.bus_master != on:
             raise KernelError(f"{self.name} does not take Bus Master Enable", device=self.name)
 
     def _set_command(self, bit: int, on: bool) -> None:
-        old = self.command
-        new = old | bit if on else old & ~bit
-        if new != old:
-            self.config.write16(_COMMAND, new)
+        with self.reach.lock:
+            old = self.command
+            new = old | bit if on else old & ~bit
+            if new != old:
+                self.config.write16(COMMAND, new)
 
     def reset(self) -> None:
         """Reset the device by itself (FLR and its kind). Bus mastering is off afterwards; its
-        interrupts are armed again. Raises Unsupported where it has no such reset."""
+        interrupts are armed again. Mapped accesses of other threads are refused meanwhile. Raises
+        Unsupported where it has no such reset."""
         self.refuse_closed()
         if not self.info.has_reset:
             raise Unsupported(
@@ -272,21 +280,25 @@ class Device:
                 hint="a hot reset of its bus may be possible: it takes other devices along",
                 device=self.name,
             )
-        native.device_reset(self.descriptor, self.name)
-        if self.trace is not None:
-            self.trace.record("reset")
-        self._after_reset()
+        with self.reach.resetting():
+            with self.use() as fd:
+                native.device_reset(fd, self.name)
+            if self.trace is not None:
+                self.trace.record("reset")
+            self.after_reset()
 
-    def _after_reset(self) -> None:
+    def after_reset(self) -> None:
+        """Bus mastering off, interrupts armed again."""
         self.set_bus_master(False)
-        self.follow_command()
+        self.reach.refresh()
         self.irqs.rearm()
 
     def hot_reset_dependents(self) -> list[Dependent]:
         """The functions that a hot reset takes along, this one included. Raises Unsupported where
         neither slot nor bus can be reset."""
         try:
-            raw = native.hot_reset_info(self.descriptor, self.name)
+            with self.use() as fd:
+                raw = native.hot_reset_info(fd, self.name)
         except KernelError as error:
             if error.errno_name not in ("ENODEV", "ENOTTY"):
                 raise
@@ -310,45 +322,58 @@ class Device:
         `reset`, bus mastering of all of them is off and their interrupts are armed again.
         """
         dependents = self.hot_reset_dependents()
+        concerned = {entry.address for entry in dependents}
+        with contextlib.ExitStack() as stack:
+            # In one order, whoever asks.
+            devices = sorted(
+                (device for device in self.space.devices if device.name in concerned),
+                key=lambda device: device.name,
+            )
+            for device in devices:
+                stack.enter_context(device.reach.resetting())
+            self._hot_reset(dependents, devices)
+        return dependents
+
+    def _hot_reset(self, dependents: list[Dependent], devices: list[OpenDevice]) -> None:
         groups = sorted(
             {entry.group for entry in self.space.attachments if entry.group is not None}
         )
         listed = ", ".join(entry.address for entry in dependents)
         said, hint = f"it would reset {listed}", "open all of them in one address space first"
         try:
-            native.hot_reset(self.descriptor, groups, self.name)
+            with self.use() as fd:
+                native.hot_reset(fd, groups, self.name)
         except VfiotoolError as error:
             # Of a slot or bus whose dependents it has told the kernel says ENOTTY only afterwards:
             # pci_bridge_wait_for_secondary_bus in drivers/pci/pci.c.
             if error.errno_name == "ENOTTY":
-                self._after_hot_reset(dependents)
+                self._after_hot_reset(devices)
                 said = f"it reached {listed}, and the kernel did not see all come back in time"
-                hint = "dmesg tells whether it was the link; they may work all the same"
+                hint = "see dmesg: it may have been the link; they may work all the same"
             raise KernelError(
                 f"{error}: {said}", hint=hint, device=self.name, errno_name=error.errno_name
             ) from error
-        self._after_hot_reset(dependents)
-        return dependents
+        self._after_hot_reset(devices)
 
-    def _after_hot_reset(self, dependents: list[Dependent]) -> None:
+    def _after_hot_reset(self, devices: list[OpenDevice]) -> None:
         if self.trace is not None:
             self.trace.record("hot-reset")
-        concerned = {entry.address for entry in dependents}
-        for device in self.space.devices:
-            if device.name in concerned:
-                device._after_reset()
+        for device in devices:
+            device.after_reset()
 
     def features(self) -> dict[str, bool]:
         """Which VFIO device features the kernel offers for this device, by probing each."""
-        return {
-            name: native.feature(self.descriptor, number | FEATURE_PROBE)[0] >= 0
-            for number, name in FEATURES.items()
-        }
+        with self.use() as fd:
+            return {
+                name: native.feature(fd, number | FEATURE_PROBE)[0] >= 0
+                for number, name in FEATURES.items()
+            }
 
     def feature(self, number: int, operation: int, data: bytes = b"") -> bytes:
         """VFIO_DEVICE_FEATURE: `operation` is FEATURE_GET or FEATURE_SET, `data` goes in and
         comes back. Raises Unsupported where the kernel or the device has no such feature."""
-        result, answer = native.feature(self.descriptor, number | operation, data)
+        with self.use() as fd:
+            result, answer = native.feature(fd, number | operation, data)
         if result < 0:
             name = FEATURES.get(number, str(number))
             failure = native.failed(result, f"feature {name} of {self.name}", device=self.name)
@@ -373,9 +398,8 @@ class Device:
         """Let the kernel put the device to sleep until it is accessed again, or wake it. Mapped
         accesses would be bus errors meanwhile: they are refused. Raises Unsupported where the
         kernel has no such feature (before Linux 6.1)."""
-        self.feature(3 if on else 5, FEATURE_SET)
-        for mapping in list(self.mappings):
-            mapping._block(on)
+        self.refuse_closed()
+        self.reach.low_power(on, lambda: self.feature(3 if on else 5, FEATURE_SET))
 
     def on_close(self, quiesce: Callable[[], object]) -> None:
         """Call `quiesce` first of all when the device is closed; the last registered goes first."""
@@ -386,14 +410,17 @@ class Device:
 
         Each step is done whatever became of the one before; the first error is raised at the end.
         """
-        if self._closed:
-            return
-        if self.space.generation != native.fork_generation():
+        if self.generation != native.fork_generation():
             self._closed = True
             return
+        with self._close_lock:
+            if not self._closed and not self._closing:
+                self._closing = True
+                self._close()
+
+    def _close(self) -> None:
         steps: list[Callable[[], object]] = [*reversed(self._quiesce), self._master_off]
-        steps += [self.irqs.close]
-        steps += [mapping.close for mapping in list(self.mappings)]
+        steps += [self.irqs.close, self.reach.close, self._close_mappings]
         if self.space.attachments == [self.attachment]:
             # A container loses its mappings with its last group.
             steps.append(self.dma.close)
@@ -409,13 +436,18 @@ class Device:
         if first is not None:
             raise first
 
+    def _close_mappings(self) -> None:
+        for mapping in self.mappings:
+            mapping.close(even_pinned=True)
+
     def _master_off(self) -> None:
         if self.info.is_pci and not self.space.closed:
             self.set_bus_master(False)
 
     def _detach(self) -> None:
         self._closed = True
-        self.space.devices.remove(self)
+        if self in self.space.devices:
+            self.space.devices.remove(self)
         self.space.detach(self.attachment)
 
     def __enter__(self) -> Device:

@@ -9,27 +9,31 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, get_args
 
-from vfiotool.errors import KernelError, Unsupported, UsageError
+from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.native import library as native
 from vfiotool.vfio.iova import PAGE, IovaAllocator
+from vfiotool.vfio.space import AddressSpace, StillMapped
+from vfiotool.vfio.trace import Trace
 
 if TYPE_CHECKING:
-    from vfiotool.vfio.backend import AddressSpace
-    from vfiotool.vfio.trace import Trace
+    from typing_extensions import Buffer
 
 _MAP_HUGETLB = 0x40000
 _MFD_HUGETLB = 0x4
 _HUGE_SHIFT = 26
 _MADV_POPULATE_WRITE = 23
+PageKind = Literal["normal", "2M", "1G"]
 # The kinds of pages a buffer can be made of, in bytes.
-PAGE_KINDS = {"normal": PAGE, "2M": 1 << 21, "1G": 1 << 30}
+PAGE_KINDS: dict[str, int] = dict(zip(get_args(PageKind), (PAGE, 1 << 21, 1 << 30), strict=True))
 
 _live: weakref.WeakSet[DmaBuffer] = weakref.WeakSet()
 # Memory that a failed unmap left within a device's reach.
-_quarantine: list[mmap.mmap] = []
+_quarantine: list[object] = []
 
 
 class DmaBuffer:
@@ -38,18 +42,36 @@ class DmaBuffer:
     `view` is a writable memoryview of bytes; slices of it and numpy arrays over it (by
     `numpy.frombuffer`) share the memory. After `close` the view raises ValueError; slices and
     arrays made from it still hold ordinary memory, which no device sees any more.
+
+    A buffer that a device or C still uses is pinned (`pin`): closing it is refused until then. A
+    queue pins its rings for its life and data for the time of a command.
     """
 
-    def __init__(self, owner: Dma, memory: mmap.mmap, size: int, iova: int) -> None:
+    def __init__(
+        self, owner: Dma, memory: mmap.mmap | memoryview, size: int, iova: int, *, own: bool = True
+    ) -> None:
         self.owner = owner
         self.size = size
         self.iova = iova
         self.address = native.address_of(memory)
-        self._memory: mmap.mmap | None = memory
+        self.pins = 0
+        self._memory: mmap.mmap | memoryview | None = memory
+        # Whether it was allocated here, rather than lent.
+        self._own = own
         self._view = memoryview(memory)
-        self._mapped = False
+        # None: not known, because the call was interrupted.
+        self._mapped: bool | None = False
+        self._released: mmap.mmap | memoryview | None = None
         self._generation = native.fork_generation()
-        _live.add(self)
+        if own:
+            _live.add(self)
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else f", pinned {self.pins} times" if self.pins else ""
+        devices = ", ".join(entry.target.name for entry in self.owner.space.attachments)
+        return (
+            f"<DmaBuffer of {devices or 'no device'}, {self.size} bytes at {self.iova:#x}{state}>"
+        )
 
     @property
     def view(self) -> memoryview:
@@ -62,24 +84,56 @@ class DmaBuffer:
 
     @property
     def closed(self) -> bool:
+        """Whether it was closed."""
         return self._memory is None
 
+    def pin(self) -> None:
+        """Keep it mapped, at this address, until `unpin`: a device, or C, is about to use it.
+        `close` raises UsageError meanwhile; if its address space is closed all the same, the
+        memory itself stays. Raises UsageError once it is closed."""
+        if self._memory is None:
+            raise UsageError(f"the DMA buffer at I/O address {self.iova:#x} is closed")
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """The counterpart of one `pin`; allowed after the address space was closed."""
+        self.pins -= 1
+        if not self.pins and self._released is not None:
+            memory, self._released = self._released, None
+            _release(self._view, memory)
+
     def close(self) -> None:
-        """Unmap, then free. Raises KernelError if the IOMMU keeps the mapping; the memory is then
-        kept as well. Closing twice is nothing."""
+        """Unmap, then free. Raises UsageError while it is pinned, KernelError if the IOMMU keeps
+        the mapping; the memory is then kept as well. Closing twice is nothing."""
+        if self.pins and self._memory is not None and not self._is_foreign():
+            raise UsageError(
+                f"the DMA buffer at I/O address {self.iova:#x} is in use",
+                hint="wait for the commands that use it, or close their queue first",
+            )
+        self.close_even_pinned()
+
+    def close_even_pinned(self) -> None:
+        """As `close`, but a pinned buffer's memory is freed with its last `unpin`: for the end of
+        the address space, after which no device reaches it."""
         memory, self._memory = self._memory, None
         if memory is None:
             return
         _live.discard(self)
-        if self._generation != native.fork_generation():
+        if self._is_foreign():
             return
         try:
-            if self._mapped:
+            if self._mapped is not False:
                 self.owner.unmap_buffer(self)
         except BaseException:
             _quarantine.append(memory)
             raise
+        if self.pins:
+            self._released = memory
+            return
         _release(self._view, memory)
+
+    def _is_foreign(self) -> bool:
+        return self._generation != native.fork_generation()
 
     def leave_child(self) -> None:
         """In a child: make the view unusable and stale arrays harmless."""
@@ -95,11 +149,14 @@ class DmaBuffer:
         self.close()
 
 
-def _release(view: memoryview, memory: mmap.mmap) -> None:
+def _release(view: memoryview, memory: mmap.mmap | memoryview) -> None:
     # Slices and arrays still alive keep the memory; it is freed with the last of them.
     with contextlib.suppress(BufferError):
         view.release()
-        memory.close()
+        if isinstance(memory, mmap.mmap):
+            memory.close()
+        else:
+            memory.release()
 
 
 def _after_fork() -> None:
@@ -149,20 +206,27 @@ def _own_pages(memory: mmap.mmap) -> None:
 
 
 class Dma:
-    """The buffers of an address space, shared by its devices.
+    """The buffers of an address space, shared by its devices. Any thread may call it.
 
     Buffers live as long as a device is in the space: when the last one is closed, so are they.
     """
 
-    def __init__(self, space: AddressSpace, trace: Trace | None = None) -> None:
+    def __init__(self, space: AddressSpace) -> None:
         self.space = space
-        self.trace = trace
+        self.trace: Trace | None = None
         self.iovas = IovaAllocator(space.ranges())
         self.buffers: dict[int, DmaBuffer] = {}
+        self._lock = threading.RLock()
+        space.closers.append(self.close)
+
+    def __repr__(self) -> str:
+        used = sum(buffer.size for buffer in list(self.buffers.values()))
+        return f"<Dma over {self.space!r}, {len(self.buffers)} buffers of {used} bytes>"
 
     def refresh(self) -> None:
         """Read the allowed ranges again: each device attached can narrow them."""
-        self.iovas.set_ranges(self.space.ranges())
+        with self._lock:
+            self.iovas.set_ranges(self.space.ranges())
 
     def alloc(
         self,
@@ -173,7 +237,7 @@ class Dma:
         iova: int | None = None,
         read: bool = True,
         write: bool = True,
-        pages: str = "normal",
+        pages: PageKind = "normal",
         shared: bool = False,
     ) -> DmaBuffer:
         """Zeroed, page-aligned memory mapped for devices; `size` is rounded up to whole pages.
@@ -187,9 +251,8 @@ class Dma:
         """
         self.space.refuse_closed()
         if pages not in PAGE_KINDS:
-            raise UsageError(f"{pages!r} is no kind of page", hint=", ".join(PAGE_KINDS))
-        if size <= 0 or not (read or write):
-            raise UsageError(f"a DMA buffer of {size} bytes that can be neither read nor written")
+            raise UsageError(f"{pages!r} is not a kind of page", hint=", ".join(PAGE_KINDS))
+        _check_request(size, read, write)
         page = PAGE_KINDS[pages]
         size = -(-size // page) * page
         memory = _memory(size, pages, shared)
@@ -203,16 +266,11 @@ class Dma:
             if not write:
                 _own_pages(memory)
             native.memory_dont_fork(buffer.address, size)
-            self.space.map(buffer.address, place, size, read=read, write=write)
+            self._map([buffer], read, write)
         except BaseException:
-            buffer.close()
-            self.iovas.free(place)
+            self._give_up([buffer])
             raise
-        buffer._mapped = True
-        self.buffers[place] = buffer
-        if self.trace is not None:
-            self.trace.record("dma-map", iova=place, size=size, read=read, write=write)
-        return buffer
+        return self._keep([buffer], read, write)[0]
 
     def alloc_many(
         self, count: int, size: int, *, limit_bits: int = 64, read: bool = True, write: bool = True
@@ -220,8 +278,9 @@ class Dma:
         """`count` buffers of `size` bytes each, mapped in one call of C; all of them or none.
         Otherwise as `alloc`."""
         self.space.refuse_closed()
-        if count < 0 or size <= 0 or not (read or write):
-            raise UsageError(f"{count} DMA buffers of {size} bytes")
+        if not isinstance(count, int) or count < 0:
+            raise UsageError(f"{count!r} is not a number of buffers")
+        _check_request(size, read, write)
         size = -(-size // PAGE) * PAGE
         made: list[DmaBuffer] = []
         try:
@@ -231,49 +290,150 @@ class Dma:
                 if not write:
                     _own_pages(memory)
                 native.memory_dont_fork(made[-1].address, size)
-            triples = [(buffer.address, buffer.iova, size) for buffer in made]
-            self.space.map_many(triples, read=read, write=write)
+            self._map(made, read, write)
         except BaseException:
-            for buffer in made:
-                buffer.close()
-                self.iovas.free(buffer.iova)
+            self._give_up(made)
             raise
-        for buffer in made:
+        return self._keep(made, read, write)
+
+    def map(
+        self,
+        memory: Buffer,
+        *,
+        limit_bits: int = 64,
+        iova: int | None = None,
+        read: bool = True,
+        write: bool = True,
+    ) -> DmaBuffer:
+        """Map memory of your own for devices: an mmap (of a memfd, a file, nothing), a numpy array,
+        a bytearray, an array; whatever has one run of bytes. It is neither copied nor freed here.
+
+        The IOMMU maps whole pages: what lies beside the memory in its first and last page is within
+        the device's reach too, so prefer an mmap. `iova` is the page's address if given; the
+        buffer's own `iova` adds what the memory begins behind its page. The object cannot be
+        resized or closed until the buffer is closed; a file must not be truncated meanwhile.
+        Raises UsageError for memory that the device would write and this process may not, or that
+        has no bytes; otherwise as `alloc`.
+        """
+        self.space.refuse_closed()
+        try:
+            view = memoryview(memory)
+            whole = view.cast("B")
+        except TypeError as error:
+            raise UsageError(f"{type(memory).__name__} is not one run of bytes: {error}") from error
+        _check_request(whole.nbytes, read, write)
+        if write and whole.readonly:
+            raise UsageError("the memory can only be read, and the device was to write it")
+        within = native.address_of(whole) % PAGE
+        size = -(-(within + whole.nbytes) // PAGE) * PAGE
+        place = self._place(size, 0, limit_bits, iova)
+        buffer = DmaBuffer(self, whole, whole.nbytes, place + within, own=False)
+        try:
+            self._map([buffer], read, write)
+        except BaseException:
+            self._give_up([buffer])
+            raise
+        return self._keep([buffer], read, write)[0]
+
+    def _map(self, buffers: list[DmaBuffer], read: bool, write: bool) -> None:
+        for buffer in buffers:
+            buffer._mapped = None
+        try:
+            if len(buffers) == 1:
+                self.space.map(*_pages_of(buffers[0]), read=read, write=write)
+            else:
+                rows = [_pages_of(buffer) for buffer in buffers]
+                self.space.map_many(rows, read=read, write=write)
+        except StillMapped:
+            raise
+        except VfiotoolError:
+            # The kernel said no, and to all of them.
+            for buffer in buffers:
+                buffer._mapped = False
+            raise
+        for buffer in buffers:
             buffer._mapped = True
+
+    def _keep(self, buffers: list[DmaBuffer], read: bool, write: bool) -> list[DmaBuffer]:
+        for buffer in buffers:
             self.buffers[buffer.iova] = buffer
             if self.trace is not None:
-                self.trace.record("dma-map", iova=buffer.iova, size=size, read=read, write=write)
-        return made
+                self.trace.record(
+                    "dma-map", iova=buffer.iova, size=buffer.size, read=read, write=write
+                )
+        return buffers
+
+    def _give_up(self, buffers: Iterable[DmaBuffer]) -> None:
+        """What was not handed out. What the IOMMU may still map keeps its memory and its address
+        until the process ends."""
+        for buffer in buffers:
+            unknown = buffer._mapped is None
+            try:
+                buffer.close()
+            except VfiotoolError:
+                continue
+            if not unknown:
+                self._free(buffer)
 
     def _place(self, size: int, align: int, limit_bits: int, iova: int | None) -> int:
-        if iova is None:
-            limit = None if limit_bits >= 64 else (1 << limit_bits) - 1
-            return self.iovas.allocate(size, align=align, limit=limit)
-        if iova + size > 1 << limit_bits:
-            raise UsageError(f"I/O address {iova:#x} is beyond the {limit_bits} bits asked for")
-        self.iovas.reserve(iova, size)
-        return iova
+        with self._lock:
+            if iova is None:
+                limit = None if limit_bits >= 64 else (1 << limit_bits) - 1
+                return self.iovas.allocate(size, align=align, limit=limit)
+            if iova + size > 1 << limit_bits:
+                raise UsageError(f"I/O address {iova:#x} is beyond the {limit_bits} bits asked for")
+            self.iovas.reserve(iova, size)
+            return iova
+
+    def _free(self, buffer: DmaBuffer) -> None:
+        with self._lock:
+            self.iovas.free(_pages_of(buffer)[1])
 
     def unmap_buffer(self, buffer: DmaBuffer) -> None:
         """Take a buffer's mapping away; the buffer's own `close` calls it."""
-        gone = self.space.unmap(buffer.iova, buffer.size)
+        _, iova, size = _pages_of(buffer)
+        gone = self.space.unmap(iova, size)
         if self.trace is not None:
             self.trace.record("dma-unmap", iova=buffer.iova, size=buffer.size, unmapped=gone)
-        if gone != buffer.size:
-            raise KernelError(
-                f"unmap of I/O address {buffer.iova:#x}: {gone} of {buffer.size} bytes went"
-            )
+        if gone != size and (gone or buffer._mapped):
+            raise KernelError(f"unmap of I/O address {iova:#x}: {gone} of {size} bytes went")
         buffer._mapped = False
-        del self.buffers[buffer.iova]
-        self.iovas.free(buffer.iova)
+        self.buffers.pop(buffer.iova, None)
+        self._free(buffer)
 
     def close(self) -> None:
         """Close all buffers; the first error is raised after the last buffer was tried."""
         first: BaseException | None = None
         for buffer in list(self.buffers.values()):
             try:
-                buffer.close()
+                buffer.close_even_pinned()
             except Exception as error:
                 first = first or error
         if first is not None:
             raise first
+
+
+def _check_request(size: int, read: bool, write: bool) -> None:
+    if not isinstance(size, int) or size <= 0:
+        raise UsageError(f"a DMA buffer of {size!r} bytes: it has at least one")
+    if not (read or write):
+        raise UsageError("a DMA buffer that the device can neither read nor write")
+
+
+def _pages_of(buffer: DmaBuffer) -> tuple[int, int, int]:
+    """(address, I/O address, bytes) of the whole pages that a buffer lies in."""
+    within = buffer.address % PAGE
+    size = -(-(within + buffer.size) // PAGE) * PAGE
+    return buffer.address - within, buffer.iova - within, size
+
+
+_of_space: weakref.WeakKeyDictionary[AddressSpace, Dma] = weakref.WeakKeyDictionary()
+
+
+def dma_of(space: AddressSpace) -> Dma:
+    """The buffers of `space`: one `Dma`, whoever asks."""
+    with space.lock:
+        found = _of_space.get(space)
+        if found is None:
+            found = _of_space[space] = Dma(space)
+        return found

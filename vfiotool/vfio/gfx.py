@@ -41,9 +41,10 @@ class Plane:
 def plane_kind(device: Device) -> PlaneKind:
     """How the device hands its planes out. Raises Unsupported for one that has none."""
     plane = ffi.new("struct vt_gfx_plane *")
-    for kind, flag in _KINDS.items():
-        if lib.vt_gfx_plane(device.descriptor, flag | _PROBE, _PRIMARY, plane) >= 0:
-            return kind
+    with device.use() as fd:
+        for kind, flag in _KINDS.items():
+            if lib.vt_gfx_plane(fd, flag | _PROBE, _PRIMARY, plane) >= 0:
+                return kind
     raise Unsupported(f"{device.name} shows nothing: it has no display planes", device=device.name)
 
 
@@ -51,11 +52,12 @@ def primary_plane(device: Device, kind: PlaneKind) -> Plane:
     """The primary plane as it is now."""
     plane = ffi.new("struct vt_gfx_plane *")
     operation = f"VFIO_DEVICE_QUERY_GFX_PLANE of {device.name}"
-    result = lib.vt_gfx_plane(device.descriptor, _KINDS[kind], _PRIMARY, plane)
-    if result == -errno.ENOMEM:
-        # mbochs makes the dma-buf of a new mode and answers ENOMEM; the next time it finds it
-        # (mbochs_query_gfx_plane, Linux 6.1 to 6.12).
-        result = lib.vt_gfx_plane(device.descriptor, _KINDS[kind], _PRIMARY, plane)
+    with device.use() as fd:
+        result = lib.vt_gfx_plane(fd, _KINDS[kind], _PRIMARY, plane)
+        if result == -errno.ENOMEM:
+            # mbochs makes the dma-buf of a new mode and answers ENOMEM; the next time it finds it
+            # (mbochs_query_gfx_plane, Linux 6.1 to 6.12).
+            result = lib.vt_gfx_plane(fd, _KINDS[kind], _PRIMARY, plane)
     native.check(result, operation, device=device.name)
     return Plane(
         kind=kind,
@@ -89,7 +91,8 @@ def read_plane(device: Device, plane: Plane) -> bytes:
 def open_dmabuf(device: Device, number: int) -> Iterator[int]:
     """A descriptor of the dma-buf `number`, for the time of the block."""
     operation = f"VFIO_DEVICE_GET_GFX_DMABUF of {device.name}"
-    descriptor = native.check(lib.vt_gfx_dmabuf(device.descriptor, number), operation)
+    with device.use() as fd:
+        descriptor = native.check(lib.vt_gfx_dmabuf(fd, number), operation)
     try:
         yield descriptor
     finally:

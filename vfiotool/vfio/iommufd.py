@@ -7,16 +7,20 @@ Documentation/driver-api/vfio.rst; <linux/iommufd.h>.
 from __future__ import annotations
 
 import errno
+import mmap
 from typing import NoReturn
 
-from vfiotool.errors import KernelError, Refused, Unsupported
+from vfiotool.errors import KernelError, Refused, Unsupported, UsageError, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import DEV_IOMMU
 from vfiotool.native import library as native
-from vfiotool.vfio.backend import (
+from vfiotool.vfio.iova import PAGE
+from vfiotool.vfio.space import (
     GROUP_VIABLE,
     AddressSpace,
     Attachment,
+    file_of,
+    let_go,
     map_failure,
     open_failure,
 )
@@ -34,17 +38,16 @@ class IommufdSpace(AddressSpace):
         if result < 0:
             self.closed = True
             raise open_failure(result, DEV_IOMMU, "an address space")
-        self.iommufd = result
+        self.iommufd = file_of(result, "the address space")
         try:
-            self.ioas = native.ioas_alloc(self.iommufd)
+            self.ioas = native.ioas_alloc(result)
             self._aim(self.iommufd, self.ioas)
         except BaseException:
             self.close()
             raise
         self._tracking: list[int] = []
 
-    def attach(self, target: Target, vf_token: str | None = None) -> Attachment:
-        self.refuse_closed()
+    def _attach(self, target: Target, vf_token: str | None) -> Attachment:
         if target.cdev_node is None:
             raise not_on_vfio(target)
         if vf_token is not None:
@@ -56,14 +59,13 @@ class IommufdSpace(AddressSpace):
         descriptor = native.open_node(target.cdev_node)
         if descriptor < 0:
             raise open_failure(descriptor, target.cdev_node, target.name)
-        device_id = native.cdev_bind(descriptor, self.iommufd)
+        with self.iommufd as fd:
+            device_id = native.cdev_bind(descriptor, fd)
         result = device_id if device_id < 0 else native.cdev_attach(descriptor, self.ioas)
         if result < 0:
             native.close(descriptor)
             raise self._attach_failure(result, target, bound=device_id >= 0)
-        attachment = Attachment(target, descriptor, None, device_id)
-        self.attachments.append(attachment)
-        return attachment
+        return Attachment(target, file_of(descriptor, target.name), None, device_id)
 
     def _attach_failure(self, number: int, target: Target, *, bound: bool) -> Exception:
         verb = "attach" if bound else "bind"
@@ -85,73 +87,89 @@ class IommufdSpace(AddressSpace):
             failure.hint = "it, or its group, is open elsewhere: end that program first"
         return failure
 
-    def detach(self, attachment: Attachment) -> None:
-        if attachment not in self.attachments:
-            return
-        self.attachments.remove(attachment)
+    def _detach(self, attachment: Attachment) -> None:
         # Closing the device detaches and unbinds it.
-        native.close(attachment.descriptor)
+        let_go(attachment.handle)
 
     def _map_failed(self, result: int, address: int, iova: int, size: int) -> NoReturn:
         self.refuse_closed()
         raise map_failure(result, address, iova, size, self.host, per_user=True)
 
-    def _unmap_failed(self, result: int, iova: int, size: int) -> int:
-        self.refuse_closed()
-        if result == -errno.ENOENT:
-            # Nothing there, or a part of a mapping: iommufd says the same of both.
-            return 0
-        raise native.failed(result, f"unmap {size} bytes at I/O address {iova:#x}")
+    def _cuts(self, result: int, iova: int, size: int) -> bool:
+        # ENOENT is said of nothing at all and of a part of a mapping alike. A mapping that would be
+        # cut covers the first or the last page of the range.
+        return result == -errno.ENOENT and (
+            self._is_mapped(iova) or self._is_mapped(iova + size - PAGE)
+        )
+
+    def _is_mapped(self, iova: int) -> bool:
+        """Whether the page at `iova` is mapped: found by asking to map memory there that cannot be
+        mapped, which fails with EEXIST before the memory is looked at."""
+        with mmap.mmap(-1, PAGE, prot=0) as nothing:
+            try:
+                self.map(native.address_of(nothing), iova, PAGE, read=True, write=False)
+            except UsageError:
+                return True
+            except VfiotoolError:
+                return False
+            # No device is attached: then the memory is not looked at.
+            self.unmap(iova, PAGE)
+        return False
 
     def unmap_all(self) -> int:
-        result = native.ioas_unmap_all(self.iommufd, self.ioas)
+        with self.iommufd as fd:
+            result = native.ioas_unmap_all(fd, self.ioas)
         return 0 if result == -errno.ENOENT else native.check(result, "unmap all")
 
     def ranges(self) -> tuple[tuple[int, int], ...]:
-        return tuple(native.ioas_ranges(self.iommufd, self.ioas))
+        with self.iommufd as fd:
+            return tuple(native.ioas_ranges(fd, self.ioas))
 
     def page_sizes(self) -> int:
         # iommufd tells no sizes, only the alignment it demands, which is at most a page.
         return 4096
 
     def dirty_track(self, start: bool) -> None:
-        if not start:
+        with self.iommufd as fd:
+            if not start:
+                for page_table in self._tracking:
+                    native.hwpt_dirty_track(fd, page_table, False)
+                return
+            if not self._tracking:
+                self._tracking = [self._dirty_table(fd, entry) for entry in self.attachments]
             for page_table in self._tracking:
-                native.hwpt_dirty_track(self.iommufd, page_table, False)
-            return
-        if not self._tracking:
-            self._tracking = [self._dirty_table(entry) for entry in self.attachments]
-        for page_table in self._tracking:
-            native.check(
-                native.hwpt_dirty_track(self.iommufd, page_table, True),
-                "start tracking dirty pages",
-            )
+                native.check(
+                    native.hwpt_dirty_track(fd, page_table, True),
+                    "start tracking dirty pages",
+                )
 
-    def _dirty_table(self, attachment: Attachment) -> int:
-        page_table = native.dirty_hwpt(self.iommufd, attachment.device_id or 0, self.ioas)
+    def _dirty_table(self, iommufd: int, attachment: Attachment) -> int:
+        page_table = native.dirty_hwpt(iommufd, attachment.device_id or 0, self.ioas)
         native.check(
             page_table,
             f"make a page table with dirty tracking for {attachment.target.name}",
             hint="the IOMMU must be able to mark pages as written",
             branches={errno.EOPNOTSUPP: Unsupported, errno.EINVAL: Unsupported},
         )
-        native.check(
-            native.cdev_attach(attachment.descriptor, page_table),
-            f"attach {attachment.target.name} to its page table",
-        )
+        with attachment.handle as device:
+            native.check(
+                native.cdev_attach(device, page_table),
+                f"attach {attachment.target.name} to its page table",
+            )
         return page_table
 
     def dirty_bitmap(self, iova: int, size: int, page_size: int = 4096) -> bytes:
         if not self._tracking:
             raise KernelError("dirty pages are not being tracked", hint="dirty_track(True) first")
         merged = bytearray(native.bitmap_bytes(size, page_size))
-        for page_table in self._tracking:
-            part = native.hwpt_dirty_bitmap(self.iommufd, page_table, iova, size, page_size)
-            for index, byte in enumerate(part):
-                merged[index] |= byte
+        with self.iommufd as fd:
+            for page_table in self._tracking:
+                part = native.hwpt_dirty_bitmap(fd, page_table, iova, size, page_size)
+                for index, byte in enumerate(part):
+                    merged[index] |= byte
         return bytes(merged)
 
-    def _descriptors(self) -> list[int]:
+    def _handles(self) -> list[native.Handle]:
         return [self.iommufd]
 
 

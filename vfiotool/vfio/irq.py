@@ -7,31 +7,31 @@ and independent of them. Source: VFIO_DEVICE_SET_IRQS in <linux/vfio.h>.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import math
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
 
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.native import library as native
 from vfiotool.vfio.caps import IrqInfo
-
-if TYPE_CHECKING:
-    from vfiotool.vfio.device import Device
-    from vfiotool.vfio.trace import Trace
+from vfiotool.vfio.opened import OpenDevice
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
-NAMES = {INTX: "intx", MSI: "msi", MSIX: "msix", ERR: "err", REQ: "req"}
+IRQ_NAMES = {INTX: "intx", MSI: "msi", MSIX: "msix", ERR: "err", REQ: "req"}
 _ACTION_TRIGGER = 1 << 5
 
 
-class Interrupt(native.Event):
+class Interrupt(native.Eventfd):
     """One interrupt. `descriptor` is its eventfd, readable when it has fired; -1 once it is off.
 
-    `wait(timeout_s=None, *, spin_s=0.0)` is C (`cext/event_type.c`): how often it fired since the
-    last wait, at least 1; 0 when `timeout_s` seconds passed without. None waits without limit;
-    `spin_s` seconds are spent looking before it blocks. The interpreter's lock is released while
-    it waits, Unix signals are handled. Raises UsageError once the interrupt is off, also in a
-    thread that waits when it is turned off, and in a child process.
+    `wait(timeout_s=None, *, spin_s=0.0)` is C (`cext/python/event_type.c`): how often it fired
+    since the last wait, at least 1; 0 when `timeout_s` seconds passed without. None and inf wait
+    without limit, less than 0 is 0; `spin_s` seconds are spent looking before it blocks. The
+    interpreter's lock is released while it waits, Unix signals are handled. Several may wait at
+    once, threads and tasks: each is woken and told what fired since it began. Raises UsageError
+    once the interrupt is off, also for those who wait when it is turned off, in a child process,
+    and for NaN.
 
     `trigger()`, `mask()` and `unmask()` are C as well. `trigger` lets the kernel signal the eventfd
     as if the device had: a self-test without hardware. INTx is masked by the kernel whenever it
@@ -43,11 +43,19 @@ class Interrupt(native.Event):
         super().__init__(native.eventfd())
         self.owner = owner
         self.vector = vector
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watched = -1
+        # What had fired when each of the tasks began to wait.
+        self._tasks: dict[asyncio.Future[int], int] = {}
         device, info = owner.owner.device, owner.info
-        self._arm(device.descriptor, info.index, vector, "maskable" in info.flags)
+        self._arm(device.handle, info.index, vector, "maskable" in info.flags)
+
+    def __repr__(self) -> str:
+        state = "off" if self.descriptor < 0 else "on"
+        return f"<Interrupt {self.description}, {state}>"
 
     @property
-    def description(self) -> str:
+    def description(self) -> str:  # type: ignore[override]
         """What it is called in errors."""
         return f"{self.owner.name} {self.vector} of {self.owner.owner.device.name}"
 
@@ -56,28 +64,86 @@ class Interrupt(native.Event):
         return self.descriptor
 
     async def wait_async(self, timeout_s: float | None = None) -> int:
-        """As `wait`, for asyncio."""
-        count = self.wait(0.0)
-        if not count:
-            loop = asyncio.get_running_loop()
-            fired: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(
-                self.descriptor, lambda: None if fired.done() else fired.set_result(None)
-            )
-            try:
-                await asyncio.wait_for(fired, timeout_s)
-            except TimeoutError:
-                return 0
-            finally:
-                loop.remove_reader(self.descriptor)
-            count = self.wait(0.0)
-        return count
+        """As `wait`, for asyncio. Tasks of one event loop may wait at once; raises UsageError for
+        a second loop."""
+        seconds = native.nanoseconds(timeout_s) / 1e9
+        limit = None if timeout_s is None or math.isinf(timeout_s) else seconds
+        if count := self.wait(0.0):
+            return count
+        loop = asyncio.get_running_loop()
+        began = self._begin_watching(loop)
+        fired: asyncio.Future[int] = loop.create_future()
+        self._tasks[fired] = began
+        try:
+            return await asyncio.wait_for(fired, limit)
+        except TimeoutError:
+            return 0
+        finally:
+            self._tasks.pop(fired, None)
+            if not self._tasks and self._loop is loop:
+                self._end_watching()
+
+    def _begin_watching(self, loop: asyncio.AbstractEventLoop) -> int:
+        """Have the loop look at the eventfd; what had fired until then."""
+        if self._loop is not None and self._loop is not loop:
+            if not self._loop.is_closed():
+                raise UsageError(f"{self.description}: another event loop waits for it")
+            self._end_watching()
+        if self._loop is None:
+            began = self._watch()
+            self._loop, self._watched = loop, self.descriptor
+            loop.add_reader(self._watched, self._wake_tasks)
+            return began
+        return self._wake_tasks()
+
+    def _end_watching(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(self._watched)
+        self._tasks.clear()
+        self._unwatch()
+
+    def _wake_tasks(self) -> int:
+        """Take what has fired for the tasks that wait; the sum of all that ever did."""
+        total = self._collect()
+        for task, began in self._tasks.items():
+            if total != began and not task.done():
+                task.set_result(total - began)
+        return total
+
+    def _refuse_tasks(self) -> None:
+        for task in list(self._tasks):
+            if not task.done():
+                task.set_exception(UsageError(f"{self.description}: is off"))
+        self._end_watching()
+
+    def _close(self) -> None:
+        """Off: whoever waits, thread or task, is woken with UsageError."""
+        super()._close()
+        loop = self._loop
+        if loop is None:
+            return
+        # The descriptor stays open until the loop has let go of it: the number must not come to
+        # mean another file under it.
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is loop:
+                self._refuse_tasks()
+                return
+        try:
+            loop.call_soon_threadsafe(self._refuse_tasks)
+        except RuntimeError:
+            self._end_watching()
 
     async def __aiter__(self) -> AsyncIterator[int]:
         """Yields the number of firings each time there are any, until the set is closed."""
         while not self.owner.closed:
-            if count := await self.wait_async():
-                yield count
+            try:
+                count = await self.wait_async()
+            except UsageError:
+                if self.owner.closed:
+                    return
+                raise
+            yield count
 
     def _refused(self, verb: str, result: int) -> None:
         if verb != "trigger" and result == -errno.EOPNOTSUPP:
@@ -90,8 +156,21 @@ class Interrupt(native.Event):
 class TracedInterrupt(Interrupt):
     """An interrupt that records when it fires; taken when the device was opened with a trace."""
 
+    _total = 0
+
     def wait(self, timeout_s: float | None = None, *, spin_s: float = 0.0) -> int:
-        count = super().wait(timeout_s, spin_s=spin_s)
+        return self._record(super().wait(timeout_s, spin_s=spin_s))
+
+    def _begin_watching(self, loop: asyncio.AbstractEventLoop) -> int:
+        self._total = super()._begin_watching(loop)
+        return self._total
+
+    def _wake_tasks(self) -> int:
+        before, self._total = self._total, super()._wake_tasks()
+        self._record(self._total - before)
+        return self._total
+
+    def _record(self, count: int) -> int:
         trace = self.owner.trace
         if count and trace is not None:
             trace.record("irq", index=self.owner.info.index, vector=self.vector, count=count)
@@ -101,15 +180,13 @@ class TracedInterrupt(Interrupt):
 class InterruptSet:
     """The interrupts of one index that are on: a sequence of `Interrupt`, by vector."""
 
-    def __init__(
-        self, owner: Interrupts, info: IrqInfo, count: int, trace: Trace | None = None
-    ) -> None:
+    def __init__(self, owner: Interrupts, info: IrqInfo, count: int) -> None:
         self.owner = owner
         self.info = info
-        self.trace = trace
+        self.trace = trace = owner.device.trace
         self.closed = False
         self.vectors: list[Interrupt] = []
-        self._unmask: native.Event | None = None
+        self._unmask: native.Eventfd | None = None
         self._kind = Interrupt if trace is None else TracedInterrupt
         try:
             for vector in range(count):
@@ -120,6 +197,10 @@ class InterruptSet:
             raise
         if trace is not None:
             trace.record("irq-on", index=info.index, count=count)
+
+    def __repr__(self) -> str:
+        state = "off" if self.closed else f"{len(self.vectors)} on"
+        return f"<InterruptSet {self.name} of {self.owner.device.name}, {state}>"
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -134,11 +215,12 @@ class InterruptSet:
     def refuse_closed(self) -> None:
         if self.closed:
             raise UsageError(f"{self.name} of {self.owner.device.name} is off")
-        self.owner.device.space.refuse_child()
+        self.owner.device.refuse_closed()
 
     def _assign(self, start: int, descriptors: Sequence[int]) -> None:
         device = self.owner.device
-        result = native.irq_assign(device.descriptor, self.info.index, start, descriptors)
+        with device.use() as fd:
+            result = native.irq_assign(fd, self.info.index, start, descriptors)
         operation = f"turn on {len(descriptors)} {self.name} of {device.name}"
         if result > 0:
             raise KernelError(f"{operation}: there are only {result} vectors", device=device.name)
@@ -171,9 +253,9 @@ class InterruptSet:
         """An eventfd that unmasks INTx whenever it is written. Closed with the set."""
         self.refuse_closed()
         if self._unmask is None:
-            event = native.Event(native.eventfd())
-            device = self.owner.device.descriptor
-            result = native.irq_unmask_fd(device, self.info.index, event.descriptor)
+            event = native.Eventfd(native.eventfd())
+            with self.owner.device.use() as fd:
+                result = native.irq_unmask_fd(fd, self.info.index, event.descriptor)
             if result < 0:
                 event._close()
                 raise native.failed(
@@ -191,9 +273,8 @@ class InterruptSet:
         self._assign(0, [interrupt.descriptor for interrupt in self.vectors])
 
     def _off(self) -> int:
-        return native.irq_action(
-            self.owner.device.descriptor, self.info.index, 0, 0, _ACTION_TRIGGER
-        )
+        with self.owner.device.use() as fd:
+            return native.irq_action(fd, self.info.index, 0, 0, _ACTION_TRIGGER)
 
     def close(self) -> None:
         """Turn the index off and close its eventfds. Closing twice is nothing."""
@@ -202,9 +283,11 @@ class InterruptSet:
         self.closed = True
         self.owner.forget(self)
         result = 0
-        if not self.owner.device.space.closed:
-            result = self._off()
-        self._close_eventfds()
+        try:
+            if not self.owner.device.closed:
+                result = self._off()
+        finally:
+            self._close_eventfds()
         if self.trace is not None:
             self.trace.record("irq-off", index=self.info.index)
         native.check(result, f"turn off {self.name} of {self.owner.device.name}")
@@ -226,17 +309,18 @@ class InterruptSet:
 class Interrupts:
     """What a device can signal, and the sets that are on."""
 
-    def __init__(
-        self, device: Device, infos: Sequence[IrqInfo | None], trace: Trace | None = None
-    ) -> None:
+    def __init__(self, device: OpenDevice, infos: Sequence[IrqInfo | None]) -> None:
         self.device = device
         self.infos = tuple(infos)
-        self.trace = trace
         self.active: dict[int, InterruptSet] = {}
+
+    def __repr__(self) -> str:
+        on = ", ".join(f"{s.name}: {len(s)}" for s in self.active.values()) or "all off"
+        return f"<Interrupts of {self.device.name}, {on}>"
 
     def name(self, index: int) -> str:
         """What people call an index; only a PCI device's have names."""
-        return NAMES.get(index, f"irq {index}") if self.device.info.is_pci else f"irq {index}"
+        return IRQ_NAMES.get(index, f"irq {index}") if self.device.info.is_pci else f"irq {index}"
 
     def enable(self, index: int, count: int) -> InterruptSet:
         """Turn on the first `count` interrupts of an index.
@@ -258,7 +342,7 @@ class Interrupts:
                     f"{self.name(active)} of {self.device.name} is on: one kind at a time",
                     hint="close it before another is turned on",
                 )
-        self.active[index] = InterruptSet(self, info, count, self.trace)
+        self.active[index] = InterruptSet(self, info, count)
         return self.active[index]
 
     def intx(self) -> Interrupt:
@@ -286,7 +370,7 @@ class Interrupts:
 
     def rearm(self) -> None:
         """Assign all eventfds again, as after a reset."""
-        for interrupts in self.active.values():
+        for interrupts in list(self.active.values()):
             interrupts.rearm()
 
     def close(self) -> None:

@@ -238,7 +238,8 @@ class Migration:
             if self.device.info.has_reset:
                 self.device.reset()
             else:
-                native.device_reset(self.device.descriptor, self.device.name)
+                with self.device.reach.resetting(), self.device.use() as fd:
+                    native.device_reset(fd, self.device.name)
         self._try(RUNNING)
 
     def _try(self, state: int) -> None:

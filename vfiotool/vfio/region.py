@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
 from vfiotool.native import library as native
 from vfiotool.vfio.caps import Area, RegionInfo
-
-if TYPE_CHECKING:
-    from vfiotool.vfio.device import Device
-    from vfiotool.vfio.trace import Trace
+from vfiotool.vfio.opened import OpenDevice
 
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
@@ -35,14 +32,28 @@ class Registers(Protocol):
     def write32(self, offset: int, value: int, /) -> None: ...
     def write64(self, offset: int, value: int, /) -> None: ...
     def poll(
-        self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4
+        self,
+        offset: int,
+        mask: int,
+        wanted: int,
+        timeout_s: float | None,
+        *,
+        width: int = 4,
     ) -> int: ...
 
 
-def timed_out(what: str, value: int, timeout_s: float) -> VfiotoolError:
+def _check_mask(mask: int, wanted: int, width: int) -> None:
+    if width not in _FORMATS:
+        raise UsageError(f"an access of {width} bytes: a register has 1, 2, 4 or 8")
+    if not 0 <= mask < 1 << 8 * width or not 0 <= wanted < 1 << 8 * width:
+        raise UsageError(f"mask {mask:#x} or value {wanted:#x} does not fit {width} bytes")
+
+
+def timed_out(what: str, value: int, timeout_s: float | None) -> VfiotoolError:
     """The error of a register that did not come to the value waited for."""
+    seconds = native.nanoseconds(timeout_s) / 1e9
     return KernelError(
-        f"{what} did not come to the value waited for in {timeout_s:g} s; it is {value:#x}",
+        f"{what} did not come to the value waited for in {seconds:g} s; it is {value:#x}",
         errno_name="ETIMEDOUT",
     )
 
@@ -51,10 +62,14 @@ class Region:
     """One region of a device, reached through its file. Errors: UsageError for what the region
     does not hold or allow, KernelError (EIO) for memory or I/O decode that is off."""
 
-    def __init__(self, device: Device, info: RegionInfo, trace: Trace | None = None) -> None:
+    def __init__(self, device: OpenDevice, info: RegionInfo) -> None:
         self.device = device
         self.info = info
-        self.trace = trace
+        self.trace = device.trace
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.device.closed else ""
+        return f"<Region {self.info.index} of {self.device.name}, {self.info.size} bytes{state}>"
 
     @property
     def index(self) -> int:
@@ -90,8 +105,8 @@ class Region:
         if width not in _FORMATS or offset % width:
             raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
         position = self._position(offset, width, write=False)
-        descriptor = self.device.descriptor
-        value = native.region_read(descriptor, position, width, lambda: self._what(offset, width))
+        with self.device.use() as fd:
+            value = native.region_read(fd, position, width, lambda: self._what(offset, width))
         if self.trace is not None:
             self.trace.record(
                 "read", region=self.info.index, offset=offset, width=width, value=value
@@ -105,8 +120,8 @@ class Region:
         if not 0 <= value < 1 << 8 * width:
             raise UsageError(f"{value:#x} does not fit {width} bytes")
         position = self._position(offset, width, write=True)
-        descriptor = self.device.descriptor
-        native.region_write(descriptor, position, width, value, lambda: self._what(offset, width))
+        with self.device.use() as fd:
+            native.region_write(fd, position, width, value, lambda: self._what(offset, width))
         if self.trace is not None:
             self.trace.record(
                 "write", region=self.info.index, offset=offset, width=width, value=value
@@ -142,7 +157,8 @@ class Region:
         buffer = bytearray(length)
         if length:
             what = self._what(offset, length)
-            native.region_copy_out(self.device.descriptor, position, buffer, what)
+            with self.device.use() as fd:
+                native.region_copy_out(fd, position, buffer, what)
         if self.trace is not None:
             self.trace.record("copy-out", region=self.info.index, offset=offset, length=length)
         return bytes(buffer)
@@ -153,14 +169,25 @@ class Region:
         position = self._position(offset, length, write=True)
         if length:
             what = self._what(offset, length)
-            native.region_copy_in(self.device.descriptor, position, data, what)
+            with self.device.use() as fd:
+                native.region_copy_in(fd, position, data, what)
         if self.trace is not None:
             self.trace.record("copy-in", region=self.info.index, offset=offset, length=length)
 
-    def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
+    def poll(
+        self,
+        offset: int,
+        mask: int,
+        wanted: int,
+        timeout_s: float | None,
+        *,
+        width: int = 4,
+    ) -> int:
         """Read the register until `value & mask == wanted`; returns the value. Raises
-        KernelError (ETIMEDOUT) after `timeout_s` seconds."""
-        end = time.monotonic() + timeout_s
+        KernelError (ETIMEDOUT) after `timeout_s` seconds; None and inf are no limit, less than 0
+        looks once."""
+        _check_mask(mask, wanted, width)
+        end = time.monotonic() + native.nanoseconds(timeout_s) / 1e9
         pause = 1e-5
         while True:
             value = self.read(offset, width)
@@ -179,7 +206,8 @@ class Region:
         `alignment` (a power of two) aligns the mapping's address with the BAR's, so that the
         kernel can use large pages: give 2 MiB or 1 GiB for BARs at least that large. Raises
         UsageError where the region, or this part of it, cannot be mapped (`region.info.areas`
-        tells which can), and where the device does not decode memory.
+        tells which can), and where the device cannot be reached now (memory decode is off, it
+        sleeps, it is being reset).
         """
         info = self.info
         if not info.areas:
@@ -188,10 +216,14 @@ class Region:
                 hint="use its read and write methods instead of a mapping",
             )
         area = _area(info, offset, size)
-        self.device.require_memory_decode()
         access = native.WINDOW_READ * info.readable | native.WINDOW_WRITE * info.writable
         kind = Mapping if self.trace is None else TracedMapping
-        return kind(self, area, access, alignment)
+        reach = self.device.reach
+        with reach.lock:
+            self.device.refuse_closed()
+            reach.refresh()
+            reach.refuse()
+            return kind(self, area, access, alignment)
 
 
 def _area(info: RegionInfo, offset: int | None, size: int | None) -> Area:
@@ -209,10 +241,11 @@ def _area(info: RegionInfo, offset: int | None, size: int | None) -> Area:
 class Mapping(native.Window):
     """A mapped part of a region.
 
-    `read8` … `write64`, `address`, `start`, `size` and `closed` are C (`cext/mmio_module.c`). A
-    read is followed by a read barrier, a write preceded by a write barrier. Each refused access
-    raises UsageError: outside the mapping, not aligned, value too large, after `close`, with the
-    device's memory decode off, in a child process.
+    `read8` … `write64`, `address`, `pin`, `unpin`, `start`, `size` and `closed` are C
+    (`cext/python/window_type.c`). A read is followed by a read barrier, a write preceded by a write
+    barrier. Each refused access raises UsageError: outside the mapping, not aligned, value too
+    large, after `close`, in a child process, and while the device cannot be reached (memory decode
+    off, asleep, being reset); `unreachable` is the reason then.
     """
 
     def __init__(self, region: Region, area: Area, access: int, alignment: int) -> None:
@@ -220,14 +253,19 @@ class Mapping(native.Window):
         self.description = f"region {region.info.index} of {region.device.name}"
         position = region.info.position + area.offset
         try:
-            super().__init__(
-                region.device.descriptor, position, area.offset, area.size, access, alignment
-            )
+            with region.device.use() as fd:
+                super().__init__(fd, position, area.offset, area.size, access, alignment)
         except OSError as error:
             raise native.failed(
                 -(error.errno or 0), f"map {self.description}", device=region.device.name
             ) from error
-        region.device.mappings.add(self)
+        region.device.reach.add(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.start:#x}+{self.size:#x}"
+        if not self.closed and self.unreachable:
+            state += f", refused: {self.unreachable}"
+        return f"<Mapping of {self.description}, {state}>"
 
     def read_into(self, offset: int, buffer: Any, *, width: int = 4, fifo: bool = False) -> None:
         """Fill a writable buffer with registers of `width` bytes from `offset` on, in order; with
@@ -248,31 +286,62 @@ class Mapping(native.Window):
         """`count` 32-bit registers in a row."""
         return self.read_many(offset, count)
 
-    def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
+    def poll(
+        self,
+        offset: int,
+        mask: int,
+        wanted: int,
+        timeout_s: float | None,
+        *,
+        width: int = 4,
+    ) -> int:
         """Read the register until `value & mask == wanted`; returns the value.
 
         Runs in C without the interpreter's lock. Raises KernelError (ETIMEDOUT) after `timeout_s`
-        seconds.
+        seconds (None and inf are no limit, less than 0 looks once), UsageError when the mapping is
+        closed or the device cannot be reached any more meanwhile.
         """
-        found, value = self._poll_until(offset, width, mask, wanted, round(timeout_s * 1e9))
+        _check_mask(mask, wanted, width)
+        timeout_ns = native.nanoseconds(timeout_s)
+        found, value = self._poll_until(offset, width, mask, wanted, timeout_ns)
         if not found:
             raise timed_out(f"{self.description} at {offset:#x}", value, timeout_s)
         return value
 
     def check(self) -> None:
-        """Ask the device whether it decodes memory now, and refuse accesses until it does."""
-        self._block(not self.region.device.memory_decode)
+        """Ask the device whether it can be reached now, and refuse accesses until it can."""
+        self.region.device.refuse_closed()
+        self.region.device.reach.refresh()
 
-    def close(self) -> None:
-        """Unmap. Closing twice is nothing; raises UsageError while another thread polls."""
-        self._close()
-        self.region.device.mappings.discard(self)
+    def close(self, *, even_pinned: bool = False) -> None:
+        """Unmap; polls in other threads end with UsageError. Closing twice is nothing. Raises
+        UsageError while C keeps an address of it (`pin`), unless `even_pinned`: then that C is
+        refused from now on."""
+        self._close(even_pinned)
+        self.region.device.reach.discard(self)
 
     def __enter__(self) -> Mapping:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class Config(Region):
+    """PCI configuration space. What a write means for mapped accesses is seen to: they are refused
+    while the device cannot be reached."""
+
+    def write(self, offset: int, value: int, width: int) -> None:
+        """As `Region.write`."""
+        data = (value & (1 << 64) - 1).to_bytes(8, "little")[: width if width in _FORMATS else 0]
+        with self.device.reach.writing(offset, data):
+            super().write(offset, value, width)
+
+    def write_bytes(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """As `Region.write_bytes`."""
+        copied = bytes(data)
+        with self.device.reach.writing(offset, copied):
+            super().write_bytes(offset, copied)
 
 
 def _traced_read(width: int) -> Callable[[TracedMapping, int], int]:
@@ -327,7 +396,15 @@ class TracedMapping(Mapping):
         length = memoryview(buffer).nbytes
         self.trace.record(event, region=self.region.index, offset=offset, length=length)
 
-    def poll(self, offset: int, mask: int, wanted: int, timeout_s: float, *, width: int = 4) -> int:
+    def poll(
+        self,
+        offset: int,
+        mask: int,
+        wanted: int,
+        timeout_s: float | None,
+        *,
+        width: int = 4,
+    ) -> int:
         value = super().poll(offset, mask, wanted, timeout_s, width=width)
         self.trace.record(
             "poll",

@@ -5,7 +5,7 @@ event: `read` and `write` (region, offset, width, value), `copy-out` and `copy-i
 length), `poll` (region, offset, width, mask, wanted, value), `dma-map` and `dma-unmap` (iova,
 size), `irq-on`, `irq-off`, `irq` (index, vector, count), `reset`, `hot-reset`. Numbers are numbers.
 
-Two traces can be compared (`differences`), and one done again (`replay.py`).
+Two traces can be compared (`differences`).
 
 Without a trace nothing is spent: the accessors of a mapping are C methods, and a traced mapping
 is another class.

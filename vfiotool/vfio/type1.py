@@ -9,19 +9,21 @@ from __future__ import annotations
 import errno
 from typing import NoReturn
 
-from vfiotool.errors import KernelError, Refused, Unsupported
+from vfiotool.errors import Refused, Unsupported
 from vfiotool.host.host import Host
 from vfiotool.native import library as native
-from vfiotool.vfio.backend import (
+from vfiotool.vfio.caps import Type1Info, parse_type1
+from vfiotool.vfio.space import (
     ALL_ADDRESSES,
     CONTAINER_NODE,
     GROUP_VIABLE,
     AddressSpace,
     Attachment,
+    file_of,
+    let_go,
     map_failure,
     open_failure,
 )
-from vfiotool.vfio.caps import Type1Info, parse_type1
 from vfiotool.vfio.target import Target, not_on_vfio
 
 _TYPE1V2 = 3
@@ -43,8 +45,8 @@ class Type1Space(AddressSpace):
         if result < 0:
             self.closed = True
             raise open_failure(result, CONTAINER_NODE, "a container")
-        self.container = result
-        self._aim(result, None)
+        self.container = file_of(result, "the address space")
+        self._aim(self.container, None)
         self._model_set = False
         self._groups: dict[str, tuple[int, int]] = {}
         try:
@@ -54,9 +56,11 @@ class Type1Space(AddressSpace):
             raise
 
     def _check_container(self) -> None:
-        version = native.container_version(self.container)
         model = _NOIOMMU if self.noiommu else _TYPE1V2
-        if version != 0 or not native.container_check(self.container, model):
+        with self.container as fd:
+            version = native.container_version(fd)
+            known = native.container_check(fd, model)
+        if version != 0 or not known:
             raise Unsupported(
                 f"the kernel's VFIO (API version {version}) has no "
                 f"{'no-IOMMU' if self.noiommu else 'type1 v2'} model",
@@ -65,8 +69,7 @@ class Type1Space(AddressSpace):
                 else "modprobe vfio_iommu_type1",
             )
 
-    def attach(self, target: Target, vf_token: str | None = None) -> Attachment:
-        self.refuse_closed()
+    def _attach(self, target: Target, vf_token: str | None) -> Attachment:
         if target.group_node is None or target.group is None:
             raise not_on_vfio(target)
         group = self._join(target, target.group, target.group_node)
@@ -75,9 +78,7 @@ class Type1Space(AddressSpace):
         if descriptor < 0:
             self._leave(target.group)
             raise self._device_failure(descriptor, target)
-        attachment = Attachment(target, descriptor, group)
-        self.attachments.append(attachment)
-        return attachment
+        return Attachment(target, file_of(descriptor, target.name), group)
 
     def _device_failure(self, number: int, target: Target) -> Exception:
         if number in (-errno.ENODEV, -errno.EINVAL):
@@ -104,7 +105,8 @@ class Type1Space(AddressSpace):
                     hint=f"vfiotool why {target.name}",
                     device=target.name,
                 )
-            result = native.group_set_container(group, self.container)
+            with self.container as fd:
+                result = native.group_set_container(group, fd)
             native.check(result, f"put group {number} into the container", device=target.name)
             if not self._model_set:
                 self._set_model(number, target.name)
@@ -115,7 +117,8 @@ class Type1Space(AddressSpace):
         return group
 
     def _set_model(self, number: str, device: str) -> None:
-        result = native.container_set_iommu(self.container, _NOIOMMU if self.noiommu else _TYPE1V2)
+        with self.container as fd:
+            result = native.container_set_iommu(fd, _NOIOMMU if self.noiommu else _TYPE1V2)
         native.check(
             result,
             f"set the IOMMU model for group {number}",
@@ -136,11 +139,8 @@ class Type1Space(AddressSpace):
             # The last group took the IOMMU model and all mappings with it.
             self._model_set = False
 
-    def detach(self, attachment: Attachment) -> None:
-        if attachment not in self.attachments:
-            return
-        self.attachments.remove(attachment)
-        native.close(attachment.descriptor)
+    def _detach(self, attachment: Attachment) -> None:
+        let_go(attachment.handle)
         if attachment.target.group is not None:
             self._leave(attachment.target.group)
 
@@ -148,22 +148,20 @@ class Type1Space(AddressSpace):
         self.refuse_closed()
         raise map_failure(result, address, iova, size, self.host, per_user=False)
 
-    def _unmap_failed(self, result: int, iova: int, size: int) -> NoReturn:
-        self.refuse_closed()
-        operation = f"unmap {size} bytes at I/O address {iova:#x}"
-        if result == -errno.EINVAL:
-            raise KernelError(f"{operation}: it would cut a mapping in two", errno_name="EINVAL")
-        raise native.failed(result, operation)
+    def _cuts(self, result: int, iova: int, size: int) -> bool:
+        return result == -errno.EINVAL
 
     def unmap_all(self) -> int:
-        if native.container_check(self.container, _UNMAP_ALL):
-            return native.check(native.type1_unmap_all(self.container), "unmap all")
+        with self.container as fd:
+            if native.container_check(fd, _UNMAP_ALL):
+                return native.check(native.type1_unmap_all(fd), "unmap all")
         half = 1 << 63
         return self.unmap(0, half) + self.unmap(half, half)
 
     def info(self) -> Type1Info:
         """What VFIO_IOMMU_GET_INFO tells; needs a device in the container."""
-        return parse_type1(native.type1_info(self.container))
+        with self.container as fd:
+            return parse_type1(native.type1_info(fd))
 
     def ranges(self) -> tuple[tuple[int, int], ...]:
         if not self._model_set or self.noiommu:
@@ -176,14 +174,17 @@ class Type1Space(AddressSpace):
         return self.info().page_sizes if self._model_set and not self.noiommu else 4096
 
     def dirty_track(self, start: bool) -> None:
+        with self.container as fd:
+            result = native.type1_dirty_track(fd, start)
         native.check(
-            native.type1_dirty_track(self.container, start),
+            result,
             f"{'start' if start else 'stop'} tracking dirty pages",
             branches={errno.ENOTTY: Unsupported, errno.EINVAL: Unsupported},
         )
 
     def dirty_bitmap(self, iova: int, size: int, page_size: int = 4096) -> bytes:
-        return native.type1_dirty_bitmap(self.container, iova, size, page_size)
+        with self.container as fd:
+            return native.type1_dirty_bitmap(fd, iova, size, page_size)
 
-    def _descriptors(self) -> list[int]:
-        return [*(group for group, _ in self._groups.values()), self.container]
+    def _handles(self) -> list[native.Handle]:
+        return [self.container]

@@ -46,7 +46,7 @@ def show(
     backend: BackendOption = "auto",
 ) -> None:
     """Show whether a device can migrate, and how."""
-    from vfiotool.vfio.migration import STATE_NAMES, Migration, probe
+    from vfiotool.vfio import STATE_NAMES, Migration, probe
 
     with opened(context, device, backend) as opened_device:
         support = probe(opened_device)
@@ -96,7 +96,7 @@ def save(
     backend: BackendOption = "auto",
 ) -> None:
     """Save a device's state to a file; the device is left stopped."""
-    from vfiotool.vfio.migration import Migration
+    from vfiotool.vfio import Migration
 
     if target == "-" and wants_json(context):
         raise UsageError("--json and the state cannot both go to standard output")
@@ -140,7 +140,7 @@ def restore(
     backend: BackendOption = "auto",
 ) -> None:
     """Give a device the state that was saved from one of its kind."""
-    from vfiotool.vfio.migration import Migration
+    from vfiotool.vfio import Migration
 
     with seekable(source) as file:
         header = check_file(file, source)

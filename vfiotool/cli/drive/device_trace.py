@@ -1,4 +1,4 @@
-"""`device trace`: a recorded trace shown, compared with another, or done again."""
+"""`device trace`: a recorded trace shown, or compared with another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import examples, wants_json
-from vfiotool.cli.drive.opening import REGION_NAMES, BackendOption, opened
+from vfiotool.cli.drive.opening import REGION_NAMES
 
 # Of a trace's numbers those that people count.
 _COUNTED = ("width", "vector", "count", "length")
@@ -48,36 +48,21 @@ def trace_command(
             autocompletion=candidates.files,
         ),
     ] = None,
-    replay: Annotated[
-        str | None,
-        typer.Option(
-            "--replay",
-            metavar="DEVICE",
-            help="Do it again on a device.",
-            autocompletion=candidates.devices,
-        ),
-    ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on showing what is appended.")
     ] = False,
-    backend: BackendOption = "auto",
 ) -> int:
-    """Show a recorded trace, live with -f; compare two; replay one. 1 if they differ."""
-    from vfiotool.vfio.replay import Replay
-    from vfiotool.vfio.trace import differences, load
+    """Show a recorded trace, live with -f; compare two. 1 if they differ."""
+    from vfiotool.vfio import differences, load
 
-    if compare is None and replay is None:
+    if compare is None:
         with _lines(file, follow) as lines:
             _show(load(lines), as_json=wants_json(context), live=follow)
         return 0
     with _lines(file, False) as lines:
         events = list(load(lines))
-    if compare is not None:
-        with _lines(compare, False) as lines:
-            found = differences(events, load(lines))
-    else:
-        with opened(context, replay or "", backend) as device:
-            found = Replay(device).run(events)
+    with _lines(compare, False) as lines:
+        found = differences(events, load(lines))
     if wants_json(context):
         output.emit({"events": len(events), "differences": found})
     else:
@@ -131,7 +116,7 @@ def _shown(event: dict[str, object]) -> str:
     """An event on one line: time, what, where, and the rest by name; what is counted in decimal,
     what is made of bits or addresses in hexadecimal."""
     from vfiotool.devices.pci import Address
-    from vfiotool.vfio.irq import NAMES
+    from vfiotool.vfio import IRQ_NAMES as NAMES
 
     is_pci = Address.is_address(str(event.get("device")))
     places = {"region": {n: name for name, n in REGION_NAMES.items()}, "index": NAMES}

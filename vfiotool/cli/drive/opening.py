@@ -65,7 +65,7 @@ def opened(
 ) -> Iterator[Device]:
     """The device, opened for the time of the block, with its trace if one is wanted."""
     from vfiotool.devices.selector import resolve
-    from vfiotool.vfio import Device, Trace
+    from vfiotool.vfio import Device, Trace, backend_named
 
     host = host_of(context)
     if trace == "-" and wants_json(context):
@@ -83,7 +83,7 @@ def opened(
         yield stack.enter_context(
             Device.open(
                 resolve(host, name),
-                backend=backend,
+                backend=backend_named(backend),
                 host=host_of(context),
                 trace=record,
                 vf_token=None if vf_token is None else uuid_of("--vf-token", vf_token),

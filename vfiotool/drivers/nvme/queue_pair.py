@@ -19,8 +19,7 @@ from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.load import Load, LoadReport, job_of, report_of
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.native.library import ffi, lib
-from vfiotool.vfio import DmaBuffer
-from vfiotool.vfio.region import Mapping
+from vfiotool.vfio import DmaBuffer, Mapping
 
 COMMAND_BYTES = 64
 COMPLETION_BYTES = 16

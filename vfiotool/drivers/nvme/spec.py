@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from vfiotool.vfio.registers import Register, RegisterMap
+from vfiotool.vfio import Register, RegisterMap
 
 DOORBELLS = 0x1000
 # I/O commands: NVM Command Set 1.0, section 3.2.
