@@ -54,6 +54,8 @@ bare:
 		for what in "demo" "demo visitor" "test"; do \
 			tests/bare/run $$suite $$what || failed="$$failed $$suite/$${what// /-}"; \
 		done; \
+		BARE_PACKAGES=qemu-system-x86 tests/bare/run $$suite demo || \
+			failed="$$failed $$suite/with-qemu"; \
 	done; \
 	[ -z "$$failed" ] || { echo "bare machines failed:$$failed" >&2; exit 1; }
 

@@ -84,6 +84,17 @@ def test_every_requirement_is_locked_with_digests_of_its_files() -> None:
     assert "://" not in lock, "a lock file names no registry"
 
 
+def test_what_runs_is_locked_in_the_versions_that_are_tested() -> None:
+    def entries(name: str) -> set[str]:
+        return set(re.findall(r"^[\w.-]+==\S+", (ROOT / name).read_text(), re.M))
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {re.match(r"[\w.-]+", text).group(0) for text in project["dependencies"]}  # type: ignore[union-attr]
+    run = entries("requirements-run.lock")
+    assert run <= entries("requirements.lock")
+    assert wanted <= {entry.partition("==")[0] for entry in run}
+
+
 def test_make_help_names_every_target() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", text, re.M)

@@ -191,7 +191,7 @@ def sweep(name: str) -> Counter[tuple[str, str]]:
 
 
 # Thousands of cases each: `make check` leaves these out.
-SLOW = ("mixed", START_WITH_VFS)
+SLOW = ("vfs", "mdevs", "mixed", START_WITH_VFS)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,21 @@ def test_device_can_be_plugged_in_and_out(guest: Guest) -> None:
     assert wait_until(lambda: functions() == before)
 
 
+def test_a_command_that_does_not_exist_ends_as_in_a_shell(tmp_path: Path) -> None:
+    """With 127, and --quiet says nothing beside the error."""
+    done = subprocess.run(
+        [*CLI, "--quiet", "--", "nosuchcmd"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 127
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[0].startswith("vfiotool: the guest cannot run nosuchcmd")
+    assert "lab:" not in done.stderr
+
+
 def test_guest_that_powers_off_is_lost_and_not_failed(tmp_path: Path) -> None:
     done = subprocess.run(
         [*CLI, "--", "sh", "-c", "echo before; /run/lab/busybox poweroff -f; sleep 60"],
