@@ -166,30 +166,6 @@ int vt_nvme_stop(struct vt_nvme_queue *q)
 	return 0;
 }
 
-int vt_nvme_restart(struct vt_nvme_queue *q)
-{
-	if (!q->stopped)
-		return -EBUSY;
-	for (uint32_t i = 0; i < q->depth; i++) {
-		struct slot *slot = &q->slots[i];
-
-		/* What was out may still be told by somebody: not by its old identifier. */
-		if (slot->active)
-			slot->cid = (uint16_t)(slot->cid + q->cid_step);
-		slot->active = 0;
-	}
-	free_all(q);
-	memset(q->commands, 0, (size_t)q->sq_entries * COMMAND_BYTES);
-	memset((void *)(uintptr_t)q->completions, 0,
-	       (size_t)q->cq_entries * sizeof(struct completion));
-	q->tail = q->head = q->untold = q->in_flight = 0;
-	q->phase = 1;
-	q->stopped = 0;
-	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
-	__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
-	return 0;
-}
-
 void vt_nvme_halt(struct vt_nvme_queue *q)
 {
 	int running = 0;
@@ -399,6 +375,37 @@ int vt_nvme_poll_tags(struct vt_nvme_queue *q, uint64_t *tags, uint32_t room, ui
 			 (tags[*held] = done.tag, *status = *status ? *status : done.status))
 	} while (goes_on(q, *held - before, least, deadline));
 	return end_poll(q, *held - before);
+}
+
+int vt_nvme_restart(struct vt_nvme_queue *q, struct vt_nvme_done *all, uint32_t room,
+		    uint32_t *held)
+{
+	uint64_t now = ticks(), started;
+	uint32_t before = *held;
+	struct vt_nvme_done done;
+	uint16_t index;
+
+	if (!q->stopped)
+		return -EBUSY;
+	TAKE_ALL(q, room, held, (done.latency_ns = to_ns(now - started), all[*held] = done))
+	for (uint32_t i = 0; i < q->depth; i++) {
+		struct slot *slot = &q->slots[i];
+
+		/* What was out may still be told by somebody: not by its old identifier. */
+		if (slot->active)
+			slot->cid = (uint16_t)(slot->cid + q->cid_step);
+		slot->active = 0;
+	}
+	free_all(q);
+	memset(q->commands, 0, (size_t)q->sq_entries * COMMAND_BYTES);
+	memset((void *)(uintptr_t)q->completions, 0,
+	       (size_t)q->cq_entries * sizeof(struct completion));
+	q->tail = q->head = q->untold = q->in_flight = 0;
+	q->phase = 1;
+	q->stopped = 0;
+	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
+	return (int)(*held - before);
 }
 
 void vt_nvme_count(const struct vt_nvme_queue *q, struct vt_nvme_counters *counters)

@@ -11,6 +11,7 @@
 
 #include <stdint.h>
 
+struct vt_nvme_done;
 struct vt_nvme_queue;
 
 /* Where a queue pair lies. Addresses are this process's, except `lists_iova`. */
@@ -76,9 +77,11 @@ void vt_nvme_halt(struct vt_nvme_queue *queue);
 /* The same for a controller that is known not to answer: vt_nvme_run does not wait for what is in
  * flight, and returns -ETIMEDOUT. */
 void vt_nvme_abandon(struct vt_nvme_queue *queue);
-/* After a reset of the controller, on a stopped queue pair: both rings empty, nothing in flight, as
+/* After a reset of the controller, on a stopped queue pair: takes the completions that had come,
+ * as vt_nvme_poll, and returns how many; then both rings are empty and nothing is in flight, as
  * vt_nvme_new left it; counters go on. -EBUSY if it was not stopped. */
-int vt_nvme_restart(struct vt_nvme_queue *queue);
+int vt_nvme_restart(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_t room,
+		    uint32_t *held);
 
 /* Submits commands in order with one write of the doorbell. Returns how many were taken: fewer
  * than `count` where the queue is full. -EINVAL for a run of data that no PRP list can tell. */

@@ -462,14 +462,21 @@ static void a_queue_starts_again_after_a_reset(void)
 	struct vt_nvme_done done[4];
 	struct vt_nvme_counters counters;
 	uint16_t before, after;
+	uint32_t held;
 
 	for (uint64_t round = 0; round < 20; round++) {
 		struct vt_nvme_io io = read_of(round);
 
 		CHECK(vt_nvme_submit(queue, &io, 1) == 1);
 		memcpy(&before, device.sq + 64 * device.sq_head + 2, 2);
-		CHECK(vt_nvme_restart(queue) == -EBUSY);
-		CHECK(vt_nvme_stop(queue) == 0 && vt_nvme_restart(queue) == 0);
+		held = 0;
+		CHECK(vt_nvme_restart(queue, done, 4, &held) == -EBUSY);
+		CHECK(vt_nvme_stop(queue) == 0);
+		/* What had come before the reset is not lost. */
+		if (round % 2)
+			work(&device);
+		CHECK(vt_nvme_restart(queue, done, 4, &held) == (int)(round % 2));
+		CHECK(held == round % 2 && (!held || done[0].tag == round));
 		device.sq_head = device.cq_tail = device.words[0] = device.words[1] = 0;
 		device.phase = 1;
 		vt_nvme_count(queue, &counters);

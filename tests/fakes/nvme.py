@@ -70,11 +70,13 @@ class FakeInterrupt:
     def wait(self, timeout_s: float | None = None) -> int:
         if self.descriptor < 0:
             raise UsageError("the interrupt is off")
-        select.select([self.descriptor], [], [], timeout_s)
         try:
+            select.select([self.descriptor], [], [], timeout_s)
             return os.eventfd_read(self.descriptor)
         except BlockingIOError:
             return 0
+        except (OSError, ValueError) as error:
+            raise UsageError("the interrupt is off") from error
 
 
 class FakeInterrupts:
@@ -154,10 +156,11 @@ class FakeNvme:
         self._thread.join()
 
     def alloc(self, size: int, *, align: int = PAGE) -> Memory:
-        found = Memory(self.buffers, size, self.next_iova)
-        # A hole after each buffer: a PRP that runs on hits nothing.
-        self.next_iova += found.size + 16 * PAGE
-        return found
+        with self.lock:
+            found = Memory(self.buffers, size, self.next_iova)
+            # A hole after each buffer: a PRP that runs on hits nothing.
+            self.next_iova += found.size + 16 * PAGE
+            return found
 
     def on_close(self, hook: Callable[[], object]) -> None:
         self.hooks.append(hook)

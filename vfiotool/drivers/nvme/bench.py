@@ -150,14 +150,22 @@ def _side_by_side(
     controller: Controller, queues: list[IoQueue], loads: list[Load]
 ) -> list[LoadReport]:
     watch = controller.health.check
+
+    def load(queue: IoQueue, one: Load) -> LoadReport:
+        try:
+            return queue.pair.run(one, watch)
+        except UsageError:
+            controller.health.refuse()  # a reset in another thread says more than "closed"
+            raise
+
     if len(queues) == 1:
-        return [queues[0].pair.run(loads[0], watch)]
+        return [load(queues[0], loads[0])]
     reports: list[LoadReport] = []
     failures: list[VfiotoolError] = []
 
-    def work(queue: IoQueue, load: Load) -> None:
+    def work(queue: IoQueue, one: Load) -> None:
         try:
-            reports.append(queue.pair.run(load, watch))
+            reports.append(load(queue, one))
         except VfiotoolError as error:
             failures.append(error)
 

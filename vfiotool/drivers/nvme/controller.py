@@ -416,6 +416,7 @@ class Controller:
             self.device.reset()  # what does not obey CC.EN may obey FLR
         for commands in every:
             commands.pair.restart()
+            commands.settle()  # what had come before is told as it came
         for queue in self._undead:
             self._bury(queue)
         self._undead.clear()

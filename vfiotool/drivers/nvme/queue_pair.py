@@ -119,6 +119,7 @@ class QueuePair:
         # Completions that were taken, by their number; an interrupted caller finds them here.
         self.ready: dict[int, Completion] = {}
         self._pinned: list[Any] = []
+        self._stopping = False
         self._check_memory()
         layout = self._layout()
         made = ffi.new("struct vt_nvme_queue **")
@@ -300,6 +301,8 @@ class QueuePair:
                 lib.vt_nvme_halt(self._queue)
             worker.join()
             raise
+        if self._stopping:
+            raise UsageError(f"queue {self.rings.id}: it was closed or reset during the load")
         self._check(results[0])
         return report_of(report)
 
@@ -314,15 +317,18 @@ class QueuePair:
     def stop(self, *, abandon: bool = False) -> None:
         """Never touch rings and doorbells again, or until `restart`; ends what another thread is
         waiting for, a load at once with `abandon`."""
+        self._stopping = True
         while lib.vt_nvme_stop(self._queue) < 0:
             (self.abandon if abandon else self.halt)()
             time.sleep(1e-4)
 
     def restart(self) -> None:
         """After `stop` and a reset of the controller: empty rings, nothing in flight. Completions
-        already in `ready` stay there."""
+        that had come are in `ready`."""
         self._absorb()
-        self._check(lib.vt_nvme_restart(self._queue))
+        self._check(lib.vt_nvme_restart(self._queue, self._done, self.depth, self._held))
+        self._absorb()
+        self._stopping = False
 
     def close(self) -> None:
         """`stop`, and let go of the memory. Closing twice is nothing."""
