@@ -41,7 +41,13 @@ def check(context: typer.Context, devices: DevicesArgument, vf_token: _Token = N
         for finding in preflight.findings(host, inventory, device, token)
     ]
     if wants_json(context):
-        payload = {"ready": not found, "findings": [finding.as_json() for finding in found]}
+        payload = {
+            "ready": not found,
+            "findings": [finding.as_json() for finding in found],
+            "notes": [
+                note for device in chosen for note in preflight.notes(host, inventory, device)
+            ],
+        }
         output.emit(payload)
         return 1 if found else 0
     for device in chosen:
@@ -51,6 +57,8 @@ def check(context: typer.Context, devices: DevicesArgument, vf_token: _Token = N
         for finding in own:
             output.write((f"  {finding.kind}", "red"), f"  {finding.detail}")
             output.write((f"    {finding.next}", "cyan"))
+        for note in preflight.notes(host, inventory, device):
+            output.write(f"  note: {note}")
     return 1 if found else 0
 
 

@@ -141,7 +141,7 @@ def read_uevent(tree: Tree, base: str) -> bytes | None:
         try:
             return tree.read(f"{base}/uevent")
         except OSError:
-            return None
+            return _from_attributes(tree, base)
     try:
         driver = tree.readlink(f"{base}/driver").rpartition("/")[2].encode()
     except OSError:
@@ -155,6 +155,34 @@ def read_uevent(tree: Tree, base: str) -> bytes | None:
             b"PCI_SUBSYS_ID=%b:%b\n" % (alias[28:32], alias[38:42]),
             b"PCI_SLOT_NAME=%b\n" % base[base.rindex("/") + 1 :].encode(),
             b"MODALIAS=%b\n" % alias,
+        )
+    )
+
+
+def _from_attributes(tree: Tree, base: str) -> bytes | None:
+    """The same from single attributes, for a part of a machine's tree that has no `uevent`."""
+
+    def value(name: str) -> bytes:
+        try:
+            return tree.read(f"{base}/{name}").strip().removeprefix(b"0x")
+        except OSError:
+            return b""
+
+    vendor, device, code = value("vendor"), value("device"), value("class")
+    if not vendor and not code:
+        return None
+    try:
+        driver = tree.readlink(f"{base}/driver").rpartition("/")[2].encode()
+    except OSError:
+        driver = b""
+    subsystem = (value("subsystem_vendor"), value("subsystem_device"))
+    return b"".join(
+        (
+            b"DRIVER=%b\n" % driver if driver else b"",
+            b"PCI_CLASS=%b\n" % code if code else b"",
+            b"PCI_ID=%b:%b\n" % (vendor, device) if vendor and device else b"",
+            b"PCI_SUBSYS_ID=%b:%b\n" % subsystem if all(subsystem) else b"",
+            b"PCI_SLOT_NAME=%b\n" % base[base.rindex("/") + 1 :].encode(),
         )
     )
 

@@ -11,6 +11,7 @@ from vfiotool.devices.iommu import GroupReader, IommuGroup
 from vfiotool.devices.mdev import Mdev, read_mdevs
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.platform import Platform, read_platform
+from vfiotool.devices.reset import lacks_reset
 from vfiotool.errors import NotFound
 from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
@@ -49,6 +50,7 @@ class Case:
     other member that is on a driver of the host. `noiommu`: its group is one without an IOMMU.
     `mergers` tell why the group is as large as it is, where that was asked for. `neighbours` has
     its other members that are on a driver of the host, as far as they are PCI functions.
+    `no_reset`: the kernel has no way to reset the function, None where that is not told.
     """
 
     facts: HostFacts
@@ -60,6 +62,7 @@ class Case:
     usages: Mapping[str, Usage] = field(hash=False)
     mergers: tuple[Merger, ...] = ()
     neighbours: Mapping[str, PciFunction] = field(default_factory=dict, hash=False)
+    no_reset: bool | None = None
 
 
 class CaseReader:
@@ -119,7 +122,18 @@ class CaseReader:
             mergers = find_mergers(self._host, name, function.path, members)
         noiommu = group is not None and self._is_noiommu(group.id)
         others = self._neighbours(usages.keys() - {name})
-        return Case(self.facts, name, function, None, group, noiommu, usages, mergers, others)
+        return Case(
+            self.facts,
+            name,
+            function,
+            None,
+            group,
+            noiommu,
+            usages,
+            mergers,
+            others,
+            lacks_reset(self._host, function),
+        )
 
     def _neighbours(self, names: Iterable[str]) -> dict[str, PciFunction]:
         """Those of the devices that are PCI functions, each read once."""

@@ -106,6 +106,7 @@ def explain(case: Case) -> Verdict:
         # Nothing in VFIO asks for it (security/security.c, LOCKDOWN_PCI_ACCESS's users).
         mode = case.facts.lockdown
         notes.append(f"the kernel is locked down ({mode}), which does not stop VFIO")
+    notes += device_notes(case)
     advice = advise(case, found)
     return Verdict(
         address=case.name,
@@ -117,6 +118,18 @@ def explain(case: Case) -> Verdict:
         notes=tuple(dict.fromkeys((*advice.notes, *notes))),
         warnings=advice.warnings,
     )
+
+
+def device_notes(case: Case) -> list[str]:
+    """What to know of a device that no blocker says, whether or not it can be passed through."""
+    code = "" if case.function is None else case.function.class_code or ""
+    if not case.no_reset or code.startswith("06"):
+        return []
+    return [
+        f"the kernel has no reset method for {case.name}: it keeps its state when a guest ends, so "
+        "that a second start may need a reboot of the host (a reset of the whole slot, or a module "
+        "such as vendor-reset, may help)"
+    ]
 
 
 def _mdev_driver(case: Case) -> str | None:

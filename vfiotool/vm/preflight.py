@@ -11,7 +11,7 @@ from vfiotool.host.host import Host
 from vfiotool.host.paths import DEV_IOMMU, DEV_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES
 from vfiotool.usage.blocker import KINDS, Blocker
 from vfiotool.usage.case import Case, CaseReader
-from vfiotool.usage.verdict import explain
+from vfiotool.usage.verdict import device_notes, explain
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,12 @@ def findings(
     node = f"{DEV_VFIO}/{device.iommu_group}"
     missing = host.live and device.iommu_group is not None and not host.exists(node)
     return judge_handing(case, device, vf_token, missing_node=node if missing else None)
+
+
+def notes(host: Host, inventory: Inventory, device: Handed) -> tuple[str, ...]:
+    """What to know of a device that keeps no VM from opening it: that it cannot be reset."""
+    case = CaseReader(host, inventory.by_address, inventory.by_group).read(device.name)
+    return tuple(device_notes(case))
 
 
 def judge_handing(

@@ -142,12 +142,14 @@ def test_hostile_names_reach_the_terminal_as_escapes_only(
 ) -> None:
     from vfiotool.cli.look.show import print_shown
     from vfiotool.devices.show import read_shown
+    from vfiotool.usage.standing import Standings
 
     host = hostile_host().host()
     run_groups(host, [], as_json=as_json)
     run_devices(host, [], as_json=as_json)
     if not as_json:
-        print_shown(read_shown(host, "0000:01:00.0"))
+        standing = Standings(host).named("0000:01:00.0")
+        print_shown(read_shown(host, "0000:01:00.0"), standing)
     out = capsys.readouterr().out
     assert "evil" in out
     assert [char for char in out if not char.isprintable() and char != "\n"] == []

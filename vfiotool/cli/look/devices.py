@@ -96,7 +96,7 @@ def print_devices(host: Host, chosen: Sequence[str]) -> None:
         rows.append(
             [
                 function.address,
-                f"{function.vendor}:{function.device}",
+                f"{function.vendor or '????'}:{function.device or '????'}",
                 "-" if function.iommu_group is None else str(function.iommu_group),
                 (function.driver or "-", style),
                 " ".join(part for part in parts if part),

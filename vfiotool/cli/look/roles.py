@@ -10,18 +10,23 @@ ROLES = {
     "vfio": "ready for user space",
     "unbound": "no driver",
     "bridge": "not in the way",
-    "host": "in use by the host",
+    "host": "on a host driver",
     "mdev": "mediated device",
 }
 STYLES = {"vfio": "green", "unbound": "", "bridge": "dim", "host": "yellow", "mdev": "cyan"}
 
 
-def print_group(group: IommuGroup | None) -> None:
-    """A device's group: its members with their roles, and the addresses that it reserves."""
+def print_group(group: IommuGroup | None, of: str) -> None:
+    """A device's group: its members with their roles, and the addresses that it reserves.
+
+    `of` is the device asked about: where it alone keeps the group from being viable, that is said.
+    """
     if group is None:
         output.write(("in no IOMMU group", "yellow"))
         return
     state = ("viable", "green") if group.viable else ("not viable", "yellow")
+    if {member.address for member in group.devices if member.role == "host"} == {of}:
+        state = (f"viable once {of} is bound to a VFIO driver", "green")
     output.write((f"group {group.id}", "bold"), f"  {group.type or '-'}  ", state)
     width = max((len(member.address) for member in group.devices), default=0)
     for member in group.devices:

@@ -9,11 +9,11 @@ import typer
 from vfiotool.cli import output
 from vfiotool.cli.context import DeviceArgument, area, examples, host_of, wants_json
 from vfiotool.cli.look.roles import print_group
-from vfiotool.cli.look.show_capabilities import summary
+from vfiotool.cli.look.show_capabilities import speed, summary
 from vfiotool.devices.pci import Link, PciFunction, Region
 from vfiotool.devices.selector import resolve
 from vfiotool.devices.show import ShownFunction, ShownMdev, read_shown, shown_as_json
-from vfiotool.usage.standing import Standings
+from vfiotool.usage.standing import Standing, Standings
 
 app = area()
 
@@ -33,11 +33,11 @@ def show(context: typer.Context, device: DeviceArgument) -> int:
     if wants_json(context):
         output.emit({**shown_as_json(shown), **standing.as_json()})
     else:
-        print_shown(shown)
+        print_shown(shown, standing)
     return 0
 
 
-def print_shown(shown: ShownFunction | ShownMdev) -> None:
+def print_shown(shown: ShownFunction | ShownMdev, standing: Standing) -> None:
     """Everything about one device, in paragraphs."""
     if isinstance(shown, ShownMdev):
         mdev = shown.mdev
@@ -48,14 +48,16 @@ def print_shown(shown: ShownFunction | ShownMdev) -> None:
                 ("type", mdev.type),
                 ("driver", shown.driver or "none"),
                 ("VFIO node", shown.group_node),
+                ("verdict", standing.verdict),
             ],
         )
+        print_group(shown.group, mdev.uuid)
     else:
-        _print_function(shown)
-    print_group(shown.group)
+        _print_function(shown, standing)
+        print_group(shown.group, shown.function.address)
 
 
-def _print_function(shown: ShownFunction) -> None:
+def _print_function(shown: ShownFunction, standing: Standing) -> None:
     function = shown.function
     known = shown.names.lookup(
         function.vendor,
@@ -67,13 +69,18 @@ def _print_function(shown: ShownFunction) -> None:
     title = " ".join(part for part in (known.vendor, known.device) if part) or "unknown device"
     output.write(
         (function.address, "bold"),
-        f"  {title} [{function.vendor}:{function.device}]",
-        f" rev {function.revision}",
+        f"  {title} [{_ids(function.vendor, function.device)}]",
+        f" rev {function.revision or '??'}",
     )
-    subsystem = f"{function.subsystem_vendor}:{function.subsystem_device}"
+    subsystem = _ids(function.subsystem_vendor, function.subsystem_device)
+    blocked = ", ".join(dict.fromkeys(blocker.kind for blocker in standing.blockers))
     facts = [
-        ("class", f"{known.class_name or 'unknown'} [{function.class_code}]"),
+        ("verdict", f"{standing.verdict}: {blocked}" if blocked else standing.verdict),
+        ("class", f"{known.class_name or 'unknown'} [{function.class_code or '??????'}]"),
         ("subsystem", f"{known.subsystem or ''} [{subsystem}]".strip()),
+        ("serial", shown.details.serial),
+        ("interfaces", ", ".join(shown.details.interfaces) or None),
+        ("disks", ", ".join(shown.details.disks) or None),
         ("driver", function.driver or "none"),
         ("override", function.driver_override),
         ("slot", shown.details.slot),
@@ -82,7 +89,7 @@ def _print_function(shown: ShownFunction) -> None:
         ("power", _power(function)),
         ("boot display", "yes" if function.boot_vga else None),
         ("link", None if shown.details.link is None else _link(shown.details.link)),
-        ("resets", ", ".join(function.reset_methods) or "none"),
+        ("resets", ", ".join(function.reset_methods) or "none known"),
     ]
     _facts([*facts, *_passing(shown), *_children(shown)])
     if function.regions:
@@ -98,18 +105,24 @@ def _passing(shown: ShownFunction) -> list[tuple[str, object]]:
     nodes = [node for node in (details.group_node, details.device_node) if node is not None]
     return [
         ("IOMMU", function.iommu or "none"),
-        ("VFIO driver", details.vfio_driver or "none available"),
+        ("VFIO driver", details.vfio_driver or "none found"),
         ("VFIO nodes", ", ".join(nodes) or None),
     ]
 
 
 def _children(shown: ShownFunction) -> list[tuple[str, object]]:
     function, details, sriov = shown.function, shown.details, shown.function.sriov
-    counts = None if sriov is None else f"{sriov.num_vfs} of {sriov.total_vfs} VFs"
+    counts = None
+    if sriov is not None:
+        counts = f"{_number(sriov.num_vfs)} of {sriov.total_vfs} VFs"
     if counts is not None and details.vfs:
         counts += f": {', '.join(details.vfs)}"
-    physfn = None if function.physfn is None else f"VF {function.vf_index} of {function.physfn}"
-    types = ", ".join(f"{item.type} ({item.available_instances})" for item in shown.mdev_types)
+    physfn = None
+    if function.physfn is not None:
+        physfn = f"VF {_number(function.vf_index)} of {function.physfn}"
+    types = ", ".join(
+        f"{item.type} ({_number(item.available_instances)})" for item in shown.mdev_types
+    )
     return [
         ("SR-IOV", counts or physfn),
         ("mdev types", types or None),
@@ -142,6 +155,8 @@ def _print_vpd(shown: ShownFunction) -> None:
     output.write((f"vital product data  {shown.vpd.name or ''}", "bold"))
     for keyword, value in shown.vpd.fields:
         output.write(f"  {keyword}  {value}")
+    if shown.vpd.checksum_ok is False:
+        output.write(("  checksum wrong", "yellow"))
     for problem in shown.vpd.problems:
         output.write((f"  {problem}", "yellow"))
 
@@ -159,9 +174,13 @@ def _power(function: PciFunction) -> str | None:
     return function.power_state + cold[function.d3cold_allowed]
 
 
+def _ids(vendor: str | None, device: str | None) -> str:
+    return f"{vendor or '????'}:{device or '????'}"
+
+
 def _link(link: Link) -> str:
-    now = f"{_number(link.speed_gts)} GT/s x{_number(link.width)}"
-    return f"{now}, at best {_number(link.max_speed_gts)} GT/s x{_number(link.max_width)}"
+    now, best = speed(link.speed_gts, link.width), speed(link.max_speed_gts, link.max_width)
+    return now if now == best else f"{now}, at best {best}"
 
 
 def _number(value: float | None) -> str:

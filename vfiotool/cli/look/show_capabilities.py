@@ -16,6 +16,13 @@ def summary(capability: Capability) -> str:
     return "" if make is None or not capability.fields else make(capability.fields)
 
 
+def speed(gts: object, width: object) -> str:
+    """A link's speed and width; a code that stands for no speed is unknown, as lspci says."""
+    if isinstance(gts, int | float):
+        return f"{gts:g} GT/s x{'?' if width is None else width}"
+    return f"speed unknown, width {'unknown' if width is None else f'x{width}'}"
+
+
 def _part(fields: _Fields, name: str) -> _Fields:
     value = fields.get(name)
     return value if isinstance(value, dict) else {}
@@ -35,10 +42,9 @@ def _pcie(fields: _Fields) -> str:
     words = [str(fields["port_type"]).replace("-", " ")]
     link, status = _part(fields, "link_capabilities"), _part(fields, "link_status")
     if link:
-        words.append(
-            f"{status.get('speed_gts')} GT/s x{status.get('width')} of "
-            f"{link['max_speed_gts']} GT/s x{link['max_width']}"
-        )
+        now = speed(status.get("speed_gts"), status.get("width"))
+        best = speed(link["max_speed_gts"], link["max_width"])
+        words.append(now if now == best else f"{now} of {best}")
     control = _part(fields, "device_control")
     if control:
         words.append(f"payload {control['max_payload_bytes']} B")

@@ -23,7 +23,7 @@ _MONO = "ui-monospace, 'SF Mono', 'DejaVu Sans Mono', Menlo, Consolas, monospace
 # role: (edge, fill, text of the legend)
 _ROLES = {
     "vfio": ("#1a7f37", "#e6f6ea", "on a VFIO driver"),
-    "host": ("#b35900", "#fff3e0", "in use by the host"),
+    "host": ("#b35900", "#fff3e0", "on a host driver"),
     "unbound": ("#6e7781", "#ffffff", "no driver"),
     "bridge": ("#8c959f", "#f3f4f6", "bridge, not in the way"),
     "mdev": ("#8250df", "#f3ecff", "mediated device"),

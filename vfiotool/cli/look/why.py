@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 app = area()
 
+_ANSWERS = {
+    "ready": ("can be passed through: it is on a VFIO driver", "bold green"),
+    "available": ("can be passed through: nothing uses it, bind makes it ready", "bold green"),
+    "blocked": ("cannot be passed through yet", "bold red"),
+}
+
 
 @app.command(
     "why",
@@ -45,10 +51,10 @@ def why(context: typer.Context, device: DeviceArgument) -> int:
 
 def print_verdict(verdict: Verdict) -> None:
     """Yes or no, every reason with its evidence, and the commands to type next."""
-    answer = ("can be passed through", "bold green")
-    if not verdict.passable:
-        answer = ("cannot be passed through yet", "bold red")
-    output.write((verdict.address, "bold"), " ", answer)
+    answer = _ANSWERS[verdict.word]
+    if verdict.word == "blocked" and not verdict.next:
+        answer = ("cannot be passed through", "bold red")
+    output.write((verdict.address, "bold"), " ", answer, f"  ({verdict.word})")
     for blocker in verdict.blockers:
         output.write((f"  {blocker.kind}", "red"), f"  {blocker.detail}")
         output.write((f"      {blocker.evidence}", "dim"))
@@ -56,7 +62,7 @@ def print_verdict(verdict: Verdict) -> None:
         output.write(("  warning: ", "yellow"), warning)
     for note in verdict.notes:
         output.write(f"  note: {note}")
-    print_group(verdict.group)
+    print_group(verdict.group, verdict.address)
     if verdict.next:
         output.write(("next", "bold"))
     for command in verdict.next:
