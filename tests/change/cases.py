@@ -27,8 +27,8 @@ from tests.change.changing import (
     removing,
 )
 from tests.fakes.kernel import PCI
-from vfiotool.change.apply import undo
 from vfiotool.change.journal import Journal
+from vfiotool.change.undo import undo
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
 

@@ -65,7 +65,7 @@ def furnished() -> FakeKernel:
     kernel.add_function(STUBBORN, "1b36:0010", class_code="010802", driver="nvme", group=12)
     kernel.add_function(BRIDGE, "1b36:000e", class_code="060400", group=13)
     kernel.add_function(BEHIND, "1234:11e8", group=13)
-    kernel.add_function(BESIDE, "8086:100e", class_code="020000", driver="e1000", group=13)
+    kernel.add_function(BESIDE, "8086:100e", class_code="020000", driver="e1000", group=13, net=4)
     kernel.add_parent("mtty", 24, {"mtty-1": 1, "mtty-2": 2})
     kernel.add_parent("mdpy", 4, {"mdpy-vga": 1, "mdpy-hd": 1})
     return kernel

@@ -29,8 +29,8 @@ from tests.change.changing import (
     removing,
 )
 from tests.fakes.kernel import PCI, end_state
-from vfiotool.change.apply import undo
 from vfiotool.change.journal import Journal
+from vfiotool.change.undo import undo
 from vfiotool.errors import NotFound, Stuck, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.policy.export import export_policy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 
@@ -10,11 +9,13 @@ import pytest
 
 from tests.change.changing import EDU, NVME, STUBBORN, binding, do, furnished, releasing, run_folder
 from tests.fakes.kernel import FakeKernel, Fault
-from vfiotool.change.apply import recover, undo, undo_number
 from vfiotool.change.confirm import attach, confirm, revert_unconfirmed
-from vfiotool.change.guard import Allowance, find_blockers, refuse_hurtful
+from vfiotool.change.guard import Allowance, find_blockers, refuse_uses
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
+from vfiotool.change.sealed import seal
 from vfiotool.change.steps.registry import steps_as_json
+from vfiotool.change.undo import undo, undo_number
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, UsageError
 from vfiotool.host.host import Host
 from vfiotool.netlink.codec import Message, Request
@@ -31,9 +32,11 @@ def journal(kernel: FakeKernel) -> Iterator[Journal]:
         yield Journal(kernel.host(), folder)
 
 
-def pend(journal: Journal, transaction: int | None, pid: int = 1 << 22, since: str = "7") -> str:
+def pend(
+    journal: Journal, transaction: int | None, pid: int = os.getpid(), since: str = "7"
+) -> str:
     entry = {"transaction": transaction, "pid": pid, "since": since, "after": 0}
-    journal.pending.replace("token", json.dumps(entry).encode())
+    journal.pending.replace("token", seal(entry))
     return "token"
 
 
@@ -74,7 +77,7 @@ def test_a_process_killed_between_its_commit_and_the_watcher_is_taken_back_all_t
     do(kernel.host(), journal, binding(EDU))
     before = kernel.state()
     entry = {"transaction": None, "pid": os.getpid(), "since": "7", "after": 1}
-    journal.pending.replace("token", json.dumps(entry).encode())
+    journal.pending.replace("token", seal(entry))
     do(kernel.host(), journal, binding(NVME))
     assert revert_unconfirmed(kernel.host(), journal, "token", 5) == "undone 2"
     assert kernel.state() == before
@@ -168,7 +171,7 @@ def test_undo_does_not_take_a_device_that_is_in_use_by_now(
     do(host, journal, binding(NVME))
     do(host, journal, releasing(NVME))
     swap_on(kernel, NVME)
-    with pytest.raises(Refused, match="would hurt this host"):
+    with pytest.raises(Refused, match="device is in use"):
         undo(host, journal)
     assert kernel.driver_of(NVME) == "nvme"
 
@@ -196,7 +199,7 @@ class _Bare:
     def __init__(self, host: Host) -> None:
         self.host = host
 
-    def write_attribute(self, path: str, data: str) -> None:
+    def write_attribute(self, path: str, data: str, *, harmless: bool = False) -> None:
         self.host.write_attribute(path, data)
 
     def load_module(self, name: str) -> None:
@@ -213,14 +216,14 @@ def test_what_hurts_is_refused_unless_it_is_allowed_by_name(kernel: FakeKernel) 
         steps = binding(NVME)(host, Journal(host, folder))
     (blocker,) = find_blockers(host, steps)
     assert blocker.kind == "swap"
-    with pytest.raises(Refused, match="it would hurt this host") as caught:
-        refuse_hurtful(host, steps)
+    with pytest.raises(Refused, match="refusing: device is in use") as caught:
+        refuse_uses(host, steps)
     assert caught.value.exit_code == 4
     wanted = f"swap:{blocker.subject}"
     assert f"--allow {wanted}" in (caught.value.hint or "")
     with pytest.raises(Refused):
-        refuse_hurtful(host, steps, [Allowance.parse("swap:/dev/other")])
-    refuse_hurtful(host, steps, [Allowance.parse(wanted)])
+        refuse_uses(host, steps, [Allowance.parse("swap:/dev/other")])
+    refuse_uses(host, steps, [Allowance.parse(wanted)])
     for text in ("swap", "swap:", ":x", ""):
         with pytest.raises(UsageError, match="is not KIND:WHAT"):
             Allowance.parse(text)

@@ -17,8 +17,9 @@ import pytest
 
 from tests.change.changing import BEHIND, NIC, NVME, UUID, furnished, run_folder
 from tests.fakes.kernel import FAULTS, FakeKernel, Fault
-from vfiotool.change.apply import change, recover
+from vfiotool.change.apply import change
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
 from vfiotool.change.steps.base import Step
 from vfiotool.errors import Stuck, VfiotoolError
 from vfiotool.netlink.route import VfSettings

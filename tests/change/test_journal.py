@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -15,10 +14,11 @@ import pytest
 
 from tests.change.changing import EDU, NVME, binding, do, furnished, run_folder
 from tests.fakes.kernel import FakeKernel
-from vfiotool.change.apply import recover
 from vfiotool.change.folder import Folder
 from vfiotool.change.journal import Journal, parse_record
 from vfiotool.change.locks import held
+from vfiotool.change.recover import recover
+from vfiotool.change.sealed import unseal
 from vfiotool.errors import KernelError, Refused, Stuck, UsageError
 from vfiotool.policy.parse import parse_policy
 from vfiotool.policy.saved import DesiredState
@@ -48,7 +48,7 @@ def test_the_intent_stands_in_the_journal_before_each_write(
 
     def look(number: int, path: str, data: str) -> None:
         (name,) = Path(folder).glob("boot-*/*.open")
-        last = json.loads(name.read_bytes().splitlines()[-1])
+        last = unseal(name.read_bytes().splitlines()[-1])
         seen.append((last["t"], last["path"], last["data"]) == ("write", path, data))
 
     kernel.before_write = look
@@ -103,7 +103,7 @@ def test_a_full_disk_under_the_journal_leaves_the_host_as_it_was(
         kernel, left = furnished(), [room]
 
         def write(descriptor: int, data: bytes) -> int:
-            if bytes(data[:4]) != b'{"t"':
+            if bytes(data[8:13]) != b' {"t"':
                 return real(descriptor, data)
             left[0] -= 1
             if left[0] >= 0:

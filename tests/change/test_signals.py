@@ -13,8 +13,8 @@ import pytest
 
 from tests.change.changing import EDU, NVME, Make, binding, do, furnished, run_folder
 from tests.fakes.kernel import FakeKernel
-from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
 from vfiotool.change.signals import Interrupted
 from vfiotool.cli import main as app
 from vfiotool.cli import program

@@ -12,8 +12,8 @@ from tests.change.changing import NIC, Make, binding, counting, do, furnished
 from tests.change.stateful import DEVICES, Changes
 from tests.fakes.kernel import FAULTS, Fault
 from tests.guests.runs import PROOFS_WANTED
-from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
 from vfiotool.errors import VfiotoolError
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.change.changing import run_folder
 from tests.fakes.kernel import FAULTS, Fault
 from tests.fakes.vdpa import FAMILY, VdpaKernel
-from vfiotool.change.apply import change, recover, undo
+from vfiotool.change.apply import change
 from vfiotool.change.journal import Journal
 from vfiotool.change.plans.vdpa import (
     plan_vdpa_add,
@@ -22,7 +22,9 @@ from vfiotool.change.plans.vdpa import (
     plan_vdpa_remove,
     read_vdpa_facts,
 )
+from vfiotool.change.recover import recover
 from vfiotool.change.steps.base import Step
+from vfiotool.change.undo import undo
 from vfiotool.cli.main import main
 from vfiotool.devices.vdpa import (
     VdpaSettings,

@@ -16,8 +16,8 @@ import pytest
 from tests.change.changing import Make, do, run_folder
 from tests.fakes.kernel import PCI, FakeKernel
 from vfiotool.change import apply as apply_module
-from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
 from vfiotool.change.steps.state import Binding, read_binding
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
@@ -163,7 +163,7 @@ class Meddling:
         watch = Watch(at, act)
         journal = Journal(self._plain, folder)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(apply_module, "_verify_all", _marking(watch))
+            patch.setattr(apply_module, "verify_all", _marking(watch))
             try:
                 do(self._connect(watch), journal, make)
                 word = self._judge(watch, around, goal)
@@ -171,7 +171,8 @@ class Meddling:
                 word = "reported"
         self.tally[word] += 1
         # What could not be taken back while the neighbour was at it can be now.
-        assert all(entry.result != "stuck" for entry in recover(self._plain, journal))
+        results = recover(self._plain, journal)
+        assert all(entry.result != "stuck" for entry in results), (kind, at, word, results, around)
         assert all(record.outcome is not None for record in journal.history())
         return watch.count
 
@@ -197,7 +198,7 @@ class Meddling:
 
 def _marking(watch: Watch) -> Callable[..., None]:
     """The executor's verification, with its end marked in the watch."""
-    verify = apply_module._verify_all
+    verify = apply_module.verify_all
 
     def verify_all(*arguments: Any) -> None:
         verify(*arguments)

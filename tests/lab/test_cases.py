@@ -14,8 +14,8 @@ from tests.change.changing import EDU, NVME, run_folder
 from tests.fakes.kernel import FakeKernel, end_state
 from tests.fakes.mirror import mirror
 from tests.lab.commands import restore
-from vfiotool.change.apply import recover
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
 from vfiotool.devices.pci import list_addresses
 from vfiotool.host.host import Host
 

@@ -22,8 +22,9 @@ from tests.fakes.kernel import PCI
 from tests.fakes.neighbour import Meddling, WatchedTree
 from tests.lab.commands import modprobe, restore
 from vfiotool.change import apply as apply_module
-from vfiotool.change.apply import Outcome, recover
+from vfiotool.change.apply import Outcome
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
 from vfiotool.change.steps.bind import BindDriver
 from vfiotool.change.steps.state import Binding, read_binding
 from vfiotool.errors import VfiotoolError

@@ -28,9 +28,11 @@ from tests.fakes.kernel import end_state
 from tests.guests.yardstick import slowness
 from tests.lab.commands import modprobe
 from vfiotool.change import apply as apply_module
-from vfiotool.change.apply import change, recover, undo
+from vfiotool.change.apply import change
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
 from vfiotool.change.steps.base import Step
+from vfiotool.change.undo import undo
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.tree import OsTree

@@ -24,10 +24,10 @@ from tests.change.changing import (
     run_folder,
 )
 from tests.fakes.kernel import FakeKernel
-from vfiotool.change.apply import undo
 from vfiotool.change.journal import Journal
 from vfiotool.change.steps.base import Step
-from vfiotool.change.steps.registry import STEPS, step_from_json, step_to_json
+from vfiotool.change.steps.registry import step_from_json, step_kinds, step_to_json
+from vfiotool.change.undo import undo
 from vfiotool.devices.drivers import best_driver, parse_variants
 from vfiotool.errors import (
     Ambiguous,
@@ -282,7 +282,7 @@ def test_every_kind_of_step_survives_the_journal() -> None:
         for step in plan_on(kernel.host(), (ROOT / "policies" / name).read_text()).steps:
             assert step_from_json(step_to_json(step)) == step
             seen.add(step.verb)
-    assert seen <= set(STEPS)
+    assert seen <= set(step_kinds())
     assert len(seen) >= 5
     with pytest.raises(KernelError, match="does not know"):
         step_from_json({"verb": "make-coffee"})

@@ -9,13 +9,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from vfiotool.boot.texts import SERVICE, STARTED
 from vfiotool.change.apply import change
 from vfiotool.change.folder import Folder
-from vfiotool.change.guard import refuse_hurtful
 from vfiotool.change.journal import RUN_FOLDER, Journal
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.registry import steps_as_json
@@ -121,8 +119,7 @@ def run_policy(
     try:
         waited = wait_for_devices(lacking, wait_s, queue=queue, clock=host.clock)
         title = f"boot {policy.name}"
-        guard = partial(refuse_hurtful, host)
-        outcome = change(host, journal, title, plan, guard=guard, timeout_s=timeout_s)
+        outcome = change(host, journal, title, plan, timeout_s=timeout_s)
     except VfiotoolError as error:
         _record(run_folder, {"error": error.as_json()["error"], "absent": list(absent)})
         raise

@@ -1,25 +1,26 @@
-"""The guard before the first write: what a plan would take away from, and who allowed it."""
+"""The guard: what a step would take from whoever uses it now, and who allowed that.
+
+It is asked for the whole plan before anything is written, and by the writer again before each
+step and each write (`writer.py`), whoever wants the change.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vfiotool.change.steps.base import Step
-from vfiotool.change.steps.bind import BindDriver
-from vfiotool.change.steps.mdev import SetMdev
-from vfiotool.change.steps.vdpa import SetVdpa
-from vfiotool.devices.iommu import is_vfio_driver
+from vfiotool.change.steps.base import Step, Taken
 from vfiotool.devices.pci import read_functions
 from vfiotool.errors import Refused, UsageError
 from vfiotool.host.host import Host
 from vfiotool.usage.blocker import KINDS
-from vfiotool.usage.survey import Blocker, blockers
+from vfiotool.usage.sight import Sight
+from vfiotool.usage.survey import Blocker, look
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """One `--allow KIND:WHAT`: this use, of this kind, may be cut off."""
+    """One `--allow KIND:WHAT`: disrupting this use, of this kind, is permitted."""
 
     kind: str
     what: str
@@ -37,45 +38,56 @@ class Allowance:
 
 
 def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
-    """Every use of the host that these steps would cut off, each once."""
-    found: dict[Blocker, None] = {}
+    """Every use that these steps would cut off as things stand, each once.
+
+    What an earlier step of theirs takes away itself (VFs, an mdev) is no use that a later one
+    would find.
+    """
     steps = tuple(steps)
-    taken = [s.address for s in steps if isinstance(s, BindDriver) and s.bus == "pci"]
+    taken = dict.fromkeys(item for step in steps for item in step.takes(host))
+    if not taken:
+        return ()
     # All at once: what tells a VF's index is then read once for each card.
-    functions = {item.address: item for item in read_functions(host, taken, links=False)}
-    for step in steps:
-        if isinstance(step, BindDriver) and _takes_away(step):
-            found.update(dict.fromkeys(blockers(host, step.address, functions)))
-        elif isinstance(step, SetMdev) and not step.exists:
-            found.update(dict.fromkeys(blockers(host, step.uuid)))
-        elif isinstance(step, SetVdpa) and not step.exists:
-            found.update(dict.fromkeys(blockers(host, step.name)))
-    return tuple(blocker for blocker in found if KINDS[blocker.kind].cuts_a_use)
-
-
-def _takes_away(step: BindDriver) -> bool:
-    if step.before.driver is None:
-        return False
-    # Giving a device back from VFIO asks its holder to let go (VFIO_PCI_REQ_ERR_IRQ): that is
-    # how a virtual machine is told to unplug it, not something to refuse.
-    return not is_vfio_driver(step.before.driver) or step.after.taken
-
-
-def refuse_hurtful(host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] = ()) -> None:
-    """Raise Refused, naming every use that is not allowed by kind and name."""
-    permits = {(entry.kind, entry.what) for entry in allowed}
-    left = [
+    names = [item.device for item in taken]
+    functions = {item.address: item for item in read_functions(host, names, links=False)}
+    sight = Sight(host)
+    found: dict[Blocker, None] = {}
+    for item in taken:
+        usage = look(sight, item.device, functions.get(item.device))
+        found.update(dict.fromkeys(each for each in usage.blockers if _counts(item, each)))
+    remade = {step.remakes_vfs_of for step in steps}
+    removed = {step.removes for step in steps}
+    return tuple(
         blocker
-        for blocker in find_blockers(host, steps)
-        if (blocker.kind, blocker.subject) not in permits
-    ]
+        for blocker in found
+        if not (blocker.kind == "vfs-enabled" and blocker.device in remade)
+        and not (blocker.kind == "mdev-children" and blocker.subject in removed)
+    )
+
+
+def _counts(item: Taken, blocker: Blocker) -> bool:
+    kind = KINDS[blocker.kind]
+    return kind.cuts_a_use and (kind.holds or not item.held_only)
+
+
+def uses_left(
+    host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] = ()
+) -> tuple[Blocker, ...]:
+    """The uses that the steps would cut off and that are not allowed by kind and name."""
+    permits = {(entry.kind, entry.what) for entry in allowed}
+    found = find_blockers(host, steps)
+    return tuple(entry for entry in found if (entry.kind, entry.subject) not in permits)
+
+
+def refuse_uses(host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] = ()) -> None:
+    """Raise Refused, naming every use that is not allowed by kind and name."""
+    left = uses_left(host, steps, allowed)
     if not left:
         return
     lines = [f"{entry.device} {entry.kind}: {entry.detail} [{entry.evidence}]" for entry in left]
     allows = " ".join(dict.fromkeys(f"--allow {entry.kind}:{entry.subject}" for entry in left))
     raise Refused(
-        "it would hurt this host: " + "; ".join(lines),
-        hint=f"end that use first; vfiotool why {left[0].device} tells more. Only if you are sure: "
-        f"{allows}",
+        "refusing: device is in use: " + "; ".join(lines),
+        hint=f"end that use first (see: vfiotool why {left[0].device}); to override: {allows}",
         device=left[0].device,
     )

@@ -1,34 +1,40 @@
 """The journal: every change's intent, recorded before the kernel hears of it.
 
-One file a transaction in `RUN/BOOT-ID/`, JSON lines, each synced before the write that it
-announces. `NNNNNN.open` is a transaction in progress, locked by the process that works on it;
-one that is open and not locked was left by a crash or is stuck, and `recover` takes it up. When
-it ends it is renamed to `NNNNNN.done`. A torn last line is what a crash leaves and is ignored:
-what it announced has not been done.
+One file a transaction in `RUN/BOOT-ID/`, sealed lines (`sealed.py`), each synced before the write
+that it announces. `NNNNNN.open` is a transaction in progress, locked by the process that works on
+it; one that is open and not locked was left by a crash or is stuck, and `recover` takes it up. When
+it ends it is renamed to `NNNNNN.done`. A torn last line is what a crash leaves and is ignored: what
+it announced has not been done. Anything else that does not read back is damage, and is named.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vfiotool.change.folder import Folder
+from vfiotool.change.folder import Folder, safe_name
 from vfiotool.change.locks import held, try_lock
+from vfiotool.change.sealed import is_sealed, seal, unseal
 from vfiotool.change.steps.base import Step
-from vfiotool.change.steps.registry import step_from_json, step_to_json
+from vfiotool.change.steps.names import DRIVER, OVERRIDE, require
+from vfiotool.change.steps.registry import held_values, step_from_json, step_to_json
 from vfiotool.change.steps.state import Binding, Identity
-from vfiotool.errors import KernelError, NotPermitted, Refused, from_oserror
+from vfiotool.errors import KernelError, NotPermitted, Refused, UsageError, from_oserror
 from vfiotool.host.host import Host
 from vfiotool.host.paths import PROC
 
 RUN_FOLDER = "/run/vfiotool"
 KEPT = 1000
+# The end of the year 9999, which is as far as a date can be shown.
+_LATEST_S = 253_402_300_800
+OUTCOMES = ("committed", "rolled-back")
 _OPEN, _DONE = ".open", ".done"
+_NUMBER = re.compile(r"[0-9]{6,9}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Record:
     `writer` is the process, by id and start time, whose last write was not seen to return.
     `outcome` is `committed`, `rolled-back`, or None while it is open; `stuck` is the message of
     the write that did not return. `started`, `done` and `undone` hold step numbers from 1; `nodes`
-    are the device nodes that the last step started with.
+    are the device nodes that the last step started with. `interrupted`: it is stuck because its
+    user gave it up, so that it is undone.
     """
 
     number: int
@@ -57,6 +64,7 @@ class Record:
     undone: frozenset[int]
     writer: tuple[int, str] | None
     nodes: tuple[str, ...]
+    interrupted: bool = False
 
 
 @dataclass
@@ -71,6 +79,7 @@ class _Draft:
     undone: set[int] = field(default_factory=set)
     writer: tuple[int, str] | None = None
     nodes: tuple[str, ...] = ()
+    interrupted: bool = False
 
 
 def parse_record(data: bytes) -> Record | None:
@@ -78,22 +87,24 @@ def parse_record(data: bytes) -> Record | None:
 
     Raises KernelError for a whole line that is no record: that is damage, not a crash.
     """
-    lines = data.split(b"\n")[:-1]
+    *lines, torn = data.split(b"\n")
     draft: _Draft | None = None
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-            kind = entry["t"]
+            entry = unseal(line)
             if draft is None:
-                draft = _Draft(entry)
+                draft = _Draft(_checked_head(entry))
             else:
-                _take_entry(draft, kind, entry)
+                _take_entry(draft, entry)
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(f"line {number}: {error}") from error
+    if is_sealed(torn[:-1]):
+        # The whole line is there, and only its newline is not.
+        raise _damaged(f"line {len(lines) + 1}: it does not end")
     try:
         return None if draft is None else _finish(draft)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(f"its first line: {error!r}") from error
+    except KernelError as error:
+        raise _damaged(f"its first line: {error.message}") from error
 
 
 def _damaged(where: str) -> KernelError:
@@ -104,24 +115,62 @@ def _damaged(where: str) -> KernelError:
     )
 
 
-def _take_entry(draft: _Draft, kind: str, entry: dict[str, Any]) -> None:
+def _one_of(value: object, *types: type) -> Any:
+    """`value` if it is of one of these types. Raises TypeError."""
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(f"{str(value)[:40]!r} is out of place")
+    return value
+
+
+def _checked_head(entry: dict[str, Any]) -> dict[str, Any]:
+    """The first line, if each of its values is what it has to be. Raises as a parser does."""
+    if entry["t"] != "begin":
+        raise ValueError(f"{str(entry['t'])[:40]!r} begins no transaction")
+    for name in ("number", "pid"):
+        _one_of(entry[name], int)
+    if not 0 <= _one_of(entry["at"], int, float) < _LATEST_S:
+        raise ValueError("its time is none")
+    _one_of(entry["title"], str)
+    _one_of(entry["undoes"], int, type(None))
+    _one_of(entry["steps"], list)
+    for key in _one_of(entry["keys"], list):
+        try:
+            safe_name(_one_of(key, str))
+        except UsageError as error:
+            raise ValueError(error.message) from error
+    return entry
+
+
+def _take_entry(draft: _Draft, entry: dict[str, Any]) -> None:
+    kind = entry["t"]
+    if kind == "end":
+        if entry["outcome"] not in OUTCOMES:
+            raise ValueError(f"{str(entry['outcome'])[:40]!r} is no outcome")
+        draft.outcome, draft.error = entry["outcome"], _one_of(entry["error"], str, type(None))
+        return
+    number = _one_of(entry["n"], int)
+    if not 0 <= number <= len(draft.head["steps"]):
+        raise ValueError(f"there is no step {number}")
     if kind == "step":
-        draft.started.add(entry["n"])
-        draft.nodes = tuple(entry.get("nodes", ()))
+        draft.started.add(number)
+        nodes = _one_of(entry.get("nodes", []), list)
+        draft.nodes = tuple(_one_of(node, str) for node in nodes)
     elif kind == "done":
-        draft.done.add(entry["n"])
+        draft.done.add(number)
     elif kind == "undoing":
         draft.undoing = True
     elif kind == "undone":
-        draft.undone.add(entry["n"])
+        draft.undone.add(number)
     elif kind == "write":
-        draft.writer = (entry["writer"], entry["since"]) if entry["writer"] else None
+        pid, since = _one_of(entry["writer"], int, type(None)), entry["since"]
+        draft.writer = (pid, str(since)) if pid else None
     elif kind == "wrote":
         draft.writer = None
     elif kind == "stuck":
-        draft.stuck = entry["message"]
-    elif kind == "end":
-        draft.outcome, draft.error = entry["outcome"], entry["error"]
+        draft.stuck = _one_of(entry["message"], str)
+        draft.interrupted = entry.get("interrupted") is True
+    elif kind not in ("module", "netlink"):
+        raise ValueError(f"{str(kind)[:40]!r} is no entry of a journal")
 
 
 def _finish(draft: _Draft) -> Record:
@@ -143,6 +192,7 @@ def _finish(draft: _Draft) -> Record:
         undone=frozenset(draft.undone),
         writer=draft.writer,
         nodes=draft.nodes,
+        interrupted=draft.interrupted,
     )
 
 
@@ -160,7 +210,7 @@ class Transaction:
 
         Raises KernelError with nothing appended where there is no room.
         """
-        line = (json.dumps({"t": kind, **values}, separators=(",", ":")) + "\n").encode()
+        line = seal({"t": kind, **values})
         try:
             if os.write(self._descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -182,7 +232,9 @@ class Transaction:
 
     def release(self) -> None:
         """Close it as it is: `recover` will find it."""
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def writer_of(host: Host) -> dict[str, object]:
@@ -262,9 +314,9 @@ class Journal:
 
     def _numbers(self) -> list[tuple[int, str]]:
         return [
-            (int(name[:6]), name)
+            (int(name[:-5]), name)
             for name in self._boot.names()
-            if name.endswith((_OPEN, _DONE)) and name[:-5].isdecimal()
+            if name.endswith((_OPEN, _DONE)) and _NUMBER.fullmatch(name[:-5])
         ]
 
     def history(self) -> list[Record]:
@@ -278,22 +330,37 @@ class Journal:
 
     def _read(self, name: str) -> tuple[Record | None, bytes]:
         """A transaction and its file's bytes. Raises KernelError that names a damaged file."""
-        data = self._boot.read(name) or b""
+        data = self._boot.read(name)
+        if data is None:
+            # It ended while we looked, and has its other name now.
+            return None, b""
         try:
-            return parse_record(data), data
+            record = parse_record(data)
+            if record is None:
+                raise _damaged("its first line")
+            if record.number != int(name[:-5]):
+                raise _damaged(f"its number: {record.number}")
+            if name.endswith(_DONE) and record.outcome is None:
+                raise _damaged("its end: there is none")
+            return record, data
         except KernelError as error:
             text = f"{self._boot.path}/{name}: {error.message}"
             raise KernelError(text, hint=error.hint) from error
 
-    def unfinished(self, keys: set[str] | None = None) -> list[tuple[Record, Transaction | None]]:
+    def unfinished(
+        self, keys: set[str] | None = None, only: int | None = None
+    ) -> list[tuple[Record, Transaction | None]]:
         """The open transactions, each with its file locked, or None while a process works on it.
 
-        With `keys`, only those that need one of these locks. The caller `end`s or `release`s those
+        With `keys`, those alone that need one of these locks; with `only`, the one of that number.
+        The caller `end`s or `release`s those
         that it got.
         """
         found = []
         for number, name in self._numbers():
             if not name.endswith(_OPEN):
+                continue
+            if only not in (None, number):
                 continue
             if keys is not None and not self._touches(name, keys):
                 continue
@@ -302,7 +369,11 @@ class Journal:
             except FileNotFoundError:
                 continue
             locked = try_lock(descriptor)
-            record, data = self._read(name)
+            try:
+                record, data = self._read(name)
+            except KernelError:
+                os.close(descriptor)
+                raise
             if record is None or not locked:
                 os.close(descriptor)
             if record is None:
@@ -329,18 +400,28 @@ class Journal:
 
     def origin(self, bus: str, name: str, identity: Identity) -> Binding | None:
         """The binding that a device had before vfiotool took it away, if it is that device."""
-        data = self._origins.read(f"{bus}-{name}")
+        file = f"{bus}-{name}"
+        data = self._origins.read(file)
         if data is None:
             return None
-        entry = json.loads(data)
-        if Identity(**entry["identity"]).differs_from(identity):
-            return None
-        return Binding(**entry["binding"])
+        try:
+            entry = unseal(data.removesuffix(b"\n"))
+            known = Identity(**held_values(Identity, entry["identity"]))
+            binding = Binding(**held_values(Binding, entry["binding"]))
+            require("a driver's name", DRIVER, binding.driver)
+            require("an override", OVERRIDE, binding.override)
+        except (ValueError, KeyError, TypeError, UsageError) as error:
+            raise KernelError(
+                f"{self._origins.path}/{file} is damaged: {error}",
+                hint="remove that file; the device is then given back to the driver that the "
+                "kernel chooses",
+            ) from error
+        return None if known.differs_from(identity) else binding
 
     def remember(self, bus: str, name: str, identity: Identity, binding: Binding) -> None:
         """Keep a device's binding until `forget`, over any number of further changes."""
         entry = {"identity": asdict(identity), "binding": asdict(binding)}
-        self._origins.replace(f"{bus}-{name}", json.dumps(entry).encode())
+        self._origins.replace(f"{bus}-{name}", seal(entry))
 
     def forget(self, bus: str, name: str) -> None:
         self._origins.remove(f"{bus}-{name}")

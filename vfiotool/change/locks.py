@@ -14,57 +14,16 @@ from contextlib import ExitStack, contextmanager
 
 from vfiotool.change.folder import Folder
 from vfiotool.change.steps.base import Step
-from vfiotool.change.steps.bind import BindDriver
-from vfiotool.change.steps.mdev import SetMdev, SetMdevAttribute
-from vfiotool.change.steps.sriov import SetMsixCount, SetVgpuType
-from vfiotool.change.steps.state import BUSES, read_mdev_place
-from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe
-from vfiotool.change.steps.vf_network import SetVfProperty
 from vfiotool.errors import KernelError
 from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_PCI_DEVICES
 
 
 def lock_keys(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
-    """The names of all locks that the steps need, in the order in which they are taken.
-
-    A device needs its own, its group's and, if it is a VF, its physical function's; an mdev its
-    own and its parent's.
-    """
+    """The names of all locks that the steps need, in the order in which they are taken."""
     keys: set[str] = set()
     for step in steps:
-        if isinstance(step, BindDriver):
-            keys |= _device_keys(host, step.bus, step.address)
-        elif isinstance(step, SetVdpa):
-            keys |= {f"device-{step.name}", "vdpa"}
-        elif isinstance(step, SetVdpaAutoprobe):
-            keys.add("vdpa")
-        elif isinstance(step, SetMdev):
-            keys |= {f"mdev-{step.uuid}", f"device-{step.parent}"}
-        elif isinstance(step, SetMdevAttribute):
-            place = read_mdev_place(host, step.uuid)
-            keys.add(f"mdev-{step.uuid}")
-            if place is not None:
-                keys.add(f"device-{place[0]}")
-        elif isinstance(step, SetMsixCount | SetVgpuType):
-            keys |= _device_keys(host, "pci", step.vf)
-        elif isinstance(step, SetVfProperty):
-            keys |= _device_keys(host, "pci", step.pf)
-        elif step.inverse() is not None:
-            keys |= _device_keys(host, "pci", step.target)
+        keys |= step.lock_keys(host)
     return tuple(sorted(keys))
-
-
-def _device_keys(host: Host, bus: str, name: str) -> set[str]:
-    base = f"{BUSES[bus].devices}/{name}"
-    keys = {f"device-{name}"}
-    group = host.linkname(f"{base}/iommu_group")
-    if group is not None:
-        keys.add(f"group-{group}")
-    physfn = host.linkname(f"{SYS_PCI_DEVICES}/{name}/physfn")
-    if physfn is not None:
-        keys.add(f"device-{physfn}")
-    return keys
 
 
 @contextmanager

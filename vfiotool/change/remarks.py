@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from vfiotool.change.steps.base import Step
-from vfiotool.change.steps.bind import BindDriver
-from vfiotool.change.steps.eswitch import SetEswitchMode
-from vfiotool.change.steps.sriov import SetVfCount
-from vfiotool.change.steps.vf_network import SetVfProperty
 from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.devices.sriov import read_vfs
 from vfiotool.host.host import Host
@@ -26,20 +22,15 @@ def remarks(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
 
 def _destroyed(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
     """Each physical function whose VFs there are now will be gone, also if others follow."""
-    for pf in dict.fromkeys(step.pf for step in steps if isinstance(step, SetVfCount)):
-        vfs = read_vfs(host, pf)
+    for pf in dict.fromkeys(step.remakes_vfs_of for step in steps):
+        vfs = read_vfs(host, pf) if pf is not None else ()
         if vfs:
             listed = ", ".join(f"{vf.address} ({vf.driver or 'no driver'})" for vf in vfs)
             yield f"all VFs of {pf} are removed first: {listed}"
 
 
 def _managers(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
-    changed = {
-        step.pf
-        for step in steps
-        if isinstance(step, SetVfCount | SetEswitchMode)
-        or (isinstance(step, SetVfProperty) and not step.keep)
-    }
+    changed = {step.sets_vfs_of for step in steps} - {None}
     if not changed:
         return
     # All this is for changes of VFs alone, and few hosts have such a claim.
@@ -62,16 +53,12 @@ def _tokens(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
 
     Source: drivers/vfio/pci/vfio_pci_core.c, vfio_pci_validate_vf_token.
     """
-    drivers = {step.address: step.after.driver for step in steps if isinstance(step, BindDriver)}
-    owners: dict[str, None] = {}
-    for step in steps:
-        if isinstance(step, SetVfCount) and step.after:
-            owners[step.pf] = None
-        elif isinstance(step, BindDriver) and step.after.driver is not None:
-            owner = host.linkname(f"{SYS_PCI_DEVICES}/{step.address}/physfn")
-            if owner is not None and is_vfio_driver(step.after.driver):
-                owners[owner] = None
+    rebindings = [step.rebinding for step in steps]
+    drivers = {item.name: item.after.driver for item in rebindings if item is not None}
+    owners = dict.fromkeys(step.token_owner(host) for step in steps)
     for owner in owners:
+        if owner is None:
+            continue
         driver = drivers.get(owner, host.linkname(f"{SYS_PCI_DEVICES}/{owner}/driver"))
         if driver is not None and is_vfio_driver(driver):
             yield (

@@ -14,13 +14,14 @@ from tests.change.changing import binding, counting, do, run_folder
 from tests.fakes.kernel import FAULTS, Fault
 from tests.fakes.switch import DEFAULT_MSIX, ICE, MLX, SwitchKernel
 from tests.policy.test_plan import HEAD, apply, plan_on
-from vfiotool.change.apply import recover, undo
 from vfiotool.change.journal import Journal
 from vfiotool.change.plans.facts import read_facts
 from vfiotool.change.plans.sriov import plan_vf_count
+from vfiotool.change.recover import recover
 from vfiotool.change.remarks import remarks
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.state import msix_count, read_msix_count
+from vfiotool.change.undo import undo
 from vfiotool.errors import Refused, Stuck, Unsupported, UsageError, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.policy.export import export_policy

@@ -23,8 +23,9 @@ from tests.change.changing import (
     run_folder,
 )
 from tests.fakes.kernel import FakeKernel, Fault
-from vfiotool.change.apply import recover, undo
 from vfiotool.change.journal import Journal
+from vfiotool.change.recover import recover
+from vfiotool.change.undo import undo
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, Unsupported, UsageError
 
 

@@ -5,10 +5,20 @@ Source: Documentation/ABI/testing/sysfs-bus-pci, drivers/pci/pci-driver.c, drive
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import Step, Writer, check_identity, drifted
+from vfiotool.change.steps.base import (
+    Rebinding,
+    Step,
+    Taken,
+    Writer,
+    check_identity,
+    device_keys,
+    drifted,
+)
+from vfiotool.change.steps.names import DRIVER, OVERRIDE, PART, require, require_address
 from vfiotool.change.steps.state import (
     ANY,
     BUSES,
@@ -17,13 +27,15 @@ from vfiotool.change.steps.state import (
     Binding,
     Identity,
     device_exists,
+    device_nodes,
     driver_registered,
     read_binding,
     read_driver,
 )
 from vfiotool.devices.iommu import is_vfio_driver
-from vfiotool.errors import KernelError, Unsupported
+from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_PCI_DEVICES
 
 _SETTLE_S = 1.0
 
@@ -79,14 +91,56 @@ class BindDriver(Step):
     def present(self, host: Host) -> bool:
         return device_exists(host, self.bus, self.address)
 
-    def check(self, host: Host) -> None:
+    def check(self, host: Host, *, begun: bool = False) -> None:
         if self.bus == "pci":
             check_identity(host, self.address, self.identity)
         found = read_binding(host, self.bus, self.address)
-        if self.fresh or self.before.driver == ANY:
+        if self.fresh or self.before.driver == ANY or (begun and self._on_the_way(found)):
             return
         if found not in (self.before, self.after):
             raise drifted(self.address, found, self.before, self.after)
+
+    def _on_the_way(self, found: Binding) -> bool:
+        """Whether nobody else's driver has the device: the step itself can have left it so."""
+        ends = {self.before.driver, self.after.driver}
+        return found.driver in {*ends, None} or ANY in ends
+
+    def check_names(self) -> None:
+        if self.bus not in BUSES:
+            raise UsageError(f"{self.bus[:80]!r} is not a bus whose devices are given drivers")
+        if self.bus == "pci":
+            require_address(self.address)
+        else:
+            require("a device's name", PART, self.address)
+        for binding in (self.before, self.after):
+            require("a driver's name", DRIVER, None if binding.driver == ANY else binding.driver)
+            require("an override", OVERRIDE, binding.override)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        """The device, by the driver that it has now."""
+        base = f"{BUSES[self.bus].devices}/{self.address}"
+        now = host.linkname(f"{base}/driver")
+        if now == self.after.driver or not host.exists(base):
+            return
+        if self.after.driver == ANY and now is not None and not is_vfio_driver(now):
+            return
+        yield Taken(self.address, held_only=now is None and not self.after.taken)
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return device_keys(host, self.bus, self.address)
+
+    def nodes(self, host: Host) -> tuple[str, ...]:
+        return device_nodes(host, self.bus, self.address)
+
+    @property
+    def rebinding(self) -> Rebinding | None:
+        return Rebinding(self.bus, self.address, self.identity, self.before, self.after)
+
+    def token_owner(self, host: Host) -> str | None:
+        driver = self.after.driver
+        if driver is None or not is_vfio_driver(driver):
+            return None
+        return host.linkname(f"{SYS_PCI_DEVICES}/{self.address}/physfn")
 
     def holds(self, host: Host) -> bool:
         found = read_binding(host, self.bus, self.address)
@@ -120,7 +174,7 @@ class BindDriver(Step):
         if found == wanted:
             return
         path = f"{BUSES[self.bus].devices}/{self.address}/driver_override"
-        writer.write_attribute(path, f"{wanted or ''}\n")
+        writer.write_attribute(path, f"{wanted or ''}\n", harmless=True)
         now = read_binding(writer.host, self.bus, self.address).override
         if now != wanted:
             raise self._failed(f"its driver_override reads {now!r} after {wanted!r} was written")
@@ -194,8 +248,14 @@ class LoadModule(Step):
     def present(self, host: Host) -> bool:
         return True
 
-    def check(self, host: Host) -> None:
+    def check(self, host: Host, *, begun: bool = False) -> None:
         return
+
+    def check_names(self) -> None:
+        require("a module's name", DRIVER, self.module)
+        require("a driver's name", DRIVER, self.driver)
+        if self.bus not in BUSES:
+            raise UsageError(f"{self.bus[:80]!r} is not a bus whose devices are given drivers")
 
     def holds(self, host: Host) -> bool:
         return driver_registered(host, self.bus, self.driver)

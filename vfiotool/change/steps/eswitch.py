@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import Step, Writer, check_identity, drifted
+from vfiotool.change.steps.base import (
+    Step,
+    Taken,
+    Writer,
+    check_identity,
+    device_keys,
+    drifted,
+    pf_nodes,
+)
+from vfiotool.change.steps.names import require_address
 from vfiotool.change.steps.state import UNKNOWN, Identity, device_exists
-from vfiotool.devices.sriov import read_eswitch_mode
+from vfiotool.devices.sriov import read_eswitch_mode, read_vfs
 from vfiotool.errors import KernelError
 from vfiotool.host.host import Host
 
@@ -48,7 +58,7 @@ class SetEswitchMode(Step):
     def present(self, host: Host) -> bool:
         return device_exists(host, "pci", self.pf)
 
-    def check(self, host: Host) -> None:
+    def check(self, host: Host, *, begun: bool = False) -> None:
         check_identity(host, self.pf, self.identity)
         found = read_eswitch_mode(host, self.pf)
         if self.before is not None and found not in (self.before, self.after):
@@ -56,6 +66,24 @@ class SetEswitchMode(Step):
 
     def holds(self, host: Host) -> bool:
         return read_eswitch_mode(host, self.pf) == self.after
+
+    def check_names(self) -> None:
+        require_address(self.pf)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        """The VFs: their traffic goes another way from then on."""
+        if not self.holds(host):
+            yield from (Taken(vf.address) for vf in read_vfs(host, self.pf))
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return device_keys(host, "pci", self.pf)
+
+    def nodes(self, host: Host) -> tuple[str, ...]:
+        return pf_nodes(host, self.pf)
+
+    @property
+    def sets_vfs_of(self) -> str | None:
+        return self.pf
 
     def run(self, writer: Writer) -> None:
         from vfiotool.host.family import family_number

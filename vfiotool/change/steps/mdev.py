@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import SetAttribute, Step, Writer, drifted
-from vfiotool.change.steps.state import read_mdev_place
+from vfiotool.change.steps.base import SetAttribute, Step, Taken, Writer, drifted
+from vfiotool.change.steps.names import ATTRIBUTE, PART, UUID, require
+from vfiotool.change.steps.state import device_nodes, read_mdev_place
 from vfiotool.errors import KernelError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_MDEV_PARENTS
@@ -39,7 +41,7 @@ class SetMdev(Step):
     def present(self, host: Host) -> bool:
         return host.exists(f"{SYS_MDEV_PARENTS}/{self.parent}")
 
-    def check(self, host: Host) -> None:
+    def check(self, host: Host, *, begun: bool = False) -> None:
         place = read_mdev_place(host, self.uuid)
         if place not in (None, (self.parent, self.type)):
             raise drifted(self.uuid, "/".join(place or ()), f"{self.parent}/{self.type}", "nothing")
@@ -47,6 +49,25 @@ class SetMdev(Step):
     def holds(self, host: Host) -> bool:
         place = read_mdev_place(host, self.uuid)
         return place == (self.parent, self.type) if self.exists else place is None
+
+    def check_names(self) -> None:
+        require("an mdev's UUID", UUID, self.uuid)
+        require("an mdev's parent", PART, self.parent)
+        require("an mdev type", PART, self.type)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        if not self.exists and not self.holds(host):
+            yield Taken(self.uuid)
+
+    @property
+    def removes(self) -> str | None:
+        return None if self.exists else self.uuid
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return {f"mdev-{self.uuid}", f"device-{self.parent}"}
+
+    def nodes(self, host: Host) -> tuple[str, ...]:
+        return device_nodes(host, "mdev", self.uuid)
 
     def run(self, writer: Writer) -> None:
         if self.holds(writer.host):
@@ -87,3 +108,22 @@ class SetMdevAttribute(SetAttribute):
 
     def reversed_to(self, value: str) -> Step:
         return replace(self, before=self.after, after=value)
+
+    @property
+    def facet(self) -> str:
+        return self.attribute
+
+    def check_names(self) -> None:
+        require("an mdev's UUID", UUID, self.uuid)
+        require("an mdev's attribute", ATTRIBUTE, self.attribute)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        if host.exists(self.path) and not self.holds(host):
+            yield Taken(self.uuid)
+
+    def lock_keys(self, host: Host) -> set[str]:
+        place = read_mdev_place(host, self.uuid)
+        return {f"mdev-{self.uuid}"} | (set() if place is None else {f"device-{place[0]}"})
+
+    def nodes(self, host: Host) -> tuple[str, ...]:
+        return device_nodes(host, "mdev", self.uuid)

@@ -1,36 +1,45 @@
-"""The closed set of steps, and their form in journals, saved plans and `--json`."""
+"""Every kind of step, and their form in journals, saved plans and `--json`.
+
+A kind is a class in a file of this folder, and is known by being there.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any
 
 from vfiotool.change.steps.base import Step
-from vfiotool.change.steps.bind import BindDriver, LoadModule
-from vfiotool.change.steps.eswitch import SetEswitchMode
-from vfiotool.change.steps.mdev import SetMdev, SetMdevAttribute
-from vfiotool.change.steps.sriov import SetAutoprobe, SetMsixCount, SetVfCount, SetVgpuType
-from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe
-from vfiotool.change.steps.vf_network import SetVfProperty
-from vfiotool.errors import KernelError, VfiotoolError
+from vfiotool.errors import KernelError, UsageError, VfiotoolError
 
-STEPS: dict[str, type[Step]] = {
-    kind.verb: kind
-    for kind in (
-        BindDriver,
-        LoadModule,
-        SetVfCount,
-        SetAutoprobe,
-        SetEswitchMode,
-        SetVfProperty,
-        SetMsixCount,
-        SetMdev,
-        SetMdevAttribute,
-        SetVgpuType,
-        SetVdpa,
-        SetVdpaAutoprobe,
-    )
+# What a field of a step, or of what is nested in one, may hold, by its annotation.
+_HELD: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "bool": (bool,),
+    "bool | None": (bool, type(None)),
 }
+
+
+@cache
+def step_kinds() -> dict[str, type[Step]]:
+    """The kinds by their verbs."""
+    folder = os.path.dirname(__file__)
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".py") and name != "__init__.py":
+            importlib.import_module(f"{__package__}.{name.removesuffix('.py')}")
+    found: dict[str, type[Step]] = {}
+    pending = list(Step.__subclasses__())
+    while pending:
+        kind = pending.pop()
+        pending += kind.__subclasses__()
+        if kind.__module__.startswith(f"{__package__}.") and hasattr(kind, "verb"):
+            found[kind.verb] = kind
+    return found
 
 
 def step_to_json(step: Step) -> dict[str, Any]:
@@ -38,20 +47,43 @@ def step_to_json(step: Step) -> dict[str, Any]:
     return {"verb": step.verb, **asdict(step)}
 
 
-def step_from_json(record: dict[str, Any]) -> Step:
-    """The step of a record. Raises KernelError if the record is not one of `step_to_json`'s."""
+def step_from_json(record: object) -> Step:
+    """The step of a record. Raises KernelError if the record is not one of `step_to_json`'s.
+
+    What is read from a file is hostile until shown otherwise: types are as declared, and each
+    name is one that can be a path part.
+    """
     try:
-        kind = STEPS[record["verb"]]
-        names = {field.name for field in fields(kind)}
-        values = {name: record[name] for name in names if name in record}
+        if not isinstance(record, dict):
+            raise TypeError(f"{str(record)[:40]} is not a step")
+        kind = step_kinds()[record["verb"]]
+        values = held_values(kind, record)
         for name, nested in kind.nested.items():
-            values[name] = nested(**values[name])
-        return kind(**values)
-    except (KeyError, TypeError) as error:
+            values[name] = nested(**held_values(nested, record[name]))
+        step = kind(**values)
+        step.check_names()
+        return step
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise KernelError(
-            f"the journal holds a step that this version does not know: {error}",
-            hint="recover with the version of vfiotool that wrote it",
+            f"a step that this version of vfiotool does not know: {error}",
+            hint="use the version of vfiotool that wrote it",
         ) from error
+
+
+def held_values(kind: type, record: object) -> dict[str, Any]:
+    """The plain fields of `kind` that a JSON object holds. Raises TypeError for wrong types."""
+    if not isinstance(record, dict):
+        raise TypeError(f"{str(record)[:40]} where {kind.__name__} is due")
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        held = _HELD.get(str(field.type))
+        if held is None or field.name not in record:
+            continue
+        value = record[field.name]
+        if not isinstance(value, held) or (isinstance(value, bool) and bool not in held):
+            raise TypeError(f"{field.name} is {str(value)[:40]!r}")
+        values[field.name] = value
+    return values
 
 
 def steps_as_json(steps: tuple[Step, ...]) -> list[dict[str, object]]:

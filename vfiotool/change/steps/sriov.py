@@ -5,11 +5,23 @@ Source: Documentation/PCI/pci-iov-howto.rst, drivers/pci/iov.c.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import SetAttribute, Step, Writer, check_identity, drifted
+from vfiotool.change.steps.base import (
+    SetAttribute,
+    Step,
+    Taken,
+    Writer,
+    check_identity,
+    device_keys,
+    drifted,
+    pf_nodes,
+)
+from vfiotool.change.steps.names import require_address
 from vfiotool.change.steps.state import UNKNOWN, Identity, gone, read_msix_count, read_num_vfs
+from vfiotool.devices.sriov import read_vfs
 from vfiotool.errors import KernelError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_PCI_DEVICES
@@ -50,14 +62,38 @@ class SetVfCount(Step):
     def present(self, host: Host) -> bool:
         return host.exists(self.path)
 
-    def check(self, host: Host) -> None:
+    def check(self, host: Host, *, begun: bool = False) -> None:
         check_identity(host, self.pf, self.identity)
         found = read_num_vfs(host, self.pf)
+        if begun and found <= max(self.before, self.after):
+            # Through 0, and maybe fewer than were asked for.
+            return
         if found not in (self.before, self.after):
             raise drifted(self.pf, f"{found} VFs", self.before, self.after)
 
     def holds(self, host: Host) -> bool:
         return read_num_vfs(host, self.pf) == self.after
+
+    def check_names(self) -> None:
+        require_address(self.pf)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        """Every VF that stands now: a change between two numbers goes through 0."""
+        if host.exists(self.path) and not self.holds(host):
+            yield from (Taken(vf.address) for vf in read_vfs(host, self.pf))
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return device_keys(host, "pci", self.pf)
+
+    def nodes(self, host: Host) -> tuple[str, ...]:
+        return pf_nodes(host, self.pf)
+
+    @property
+    def remakes_vfs_of(self) -> str | None:
+        return self.pf
+
+    def token_owner(self, host: Host) -> str | None:
+        return self.pf if self.after else None
 
     def run(self, writer: Writer) -> None:
         found = read_num_vfs(writer.host, self.pf)
@@ -92,6 +128,12 @@ class SetAutoprobe(SetAttribute):
     def target(self) -> str:
         return self.pf
 
+    def check_names(self) -> None:
+        require_address(self.pf)
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return device_keys(host, "pci", self.pf)
+
     @property
     def path(self) -> str:
         return f"{SYS_PCI_DEVICES}/{self.pf}/sriov_drivers_autoprobe"
@@ -111,6 +153,16 @@ class SetVfNumber(SetAttribute):
     vf: str
     before: int | None
     after: int
+
+    def check_names(self) -> None:
+        require_address(self.vf)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        if host.exists(self.path) and not self.holds(host):
+            yield Taken(self.vf)
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return device_keys(host, "pci", self.vf)
 
     @property
     def target(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import SetAttribute, Step, Writer
+from vfiotool.change.steps.base import SetAttribute, Step, Taken, Writer
+from vfiotool.change.steps.names import PART, require
 from vfiotool.devices.vdpa import (
     VdpaSettings,
     delete_request,
@@ -56,13 +58,29 @@ class SetVdpa(Step):
         # A removed device is made again on its parent, which netlink alone shows.
         return True
 
-    def check(self, host: Host) -> None:
+    def check(self, host: Host, *, begun: bool = False) -> None:
         # Both ends are states of this step; a device of that name on another parent is refused by
         # whoever plans, who has read the parents.
         new_request(0, self.name, self.parent, self.settings)
 
     def holds(self, host: Host) -> bool:
         return (self.name in read_device_names(host)) == self.exists
+
+    def check_names(self) -> None:
+        require("a vDPA device's name", PART, self.name)
+        # Where it would be made and with what: raises for names and values that cannot be.
+        new_request(0, self.name, self.parent, self.settings)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        if not self.exists and not self.holds(host):
+            yield Taken(self.name)
+
+    @property
+    def removes(self) -> str | None:
+        return None if self.exists else self.name
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return {f"device-{self.name}", "vdpa"}
 
     def run(self, writer: Writer) -> None:
         if self.holds(writer.host):
@@ -105,3 +123,9 @@ class SetVdpaAutoprobe(SetAttribute):
 
     def reversed_to(self, value: str) -> Step:
         return replace(self, before=self.after, after=value == "1")
+
+    def check_names(self) -> None:
+        return
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return {"vdpa"}

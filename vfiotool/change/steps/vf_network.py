@@ -5,11 +5,12 @@ Source: include/uapi/linux/if_link.h, IFLA_VF_*; ip-link(8), `vf`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from vfiotool.change.steps.base import Step, Writer, drifted
+from vfiotool.change.steps.base import Step, Taken, Writer, device_keys, drifted
+from vfiotool.change.steps.names import require_address
 from vfiotool.errors import KernelError, NotFound
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_NET, SYS_PCI_DEVICES
@@ -86,7 +87,7 @@ class SetVfProperty(Step):
     def present(self, host: Host) -> bool:
         return self._find(host) is not None
 
-    def check(self, host: Host) -> None:
+    def check(self, host: Host, *, begun: bool = False) -> None:
         if self.keep:
             return
         found = self._read(host)
@@ -105,6 +106,27 @@ class SetVfProperty(Step):
         if self.keep and not self.undoing:
             return True
         return wanted_of(self._read(host), self.after) == self.after
+
+    def check_names(self) -> None:
+        require_address(self.pf)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        """The VF whose address, VLAN or rate is another afterwards."""
+        if self._find(host) is None or self.holds(host):
+            return
+        vf = host.linkname(f"{SYS_PCI_DEVICES}/{self.pf}/virtfn{self.index}")
+        if vf is not None:
+            yield Taken(vf)
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return device_keys(host, "pci", self.pf)
+
+    def outlives(self, host: Host, later: Step) -> bool:
+        return later.remakes_vfs_of != self.pf
+
+    @property
+    def sets_vfs_of(self) -> str | None:
+        return None if self.keep else self.pf
 
     def run(self, writer: Writer) -> None:
         if self.holds(writer.host):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vfiotool.change.apply import Outcome, Progress, change
-from vfiotool.change.guard import Allowance, refuse_hurtful
+from vfiotool.change.guard import Allowance, refuse_uses
 from vfiotool.change.journal import Journal
 from vfiotool.change.remarks import remarks
 from vfiotool.change.steps.base import Step
@@ -77,24 +77,20 @@ def make_change(
     allowed = [Allowance.parse(text) for text in allow or []]
     if dry_run:
         steps = make(chosen, Journal.existing(chosen) if chosen.live else None)
-        refuse_hurtful(chosen, steps, allowed)
+        refuse_uses(chosen, steps, allowed)
         return Changed(steps, None, dry=True, notes=say_remarks(chosen, steps))
     journal = journal_of(chosen)
     notes: list[str] = []
-
-    def guard(steps: tuple[Step, ...]) -> None:
-        refuse_hurtful(chosen, steps, allowed)
-        notes.extend(remarks(chosen, steps))
-
     try:
         outcome: Outcome = change(
             chosen,
             journal,
             title,
             lambda: make(chosen, journal),
-            guard=guard,
+            allowed=allowed,
             timeout_s=timeout_s,
             progress=progress_line(),
+            notes=notes,
         )
     finally:
         _say_notes(notes)

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from vfiotool.change.apply import NothingToUndo, Recovered, last_standing, recover, undo
 from vfiotool.change.confirm import revert_unconfirmed
 from vfiotool.change.guard import Allowance
 from vfiotool.change.journal import RUN_FOLDER, Journal, Record
+from vfiotool.change.recover import Recovered, recover
 from vfiotool.change.steps.registry import steps_as_json
+from vfiotool.change.undo import NothingToUndo, inverses, last_standing, undo
 from vfiotool.cli import output
 from vfiotool.cli.change.changing import (
     DEADLINE_S,
@@ -49,8 +50,7 @@ def revert(
         return 0
     if dry_run:
         record = last_standing(journal.history())
-        inverses = (step.inverse() for step in reversed(record.steps))
-        steps = tuple(step for step in inverses if step is not None)
+        steps = inverses(record.steps)
         if wants_json(context):
             found = {"steps": steps_as_json(steps), "in_sync": not steps, "notes": []}
             output.emit({**found, "refusals": []})
@@ -134,13 +134,15 @@ def resume(
         bool | None,
         typer.Option("--finish/--undo", help="Go forwards or back; default: what is safe."),
     ] = None,
+    allow: Allow = None,
     timeout: Timeout = DEADLINE_S,
 ) -> int:
     """Finish or roll back an interrupted change, after a crash or a device that was held."""
     check_seconds("--timeout", timeout)
     host = host_of(context)
     begun = time.monotonic()
-    results = recover(host, journal_of(host), timeout_s=timeout, finish=finish)
+    allowed = [Allowance.parse(text) for text in allow or []]
+    results = recover(host, journal_of(host), allowed, timeout_s=timeout, finish=finish)
     if wants_json(context):
         rows = [
             {
