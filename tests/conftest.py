@@ -48,6 +48,7 @@ if not os.environ.get("VFIOTOOL_LAB_MACHINE"):
 
 # What a test may sleep in all, in this process: time is injected (tests/fakes/kernel.py).
 SLEEP_LIMIT_S = 1.0
+LONGEST_FILES = 12
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons: dict[str, set[str]] = defaultdict(set)
     skips: Counter[str] = Counter()
     figures = []
+    files: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) != "call":
@@ -93,6 +95,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             for name, tally in getattr(report, "user_properties", []):
                 if name == "guest":
                     _add(tally, tallies, reasons, skips)
+                    files[tally["file"]] += round(tally["seconds"])
                     figures += [
                         (tally["kernel"], test.rpartition("/")[2], measured)
                         for test, measured in sorted(tally["measured"].items())
@@ -103,6 +106,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for kernel, tally in sorted(tallies.items()):
         counts = ", ".join(f"{tally[word]} {word}" for word in ("passed", "failed", "skipped"))
         terminalreporter.write_line(f"kernel {kernel}: {counts} in {tally['seconds']} s of tests")
+    longest = ", ".join(f"{name} {count} s" for name, count in files.most_common(LONGEST_FILES))
+    terminalreporter.write_line(f"  longest on all kernels together: {longest}")
     for reason, count in skips.most_common():
         where = ", ".join(sorted(reasons[reason]))
         terminalreporter.write_line(f"  skipped {count} on {where}: {reason}")

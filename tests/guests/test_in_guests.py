@@ -40,7 +40,7 @@ def test_file_in_guest(
     outcome = runs.outcome(place, file)
     if outcome.unavailable:
         pytest.skip(f"no lab guest with {place.kernel} as {place.machine}: {outcome.unavailable}")
-    record_property("guest", _tally(place, outcome))
+    record_property("guest", _tally(place, file, outcome))
     failed = outcome.of("failed")
     unlike = list(_unlike_published(outcome))
     if failed or unlike or outcome.lost:
@@ -61,8 +61,9 @@ def _unlike_published(outcome: Outcome) -> Iterator[str]:
             yield f"{row['test']}\nwhat `{row['command']}` printed: {'; '.join(wrong[:5])}"
 
 
-def _tally(place: Place, outcome: Outcome) -> dict[str, object]:
+def _tally(place: Place, file: str, outcome: Outcome) -> dict[str, object]:
     return {
+        "file": file.rpartition("/")[2],
         "kernel": place.kernel,
         "machine": place.machine,
         "passed": len(outcome.of("passed")),
