@@ -33,6 +33,7 @@ def hold_against_schema(command: str, payload: dict[str, Any]) -> None:
 
 # A shell leaves SIGINT ignored for what it runs in the background, and tests send it to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 # Here and not in a fixture: once for all tests.
 listen(hold_against_schema)

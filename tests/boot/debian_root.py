@@ -14,6 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from vfiotool.errors import Unsupported
 from vfiotool.lab.kernels import packages
 from vfiotool.lab.kernels.cache import cache_root, digest, filled, locked, progress
 
@@ -92,8 +93,11 @@ def missing() -> str | None:
     """Why the image cannot be made or used here, or None."""
     if load() is not None:
         return None
-    if not packages.is_debian():
-        return "making a Debian root needs Debian's apt and archive keys"
+    try:
+        if not packages.is_debian():
+            return "making a Debian root needs Debian's apt and archive keys"
+    except Unsupported as error:
+        return error.message
     if os.geteuid() != 0:
         return "making a Debian root needs root (debootstrap)"
     if subprocess.run(["unshare", "-m", "-p", "-f", "true"], check=False).returncode:
