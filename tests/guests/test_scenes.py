@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from vfiotool.lab.inside.scenes import Scene, SceneFailed, Stage, differences, play
+from vfiotool.lab.inside.scenes import Scene, SceneFailed, Stage, differences, play, possible
 
 
 def test_a_command_is_shown_with_its_output_and_its_code_is_checked(
@@ -35,6 +37,18 @@ def test_a_scene_that_fails_is_named_and_the_others_are_played() -> None:
     scenes = (Scene("a", wrong), Scene("b", broken), Scene("c", good))
     assert play(scenes, Stage(colour=False)) == ["a", "b"]
     assert played == ["good"]
+
+
+def test_a_scene_that_this_guest_cannot_show_is_named_before_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def good(stage: Stage) -> None:
+        stage.check("true", True)
+
+    scenes = (Scene("a", good), Scene("b", good, tmp_path / "absent"), Scene("c", good, tmp_path))
+    assert [scene.title for scene in possible(scenes, Stage(colour=False))] == ["a", "c"]
+    said = capsys.readouterr().out
+    assert said == f"left out, since this kernel has no {tmp_path / 'absent'}: b\n"
 
 
 def test_every_difference_of_two_states_is_named() -> None:

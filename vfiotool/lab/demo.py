@@ -20,6 +20,8 @@ def main(kernel: str) -> int:
     Raises what `Guest` raises when there can be no guest.
     """
     guest = Guest(MACHINE, kernel)
+    for note in guest.kernel.notes:
+        print(f"The kernel {guest.kernel.name} comes with {note}", flush=True)
     print(f"A guest boots: {guest.describe()}", flush=True)
     command = [str(Path(sys.prefix) / "bin/python"), "-m", scenes.__name__]
     with guest:

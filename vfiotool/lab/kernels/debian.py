@@ -48,5 +48,6 @@ def _add_samples(apt: packages.Apt, name: str, release: str, modules: Path) -> t
     try:
         build.mdev_samples(apt, name, release, modules / "extra")
     except Unsupported as error:
-        return (f"no mdev samples: {error.message}; {error.hint}",)
+        again = f"then: vfiotool lab kernels --get {name} --update"
+        return (f"no mdev samples: {error.message}; {error.hint}; {again}",)
     return ()
