@@ -316,3 +316,61 @@ def test_the_json_has_the_contracts_fields(small: SmallHost) -> None:
     assert {"address", "passable", "group", "blockers", "next"} <= set(answer)
     (blocker,) = answer["blockers"]  # type: ignore[misc]
     assert {"kind", "device", "detail", "evidence"} <= set(blocker)
+
+
+def test_nothing_is_offered_against_the_pool_that_the_root_file_system_is_on(
+    small: SmallHost,
+) -> None:
+    small.nvme(DISK, "nvme0n1", "259:0", group=1)
+    small.folders.add("/proc/spl/kstat/zfs/rpool")
+    small.file("/run/udev/data/b259:0", "E:ID_FS_TYPE=zfs_member\nE:ID_FS_LABEL=rpool")
+    small.mounts("self\t30 1 0:26 / / rw - zfs rpool/ROOT/pve-1 rw")
+    verdict = ask(small, DISK)
+    assert verdict.next == ()
+    assert verdict.warnings[0].startswith("/ is on the ZFS pool rpool")
+    small.mounts("self\t30 1 0:26 / /tank rw - zfs rpool/data rw")
+    assert ask(small, DISK).next[0] == "zpool export rpool"
+
+
+def test_nothing_is_offered_against_the_network_that_the_root_file_system_is_on(
+    small: SmallHost,
+) -> None:
+    small.network(NIC, "eth1")
+    small.addresses(("eth1", "10.0.2.15/24"))
+    small.mounts("self\t30 1 0:26 / / rw - nfs4 10.0.2.1:/root rw")
+    verdict = ask(small, NIC)
+    assert verdict.next == ()
+    assert verdict.warnings[0].startswith("/ is mounted over the network (nfs4")
+
+
+def test_the_default_route_is_a_warning_and_never_a_step(small: SmallHost) -> None:
+    small.network(NIC, "eth1")
+    small.addresses(("eth1", "10.0.2.15/24"))
+    row = "eth1\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\t0\t0\t0"
+    small.file("/proc/net/route", f"Iface\tDestination\n{row}")
+    verdict = ask(small, NIC)
+    assert verdict.next == ()
+    assert "carries the default route" in verdict.warnings[0]
+
+
+def test_a_group_with_a_device_that_cannot_be_bound_along_has_no_step(small: SmallHost) -> None:
+    small.function(EDU, group=3)
+    small.member(3, "17020000.ethernet", "/sys/devices/platform/17020000.ethernet")
+    small.folders.add("/sys/devices/platform/17020000.ethernet")
+    small.link("/sys/devices/platform/17020000.ethernet/driver", "/sys/bus/platform/drivers/xgene")
+    verdict = ask(small, EDU)
+    assert verdict.next == ()
+    assert any("is not a PCI function" in note for note in verdict.notes)
+
+
+def test_without_an_iommu_no_use_is_ended(small: SmallHost) -> None:
+    small.nvme(DISK, "nvme0n1", "259:0")
+    small.mounts("self\t40 1 259:0 / /data rw - ext4 /dev/nvme0n1 rw")
+    small.file("/proc/cmdline", "quiet")
+    assert not [step for step in ask(small, DISK).next if step.startswith("umount")]
+
+
+def test_the_boot_display_is_taken_with_a_word_on_what_goes_dark(small: SmallHost) -> None:
+    path = small.function(EDU, class_code="030000", driver="bochs-drm", group=3)
+    small.file(f"{path}/boot_vga", "1")
+    assert any("another way in first" in note for note in ask(small, EDU).notes)

@@ -57,7 +57,8 @@ class Platform:
     `vendor`: intel or amd on x86, where a table or the processor tells. `options`: the kernel's
     command line, word by word, None if it cannot be read. `tables`: the ACPI tables of an IOMMU,
     None where the firmware's tables cannot be listed. `units` and `groups`: what came of it.
-    `noiommu`: every group is a no-IOMMU group.
+    `units_known`: the tree has the class of the units at all; `noiommu`: every group is a
+    no-IOMMU group.
     """
 
     architecture: str | None
@@ -66,6 +67,7 @@ class Platform:
     options: tuple[str, ...] | None
     tables: tuple[str, ...] | None
     units: tuple[str, ...]
+    units_known: bool
     groups: int
     noiommu: bool
     remapping: Remapping
@@ -74,7 +76,7 @@ class Platform:
     @property
     def works(self) -> bool:
         """Whether the kernel drives an IOMMU. On s390x and POWER it has no class in sysfs."""
-        always = self.architecture in ("s390x", "ppc64")
+        always = self.architecture in ("s390x", "ppc64") or not self.units_known
         return self.groups > 0 and not self.noiommu and (bool(self.units) or always)
 
     @property
@@ -113,6 +115,7 @@ def read_platform(host: Host) -> Platform:
         options=None if options is None else tuple(options.split()),
         tables=tables if known else None,
         units=units,
+        units_known=host.live or host.isdir(SYS_IOMMU),
         groups=len(groups),
         noiommu=bool(groups)
         and not units

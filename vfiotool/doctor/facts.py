@@ -131,7 +131,7 @@ def _module(host: Host, release: str | None, name: str) -> Module:
     if builtin is None:
         # Every kernel's folder has that list: a tree without it is a part of a machine's.
         where = f"no {tree}/modules.builtin" if release else "the kernel's release is not known"
-        return Module(name, "unknown", f"no {base}, and {where}")
+        return Module(name, "unknown", f"{where}; no {base}")
     evidence = f"no {base}, and neither {tree} nor its modules.builtin has it"
     return Module(name, "absent", evidence)
 

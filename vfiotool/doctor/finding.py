@@ -51,7 +51,7 @@ def _merge(group: list[Finding]) -> Finding:
     if len(group) == 1 or first.topic is None:
         return first
     remedy = dict.fromkeys(command for finding in group for command in finding.remedy)
-    evidence = dict.fromkeys(finding.evidence for finding in group)
+    evidence = dict.fromkeys(part for finding in group for part in finding.evidence.split("; "))
     return Finding(
         first.check,
         first.severity,

@@ -27,7 +27,10 @@ from vfiotool.usage.sight import Sight
 Use = tuple[str, Blocker]
 
 # What makes a host unusable at once when it is taken away.
-_VITAL = {"/", "/usr", "/boot", "/boot/efi", "/etc", "/var", "/nix", "/nix/store"}
+_VITAL = {
+    *("/", "/usr", "/etc", "/var", "/nix", "/nix/store"),
+    *("/boot", "/boot/efi", "/boot/firmware", "/efi"),
+}
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -112,6 +115,13 @@ def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
         f"{PROC}/{mount.pid}/mountinfo: {mount.number} {mount.point} from {mount.source}",
         None if vital else _unmount(mount),
         vital,
+    )
+
+
+def vital_mounts(host: Sight) -> tuple[Mount, ...]:
+    """The mounts of this namespace that the host runs from, whatever they are made of."""
+    return tuple(
+        mount for mount in read_mounts(host) if mount.pid == "self" and mount.point in _VITAL
     )
 
 

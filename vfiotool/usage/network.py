@@ -28,6 +28,7 @@ from vfiotool.host.paths import (
     SYS_NET,
 )
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.mounts import vital_mounts
 from vfiotool.usage.sight import Sight
 
 # include/uapi/linux/route.h, ipv6_route.h
@@ -37,6 +38,7 @@ _RTF_REJECT = 0x200
 _RTF_ANYCAST = 0x00100000
 _RTF_LOCAL = 0x80000000
 _MAX_UPPERS = 1024
+_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs"}
 
 
 class Placed(Protocol):
@@ -136,6 +138,15 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
     addresses = _addresses(host)
     caller = _caller(host)
     routes = read_routes(host)
+    over_network = next(
+        (
+            f"{mount.point} is mounted over the network ({mount.type} from {mount.source}), "
+            "perhaps by this interface: the host runs from it"
+            for mount in vital_mounts(host)
+            if mount.type in _NETWORK_FILE_SYSTEMS
+        ),
+        None,
+    )
     found = []
     for name, chain in sorted(carriers.items()):
         cidrs = [cidr for cidr in addresses.get(name, []) if not _is_automatic(cidr)]
@@ -154,7 +165,7 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
             tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
             evidence.append(f"{', '.join(sorted(tables))} name {name}")
         hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
-        vital = None
+        vital = over_network if cidrs or own_routes else None
         if defaults:
             vital = (
                 f"{name} on {address} carries the default route: ending it would cut this host "

@@ -47,6 +47,7 @@ def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     if warnings or ends:
         ends += _another_way(function, blockers, case.neighbours)
         return Advice((), warnings, tuple(dict.fromkeys(ends)))
+    notes = tuple(dict.fromkeys(_what_the_steps_end(blockers)))
     first = _platform_steps(blockers, case.facts)
     if first:
         return Advice(first)
@@ -60,7 +61,19 @@ def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     if not function.on_vfio or along:
         steps.append(_bind_command(function.address, blockers, whole_group=bool(along)))
     steps += [f"vfiotool vm check {function.address}", f"vfiotool vm qemu {function.address}"]
-    return Advice(tuple(dict.fromkeys(steps)))
+    return Advice(tuple(dict.fromkeys(steps)), (), notes)
+
+
+def _what_the_steps_end(blockers: Iterable[Blocker]) -> Iterable[str]:
+    """What a step takes away without saying so in its own words."""
+    for blocker in blockers:
+        if blocker.kind in ("boot-vga", "console"):
+            yield (
+                f"binding {blocker.device} ends what its console shows: have another way in first "
+                "(SSH, a serial line, another display)"
+            )
+        elif blocker.kind == "vfs-enabled" and blocker.remedy is not None:
+            yield f"{blocker.remedy} removes all of its VFs, from virtual machines too"
 
 
 def _advise_mdev(uuid: str, blockers: tuple[Blocker, ...]) -> Advice:
@@ -80,6 +93,10 @@ def _vital_use_warnings(blockers: Iterable[Blocker]) -> Iterable[str]:
 def _dead_ends(case: Case, function: PciFunction, blockers: tuple[Blocker, ...]) -> Iterable[str]:
     """Why the goal cannot be reached by any step: one sentence for each reason."""
     address = function.address
+    own = [b for b in blockers if b.kind == "no-driver" and b.device == address]
+    if own:
+        yield f"no step: {own[0].detail}"
+        return
     for blocker in blockers:
         kind = KINDS[blocker.kind]
         if blocker.kind == "vfs-enabled" and blocker.device == function.physfn:
@@ -97,6 +114,11 @@ def _dead_ends(case: Case, function: PciFunction, blockers: tuple[Blocker, ...])
             )
         elif not kind.can_be_mended and blocker.kind != "no-iommu":
             yield f"no step: {blocker.detail}"
+        elif blocker.kind == "unseen":
+            yield (
+                f"no step until it can be told whether {blocker.device} is in use: root sees more, "
+                "and the running machine more than a file of it"
+            )
         elif _has_no_step(blocker):
             yield f"no step is known that ends it: {blocker.detail}; end it, then ask again"
     staying = {blocker.device for blocker in blockers if blocker.vital}
@@ -143,7 +165,8 @@ def _another_way(
 ) -> Iterable[str]:
     """What parts the device from neighbours that have to stay."""
     keepers = dict.fromkeys(blocker.device for blocker in blockers if blocker.vital)
-    if function.address in keepers or function.physfn is not None:
+    bridge = (function.class_code or "").startswith("06")
+    if function.address in keepers or function.physfn is not None or bridge:
         return
     card = function.address.rpartition(".")[0]
     staying = []

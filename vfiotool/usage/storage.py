@@ -15,7 +15,7 @@ from vfiotool.usage.layers import (
     stack_on,
     take_down,
 )
-from vfiotool.usage.mounts import Use, mounted, read_mounts, shared_folders, swapped
+from vfiotool.usage.mounts import Use, mounted, read_mounts, shared_folders, swapped, vital_mounts
 from vfiotool.usage.sight import Sight
 
 # What tells that nobody has claimed a disk: a drive without a medium cannot be opened by anybody.
@@ -71,10 +71,24 @@ def _pool_members(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[
         if keys.get("ID_FS_TYPE") == "zfs_member" and pool in pools:
             detail = f"{chain_text(layer)} is part of the ZFS pool {pool}"
             evidence = f"{PROC}/spl/kstat/zfs/{pool}, {record}"
-            remedy = f"zpool export {shlex.quote(pool or '')}"
-            member = Blocker("storage-member", address, pool or "", detail, evidence, remedy)
+            remedy: str | None = f"zpool export {shlex.quote(pool or '')}"
+            vital = _vital_pool(host, address, pool or "")
+            if vital is not None:
+                remedy = None
+            member = Blocker("storage-member", address, pool or "", detail, evidence, remedy, vital)
             found.append((layer.chain[0], member))
     return found
+
+
+def _vital_pool(host: Sight, address: str, pool: str) -> str | None:
+    """Why a pool cannot be given up, where the host runs from a dataset of it."""
+    for mount in vital_mounts(host):
+        if mount.type == "zfs" and mount.source.partition("/")[0] == pool:
+            return (
+                f"{mount.point} is on the ZFS pool {pool}, partly on {address}: it cannot be "
+                "passed through, the host runs from it"
+            )
+    return None
 
 
 def _exports(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:

@@ -158,7 +158,7 @@ def _vf_usage(sight: Sight, function: PciFunction) -> Usage:
         for vf in vfs
         if vf.driver is not None
     ]
-    detail = f"{len(vfs)} VFs are enabled"
+    detail = f"{len(vfs)} VFs are enabled" if len(vfs) > 1 else "1 VF is enabled"
     if users:
         detail += f"; on drivers: {', '.join(users)}"
     evidence = f"{SYS_PCI_DEVICES}/{function.address}/sriov_numvfs is {len(vfs)}"

@@ -16,10 +16,11 @@ ROLES = {
 STYLES = {"vfio": "green", "unbound": "", "bridge": "dim", "host": "yellow", "mdev": "cyan"}
 
 
-def print_group(group: IommuGroup | None, of: str) -> None:
+def print_group(group: IommuGroup | None, of: str | None = None) -> None:
     """A device's group: its members with their roles, and the addresses that it reserves.
 
-    `of` is the device asked about: where it alone keeps the group from being viable, that is said.
+    `of` is a device that can be bound: where it alone keeps the group from being viable, that is
+    said.
     """
     if group is None:
         output.write(("in no IOMMU group", "yellow"))

@@ -51,10 +51,11 @@ def print_shown(shown: ShownFunction | ShownMdev, standing: Standing) -> None:
                 ("verdict", standing.verdict),
             ],
         )
-        print_group(shown.group, mdev.uuid)
+        print_group(shown.group)
     else:
         _print_function(shown, standing)
-        print_group(shown.group, shown.function.address)
+        available = standing.verdict == "available"
+        print_group(shown.group, shown.function.address if available else None)
 
 
 def _print_function(shown: ShownFunction, standing: Standing) -> None:
@@ -104,7 +105,7 @@ def _passing(shown: ShownFunction) -> list[tuple[str, object]]:
     function, details = shown.function, shown.details
     nodes = [node for node in (details.group_node, details.device_node) if node is not None]
     return [
-        ("IOMMU", function.iommu or "none"),
+        ("IOMMU", function.iommu or ("none" if function.iommu_group is None else "not named")),
         ("VFIO driver", details.vfio_driver or "none found"),
         ("VFIO nodes", ", ".join(nodes) or None),
     ]

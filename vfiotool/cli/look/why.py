@@ -62,7 +62,7 @@ def print_verdict(verdict: Verdict) -> None:
         output.write(("  warning: ", "yellow"), warning)
     for note in verdict.notes:
         output.write(f"  note: {note}")
-    print_group(verdict.group, verdict.address)
+    print_group(verdict.group, verdict.address if verdict.next else None)
     if verdict.next:
         output.write(("next", "bold"))
     for command in verdict.next:
