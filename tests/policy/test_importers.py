@@ -163,7 +163,7 @@ def test_the_last_ids_on_the_command_line_counts() -> None:
 def test_grub_settings_are_read_inside_their_quotes() -> None:
     text = '# a comment vfio-pci.ids=ffff:0001\nGRUB_CMDLINE_LINUX="quiet vfio-pci.ids=1234:11e8"\n'
     done = run("grub", text)
-    assert done.kind == "cmdline"
+    assert done.kind == "grub"
     assert [rule["match"]["id"] for rule in policy(done)["device"]] == ["1234:11e8"]
 
 

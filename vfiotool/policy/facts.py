@@ -192,7 +192,7 @@ class _Finder:
             found = {match.address} if there else set()
         if match.id is not None and (found is None or found):
             found = self._narrow(found, self._with_id(match.id, found))
-        for kind in ("serial", "slot", "path"):
+        for kind in ("serial", "slot", "path", "net"):
             text = getattr(match, kind)
             if text is not None and (found is None or found):
                 found = self._narrow(found, self._selected(f"{kind}:{text}"))

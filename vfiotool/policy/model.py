@@ -16,6 +16,7 @@ class Match:
     serial: str | None = None
     slot: str | None = None
     path: str | None = None
+    net: str | None = None
     pf: str | None = None
     index: int | None = None
 

@@ -105,6 +105,7 @@ _MATCH: Mapping[str, Check] = {
     "serial": _LABEL,
     "slot": _LABEL,
     "path": _LABEL,
+    "net": _text(r"[a-z0-9][a-z0-9_.@-]{0,14}", "the name of a network interface"),
     "pf": _ADDRESS,
     "index": _number(0, 65535),
 }

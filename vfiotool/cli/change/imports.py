@@ -65,10 +65,10 @@ def import_source(
                 "leftovers": [item.as_json() for item in done.leftovers],
             }
         )
-        return 1 if done.leftovers and not done.rules else 0
+        return 0 if done.rules else 1
     for item in done.leftovers:
         output.warn(f"vfiotool: not carried over: {item.where}: {item.what}: {item.why}")
-    if done.leftovers and not done.rules:
+    if not done.rules:
         raise AnswerIsNo(f"nothing of {origin} could be carried over")
     output.text(done.policy)
     return 0

@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vfiotool.errors import UsageError
+from vfiotool.policy.importers.attributes import (
+    attribute_kinds,
+    import_sysfs_conf,
+    import_tmpfiles,
+    import_udev,
+)
+from vfiotool.policy.importers.boot_loader import (
+    boot_kinds,
+    import_grub,
+    import_kernelstub,
+    import_loader_entry,
+    import_nix,
+    import_refind,
+)
+from vfiotool.policy.importers.clusters import import_netplan, import_node_policy
 from vfiotool.policy.importers.commands import (
     import_dpdk,
     import_proxmox_mapping,
@@ -26,12 +41,22 @@ from vfiotool.policy.importers.rules import Findings, Leftover, Rule, to_toml
 KINDS = {
     "driverctl": "driverctl's folder, /etc/driverctl.d",
     "mdevctl": "mdevctl's folder, /etc/mdevctl.d",
-    "cmdline": "a kernel command line, or /etc/default/grub",
+    "cmdline": "a kernel command line",
+    "grub": "/etc/default/grub",
+    "loader-entry": "/boot/loader/entries/NAME.conf",
+    "refind": "refind_linux.conf or refind.conf",
+    "kernelstub": "/etc/kernelstub/configuration",
+    "nix": "a NixOS module with boot.kernelParams or boot.extraModprobeConfig",
     "modprobe": "modprobe.d's folder or a file of it",
     "libvirt": "XML from virsh dumpxml, nodedev-dumpxml or net-dumpxml",
     "proxmox-mapping": "/etc/pve/mapping/pci.cfg",
     "proxmox-vm": "a machine's file, /etc/pve/qemu-server/VMID.conf",
     "dpdk": "dpdk-devbind.py command lines",
+    "netplan": "/etc/netplan/*.yaml",
+    "node-policy": "SriovNetworkNodePolicy objects of the SR-IOV network operator",
+    "sysfs": "/etc/sysfs.conf",
+    "tmpfiles": "tmpfiles.d lines that write attributes",
+    "udev": "udev rules",
 }
 LARGEST_BYTES = 4 << 20
 _MODPROBE_LINE = re.compile(r"^\s*(options|softdep|blacklist|install|alias|remove)\s", re.MULTILINE)
@@ -40,6 +65,24 @@ _COMMAND_LINE = re.compile(
     re.MULTILINE,
 )
 _UUID_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+_OF_TEXT: Mapping[str, Callable[[str, str], Findings]] = {
+    "cmdline": import_command_line,
+    "grub": import_grub,
+    "loader-entry": import_loader_entry,
+    "refind": import_refind,
+    "kernelstub": import_kernelstub,
+    "nix": import_nix,
+    "libvirt": import_libvirt,
+    "proxmox-vm": import_proxmox_vm,
+    "dpdk": import_dpdk,
+    "netplan": import_netplan,
+    "node-policy": import_node_policy,
+    "sysfs": import_sysfs_conf,
+    "tmpfiles": import_tmpfiles,
+    "udev": import_udev,
+}
 
 
 @dataclass(frozen=True)
@@ -96,13 +139,24 @@ def _detect_text(name: str, text: str) -> str | None:
         return "proxmox-mapping"
     if "dpdk-devbind" in text:
         return "dpdk"
+    if re.search(r"^\s*kind:\s*SriovNetworkNodePolicy", text, re.MULTILINE):
+        return "node-policy"
+    if re.search(r"^network:", text, re.MULTILINE):
+        return "netplan"
+    if _is_definition(text) or _is_dump(text):
+        return "mdevctl"
+    found = next(boot_kinds(base, text), None) or attribute_kinds(text)
+    if found is not None:
+        return found
     if _MODPROBE_LINE.search(text):
         return "modprobe"
     if _COMMAND_LINE.search(text):
         return "cmdline"
-    if _UUID_NAME.fullmatch(base) and _is_definition(text):
-        return "mdevctl"
     return None
+
+
+def _is_dump(text: str) -> bool:
+    return text.lstrip().startswith("[") and '"mdev_type"' in text
 
 
 def _is_definition(text: str) -> bool:
@@ -138,15 +192,9 @@ def import_files(
 
 
 def _import_text(kind: str, name: str, text: str, node: str | None) -> Findings:
-    if kind == "cmdline":
-        return import_command_line(text, name)
-    if kind == "libvirt":
-        return import_libvirt(text, name)
     if kind == "proxmox-mapping":
         return import_proxmox_mapping(text, name, node)
-    if kind == "proxmox-vm":
-        return import_proxmox_vm(text, name)
-    return import_dpdk(text, name)
+    return _OF_TEXT[kind](text, name)
 
 
 def _merge(whole: Findings, part: Findings) -> None:

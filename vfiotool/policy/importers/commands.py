@@ -112,6 +112,7 @@ def import_proxmox_vm(text: str, where: str) -> Findings:
     """From a machine's file (`<vmid>.conf`); its snapshots' sections are left out."""
     found = Findings()
     number = re.search(r"(\d+)\.conf$", where)
+    others = 0
     for line_number, line in enumerate(text.splitlines(), 1):
         place = f"{where}:{line_number}"
         if line.startswith("["):
@@ -121,6 +122,9 @@ def import_proxmox_vm(text: str, where: str) -> Findings:
         if match:
             vmid = int(number.group(1)) if number else None
             _hostpci(found, place, int(match.group(1)), _pairs(match.group(2)), vmid)
+        elif line.strip() and not line.startswith("#"):
+            others += 1
+    found.rest(where, others)
     return found
 
 
@@ -133,9 +137,15 @@ def _hostpci(
         found.leave(where, pairs["mapping"], why)
     elif "mdev" in pairs:
         _hostpci_mdev(found, where, index, path, pairs["mdev"], vmid)
+    elif pairs.get("driver") == "keep":
+        # qm.conf(5): the host's driver stays on it, as a vendor's vGPU wants.
+        why = "driver=keep: the host keeps its driver on it, so that no rule is needed"
+        found.leave(where, path, why)
     else:
         _take(found, where, path)
     for key in sorted(set(pairs) - {"host", "mapping", "mdev"}):
+        if (key, pairs[key]) == ("driver", "keep"):
+            continue
         found.leave(where, f"{key}={pairs[key]}", "belongs to the virtual machine, not to the host")
 
 
@@ -155,11 +165,15 @@ def _hostpci_mdev(
 
 
 def import_dpdk(text: str, where: str) -> Findings:
-    """From shell lines that call dpdk-devbind.py; other lines are passed over."""
+    """From shell lines that call dpdk-devbind.py; other lines are counted."""
     found = Findings()
     joined = text.replace("\\\n", " ")
+    others = 0
     for number, line in enumerate(joined.splitlines(), 1):
         place = f"{where}:{number}"
+        if "dpdk-devbind" not in line:
+            others += bool(line.strip()) and not line.strip().startswith("#")
+            continue
         for command in re.split(r"&&|\|\||;|\|", line):
             try:
                 words = shlex.split(command, comments=True)
@@ -170,6 +184,7 @@ def import_dpdk(text: str, where: str) -> Findings:
             names = [word.rpartition("/")[2].removesuffix(".py") for word in words]
             if "dpdk-devbind" in names:
                 _devbind(found, place, words[names.index("dpdk-devbind") + 1 :])
+    found.rest(where, others)
     return found
 
 
@@ -194,6 +209,8 @@ def _devbind(found: Findings, where: str, words: list[str]) -> None:
         else:
             devices.append(word)
     if driver is None:
+        if devices:
+            found.leave(where, " ".join(devices), "named without a driver to bind them to")
         return
     if "$" in driver or driver_name(where, driver) is None:
         found.leave(where, driver, "not the name of a driver")

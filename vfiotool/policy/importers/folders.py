@@ -53,6 +53,9 @@ def import_mdevctl(files: Mapping[str, str]) -> Findings:
     """From the folder's files, `<parent>/<uuid>` to JSON."""
     found = Findings()
     for path, content in sorted(files.items()):
+        if _is_dump(content):
+            _dump(found, path, content)
+            continue
         parts = path.split("/")
         for part in parts:
             check_name(path, part)
@@ -62,12 +65,60 @@ def import_mdevctl(files: Mapping[str, str]) -> Findings:
         parent = parent_name(path, parts[0])
         uuid = uuid_name(path, parts[-1])
         if len(parts) != 2 or parent is None or uuid is None:
-            found.leave(path, path, "not an mdevctl definition (<parent>/<uuid>)")
+            alone = uuid is None and "mdev_type" in content
+            why = (
+                "a definition without its UUID, which is the name of its file: import "
+                "/etc/mdevctl.d/PARENT/UUID, or what mdevctl list --dumpjson prints"
+            )
+            what = "not an mdevctl definition (<parent>/<uuid>)"
+            found.leave(path, path, why if alone else what)
             continue
         definition = _definition(found, path, content)
         if definition is not None:
             _mdev(found, path, parent, uuid, definition)
     return found
+
+
+def _is_dump(content: str) -> bool:
+    return content.lstrip().startswith("[")
+
+
+def _dump(found: Findings, where: str, content: str) -> None:
+    """From `mdevctl list --dumpjson`: `[{"PARENT": [{"UUID": {definition}}, …]}, …]`."""
+    try:
+        entries = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        found.leave(where, where, f"not JSON: {str(error)[:80]}")
+        return
+    for entry in entries:
+        if not isinstance(entry, dict):
+            found.leave(where, json.dumps(entry), "not a parent with its devices")
+            continue
+        for parent_text, devices in entry.items():
+            parent = parent_name(where, parent_text)
+            if parent is None or not isinstance(devices, list):
+                found.leave(where, parent_text, "not a parent with its devices")
+                continue
+            for device in devices:
+                _dumped(found, where, parent, device)
+
+
+def _dumped(found: Findings, where: str, parent: str, device: object) -> None:
+    if not isinstance(device, dict):
+        found.leave(where, json.dumps(device), f"not a device of {parent}")
+        return
+    for text, definition in device.items():
+        uuid = uuid_name(where, text)
+        place = f"{where}: {parent}"
+        if uuid is None:
+            found.leave(place, text, "not a UUID")
+        elif not isinstance(definition, dict) or not isinstance(definition.get("mdev_type"), str):
+            found.leave(place, text, "a definition without mdev_type")
+        else:
+            if definition.get("start") != "auto":
+                why = "started by hand; the policy makes it whenever it is applied"
+                found.leave(place, uuid, why)
+            _mdev(found, place, parent, uuid, {**definition, "start": "auto"})
 
 
 def _definition(found: Findings, where: str, content: str) -> dict[str, object] | None:

@@ -23,25 +23,53 @@ _BOOT_WORDS = re.compile(
 )
 
 
-def import_command_line(text: str, where: str) -> Findings:
-    """From a kernel command line, or a boot loader's file that holds some (`GRUB_CMDLINE…`)."""
-    found = Findings()
-    seen: dict[str, tuple[str, str]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        place = f"{where}:{number}"
-        for word in _words(line):
+class CommandLine:
+    """Takes the words of one kernel command line in their order, wherever its parts stand."""
+
+    def __init__(self, found: Findings) -> None:
+        self._found = found
+        self._seen: dict[str, tuple[str, str]] = {}
+
+    @property
+    def has_ids(self) -> bool:
+        return bool(self._seen)
+
+    def take(self, place: str, words: list[str]) -> None:
+        """One line's words. A line of which nothing is to be said is left as a whole."""
+        told = False
+        for word in words:
             key, equals, value = word.partition("=")
             module, dot, parameter = key.partition(".")
             driver = _TAKERS.get(module.replace("-", "_"))
             if driver and dot and parameter == "ids" and equals:
-                # The kernel keeps the last assignment of a string parameter.
-                seen[driver] = (place, value)
+                told = True
+                if driver in self._seen:
+                    # The kernel keeps the last assignment of a string parameter.
+                    earlier, ids = self._seen[driver]
+                    self._found.leave(
+                        earlier, f"{key}={ids}", f"{place} sets ids again, and counts"
+                    )
+                self._seen[driver] = (place, value)
             elif _BOOT_WORDS.match(word):
-                found.leave(
-                    place, word, "stays on the kernel's command line; no policy replaces it"
-                )
-    for driver, (place, value) in seen.items():
-        _ids(found, place, driver, value)
+                told = True
+                why = "stays on the kernel's command line; no policy replaces it"
+                self._found.leave(place, word, why)
+        if words and not told:
+            self._found.leave(place, " ".join(words), "says nothing of a device for VFIO")
+
+    def finish(self) -> None:
+        """Write the rules for the ids that count."""
+        for driver, (place, value) in self._seen.items():
+            _ids(self._found, place, driver, value)
+
+
+def import_command_line(text: str, where: str) -> Findings:
+    """From a kernel command line as it is: /proc/cmdline, /etc/kernel/cmdline."""
+    found = Findings()
+    command = CommandLine(found)
+    for number, line in enumerate(text.splitlines(), 1):
+        command.take(f"{where}:{number}", list(_words(line)))
+    command.finish()
     return found
 
 
@@ -49,13 +77,14 @@ def _words(line: str) -> Iterator[str]:
     stripped = line.strip()
     if stripped.startswith("#"):
         return
-    if re.match(r"[A-Z_]+\+?=", stripped):
-        # A line of /etc/default/grub or kernel-install's: the words are inside the quotes.
-        stripped = " ".join(_split(stripped.partition("=")[2]))
-    yield from _split(stripped)
+    if re.match(r"[A-Z_]+\+?=\s*[\"']", stripped):
+        # A line of a shell's settings: the words are inside the quotes.
+        stripped = " ".join(split_words(stripped.partition("=")[2]))
+    yield from split_words(stripped)
 
 
-def _split(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
+    """A shell's words; where its quotes do not match, what blanks part."""
     try:
         return shlex.split(text, comments=False, posix=True)
     except ValueError:

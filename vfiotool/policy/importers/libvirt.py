@@ -6,10 +6,12 @@ the parser is expat with document types and entities refused: no expansion, no o
 
 from __future__ import annotations
 
+import re
 from typing import NoReturn
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.devices.pci import Address
 from vfiotool.errors import UsageError
 from vfiotool.policy.importers.rules import (
@@ -23,7 +25,7 @@ from vfiotool.policy.importers.rules import (
 )
 
 _DEEPEST = 64
-_VFIO_DRIVERS = ("vfio-pci", "mlx5_vfio_pci", "mlx5-vfio-pci", "virtio_vfio_pci")
+_WRAPPER = "documents"
 
 
 def parse_xml(text: str, where: str) -> ElementTree.Element:
@@ -66,21 +68,54 @@ def parse_xml(text: str, where: str) -> ElementTree.Element:
 def import_libvirt(text: str, where: str) -> Findings:
     """From one XML document, whatever its root."""
     found = Findings()
-    root = parse_xml(text, where)
+    for root in _documents(text, where):
+        _document(found, root, where)
+    return found
+
+
+def _documents(text: str, where: str) -> list[ElementTree.Element]:
+    """The roots of one document or of several after each other, as virsh prints them in a loop."""
+    try:
+        return [parse_xml(text, where)]
+    except UsageError as error:
+        # expat's own words for a second root.
+        if "junk after document element" not in error.message:
+            raise
+    bare = re.sub(r"<\?xml[^?]*\?>", "", text)
+    return list(parse_xml(f"<{_WRAPPER}>{bare}</{_WRAPPER}>", where))
+
+
+def _document(found: Findings, root: ElementTree.Element, where: str) -> None:
     if root.tag == "device":
         _node_device(found, root, where)
-        return found
+        return
     if root.tag == "network":
         _network(found, root, where)
-        return found
+        return
+    before = len(found.rules) + len(found.leftovers)
     for element in root.iter():
         if element.tag == "hostdev":
             _hostdev(found, element, where)
-        elif element.tag == "interface" and element.get("type") in ("hostdev", "vdpa"):
+        elif element.tag == "interface" and element.get("type") in ("hostdev", "vdpa", "network"):
             _interface(found, element, where)
-    if not found.rules and not found.leftovers:
+        elif element.tag == "disk" and element.get("type") == "nvme":
+            _nvme_disk(found, element, where)
+    if len(found.rules) + len(found.leftovers) == before:
         found.leave(where, f"<{root.tag}>", "holds no <hostdev> and no <interface type='hostdev'>")
-    return found
+
+
+def _nvme_disk(found: Findings, element: ElementTree.Element, where: str) -> None:
+    """`<disk type='nvme'>`: QEMU drives the controller itself, through VFIO."""
+    source = element.find("source")
+    address = None if source is None else _address(source.find("address"))
+    if source is None or address is None:
+        found.leave(where, "<disk type='nvme'>", "without a PCI address that could be read")
+        return
+    found.device(where, {"address": address}, "vfio-pci")
+    _managed(found, source, address, where)
+    if source.get("namespace"):
+        what = f"namespace {source.get('namespace')} of {address}"
+        found.leave(where, what, "belongs to the virtual machine, not to the host")
 
 
 def _number(text: str | None) -> int | None:
@@ -146,15 +181,24 @@ def _pci(
         found.leave(where, address, f"for the hypervisor driver {driver.get('name')}, not VFIO")
         return
     found.device(where, {"address": address}, model)
+    _managed(found, element, address, where)
+    if driver is not None and driver.get("iommufd") is not None:
+        what = f"iommufd='{driver.get('iommufd')}' of {address}"
+        found.leave(where, what, _belongs("iommufd"))
+    if element.find("address/zpci") is not None:
+        found.leave(where, f"<zpci> of {address}", _belongs("zpci"))
+    for tag in ("rom", "boot", "teaming", "mac", "vlan", "virtualport", "bandwidth"):
+        if element.find(tag) is not None:
+            found.leave(where, f"<{tag}> of {address}", _belongs(tag))
+
+
+def _managed(found: Findings, element: ElementTree.Element, address: str, where: str) -> None:
     if element.get("managed") == "yes":
         found.leave(
             where,
             f"managed='yes' of {address}",
             "libvirt would bind and give back the device itself: set managed='no' in the domain",
         )
-    for tag in ("rom", "boot", "teaming", "mac", "vlan", "virtualport", "bandwidth"):
-        if element.find(tag) is not None:
-            found.leave(where, f"<{tag}> of {address}", _belongs(tag))
 
 
 def _belongs(tag: str) -> str:
@@ -164,6 +208,12 @@ def _belongs(tag: str) -> str:
 
 
 def _interface(found: Findings, element: ElementTree.Element, where: str) -> None:
+    if element.get("type") == "network":
+        named = element.find("source")
+        network = named.get("network", "") if named is not None else ""
+        why = "a network by name; if it hands out VFs, import virsh net-dumpxml of it too"
+        found.leave(where, f"<interface type='network'> of {network}", why)
+        return
     if element.get("type") == "vdpa":
         source = element.find("source")
         path = source.get("dev", "") if source is not None else ""
@@ -215,7 +265,7 @@ def _node_pci(
     if count:
         found.add(Rule("sriov", {"match": {"address": address}, "vfs": count}, where))
     driver = _text(root, "driver/name")
-    if driver in _VFIO_DRIVERS and driver is not None:
+    if driver is not None and is_vfio_driver(driver):
         found.device(where, {"address": address}, driver)
     elif not count:
         found.leave(where, address, f"on {driver or 'no driver'}: nothing of VFIO to carry over")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from vfiotool.devices.drivers import canonical_name
 from vfiotool.devices.pci import Address
 from vfiotool.errors import UsageError
 
@@ -19,6 +20,7 @@ _DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}", re.ASCII)
 _ATTRIBUTE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+-]{0,127}", re.ASCII)
+_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,14}", re.ASCII)
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _LONGEST_NAME = 255
 
@@ -57,6 +59,12 @@ class Findings:
     def leave(self, where: str, what: str, why: str) -> None:
         self.leftovers.append(Leftover(where, what[:200], why))
 
+    def rest(self, where: str, number: int) -> None:
+        """Tell that lines were passed over that have to do with something else."""
+        if number:
+            lines = "1 other line" if number == 1 else f"{number} other lines"
+            self.leave(where, lines, "not about devices for VFIO")
+
     def add(self, rule: Rule) -> None:
         """Add a rule unless the same device has one: a repetition is dropped, a conflict told."""
         for other in self.rules:
@@ -72,7 +80,9 @@ class Findings:
         self.rules.append(rule)
 
     def device(self, where: str, match: Mapping[str, Value], driver: str, **more: Value) -> None:
-        self.add(Rule("device", {"match": dict(match), "driver": driver, **more}, where))
+        """A device's rule; the driver is spelt as the kernel spells it (`vfio_pci`: vfio-pci)."""
+        values = {"match": dict(match), "driver": canonical_name(driver), **more}
+        self.add(Rule("device", values, where))
 
 
 def _object_of(rule: Rule) -> Value:
@@ -113,6 +123,12 @@ def parent_name(where: str, name: str) -> str | None:
     """`name` if it can be a parent device's or an mdev type's; as `driver_name`."""
     check_name(where, name)
     return name if _NAME.fullmatch(name) else None
+
+
+def interface_name(where: str, name: str) -> str | None:
+    """`name` if it can be a network interface's (IFNAMSIZ is 16 with the end); as `driver_name`."""
+    check_name(where, name)
+    return name if _INTERFACE.fullmatch(name) else None
 
 
 def uuid_name(where: str, name: str) -> str | None:
