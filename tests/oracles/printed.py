@@ -73,7 +73,16 @@ SCHEMA_OF = {
     "lab kernels": "lab-kernels",
 }
 # These print what is no JSON: a guest's output, a script, help.
-WITHOUT = {"lab run", "lab shell", "lab demo", "completion", "help", "version"}
+WITHOUT = {
+    "lab run",
+    "lab shell",
+    "lab demo",
+    "serve vhost-user-blk",
+    "serve exports",
+    "completion",
+    "help",
+    "version",
+}
 
 
 def command_of(arguments: Iterable[str]) -> str:

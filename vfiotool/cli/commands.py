@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "device": ("drive.device", "Drive", "Read, write and reset a VFIO device."),
     "demo": ("drive.demo", "Drive", "Run a driver on a device and check it."),
     "nvme": ("drive.nvme", "Drive", "Use an NVMe disk from user space."),
+    "serve": ("serve", "Serve", "Serve virtio disks to VMs over vhost-user."),
     "lab": ("lab", "Lab", "Rehearse in QEMU guests with a virtual IOMMU."),
     "completion": ("tools", "Tools", "Print the completion script of a shell."),
     "help": ("tools", "Tools", "Show the help of a command."),

@@ -20,6 +20,7 @@ from vfiotool.errors import Refused, UsageError, VfiotoolError, from_oserror
 from vfiotool.native.virtqueue import Worker
 from vfiotool.virtio.backend import Frontend
 from vfiotool.virtio.block import BlockDisk
+from vfiotool.virtio.exports import ExportSettings
 from vfiotool.virtio.message import ProtocolError, Receiver
 
 Report = Callable[[str], None]
@@ -40,14 +41,28 @@ class _Connection:
 class Export:
     """A disk behind a listening socket, or behind one connection that was handed over.
 
-    `listener` belongs to the export from now on.
+    `listener` belongs to the export from now on; `path` is removed with it.
     """
 
-    def __init__(self, name: str, disk: BlockDisk, listener: socket.socket) -> None:
+    def __init__(
+        self, name: str, disk: BlockDisk, listener: socket.socket, path: str | None = None
+    ) -> None:
         self.name = name
         self.disk = disk
         self.listener: socket.socket | None = listener
+        self.path = path
         self.connection: _Connection | None = None
+
+
+def open_export(settings: ExportSettings) -> Export:
+    """The export's disk and socket. Raises what BlockDisk and `listen` do; nothing stays then."""
+    disk = BlockDisk(settings.disk)
+    try:
+        listener = listen(settings.socket_path)
+    except BaseException:
+        disk.close()
+        raise
+    return Export(settings.name, disk, listener, settings.socket_path)
 
 
 class Server:
@@ -58,6 +73,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._exports: dict[str, Export] = {}
         self._ending = False
+        self._actions: list[Callable[[], None]] = []
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
@@ -76,6 +92,20 @@ class Server:
         self._exports[export.name] = export
         self._listen(export)
 
+    def remove(self, name: str) -> None:
+        """Serve an export no more: its connection ends after what it has in flight."""
+        export = self._exports.pop(name)
+        waiting = export.connection is None
+        self._disconnect(export)
+        if export.listener is not None:
+            if waiting:
+                self._selector.unregister(export.listener)
+            export.listener.close()
+        if export.path is not None:
+            with suppress(OSError):
+                os.unlink(export.path)
+        export.disk.close()
+
     def adopt(self, name: str, disk: BlockDisk, connection: socket.socket) -> None:
         """Serve a disk over a connection that is there already (`--fd`); it ends with it."""
         export = Export(name, disk, connection)
@@ -91,17 +121,22 @@ class Server:
 
     def stop(self) -> None:
         """End `run` from another thread or from a signal handler."""
+        self._ending = True
+        self._tell(b"x")
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Have `run` do this between two messages; from another thread or a signal handler."""
+        self._actions.append(action)
+        self._tell(b"a")
+
+    def _tell(self, what: bytes) -> None:
         with suppress(BlockingIOError):
-            self._waker.send(b"x")
+            self._waker.send(what)
 
     def close(self) -> None:
         """End every connection after what it has in flight, then the workers and the disks."""
-        for export in self._exports.values():
-            self._disconnect(export)
-            if export.listener is not None:
-                export.listener.close()
-            export.disk.close()
-        self._exports.clear()
+        for name in list(self._exports):
+            self.remove(name)
         for worker in self.workers:
             worker.close()
         self.workers = []
@@ -120,7 +155,8 @@ class Server:
 
     def _woken(self) -> None:
         self._wake.recv(64)
-        self._ending = True
+        while self._actions:
+            self._actions.pop(0)()
 
     def _listen(self, export: Export) -> None:
         if export.listener is not None:

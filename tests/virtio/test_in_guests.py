@@ -1,0 +1,154 @@
+"""Disks of one server in real guests: file systems, verification, and a server that dies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.guests.runs import need_lab
+from vfiotool.lab.guest import Completed, Guest
+
+pytestmark = pytest.mark.lab
+
+KERNEL = "6.12"
+MIB = 1 << 20
+# The disk is found by its serial: which letter it gets is the guest's affair.
+FIND = """
+set -e
+modprobe virtio_blk
+modprobe ext4
+for n in $(seq 100); do
+    for disk in /sys/block/vd*; do
+        [ "$(cat $disk/serial 2>/dev/null)" = SERIAL ] && DISK=/dev/${disk##*/} && break 2
+    done
+    sleep 0.1
+done
+[ -b "$DISK" ]
+"""
+FILE_SYSTEM = (
+    FIND
+    + """
+mkfs.ext4 -q -F $DISK
+mkdir -p /run/t && mount $DISK /run/t
+fio --name=v --directory=/run/t --size=24m --bs=4k --rw=randwrite --ioengine=libaio --iodepth=16 \
+    --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --minimal >/run/fio.out
+umount /run/t
+fsck.ext4 -fn $DISK >/run/fsck.out 2>&1 || { cat /run/fsck.out; exit 1; }
+blockdev --getsize64 $DISK
+"""
+)
+UNDER_KILLS = (
+    FIND
+    + """
+for turn in 1 2 3; do
+    fio --name=v --filename=$DISK --size=48m --bs=4k --rw=randwrite --ioengine=libaio \
+        --iodepth=16 --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --minimal \
+        >/run/fio.out || { cat /run/fio.out; exit 1; }
+done
+"""
+)
+
+
+def with_disk(path: Path) -> tuple[str, ...]:
+    """QEMU's options for a disk over a socket; memory has to be shared for it."""
+    return (
+        "-object",
+        "memory-backend-memfd,id=shared,size=1024M,share=on",
+        "-machine",
+        "memory-backend=shared",
+        "-chardev",
+        f"socket,id=blk,path={path},reconnect=1",
+        "-device",
+        "vhost-user-blk-pci,chardev=blk,num-queues=1",
+    )
+
+
+def serve(file: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "vfiotool", "serve", "exports", str(file)])
+
+
+@pytest.fixture
+def exports(tmp_path: Path) -> Path:
+    need_lab(KERNEL)
+    file = tmp_path / "exports.toml"
+    text = "version = 1\n"
+    for name in ("first", "second"):
+        image = tmp_path / f"{name}.raw"
+        with image.open("wb") as raw:
+            raw.truncate(64 * MIB)
+        text += f'[[export]]\nname = "{name}"\nblk_file = "{image}"\n'
+        text += f'socket_path = "{tmp_path / name}.sock"\n'
+    file.write_text(text)
+    return file
+
+
+def in_guest(exports: Path, name: str, script: str, then: Callable[[Completed], None]) -> None:
+    options = with_disk(exports.parent / f"{name}.sock")
+    with Guest("basic", KERNEL, qemu_arguments=options) as guest:
+        then(guest.exec(["sh", "-c", script.replace("SERIAL", name)], timeout_s=400))
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    waiting = threading.Event()
+    while not path.exists():
+        assert process.poll() is None
+        waiting.wait(0.05)
+
+
+def test_two_guests_have_file_systems_on_one_process(exports: Path) -> None:
+    server = serve(exports)
+    done: dict[str, Completed] = {}
+    try:
+        for name in ("first", "second"):
+            wait_for(exports.parent / f"{name}.sock", server)
+        threads = [
+            threading.Thread(
+                target=in_guest,
+                args=(exports, name, FILE_SYSTEM, lambda got, name=name: done.update({name: got})),
+            )
+            for name in ("first", "second")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        server.terminate()
+        assert server.wait(timeout=20) == 0
+    for name in ("first", "second"):
+        assert done[name].exit_code == 0, done[name].text + done[name].stderr.decode()
+        assert done[name].text.split()[-1] == str(64 * MIB)
+
+
+def test_a_guest_sees_a_delay_only_while_the_server_is_killed(exports: Path) -> None:
+    server = serve(exports)
+    ended, kills = threading.Event(), 0
+    done: list[Completed] = []
+
+    def run() -> None:
+        try:
+            in_guest(exports, "first", UNDER_KILLS, done.append)
+        finally:
+            ended.set()
+
+    path = exports.parent / "first.sock"
+    wait_for(path, server)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        while not ended.wait(6.0):
+            server.kill()
+            server.wait()
+            kills += 1
+            server = serve(exports)
+    finally:
+        thread.join()
+        server.terminate()
+        server.wait(timeout=20)
+    assert done and done[0].exit_code == 0, done and done[0].text + done[0].stderr.decode()
+    assert kills >= 3
