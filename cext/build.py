@@ -40,6 +40,10 @@ HEADERS = (
 FOREIGN = "struct iovec { ...; };"
 
 FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+# What finds a mistake at run time at next to no cost; distributions build with the same. Level 2
+# and not 3, which older compilers do not know.
+HARDENING = ["-O2", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong"]
+LINKING = ["-Wl,-z,relro", "-Wl,-z,now"]
 
 
 def declarations(header: str) -> str:
@@ -64,7 +68,8 @@ class BuildExtensions(build_ext):
 
     def build_extension(self, extension) -> None:  # type: ignore[no-untyped-def]
         extension.include_dirs.append(str(HERE))
-        extension.extra_compile_args.extend(FLAGS)
+        extension.extra_compile_args.extend([*FLAGS, *HARDENING])
+        extension.extra_link_args.extend(LINKING)
         if extension.name == "vfiotool.native._library":
             generated = Path(self.build_temp) / "_library.c"
             generated.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,19 @@
 """Every exception of vfiotool, one exit code a branch.
 
 An error names the operation and the object, carries the kernel's errno by name where there is
-one, and a hint: the next thing to type. The command line prints it; nothing else does.
+one, and a hint: the next thing to type. The command line prints it; nothing else does. In a script
+a traceback shows the hint as a note (PEP 678).
+
+They are kin of Python's own, so that code which knows nothing of vfiotool can handle them:
+KernelError is an OSError with its `errno`, TimedOut a TimeoutError too, NotPermitted a
+PermissionError, UsageError a ValueError.
 """
 
 from __future__ import annotations
 
 import errno as _errno
+
+_NUMBERS = {name: number for number, name in _errno.errorcode.items()}
 
 
 class VfiotoolError(Exception):
@@ -30,9 +37,34 @@ class VfiotoolError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
         self.device = device
         self.errno_name = errno_name
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def hint(self) -> str | None:
+        """What to do or type next; a note of the exception as well."""
+        return self._hint
+
+    @hint.setter
+    def hint(self, text: str | None) -> None:
+        self._hint = text
+        self.__notes__ = [] if text is None else [f"hint: {text}"]
+
+    @property
+    def errno(self) -> int | None:
+        """The kernel's errno as a number, as an OSError has it."""
+        if self.errno_name is None:
+            return None
+        return _NUMBERS.get(self.errno_name)
+
+    @property
+    def strerror(self) -> str:
+        """The message, as an OSError has it."""
+        return self.message
 
     def as_json(self) -> dict[str, object]:
         """The contract's error object (CONTRACT: `{"format_version", "error": {…}}`)."""
@@ -55,7 +87,7 @@ class AnswerIsNo(VfiotoolError):
     exit_code = 1
 
 
-class UsageError(VfiotoolError):
+class UsageError(VfiotoolError, ValueError):
     """Bad arguments, a bad policy, or a root that cannot be used."""
 
     kind = "usage"
@@ -104,11 +136,23 @@ class Foretold(Refused):
         self.evidence = evidence
 
 
-class KernelError(VfiotoolError):
-    """The kernel refused or failed; what was done before has been rolled back."""
+class KernelError(VfiotoolError, OSError):  # type: ignore[misc, override]
+    """The kernel refused or failed; what was done before has been rolled back.
+
+    One with ETIMEDOUT is a `TimedOut`, as an OSError with it is a TimeoutError.
+    """
 
     kind = "kernel"
     exit_code = 5
+
+    def __new__(cls, message: str = "", **context: str | None) -> KernelError:
+        """An instance of the branch that the errno belongs to."""
+        late = cls is KernelError and context.get("errno_name") == "ETIMEDOUT"
+        return super().__new__(TimedOut if late else cls, message)
+
+
+class TimedOut(KernelError, TimeoutError):  # type: ignore[misc, override]
+    """What was waited for did not come in time (ETIMEDOUT)."""
 
 
 class Stuck(VfiotoolError):
@@ -118,7 +162,7 @@ class Stuck(VfiotoolError):
     exit_code = 6
 
 
-class NotPermitted(VfiotoolError):
+class NotPermitted(VfiotoolError, PermissionError):  # type: ignore[misc, override]
     """The process lacks a permission, which the message names."""
 
     kind = "not-permitted"
@@ -164,8 +208,11 @@ def from_oserror(
     """Turn an OSError into the branch that its errno belongs to.
 
     EACCES and EPERM become NotPermitted, everything else KernelError. ENOENT and ENODEV are left
-    to the caller, who alone knows whether absence is an error here.
+    to the caller, who alone knows whether absence is an error here. An error of vfiotool's own is
+    returned as it is.
     """
+    if isinstance(error, VfiotoolError):
+        return error
     name = errno_name(error.errno)
     reason = _errno_text(error)
     branch = NotPermitted if error.errno in (_errno.EACCES, _errno.EPERM) else KernelError

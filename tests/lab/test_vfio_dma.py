@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from tests.lab.vfio_guest import BACKENDS, EDU, bind_vfio, open_descriptors, status_kib
 from vfiotool.drivers.edu import ADDRESS_BITS, Edu
-from vfiotool.errors import Unsupported, UsageError
+from vfiotool.errors import KernelError, Unsupported, UsageError
+from vfiotool.native import library as native
 from vfiotool.vfio import Device
 
 MACHINE = "basic"
@@ -233,3 +235,126 @@ def test_mapping_somebody_else_s_address_is_an_error(device: Device) -> None:
     with pytest.raises(Exception, match="not memory of this process"):
         device.space.map(page, 0x100000, page, read=True, write=True)
     assert device.space.unmap(0x100000, page) == 0
+
+
+def test_memory_of_one_s_own_is_mapped_and_reached_by_the_device(device: Device) -> None:
+    edu = Edu(device)
+    descriptor = os.memfd_create("own")
+    os.ftruncate(descriptor, 8192)
+    kinds = {
+        "mmap": mmap.mmap(-1, 8192),
+        "memfd": mmap.mmap(descriptor, 8192),
+        "bytearray": bytearray(5000),
+        "numpy": numpy.zeros(3000, dtype="<u2"),
+        "small": bytearray(64),
+    }
+    for name, memory in kinds.items():
+        view = memoryview(memory).cast("B")  # type: ignore[arg-type]
+        sent = os.urandom(min(len(view), 4096))
+        with device.dma.map(memory, limit_bits=ADDRESS_BITS) as buffer:
+            assert buffer.size == len(view), name
+            assert buffer.iova % 4096 == buffer.address % 4096
+            view[: len(sent)] = sent
+            edu.dma(buffer.iova, 0, len(sent), to_memory=False)
+            view[: len(sent)] = bytes(len(sent))
+            edu.dma(buffer.iova, 0, len(sent), to_memory=True)
+            assert view[: len(sent)] == sent, name
+            assert buffer.view[: len(sent)] == sent
+        assert view[: len(sent)] == sent
+        view.release()
+    # Nothing holds them any more.
+    kinds["mmap"].close()  # type: ignore[union-attr]
+    kinds["bytearray"].append(1)  # type: ignore[union-attr]
+    os.close(descriptor)
+    assert device.dma.iovas.used_bytes == 0
+
+
+def test_memory_of_one_s_own_is_held_while_it_is_mapped(device: Device) -> None:
+    memory = bytearray(8192)
+    buffer = device.dma.map(memory)
+    with pytest.raises(BufferError):
+        memory.append(1)
+    buffer.pin()
+    with pytest.raises(UsageError, match="in use"):
+        buffer.close()
+    buffer.unpin()
+    buffer.close()
+    memory.append(1)
+    for wrong in (bytes(4096), b"", bytearray(0), 5, numpy.zeros((8, 8))[:, ::2]):
+        with pytest.raises(UsageError):
+            device.dma.map(wrong)  # type: ignore[arg-type]
+    with device.dma.map(bytes(4096), write=False) as constant:
+        assert constant.view.readonly
+    assert device.dma.iovas.used_bytes == 0
+
+
+def test_a_pinned_buffer_outlives_its_device_as_memory(device: Device) -> None:
+    buffer = device.dma.alloc(4096)
+    address = buffer.address
+    buffer.pin()
+    with pytest.raises(UsageError, match="in use"):
+        buffer.close()
+    device.close()
+    assert buffer.closed
+    maps = Path("/proc/self/maps").read_text()
+    starts = [int(line.split("-")[0], 16) for line in maps.splitlines()]
+    assert any(start <= address for start in starts)
+    buffer.unpin()
+    with pytest.raises(UsageError):
+        buffer.pin()
+
+
+# What both interfaces answer: an operation on a space in which 4 pages at BASE are mapped, and the
+# number or the error that comes of it.
+BASE, PAGE = 0x10000000, 4096
+TABLE = {
+    "unmap nothing": (lambda s, a: s.unmap(BASE + (1 << 20), PAGE), 0),
+    "unmap the whole": (lambda s, a: s.unmap(BASE, 4 * PAGE), 4 * PAGE),
+    "unmap more than it": (lambda s, a: s.unmap(BASE - PAGE, 8 * PAGE), 4 * PAGE),
+    "unmap its first page": (lambda s, a: s.unmap(BASE, PAGE), UsageError),
+    "unmap its middle": (lambda s, a: s.unmap(BASE + PAGE, PAGE), UsageError),
+    "unmap its end": (lambda s, a: s.unmap(BASE + 3 * PAGE, PAGE), UsageError),
+    "unmap over its start": (lambda s, a: s.unmap(BASE - PAGE, 2 * PAGE), UsageError),
+    "unmap over its end": (lambda s, a: s.unmap(BASE + 3 * PAGE, 2 * PAGE), UsageError),
+    "unmap no bytes": (lambda s, a: s.unmap(BASE, 0), UsageError),
+    "unmap half a page": (lambda s, a: s.unmap(BASE, PAGE // 2), UsageError),
+    "unmap many": (lambda s, a: s.unmap_many([(BASE, 4 * PAGE), (1 << 33, PAGE)]), 4 * PAGE),
+    "unmap many with a part": (lambda s, a: s.unmap_many([(BASE, PAGE)]), UsageError),
+    "unmap all": (lambda s, a: s.unmap_all(), 4 * PAGE),
+    "map over it": (lambda s, a: s.map(a, BASE, PAGE, read=True, write=True), UsageError),
+    "map half a page": (lambda s, a: s.map(a, 1 << 33, 100, read=True, write=True), UsageError),
+    "map an odd address": (
+        lambda s, a: s.map(a + 8, 1 << 33, PAGE, read=True, write=True),
+        UsageError,
+    ),
+    "map no memory": (lambda s, a: s.map(0x10000, 1 << 33, PAGE, read=True, write=True), "EFAULT"),
+    "map what cannot be": (
+        lambda s, a: s.map(a, 0xFEE00000, PAGE, read=True, write=True),
+        "EINVAL",
+    ),
+    "map beyond": (lambda s, a: s.map(a, 1 << 60, PAGE, read=True, write=True), "EINVAL"),
+    "map many over it": (
+        lambda s, a: s.map_many([(a, 1 << 33, PAGE), (a, BASE, PAGE)], read=True, write=True),
+        UsageError,
+    ),
+}
+
+
+@pytest.mark.parametrize("operation", TABLE)
+def test_both_interfaces_answer_alike(device: Device, operation: str) -> None:
+    space, memory = device.space, mmap.mmap(-1, 4 * PAGE)
+    address = native.address_of(memory)
+    space.map(address, BASE, 4 * PAGE, read=True, write=True)
+    work, wanted = TABLE[operation]
+    if isinstance(wanted, int):
+        assert work(space, address) == wanted
+    elif isinstance(wanted, str):
+        with pytest.raises(KernelError) as caught:
+            work(space, address)
+        assert caught.value.errno_name == wanted
+    else:
+        with pytest.raises(wanted):
+            work(space, address)
+    # Nothing was done by halves: the mapping is whole or gone, and the rest is free.
+    assert space.unmap(1 << 33, PAGE) == 0
+    assert space.unmap(BASE, 4 * PAGE) in (0, 4 * PAGE)

@@ -154,3 +154,135 @@ def test_what_the_device_has_not_is_unsupported(device: Device) -> None:
             interrupts.add()
         interrupts[0].trigger()
         assert interrupts[0].wait(5.0) == 1
+
+
+def test_every_thread_that_waits_for_one_interrupt_is_woken(device: Device) -> None:
+    with device.irqs.msi() as interrupts:
+        got: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: got.append(interrupts[0].wait(20.0))) for _ in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        until_blocked(threads)
+        interrupts[0].trigger()
+        for thread in threads:
+            thread.join(20.0)
+        assert got == [1] * 5
+        assert interrupts[0].wait(0.0) == 0
+
+
+def until_blocked(threads: list[threading.Thread]) -> None:
+    deadline = time.monotonic() + 10
+    for thread in threads:
+        while time.monotonic() < deadline:
+            with open(f"/proc/self/task/{thread.native_id}/wchan") as wchan:
+                if "poll" in wchan.read():
+                    break
+
+
+def test_tasks_and_threads_that_wait_together_are_all_woken(device: Device) -> None:
+    with device.irqs.msi() as interrupts:
+        got: list[int] = []
+        thread = threading.Thread(target=lambda: got.append(interrupts[0].wait(20.0)))
+        thread.start()
+        until_blocked([thread])
+
+        async def main() -> list[int]:
+            tasks = [asyncio.create_task(interrupts[0].wait_async(None)) for _ in range(3)]
+            await asyncio.sleep(0)
+            interrupts[0].trigger()
+            return await asyncio.wait_for(asyncio.gather(*tasks), 20)
+
+        assert asyncio.run(main()) == [1, 1, 1]
+        thread.join(20.0)
+        assert got == [1]
+
+
+@pytest.mark.parametrize("from_thread", [False, True], ids=["same thread", "another thread"])
+def test_closing_ends_every_task_that_waits(device: Device, from_thread: bool) -> None:
+    before = open_descriptors()
+
+    async def main() -> None:
+        interrupts = device.irqs.msi()
+        seen: list[int] = []
+
+        async def iterate() -> str:
+            async for count in interrupts[0]:
+                seen.append(count)
+            return "ended"
+
+        tasks = [asyncio.create_task(iterate())]
+        tasks += [asyncio.create_task(interrupts[0].wait_async(None)) for _ in range(2)]
+        cancelled = asyncio.create_task(interrupts[0].wait_async(float("inf")))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.sleep(0)
+        if from_thread:
+            await asyncio.to_thread(interrupts.close)
+        else:
+            interrupts.close()
+        done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        assert done[0] == "ended"
+        assert all(isinstance(one, UsageError) for one in done[1:])
+        assert cancelled.cancelled()
+        with pytest.raises(UsageError, match="is off"):
+            await interrupts[0].wait_async(1.0)
+
+    asyncio.run(main())
+    assert open_descriptors() == before
+
+
+def test_closing_ends_every_thread_that_waits(device: Device) -> None:
+    interrupts = device.irqs.msi()
+    said: list[str] = []
+
+    def wait() -> None:
+        try:
+            interrupts[0].wait(None)
+        except UsageError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    until_blocked(threads)
+    interrupts.close()
+    for thread in threads:
+        thread.join(20.0)
+    assert len(said) == 4
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e30, None, -1, 0, -1e30, "1"])
+def test_odd_time_outs_mean_what_they_say(device: Device, timeout_s: float | None) -> None:
+    bar = device.region(0).map()
+    for registers in (bar, device.region(0)):
+        assert registers.poll(0, 0xFFFFFFFF, 0x010000ED, timeout_s) == 0x010000ED
+    with device.irqs.msi() as interrupts:
+        if isinstance(timeout_s, str):
+            return
+        interrupts[0].trigger()
+        assert interrupts[0].wait(timeout_s) == 1
+        interrupts[0].trigger()
+        assert asyncio.run(interrupts[0].wait_async(timeout_s)) == 1
+        if timeout_s is not None and timeout_s <= 0:
+            assert interrupts[0].wait(timeout_s) == 0
+            with pytest.raises(TimeoutError):
+                bar.poll(0, 1, 0, timeout_s)
+
+
+def test_a_time_out_that_is_not_a_number_is_refused(device: Device) -> None:
+    bar = device.region(0).map()
+    for wrong in (float("nan"), "soon"):
+        for registers in (bar, device.region(0)):
+            with pytest.raises(UsageError):
+                registers.poll(0, 1, 1, wrong)  # type: ignore[arg-type]
+    for mask, wanted in ((1 << 64, 0), (1 << 32, 0), (-1, 0), (1, 1 << 40)):
+        for registers in (bar, device.region(0)):
+            with pytest.raises(UsageError, match="does not fit"):
+                registers.poll(0, mask, wanted, 0.1)
+    with device.irqs.msi() as interrupts:
+        with pytest.raises(UsageError):
+            interrupts[0].wait(float("nan"))
+        with pytest.raises(UsageError):
+            asyncio.run(interrupts[0].wait_async(float("nan")))

@@ -243,6 +243,8 @@ class Socket:
         try:
             self._socket.send(message)
             return self._collect(what)
+        except VfiotoolError:
+            raise
         except TimeoutError as error:
             raise KernelError(
                 f"{what}: no answer from the kernel", errno_name="ETIMEDOUT"

@@ -51,6 +51,8 @@ def parse_saved(text: str, name: str) -> SavedPlan | None:
             raise ValueError("it is JSON, but no plan of vfiotool")
         policy = parse_policy(payload["policy"]["text"], payload["policy"]["name"])
         return SavedPlan(policy, tuple(step_from_json(entry) for entry in payload["steps"]))
+    except UsageError:
+        raise
     except (ValueError, KeyError, TypeError, KernelError, RecursionError) as error:
         raise UsageError(
             f"{name} is no saved plan: {error}", hint="vfiotool plan POLICY --out FILE makes one"
@@ -101,6 +103,8 @@ class DesiredState:
         try:
             entry = json.loads(data)["policy"]
             return parse_policy(entry["text"], entry["name"])
+        except UsageError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{self._folder.path}/{_DESIRED} is damaged: {error}", hint="apply the policy again"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-from vfiotool.errors import KernelError, UsageError, VfiotoolError
+from vfiotool.errors import TimedOut, UsageError, VfiotoolError
 from vfiotool.native import library as native
 from vfiotool.vfio.caps import Area, RegionInfo
 from vfiotool.vfio.opened import OpenDevice
@@ -52,7 +52,7 @@ def _check_mask(mask: int, wanted: int, width: int) -> None:
 def timed_out(what: str, value: int, timeout_s: float | None) -> VfiotoolError:
     """The error of a register that did not come to the value waited for."""
     seconds = native.nanoseconds(timeout_s) / 1e9
-    return KernelError(
+    return TimedOut(
         f"{what} did not come to the value waited for in {seconds:g} s; it is {value:#x}",
         errno_name="ETIMEDOUT",
     )
@@ -184,7 +184,7 @@ class Region:
         width: int = 4,
     ) -> int:
         """Read the register until `value & mask == wanted`; returns the value. Raises
-        KernelError (ETIMEDOUT) after `timeout_s` seconds; None and inf are no limit, less than 0
+        TimedOut after `timeout_s` seconds; None and inf are no limit, less than 0
         looks once."""
         _check_mask(mask, wanted, width)
         end = time.monotonic() + native.nanoseconds(timeout_s) / 1e9
@@ -297,7 +297,7 @@ class Mapping(native.Window):
     ) -> int:
         """Read the register until `value & mask == wanted`; returns the value.
 
-        Runs in C without the interpreter's lock. Raises KernelError (ETIMEDOUT) after `timeout_s`
+        Runs in C without the interpreter's lock. Raises TimedOut after `timeout_s`
         seconds (None and inf are no limit, less than 0 looks once), UsageError when the mapping is
         closed or the device cannot be reached any more meanwhile.
         """
