@@ -408,6 +408,14 @@ int vt_nvme_restart(struct vt_nvme_queue *q, struct vt_nvme_done *all, uint32_t 
 	return (int)(*held - before);
 }
 
+int vt_nvme_identifier(const struct vt_nvme_queue *q, uint64_t tag)
+{
+	for (uint32_t i = 0; i < q->depth; i++)
+		if (q->slots[i].active && q->slots[i].tag == tag)
+			return q->slots[i].cid;
+	return -ENOENT;
+}
+
 void vt_nvme_count(const struct vt_nvme_queue *q, struct vt_nvme_counters *counters)
 {
 	*counters = (struct vt_nvme_counters){

@@ -105,6 +105,9 @@ int vt_nvme_poll(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_
 int vt_nvme_poll_tags(struct vt_nvme_queue *queue, uint64_t *tags, uint32_t room, uint32_t least,
 		      uint64_t timeout_ns, uint32_t *held, uint32_t *status);
 
+/* The command identifier of the command that is out with this tag, or -ENOENT. */
+int vt_nvme_identifier(const struct vt_nvme_queue *queue, uint64_t tag);
+
 void vt_nvme_count(const struct vt_nvme_queue *queue, struct vt_nvme_counters *counters);
 
 #endif

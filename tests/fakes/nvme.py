@@ -134,6 +134,8 @@ class FakeNvme:
         self.held: list[tuple[int, dict[str, Any], int, int, int]] = []
         self.hold = False
         self.events: list[int] = []
+        self.commands_seen: list[bytes] = []
+        self.logs: dict[int, bytes] = {}
         self.features: dict[int, int] = {}
         self.nsids = [1]
         self._shutting: float | None = None
@@ -351,6 +353,24 @@ class FakeNvme:
             if ten & 0xFF != 7:
                 self.features[ten & 0xFF] = eleven
             return 0, 7 << 16 | 7 if ten & 0xFF == 7 else 0
+        self.commands_seen.append(entry)
+        if opcode == 0x02:
+            size = ((ten >> 16) + (eleven << 16) + 1) * 4
+            (offset,) = struct.unpack_from("<Q", entry, 48)
+            if ten & 0xFF not in self.logs:
+                return 0x109, 0
+            self.at(prp1, size)[:] = self.logs[ten & 0xFF][offset : offset + size].ljust(
+                size, b"\0"
+            )
+            return 0, 0
+        if opcode == 0x08:
+            held = [one for one in self.held if one[0] == ten & 0xFFFF and one[2] == ten >> 16]
+            for one in held:
+                self.held.remove(one)
+                self._complete(one[0], one[1], one[2], 0x07, 0)
+            return 0, int(not held)
+        if opcode in (0x0D, 0x10, 0x11, 0x15, 0x80, 0x84):
+            return 0, 7
         if opcode == 0x0A:
             return (0, self.features[ten & 0xFF]) if ten & 0xFF in self.features else (0x02, 0)
         if opcode == 0x05:
@@ -386,19 +406,57 @@ class FakeNvme:
 
     def _io(self, opcode: int, entry: bytes) -> tuple[int, int]:
         prp1, prp2, lba = struct.unpack_from("<QQQ", entry, 24)
-        size = (struct.unpack_from("<H", entry, 48)[0] + 1) << self.shift
+        blocks = struct.unpack_from("<H", entry, 48)[0] + 1
+        size, at = blocks << self.shift, lba << self.shift
         if opcode == 0:
             return 0, 0
-        if lba + (size >> self.shift) > self.blocks:
+        if opcode == 0x09:
+            return self._trim(struct.unpack_from("<I", entry, 40)[0] + 1, prp1), 0
+        if opcode == 0x19:
+            return self._copy(lba, entry[48] + 1, prp1), 0
+        if opcode not in (0x01, 0x02, 0x05, 0x08, 0x0C):
+            return 0x01, 0
+        if lba + blocks > self.blocks:
             return 0x80, 0
-        at = lba << self.shift
-        for iova, length in self.pieces(prp1, prp2, size):
+        if opcode == 0x08:
+            self.disk[at : at + size] = bytes(size)
+        if opcode in (0x08, 0x0C):
+            return 0, 0
+        places = self.scattered(entry) if entry[1] >> 6 else self.pieces(prp1, prp2, size)
+        for iova, length in places:
             if opcode == 2:
                 self.at(iova, length)[:] = self.disk[at : at + length]
-            else:
+            elif opcode == 1:
                 self.disk[at : at + length] = self.at(iova, length)
+            elif bytes(self.at(iova, length)) != self.disk[at : at + length]:
+                return 0x285, 0
             at += length
         return 0, 0
+
+    def _trim(self, count: int, iova: int) -> int:
+        for number in range(count):
+            _, blocks, lba = struct.unpack_from("<IIQ", self.at(iova + 16 * number, 16))
+            self.disk[lba << self.shift : (lba + blocks) << self.shift] = bytes(
+                blocks << self.shift
+            )
+        return 0
+
+    def _copy(self, to: int, count: int, iova: int) -> int:
+        data = b""
+        for number in range(count):
+            lba, blocks = struct.unpack_from("<8xQH", self.at(iova + 32 * number, 32))
+            data += self.disk[lba << self.shift : (lba + blocks + 1) << self.shift]
+        self.disk[to << self.shift : (to << self.shift) + len(data)] = data
+        return 0
+
+    def scattered(self, entry: bytes) -> list[tuple[int, int]]:
+        """Where a command's data lies by its scatter list (4.1.2)."""
+        iova, length = struct.unpack_from("<QI", entry, 24)
+        if entry[39] >> 4 == 0:
+            return [(iova, length)]
+        assert entry[39] >> 4 == 3 and length % 16 == 0
+        raw = bytes(self.at(iova, length))
+        return [struct.unpack_from("<QI", raw, at) for at in range(0, length, 16)]
 
     def pieces(self, prp1: int, prp2: int, size: int) -> list[tuple[int, int]]:
         """Where a command's data lies, page by page (Base Specification 2.0, 4.1.1)."""

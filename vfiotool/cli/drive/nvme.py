@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import DeviceArgument, area, examples, wants_json
-from vfiotool.cli.drive.opening import BackendOption, opened, seekable
+from vfiotool.cli.drive import nvme_admin
+from vfiotool.cli.drive.nvme_opening import LbaOption, NamespaceOption, controlled
+from vfiotool.cli.drive.opening import BackendOption, seekable
 from vfiotool.errors import Refused, UsageError
 
 if TYPE_CHECKING:
     from vfiotool.drivers.nvme.bench import Job
-    from vfiotool.drivers.nvme.controller import Controller
     from vfiotool.drivers.nvme.load import LoadReport
 
+_COMMAND_SETS = {0: "nvm", 1: "key-value", 2: "zoned"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
-NamespaceOption = Annotated[int, typer.Option("--nsid", metavar="N", help="The namespace.")]
-LbaOption = Annotated[int, typer.Option("--lba", metavar="N", help="The first block.")]
-
-
-app = area("Identify, read, write and measure an NVMe disk from user space.")
-
-
-@contextmanager
-def controlled(
-    context: typer.Context, device: str, backend: str, *, shadow_doorbells: bool = False
-) -> Iterator[Controller]:
-    """The controller, brought up for the time of the block."""
-    from vfiotool.drivers.nvme.controller import Controller
-
-    with opened(context, device, backend) as opened_device:
-        yield Controller(opened_device, shadow_doorbells=shadow_doorbells)
+app = area("Identify, read, write, manage and measure an NVMe disk from user space.")
 
 
 def size(text: str) -> int:
@@ -73,7 +58,13 @@ def identify(
             "shadow_doorbells": told.doorbell_buffers,
             "virtualization_management": told.virtualization,
             "namespaces": [
-                {"nsid": disk.nsid, "blocks": disk.blocks, "block_bytes": disk.block_bytes}
+                {
+                    "nsid": disk.nsid,
+                    "blocks": disk.blocks,
+                    "block_bytes": disk.block_bytes,
+                    "metadata_bytes": disk.metadata_bytes,
+                    "command_set": _COMMAND_SETS.get(disk.command_set, str(disk.command_set)),
+                }
                 for disk in map(controller.namespace, controller.namespaces())
             ],
         }
@@ -89,8 +80,19 @@ def identify(
         total = disk["blocks"] * disk["block_bytes"]
         output.write(
             f"  namespace {disk['nsid']}: {disk['blocks']} blocks of {disk['block_bytes']} bytes"
-            f" ({total / (1 << 20):.1f} MiB)"
+            f" ({total / (1 << 20):.1f} MiB){_odd(disk)}"
         )
+
+
+def _odd(disk: dict[str, Any]) -> str:
+    words = []
+    if disk["command_set"] != "nvm":
+        words.append(f"of the {disk['command_set']} command set")
+    if disk["metadata_bytes"]:
+        words.append(
+            f"{disk['metadata_bytes']} bytes of metadata a block: not for nvme read, write, bench"
+        )
+    return f", {'; '.join(words)}" if words else ""
 
 
 @app.command(
@@ -322,3 +324,7 @@ def secondaries(
         for entry in entries
     ]
     output.table(("CONTROLLER", "VF", "STATE", "QUEUES", "INTERRUPTS"), rows)
+
+
+# What manages a disk is in a file of its own, and comes last in the help.
+app.registered_commands += nvme_admin.app.registered_commands

@@ -228,7 +228,7 @@ class AsyncQueue:
                 self._descriptor = -1
 
     def _reap(self) -> int:
-        taken = self.queue.pair.gather()
+        taken = self.queue.commands.gather()
         self.queue.commands.settle()
         return taken
 

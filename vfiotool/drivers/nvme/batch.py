@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfiotool.drivers.nvme.deadline import Deadline
-from vfiotool.drivers.nvme.queue_pair import QueuePair, pin, unpin
+from vfiotool.drivers.nvme.queue_pair import QueuePair
 from vfiotool.drivers.nvme.status import failed_with
 from vfiotool.errors import UsageError
 from vfiotool.native.library import ffi, lib
@@ -56,7 +56,7 @@ class Batch:
         if not 0 <= count <= self.count:
             raise UsageError(f"a batch of {count}; there are {self.count} places")
         if not self._out:
-            pin(self.buffer)
+            self.buffer.pin()
         queue = self.queue
         taken = 0
         try:
@@ -67,13 +67,13 @@ class Batch:
         finally:
             self._out += max(0, taken)
             if not self._out:
-                unpin(self.buffer)
+                self.buffer.unpin()
 
     def _back(self, count: int) -> None:
         if self._out:
             self._out = max(0, self._out - count)
             if not self._out:
-                unpin(self.buffer)
+                self.buffer.unpin()
 
     def poll(self, least: int = 1, timeout_s: float | None = None) -> int:
         """Take completions as `QueuePair.poll`; returns how many, their places in `slots`.
@@ -107,4 +107,4 @@ class Batch:
         was in flight, or after its queue pair was closed. Closing twice is nothing."""
         if self._out:
             self._out = 0
-            unpin(self.buffer)
+            self.buffer.unpin()

@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from vfiotool.drivers.nvme import spec as nvme_spec
@@ -243,6 +243,19 @@ class Controller:
         what = what or f"admin command {command[0]:#x}"
         deadline = Deadline(ADMIN_TIMEOUT_S if timeout_s is None else timeout_s)
         return self._shared.call(partial(self._admin.submit_raw, command), deadline, what, holds)
+
+    def request_event(self, told: Callable[[int, int], object]) -> None:
+        """Send an Asynchronous Event Request (5.2); `told(status, result)` is called by `look`, or
+        any admin command, when it ends."""
+        self._shared.send(
+            partial(self._admin.submit_raw, nvme_spec.command(nvme_spec.ASYNC_EVENT)),
+            lambda done: told(done.status, done.result),
+        )
+
+    def look(self) -> None:
+        """Take what has come for the admin queue, without waiting."""
+        self.health.refuse()
+        self._shared.look()
 
     @property
     def aside(self) -> list[Completion]:

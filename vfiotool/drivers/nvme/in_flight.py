@@ -16,7 +16,7 @@ from threading import Condition, get_ident
 
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.health import Health
-from vfiotool.drivers.nvme.queue_pair import SLICE_S, Completion, QueuePair, pin, unpin
+from vfiotool.drivers.nvme.queue_pair import SLICE_S, Completion, QueuePair
 from vfiotool.drivers.nvme.status import ABORTED_BY_HOST, failed_with
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.vfio import DmaBuffer, Interrupt
@@ -124,7 +124,7 @@ class InFlight:
         taken = False
         try:
             for buffer in holds:
-                pin(buffer)
+                buffer.pin()
                 sent.pinned += 1
             taken = send(number)
         except UsageError:
@@ -149,7 +149,7 @@ class InFlight:
         if sent is None:
             return
         while sent.pinned:
-            unpin(sent.holds[sent.pinned - 1])
+            sent.holds[sent.pinned - 1].unpin()
             sent.pinned -= 1
         self.out.pop(number, None)
 
@@ -182,8 +182,16 @@ class InFlight:
 
     def look(self) -> None:
         """Take what has come, without waiting."""
-        self.pair.gather()
+        self.gather()
         self.settle()
+
+    def gather(self, least: int = 0, timeout_s: float = 0.0) -> int:
+        """As `QueuePair.gather`; a queue that a reset in another thread stopped is told as that."""
+        try:
+            return self.pair.gather(least, timeout_s)
+        except UsageError:
+            self.health.refuse()  # says more than "closed"
+            raise
 
     def wait(self, over: Callable[[], bool], deadline: Deadline, what: str) -> bool:
         """Until `over()` or the deadline: which of the two. Raises KernelError as soon as the
@@ -194,19 +202,15 @@ class InFlight:
             left = deadline.left()
             if left <= 0 or not self.pair.in_flight:
                 return over()
-            try:
-                self._sleep(left)
-            except UsageError:
-                self.health.refuse()  # a reset in another thread says more than "closed"
-                raise
+            self._sleep(left)
         return True
 
     def _sleep(self, left: float) -> None:
         if self.interrupt is None:
-            self.pair.gather(1, min(left, SLICE_S))
+            self.gather(1, min(left, SLICE_S))
         else:
             self.interrupt.wait(min(left, _NAP_S))
-            self.pair.gather()
+            self.gather()
         self.settle()
 
     def result(self, number: int, deadline: Deadline, what: str) -> Completion:
@@ -263,6 +267,14 @@ class InFlight:
             if resubmit and not sent.late and sent.send(number):
                 continue
             self._finish(number, sent, next(self._numbers), ABORTED_BY_HOST, 0, 0)
+
+    def identifier(self, tag: int) -> int:
+        """The command identifier of what was sent with the caller's `tag`. Raises UsageError where
+        no such command is out."""
+        for number, sent in self.out.items():
+            if sent.tag == tag and not sent.call:
+                return self.pair.identifier(number)
+        raise UsageError(f"no command with tag {tag} is out on {self.what}")
 
     def uses(self, buffer: DmaBuffer) -> bool:
         """Whether a command that is out may reach `buffer`."""

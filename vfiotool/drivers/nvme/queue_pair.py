@@ -94,17 +94,6 @@ class Rings:
         return found if self.lists is None else (*found, self.lists)
 
 
-def pin(thing: Any) -> int:
-    """Keep a buffer or a window where it is until `unpin`; the address of a window's gate."""
-    return (thing.pin() or 0) if hasattr(thing, "pin") else 0
-
-
-def unpin(thing: Any) -> None:
-    """The counterpart of one `pin`."""
-    if hasattr(thing, "unpin"):
-        thing.unpin()
-
-
 class QueuePair:
     """A submission and a completion queue whose memory the controller knows already.
 
@@ -118,15 +107,13 @@ class QueuePair:
         self.depth = rings.sq_entries - 1
         # Completions that were taken, by their number; an interrupted caller finds them here.
         self.ready: dict[int, Completion] = {}
-        self._pinned: list[Any] = []
+        self._pinned: list[Mapping | DmaBuffer] = []
         self._stopping = False
         self._check_memory()
         layout = self._layout()
         made = ffi.new("struct vt_nvme_queue **")
         try:
-            layout.gate = self._pin(doorbells.mapping)
-            for buffer in rings.buffers:
-                self._pin(buffer)
+            layout.gate = self._pin()
             self._check(lib.vt_nvme_new(layout, made))
         except BaseException:
             self._unpin()
@@ -151,14 +138,18 @@ class QueuePair:
         layout.page_size, layout.id, layout.lazy = rings.page_bytes, rings.id, rings.lazy
         return layout
 
-    def _pin(self, thing: Any) -> int:
-        gate = pin(thing)
-        self._pinned.append(thing)
+    def _pin(self) -> int:
+        """Pins window and buffers; the address of the window's gate."""
+        gate = self.doorbells.mapping.pin()
+        self._pinned.append(self.doorbells.mapping)
+        for buffer in self.rings.buffers:
+            buffer.pin()
+            self._pinned.append(buffer)
         return gate
 
     def _unpin(self) -> None:
         while self._pinned:
-            unpin(self._pinned.pop())
+            self._pinned.pop().unpin()
 
     def _check_memory(self) -> None:
         rings = self.rings
@@ -257,6 +248,14 @@ class QueuePair:
         """How many commands were sent so far."""
         lib.vt_nvme_count(self._queue, self._count)
         found: int = self._count.submitted
+        return found
+
+    def identifier(self, tag: int) -> int:
+        """The command identifier of the command that is out with `tag`, for Abort. Raises
+        UsageError where there is none."""
+        found: int = lib.vt_nvme_identifier(self._queue, tag)
+        if found < 0:
+            raise UsageError(f"queue {self.rings.id}: no command with tag {tag} is out")
         return found
 
     def counters(self) -> Counters:

@@ -17,7 +17,7 @@ from typing import Self
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.identify import Namespace
-from vfiotool.drivers.nvme.in_flight import InFlight, Send
+from vfiotool.drivers.nvme.in_flight import Ended, InFlight, Send
 from vfiotool.drivers.nvme.io import IO_TIMEOUT_S, IoQueue
 from vfiotool.drivers.nvme.queue_pair import Completion
 from vfiotool.drivers.nvme.status import failed_with
@@ -77,6 +77,12 @@ class SharedInFlight:
         finally:
             self.commands.give_up(number)
 
+    def send(self, send: Send, ended: Ended) -> None:
+        """Send a command for which nobody waits; `ended` gets its completion."""
+        with self._turn:
+            if not self.commands.start(send, call=True, ended=ended):
+                raise UsageError(f"{self.commands.what} is full")
+
     def look(self) -> None:
         """Take what has come, without waiting."""
         with self._turn:
@@ -103,11 +109,7 @@ class SharedInFlight:
         commands = self.commands
         looks = 0
         while not over() and not deadline.passed:
-            try:
-                taken = commands.pair.gather()
-            except UsageError:
-                commands.health.refuse()  # a reset in another thread says more than "closed"
-                raise
+            taken = commands.gather()
             commands.settle()
             if taken:
                 looks = 0

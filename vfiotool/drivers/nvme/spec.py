@@ -13,7 +13,14 @@ from vfiotool.vfio import Register, RegisterMap
 DOORBELLS = 0x1000
 # I/O commands: NVM Command Set 1.0, section 3.2.
 FLUSH, WRITE, READ, WRITE_ZEROES = 0x00, 0x01, 0x02, 0x08
+WRITE_UNCORRECTABLE, COMPARE, DATASET_MANAGEMENT, VERIFY, COPY = 0x04, 0x05, 0x09, 0x0C, 0x19
+# Zoned Namespace Command Set 1.1, section 3.4.
+ZONE_SEND, ZONE_RECEIVE, ZONE_APPEND = 0x79, 0x7A, 0x7D
 FORCE_UNIT_ACCESS = 1 << 14
+LIMITED_RETRY = 1 << 15
+# Protection information of a command, in `control` (NVM Command Set 1.0, 5.2.2): PRACT has the
+# controller insert or strip it, PRCHK what it checks: guard, application tag, reference tag.
+PRACT, PRCHK_GUARD, PRCHK_APP, PRCHK_REF = 1 << 13, 1 << 12, 1 << 11, 1 << 10
 # Admin commands: Base Specification 2.0, figure 138.
 DELETE_SQ, CREATE_SQ, DELETE_CQ, CREATE_CQ = 0x00, 0x01, 0x04, 0x05
 IDENTIFY, SET_FEATURES, VIRTUALIZATION, DOORBELL_BUFFERS = 0x06, 0x09, 0x1C, 0x7C
@@ -76,8 +83,16 @@ class NvmeRegisters(RegisterMap):
 
 
 def command(
-    opcode: int, nsid: int = 0, *, prp1: int = 0, prp2: int = 0, dwords: tuple[int, ...] = ()
+    opcode: int,
+    nsid: int = 0,
+    *,
+    prp1: int = 0,
+    prp2: int = 0,
+    dwords: tuple[int, ...] = (),
+    flags: int = 0,
+    metadata: int = 0,
 ) -> bytes:
-    """A command's 64 bytes; `dwords` are those from dword 10 on."""
+    """A command's 64 bytes; `dwords` are those from dword 10 on, `flags` the bits of dword 0 that
+    follow the opcode, `metadata` the metadata pointer."""
     rest = (*dwords, *(0,) * (6 - len(dwords)))
-    return _COMMAND.pack(opcode, 0, 0, nsid, 0, prp1, prp2, *rest)
+    return _COMMAND.pack(opcode, flags, 0, nsid, metadata, prp1, prp2, *rest)
