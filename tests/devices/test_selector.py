@@ -135,13 +135,19 @@ def test_a_volume_over_two_disks_names_both() -> None:
     assert resolve_all(HOST, "block:dm-0") == ["0000:06:00.0", "0000:07:00.0"]
 
 
+def test_no_serial_number_is_corrected_to_that_of_another_device() -> None:
+    with pytest.raises(NotFound) as missing:
+        resolve(HOST, "serial:twin-c")
+    assert "twin-a" not in str(missing.value.hint)
+    assert "only while the host's driver has the disk" in str(missing.value.hint)
+
+
 @pytest.mark.parametrize(
     ("selector", "hint"),
     [
         ("02:00.7", "0000:02:00.0"),
         ("00:02.0", "10000:00:02.0, in another domain"),
         ("id:10de:2685", "id:10de:2684"),
-        ("serial:twin-c", "serial:twin-a"),
         ("slot:44", "slot:4"),
         ("slot:5", "vfiotool devices"),
         ("path:00:1c.0/00.5", "path:0000:00:1c.0/00.0"),

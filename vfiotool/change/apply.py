@@ -120,7 +120,7 @@ def _run_all(
         writer = StepWriter(host, transaction, how.timeout_s, how.allowed, interrupts)
         started = 0
         try:
-            remember_origins(journal, steps)
+            remember_origins(host, journal, steps)
             for number, step in enumerate(steps, 1):
                 if how.progress is not None:
                     how.progress(number, len(steps), step)

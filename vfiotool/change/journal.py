@@ -196,6 +196,15 @@ def _finish(draft: _Draft) -> Record:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a device stood before vfiotool took it away, and the serials that it had there."""
+
+    identity: Identity
+    binding: Binding
+    serials: tuple[str, ...] = ()
+
+
 class Transaction:
     """An open journal file, locked by this process. `close` it with its outcome."""
 
@@ -400,7 +409,16 @@ class Journal:
 
     def origin(self, bus: str, name: str, identity: Identity) -> Binding | None:
         """The binding that a device had before vfiotool took it away, if it is that device."""
-        file = f"{bus}-{name}"
+        found = self._read_origin(f"{bus}-{name}")
+        return None if found is None or found.identity.differs_from(identity) else found.binding
+
+    def origins(self, bus: str) -> dict[str, Origin]:
+        """What is remembered of all devices of a bus that were taken away, by name."""
+        files = [file for file in self._origins.names() if file.startswith(f"{bus}-")]
+        found = ((file.partition("-")[2], self._read_origin(file)) for file in files)
+        return {name: origin for name, origin in found if origin is not None}
+
+    def _read_origin(self, file: str) -> Origin | None:
         data = self._origins.read(file)
         if data is None:
             return None
@@ -410,17 +428,30 @@ class Journal:
             binding = Binding(**held_values(Binding, entry["binding"]))
             require("a driver's name", DRIVER, binding.driver)
             require("an override", OVERRIDE, binding.override)
+            serials = entry.get("serials", [])
+            if not isinstance(serials, list) or not all(isinstance(text, str) for text in serials):
+                raise ValueError("its serial numbers are not a list of texts")
         except (ValueError, KeyError, TypeError, UsageError) as error:
             raise KernelError(
                 f"{self._origins.path}/{file} is damaged: {error}",
                 hint="remove that file; the device is then given back to the driver that the "
                 "kernel chooses",
             ) from error
-        return None if known.differs_from(identity) else binding
+        return Origin(known, binding, tuple(serials))
 
-    def remember(self, bus: str, name: str, identity: Identity, binding: Binding) -> None:
-        """Keep a device's binding until `forget`, over any number of further changes."""
-        entry = {"identity": asdict(identity), "binding": asdict(binding)}
+    def remember(
+        self,
+        bus: str,
+        name: str,
+        identity: Identity,
+        binding: Binding,
+        serials: tuple[str, ...] = (),
+    ) -> None:
+        """Keep a device's binding until `forget`, over any number of further changes.
+
+        `serials` are those that only its present driver tells.
+        """
+        entry = {"identity": asdict(identity), "binding": asdict(binding), "serials": serials}
         self._origins.replace(f"{bus}-{name}", seal(entry))
 
     def forget(self, bus: str, name: str) -> None:

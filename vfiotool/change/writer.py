@@ -16,6 +16,7 @@ from vfiotool.change.signals import Interrupts
 from vfiotool.change.steps.base import AnotherDevice, Step
 from vfiotool.change.steps.registry import not_done
 from vfiotool.change.steps.state import ANY, read_binding, read_holders
+from vfiotool.devices.serial import drive_serials
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, VfiotoolError
 from vfiotool.host.host import Host
 
@@ -199,12 +200,16 @@ def left_stuck(writer: StepWriter, steps: tuple[Step, ...], error: Stuck) -> Stu
     )
 
 
-def remember_origins(journal: Journal, steps: Iterable[Step]) -> None:
-    """Record where each device stands that is about to be taken from its usual driver."""
+def remember_origins(host: Host, journal: Journal, steps: Iterable[Step]) -> None:
+    """Record where each device stands that is about to be taken from its usual driver.
+
+    So are a disk's serial numbers, which nobody can read once its driver has let go of it.
+    """
     for step in steps:
         change = step.rebinding
         if change is not None and change.after.taken and not change.before.taken:
-            journal.remember(change.bus, change.name, change.identity, change.before)
+            serials = drive_serials(host, change.name) if change.bus == "pci" else ()
+            journal.remember(change.bus, change.name, change.identity, change.before, serials)
 
 
 def forget_origins(

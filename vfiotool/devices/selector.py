@@ -166,26 +166,22 @@ def _by_id(host: Host, text: str, wanted: str) -> list[str]:
 
 
 def _by_serial(host: Host, text: str, wanted: str) -> list[str]:
-    from vfiotool.devices.serial import serials_of
+    from vfiotool.devices.serial import same_serial, serials_of
 
-    found: list[str] = []
-    known: set[str] = set()
-    for address in list_addresses(host):
-        serials = serials_of(host, address)
-        known.update(f"serial:{serial}" for serial in serials)
-        if any(_same_serial(serial, wanted) for serial in serials):
-            found.append(address)
+    found = [
+        address
+        for address in list_addresses(host)
+        if any(same_serial(serial, wanted) for serial in serials_of(host, address))
+    ]
     if not found:
-        raise _none(text, sorted(known))
+        # Never the nearest one: what is like it is another device, maybe one in use.
+        raise NotFound(
+            f"no device {_shown(text)} shows that serial number on this host",
+            hint="a disk's own number shows only while the host's driver has the disk; "
+            "vfiotool devices lists them",
+            device=text,
+        )
     return found
-
-
-def _same_serial(serial: str, wanted: str) -> bool:
-    """A Device Serial Number is a number: with or without dashes, in either case."""
-    if serial == wanted:
-        return True
-    plain = wanted.replace("-", "").replace(":", "").lower()
-    return len(serial) == 23 and serial[2] == "-" and serial.replace("-", "") == plain
 
 
 def _by_slot(host: Host, text: str, wanted: str) -> list[str]:

@@ -35,6 +35,20 @@ def serial_of(host: Host, function: PciFunction, config: ConfigSpace | None) -> 
     return next((text for text in _drive_serials(host, function.path) if text), None)
 
 
+def drive_serials(host: Host, address: str) -> tuple[str, ...]:
+    """The serial numbers that a function's drives tell: only while the host's driver has it."""
+    found = _drive_serials(host, f"{SYS_PCI_DEVICES}/{address}")
+    return tuple(dict.fromkeys(serial for serial in found if serial))
+
+
+def same_serial(serial: str, wanted: str) -> bool:
+    """A Device Serial Number is a number: with or without dashes, in either case."""
+    if serial == wanted:
+        return True
+    plain = wanted.replace("-", "").replace(":", "").lower()
+    return len(serial) == 23 and serial[2] == "-" and serial.replace("-", "") == plain
+
+
 def _vpd_serials(host: Host, address: str) -> list[str]:
     path = f"{SYS_PCI_DEVICES}/{address}/vpd"
     if not host.exists(path):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from vfiotool.change.journal import Journal
+from vfiotool.change.journal import Journal, Origin
 from vfiotool.change.plans.facts import Facts, read_facts, vf_address
 from vfiotool.change.plans.vdpa import VdpaFacts, read_vdpa_facts
-from vfiotool.change.steps.state import read_msix_count
+from vfiotool.change.steps.state import read_binding, read_msix_count, read_pci_identity
 from vfiotool.change.steps.vf_network import read_settings
 from vfiotool.devices.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
 from vfiotool.devices.pci import PciIdentity, list_addresses, read_identity
-from vfiotool.errors import NotFound, VfiotoolError
+from vfiotool.devices.serial import drive_serials, same_serial
+from vfiotool.errors import NotFound
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
@@ -45,7 +47,7 @@ class PolicyFacts:
 
 def read_policy_facts(host: Host, policy: Policy, journal: Journal | None = None) -> PolicyFacts:
     """Raises Stuck if the lock of a device that a rule names is held."""
-    finder = _Finder(host, policy)
+    finder = _Finder(host, journal)
     sriov = tuple(finder.find(rule.match) for rule in policy.sriov)
     functions = {name for names in sriov for name in names}
     functions |= {rule.match.pf for rule in policy.devices if rule.match.pf is not None}
@@ -181,8 +183,9 @@ def _read_numbers(
 class _Finder:
     """Finds what rules name; the ids of all functions are read once, if any rule asks for them."""
 
-    def __init__(self, host: Host, policy: Policy) -> None:
+    def __init__(self, host: Host, journal: Journal | None) -> None:
         self.host = host
+        self.journal = journal
         self.by_id: dict[str, list[str]] | None = None
 
     def find(self, match: Match) -> tuple[str, ...]:
@@ -195,22 +198,46 @@ class _Finder:
         for kind in ("serial", "slot", "path", "net"):
             text = getattr(match, kind)
             if text is not None and (found is None or found):
-                found = self._narrow(found, self._selected(f"{kind}:{text}"))
+                found = self._narrow(found, self._selected(kind, text))
         return tuple(sorted(found or ()))
 
     @staticmethod
     def _narrow(found: set[str] | None, more: set[str]) -> set[str]:
         return more if found is None else found & more
 
-    def _selected(self, selector: str) -> set[str]:
+    def _selected(self, kind: str, text: str) -> set[str]:
         from vfiotool.devices.selector import resolve_all
 
+        found = self._remembered(text) if kind == "serial" else set()
         try:
-            return set(resolve_all(self.host, selector))
+            return found | set(resolve_all(self.host, f"{kind}:{text}"))
         except NotFound:
-            return set()
-        except VfiotoolError:
-            raise
+            return found
+
+    def _remembered(self, serial: str) -> set[str]:
+        """The functions that had a drive of that serial number when they were taken from it.
+
+        Only those that stand as they were left: an override does not outlive a hot-unplug, after
+        which another disk of the same kind may be at the address.
+        """
+        found = set()
+        for name, origin in self._origins.items():
+            if not any(same_serial(text, serial) for text in origin.serials):
+                continue
+            try:
+                identity = read_pci_identity(self.host, name)
+                binding = read_binding(self.host, "pci", name)
+            except NotFound:
+                continue
+            kept = binding.taken and binding.override is not None
+            if kept and not origin.identity.differs_from(identity):
+                found.add(name)
+        # A drive that shows itself is believed before any memory.
+        return {name for name in found if not drive_serials(self.host, name)}
+
+    @cached_property
+    def _origins(self) -> dict[str, Origin]:
+        return {} if self.journal is None else self.journal.origins("pci")
 
     def _with_id(self, wanted: str, among: set[str] | None) -> set[str]:
         if among is not None:
