@@ -20,9 +20,11 @@ from tests.fakes.kernel import FakeClock, FakeKernel
 from vfiotool.boot import enable as boot
 from vfiotool.boot.early import parse_aliases, parse_built_in, plan_early
 from vfiotool.boot.enable import (
+    called_as,
     disable,
     enable,
     late_rules,
+    own_command,
     own_places,
     plan_enabling,
     read_status,
@@ -414,6 +416,30 @@ def test_a_tool_that_others_can_change_is_not_run_at_boot(tmp_path: Path) -> Non
     os.chown(tool.parent, 1000, 1000)
     with pytest.raises(Refused, match="others than root"):
         refuse_foreign_places([str(tool)])
+
+
+def test_a_link_that_others_can_turn_is_not_followed_at_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to own the files")
+    tool, link = tmp_path / "safe" / "vfiotool", tmp_path / "home" / "vfiotool"
+    for path in (tool, link):
+        path.parent.mkdir()
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    link.symlink_to(tool)
+    monkeypatch.setattr(sys, "argv", [str(link)])
+    # The unit gets what the link leads to now; and a link in a stranger's folder is refused.
+    assert own_command() == (str(tool),)
+    refuse_foreign_places(called_as())
+    os.chown(link.parent, 1000, 1000)
+    with pytest.raises(Refused, match=f"{link.parent} can be changed by others"):
+        refuse_foreign_places(called_as())
+    os.chown(link.parent, 0, 0)
+    os.chown(link, 1000, 1000, follow_symlinks=False)
+    with pytest.raises(Refused, match=f"{link} can be changed by others"):
+        refuse_foreign_places(called_as())
 
 
 # The command line

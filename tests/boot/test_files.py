@@ -135,6 +135,11 @@ def test_a_folder_that_others_may_write_to_is_refused(root: Path) -> None:
         '{"version": 1, "files": [{"path": "../x", "sha256": "0"}], "folders": [], "settings": {}}',
         '{"version": 1, "files": [{"path": "/x", "sha256": "0"}], "folders": [], "settings": {}}',
         '{"version": 1, "files": [], "folders": ["etc/../.."], "settings": {}}',
+        '{"version": 1, "files": [{"path": "etc/passwd", "sha256": "0"}], "folders": [], '
+        '"settings": {}}',
+        '{"version": 1, "files": [], "folders": ["etc/ssh"], "settings": {}}',
+        '{"version": 1, "files": [], "folders": [], "settings": {"command": 5}}',
+        "[" * 100_000,
     ],
 )
 def test_a_manifest_that_could_lead_elsewhere_is_refused(root: Path, text: str) -> None:

@@ -92,7 +92,7 @@ def test_a_second_signal_leaves_what_recover_undoes(
         do(kernel.host(), journal, BOTH)
     assert caught.value.hint == "vfiotool recover"
     kernel.before_write = None
-    (result,) = recover(kernel.host(), journal, finish=False)
+    (result,) = recover(kernel.host(), journal)
     assert result.result == "undone"
     assert kernel.state() == before
 

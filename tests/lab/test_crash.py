@@ -27,7 +27,7 @@ from tests.change.changing import run_folder
 from tests.fakes.kernel import end_state
 from tests.guests.yardstick import slowness
 from tests.lab.commands import modprobe
-from vfiotool.change import apply as apply_module
+from vfiotool.change import recover as recover_module
 from vfiotool.change.apply import change
 from vfiotool.change.journal import Journal
 from vfiotool.change.recover import recover
@@ -202,14 +202,14 @@ def settle(folder: str, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> Settled:
     tree = MeasuringTree()
     host = Host(tree, live=True, name="this host")
     journal = Journal(host, folder)
-    wait_for_writer = apply_module._await_writer
+    wait_for_writer = recover_module._await_writer
 
     def measured_wait(*arguments: object) -> None:
         with tree.device_time():
             wait_for_writer(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(apply_module, "_await_writer", measured_wait)
+        patch.setattr(recover_module, "_await_writer", measured_wait)
         begun = time.monotonic()
         results = recover(host, journal)
         seconds = time.monotonic() - begun

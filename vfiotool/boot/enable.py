@@ -24,11 +24,13 @@ from vfiotool.boot.files import (
     read_manifest,
     remove_installed,
 )
-from vfiotool.boot.texts import MODPROBE, POLICY, LateRule, early_files, udev_value, unit_files
+from vfiotool.boot.places import MODPROBE, POLICY
+from vfiotool.boot.texts import LateRule, early_files, udev_value, unit_files
 from vfiotool.change.plans.bind import group_endpoints
 from vfiotool.devices.pci import list_addresses, read_identity
 from vfiotool.errors import Refused, Unsupported
 from vfiotool.host.host import Host
+from vfiotool.host.tree import follow_links
 from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.model import Match, Policy
 
@@ -67,10 +69,13 @@ class BootStatus:
 
 
 def own_command() -> tuple[str, ...]:
-    """How a unit starts this vfiotool: its script by its full path, or the interpreter's `-m`."""
+    """How a unit starts this vfiotool: its script by its resolved path, or the interpreter's `-m`.
+
+    A link on the way could be turned to another program later, by whoever may write where it is.
+    """
     script = Path(sys.argv[0])
     if script.name == "vfiotool" and script.is_file() and os.access(script, os.X_OK):
-        return (str(script.absolute()),)
+        return (os.path.realpath(script),)
     return (sys.executable, "-I", "-m", "vfiotool")
 
 
@@ -80,23 +85,40 @@ def own_places(command: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([command[0], package, sys.prefix, sys.base_prefix]))
 
 
+def called_as() -> tuple[str, ...]:
+    """The path by which this program was called, as it was written; none without a file."""
+    return (os.path.abspath(sys.argv[0]),) if os.path.isfile(sys.argv[0]) else ()
+
+
 def refuse_foreign_places(paths: Iterable[str]) -> None:
     """Raise Refused if another user than root could change what root would run at boot.
 
-    Looks at each path and all folders above it, links followed; a sticky folder such as /tmp is
-    as safe as what lies in it.
+    Looks at each path as it is written and as it resolves: every folder and every link on the way,
+    and each link's target; a sticky folder such as /tmp is as safe as what lies in it.
     """
     for path in paths:
-        place = Path(os.path.realpath(path))
-        for part in (place, *place.parents):
-            facts = os.stat(part)
+        for part in dict.fromkeys(_walked(os.path.abspath(path))):
+            facts = os.lstat(part)
             sticky = stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_ISVTX
-            if facts.st_uid != 0 or (facts.st_mode & 0o022 and not sticky):
+            writable = facts.st_mode & 0o022 and not stat.S_ISLNK(facts.st_mode)
+            if facts.st_uid != 0 or (writable and not sticky):
                 raise Refused(
                     f"{part} can be changed by others than root, and root would run what is in it "
                     "at every boot",
                     hint="install vfiotool where only root can write, such as /opt or /usr/local",
                 )
+
+
+def _walked(path: str) -> list[str]:
+    """Every file, folder and link that leads to what `path` names. Raises OSError."""
+    seen = ["/"]
+
+    def target_of(part: str) -> str | None:
+        seen.append(part)
+        return os.readlink(part) if os.path.islink(part) else None
+
+    follow_links(path, target_of)
+    return seen
 
 
 def late_rules(host: Host, policy: Policy) -> tuple[LateRule, ...]:

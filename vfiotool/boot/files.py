@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vfiotool.boot.places import FILES, FOLDERS, MANIFEST
 from vfiotool.errors import KernelError, Refused, from_oserror
 
-MANIFEST = "etc/vfiotool/boot/manifest.json"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -73,12 +73,18 @@ class Manifest:
             value = json.loads(text)
             if value["version"] != 1:
                 raise ValueError(f"version {value['version']}")
-            files = tuple((item["path"], item["sha256"]) for item in value["files"])
+            files = tuple((str(item["path"]), str(item["sha256"])) for item in value["files"])
             folders = tuple(str(item) for item in value["folders"])
-            for path in (*(path for path, _ in files), *folders):
-                _parts(path)
-            return cls(files, folders, dict(value["settings"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            strange = [path for path, _ in files if path not in FILES]
+            strange += [path for path in folders if path not in FOLDERS]
+            if strange:
+                raise ValueError(f"{strange[0][:80]!r} is nothing that boot enable installs")
+            settings = dict(value["settings"])
+            command = settings.get("command", [])
+            if not isinstance(command, list) or not all(isinstance(w, str) for w in command):
+                raise ValueError("its command is none")
+            return cls(files, folders, settings)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise KernelError(
                 f"/{MANIFEST} is not a manifest that this version wrote: {error}",
                 hint=f"look at it, remove the files that it names by hand, then remove /{MANIFEST}",

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vfiotool.boot.texts import SERVICE, STARTED
+from vfiotool.boot.places import SERVICE
+from vfiotool.boot.texts import STARTED
 from vfiotool.change.apply import change
 from vfiotool.change.folder import Folder
 from vfiotool.change.journal import RUN_FOLDER, Journal

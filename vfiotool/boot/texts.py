@@ -11,16 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vfiotool.boot.files import BootFile
+from vfiotool.boot.places import (
+    DRACUT_CONF,
+    INITRAMFS_HOOK,
+    LATE,
+    MODPROBE,
+    POLICY,
+    SERVICE,
+    UDEV_RULES,
+    UNITS,
+    WANTED,
+)
 from vfiotool.errors import UsageError
-
-POLICY = "etc/vfiotool/boot/policy.toml"
-SERVICE = "vfiotool-boot.service"
-LATE = "vfiotool-late"
-UNITS = "etc/systemd/system"
-UDEV_RULES = "etc/udev/rules.d/40-vfiotool.rules"
-MODPROBE = "etc/modprobe.d/vfiotool.conf"
-INITRAMFS_HOOK = "etc/initramfs-tools/hooks/vfiotool"
-DRACUT_CONF = "etc/dracut.conf.d/vfiotool.conf"
 
 # Who must find the devices in place: networks, VM managers, and what would open a GPU.
 BEFORE = (
@@ -184,7 +186,7 @@ def unit_files(
         BootFile(f"{UNITS}/{SERVICE}", service(command, mounts, wait_s)),
         BootFile(f"{UNITS}/{LATE}@.service", late_service(command, mounts)),
         BootFile(UDEV_RULES, udev_rules(late)),
-        BootFile(f"{UNITS}/multi-user.target.wants/{SERVICE}", link=f"../{SERVICE}"),
+        BootFile(WANTED, link=f"../{SERVICE}"),
     ]
 
 

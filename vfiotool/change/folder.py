@@ -126,11 +126,13 @@ class Folder:
             raise from_oserror(f"rename {old} in {self.path}", error) from error
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that is not there is no error."""
+        """Remove a file; one that is not there is no error. Raises KernelError, NotPermitted."""
         try:
             os.unlink(safe_name(name), dir_fd=self.descriptor)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise from_oserror(f"remove {self.path}/{name}", error) from error
 
     def close(self) -> None:
         if self.descriptor >= 0:

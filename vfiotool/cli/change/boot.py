@@ -62,7 +62,7 @@ def enable(
     root = "/" if dry_run else _root(context)
     plan = boot.plan_enabling(host, root, rules, command, places, early=early, wait_s=wait)
     if not dry_run:
-        boot.refuse_foreign_places(places)
+        boot.refuse_foreign_places((*places, *boot.called_as()))
         boot.enable(root, plan, command)
         _warn([f"{text} failed: run it" for text in boot_run.reload_managers()])
     if wants_json(context):
@@ -200,7 +200,7 @@ def run(
 ) -> int:
     """Apply the installed policy now (what the units call)."""
     from vfiotool.boot import run as boot_run
-    from vfiotool.boot.texts import POLICY
+    from vfiotool.boot.places import POLICY
     from vfiotool.policy.parse import read_policy
 
     root = _root(context)
