@@ -19,6 +19,7 @@ from vfiotool.policy.parse import parse_policy
 
 ETC_FOLDER = "/etc/vfiotool"
 _DESIRED = "applied.json"
+_TRIAL = "trial.json"
 _KIND = "vfiotool-plan"
 
 
@@ -49,7 +50,7 @@ def parse_saved(text: str, name: str) -> SavedPlan | None:
         payload: dict[str, Any] = json.loads(text)
         if payload.get("kind") != _KIND:
             raise ValueError("it is JSON, but no plan of vfiotool")
-        policy = parse_policy(payload["policy"]["text"], payload["policy"]["name"])
+        policy = _policy_of(payload["policy"])
         return SavedPlan(policy, tuple(step_from_json(entry) for entry in payload["steps"]))
     except UsageError:
         raise
@@ -57,6 +58,14 @@ def parse_saved(text: str, name: str) -> SavedPlan | None:
         raise UsageError(
             f"{name} is no saved plan: {error}", hint="vfiotool plan POLICY --out FILE makes one"
         ) from error
+
+
+def _policy_of(entry: dict[str, Any]) -> Policy:
+    """Raises KeyError, TypeError, ValueError, and UsageError for a policy that is none."""
+    text, name = entry["text"], entry["name"]
+    if not isinstance(text, str) or not isinstance(name, str):
+        raise TypeError("its policy is no text")
+    return parse_policy(text, name)
 
 
 def refuse_changed(saved: SavedPlan, steps: tuple[Step, ...]) -> None:
@@ -81,19 +90,29 @@ def _shown(step: Step | None) -> str:
     return f"{step.verb} {step.target} from {before} to {after}"
 
 
+def _as_text(policy: Policy, transaction: int | None) -> bytes:
+    entry = {
+        "format_version": "1.0",
+        "policy": {"name": policy.name, "text": policy.text},
+        "transaction": transaction,
+    }
+    return json.dumps(entry, indent=1).encode() + b"\n"
+
+
 class DesiredState:
     """What was applied last, kept over reboots. Readers and a power loss see old or new."""
 
     def __init__(self, etc_folder: str = ETC_FOLDER) -> None:
         self._folder = Folder(etc_folder)
 
+    def try_out(self, policy: Policy) -> None:
+        """Write what `save` will write, and take it away: raises what that would raise."""
+        self._folder.replace(_TRIAL, _as_text(policy, None))
+        self._folder.remove(_TRIAL)
+
     def save(self, policy: Policy, transaction: int | None) -> None:
-        entry = {
-            "format_version": "1.0",
-            "policy": {"name": policy.name, "text": policy.text},
-            "transaction": transaction,
-        }
-        self._folder.replace(_DESIRED, json.dumps(entry, indent=1).encode() + b"\n")
+        """Raises KernelError or NotPermitted, with what was kept before in place."""
+        self._folder.replace(_DESIRED, _as_text(policy, transaction))
 
     def load(self) -> Policy | None:
         """The policy applied last, or None. Raises UsageError if the file is damaged."""
@@ -101,11 +120,10 @@ class DesiredState:
         if data is None:
             return None
         try:
-            entry = json.loads(data)["policy"]
-            return parse_policy(entry["text"], entry["name"])
+            return _policy_of(json.loads(data)["policy"])
         except UsageError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"{self._folder.path}/{_DESIRED} is damaged: {error}", hint="apply the policy again"
             ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from vfiotool.change.guard import find_blockers
 from vfiotool.change.journal import Journal
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.registry import steps_as_json
+from vfiotool.change.undo import undo_number
 from vfiotool.cli import candidates, output
 from vfiotool.cli.change.changing import (
     DEADLINE_S,
@@ -29,7 +31,15 @@ from vfiotool.cli.change.changing import (
     say_remarks,
 )
 from vfiotool.cli.context import area, examples, host_of, wants_json
-from vfiotool.errors import Refused, Stuck, UsageError, from_oserror
+from vfiotool.errors import (
+    KernelError,
+    NotPermitted,
+    Refused,
+    Stuck,
+    UsageError,
+    VfiotoolError,
+    from_oserror,
+)
 from vfiotool.host.host import Host
 from vfiotool.policy.export import export_policy
 from vfiotool.policy.facts import read_policy_facts
@@ -227,13 +237,36 @@ def apply(
         notes = run().notes
         _print_plan(context, plans[-1], notes)
         return 0
-    # Found wanting before the change, not after it.
     desired = DesiredState() if host.live else None
+    if desired is not None:
+        # Found wanting before the change, not after it.
+        desired.try_out(rules)
     done = _run_confirmed(host, run, confirm_within) if confirm_within is not None else run()
     if desired is not None:
-        desired.save(rules, done.transaction)
+        _save_desired(host, desired, rules, done.transaction)
     _report_applied(context, done, plans[-1], confirm_within)
     return 0
+
+
+def _save_desired(
+    host: Host, desired: DesiredState, rules: Policy, transaction: int | None
+) -> None:
+    """Keep what was applied; where that fails, roll the change back: exit code 5 says so.
+
+    Raises Stuck where that fails too.
+    """
+    try:
+        desired.save(rules, transaction)
+    except (KernelError, NotPermitted) as error:
+        if transaction is not None:
+            try:
+                undo_number(host, journal_of(host), transaction)
+            except VfiotoolError as again:
+                raise Stuck(
+                    f"{error.message}; the change stands: rolling it back failed: {again.message}",
+                    hint="vfiotool undo, or make room and apply the policy again",
+                ) from error
+        raise
 
 
 def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Changed:
@@ -248,7 +281,9 @@ def _run_confirmed(host: Host, run: Callable[[], Changed], seconds: float) -> Ch
         # Rolled back: there is nothing that the watcher should roll back.
         journal.pending.remove(token)
         raise
-    attach(journal, token, done.transaction)
+    # Where this cannot be written the watcher finds the change by the process that made it.
+    with suppress(KernelError, NotPermitted):
+        attach(journal, token, done.transaction)
     return done
 
 
