@@ -374,3 +374,22 @@ def test_the_boot_display_is_taken_with_a_word_on_what_goes_dark(small: SmallHos
     path = small.function(EDU, class_code="030000", driver="bochs-drm", group=3)
     small.file(f"{path}/boot_vga", "1")
     assert any("another way in first" in note for note in ask(small, EDU).notes)
+
+
+def test_a_part_of_the_platform_is_told_to_be_one(small: SmallHost) -> None:
+    small.function(EDU, group=3, class_code="060000")
+    assert any("part of the platform" in note for note in ask(small, EDU).notes)
+
+
+def test_a_slot_beside_the_iommu_has_no_step(small: SmallHost) -> None:
+    small.function(EDU)
+    small.function(DISK, group=1)
+    verdict = ask(small, EDU)
+    assert verdict.next == ()
+    assert any("no IOMMU of this host translates" in note for note in verdict.notes)
+
+
+def test_a_program_that_holds_the_device_has_to_end_before_the_next_step(small: SmallHost) -> None:
+    small.function(EDU, group=3, driver="vfio-pci")
+    small.file("/proc/vfiotool/open-nodes", "5\tqemu\t/dev/vfio/3\t/sys/devices/virtual/vfio/3")
+    assert any("end that before the next step" in note for note in ask(small, EDU).notes)

@@ -74,6 +74,8 @@ def _what_the_steps_end(blockers: Iterable[Blocker]) -> Iterable[str]:
             )
         elif blocker.kind == "vfs-enabled" and blocker.remedy is not None:
             yield f"{blocker.remedy} removes all of its VFs, from virtual machines too"
+        elif blocker.kind == "open-file" and blocker.remedy is not None:
+            yield f"fuser only shows who has {blocker.subject} open: end that before the next step"
 
 
 def _advise_mdev(uuid: str, blockers: tuple[Blocker, ...]) -> Advice:
@@ -114,6 +116,11 @@ def _dead_ends(case: Case, function: PciFunction, blockers: tuple[Blocker, ...])
             )
         elif not kind.can_be_mended and blocker.kind != "no-iommu":
             yield f"no step: {blocker.detail}"
+        elif blocker.kind == "no-iommu" and case.facts.platform.works:
+            yield (
+                f"no step: no IOMMU of this host translates for {blocker.device}; where it is a "
+                "card, another slot may be behind one"
+            )
         elif blocker.kind == "unseen":
             yield (
                 f"no step until it can be told whether {blocker.device} is in use: root sees more, "

@@ -106,8 +106,9 @@ def explain(case: Case) -> Verdict:
         # Nothing in VFIO asks for it (security/security.c, LOCKDOWN_PCI_ACCESS's users).
         mode = case.facts.lockdown
         notes.append(f"the kernel is locked down ({mode}), which does not stop VFIO")
-    notes += device_notes(case)
     advice = advise(case, found)
+    if any(step.startswith("vfiotool vm ") for step in advice.steps):
+        notes += device_notes(case)
     return Verdict(
         address=case.name,
         passable=not found,
@@ -123,7 +124,12 @@ def explain(case: Case) -> Verdict:
 def device_notes(case: Case) -> list[str]:
     """What to know of a device that no blocker says, whether or not it can be passed through."""
     code = "" if case.function is None else case.function.class_code or ""
-    if not case.no_reset or code.startswith("06"):
+    if code.startswith("06"):
+        return [
+            f"{case.name} is a part of the platform (class {code}): a guest hardly needs it, "
+            "and can stop this host with it"
+        ]
+    if not case.no_reset:
         return []
     return [
         f"the kernel has no reset method for {case.name}: it keeps its state when a guest ends, so "
