@@ -54,9 +54,6 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "paths_elsewhere": ("vfiotool/host/observe.py",),
     "names_twice": (
         "Header",
-        "Interrupts",
-        "Region",
-        "Register",
         "Tree",
     ),
 }

@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-class Interrupts:
+class KeptSignals:
     """The signals kept during one change; see `kept`."""
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Interrupts:
 
 
 @contextmanager
-def kept() -> Iterator[Interrupts]:
+def kept() -> Iterator[KeptSignals]:
     """Keep signals until `raise_any` is called; SIGHUP is ignored, so that the change ends.
 
     In another thread than the main one signals stay as they are: Python hands them to that one.
     """
-    interrupts = Interrupts()
+    interrupts = KeptSignals()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vfiotool.change.guard import Allowance, refuse_uses
 from vfiotool.change.journal import Journal, Transaction, writer_of
-from vfiotool.change.signals import Interrupts
+from vfiotool.change.signals import KeptSignals
 from vfiotool.change.steps.base import AnotherDevice, Step
 from vfiotool.change.steps.registry import not_done
 from vfiotool.change.steps.state import ANY, read_binding, read_holders
@@ -39,7 +39,7 @@ class StepWriter:
     transaction: Transaction
     timeout_s: float
     allowed: tuple[Allowance, ...] = ()
-    interrupts: Interrupts = field(default_factory=Interrupts)
+    interrupts: KeptSignals = field(default_factory=KeptSignals)
     number: int = 0
     undoing: bool = False
     nodes: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from vfiotool.devices.config.header import Header
 from vfiotool.devices.config.vpd import Vpd
 from vfiotool.devices.details import Details
 from vfiotool.devices.names import Names
-from vfiotool.devices.pci import Link, PciFunction, Region, Sriov
+from vfiotool.devices.pci import BarRegion, Link, PciFunction, Sriov
 
 
 class FunctionWriter:
@@ -160,7 +160,7 @@ def _sriov(sriov: Sriov | None) -> dict[str, object] | None:
     }
 
 
-def _region(region: Region) -> dict[str, object]:
+def _region(region: BarRegion) -> dict[str, object]:
     return {
         "index": region.index,
         "start": region.start,

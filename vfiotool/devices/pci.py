@@ -82,7 +82,7 @@ class PciIdentity:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class BarRegion:
     """A BAR (`index` 0 to 5) or the expansion ROM (6). `start` and `size` are in bytes."""
 
     index: int
@@ -131,7 +131,7 @@ class PciFunction(PciIdentity):
     physfn: str | None
     vf_index: int | None
     reset_methods: tuple[str, ...]
-    regions: tuple[Region, ...]
+    regions: tuple[BarRegion, ...]
     link: Link | None
     modalias: str | None = None
     power_state: str | None = None
@@ -176,7 +176,7 @@ def _ids(
     )
 
 
-def parse_resource(text: str) -> tuple[Region, ...]:
+def parse_resource(text: str) -> tuple[BarRegion, ...]:
     """The BARs and ROM of a `resource` file; unset and malformed lines are passed over."""
     regions = []
     for index, line in enumerate(text.split("\n", _OWN_RESOURCES)[:_OWN_RESOURCES]):
@@ -190,7 +190,7 @@ def parse_resource(text: str) -> tuple[Region, ...]:
         if not flags & (_IORESOURCE_IO | _IORESOURCE_MEM) or end < start or end == 0:
             continue
         regions.append(
-            Region(
+            BarRegion(
                 index=index,
                 start=start,
                 size=end - start + 1,

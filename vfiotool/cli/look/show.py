@@ -10,7 +10,7 @@ from vfiotool.cli import output
 from vfiotool.cli.context import DeviceArgument, area, examples, host_of, wants_json
 from vfiotool.cli.look.roles import print_group
 from vfiotool.cli.look.show_capabilities import speed, summary
-from vfiotool.devices.pci import Link, PciFunction, Region
+from vfiotool.devices.pci import BarRegion, Link, PciFunction
 from vfiotool.devices.selector import resolve
 from vfiotool.devices.show import ShownFunction, ShownMdev, read_shown, shown_as_json
 from vfiotool.usage.standing import Standing, Standings
@@ -188,7 +188,7 @@ def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:g}"
 
 
-def _region(region: Region) -> str:
+def _region(region: BarRegion) -> str:
     name = "ROM" if region.index == 6 else f"BAR {region.index}"
     kind = "I/O" if region.kind == "io" else f"memory, {region.bits} bits"
     prefetchable = ", prefetchable" if region.prefetchable else ""

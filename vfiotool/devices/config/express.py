@@ -6,8 +6,8 @@ Source: PCI Express Base Specification 6.0, 7.5.3; include/uapi/linux/pci_regs.h
 from __future__ import annotations
 
 from vfiotool.devices.config.layout import (
+    ConfigRegister,
     Fields,
-    Register,
     Value,
     bits,
     power_limit_w,
@@ -184,7 +184,7 @@ def decode_pcie(body: bytes) -> Fields:
         "slot_implemented": slot,
         "interrupt_message": bits(flags, 9, 13),
     }
-    specs: tuple[Register, ...] = _DEVICE
+    specs: tuple[ConfigRegister, ...] = _DEVICE
     specs += _LINK if link else ()
     specs += _SLOT if slot else ()
     specs += _ROOT if kind in (ROOT_PORT, EVENT_COLLECTOR) else ()

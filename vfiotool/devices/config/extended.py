@@ -7,8 +7,8 @@ PCI_EXT_CAP_ID_*. Offsets are relative to the capability's header.
 from __future__ import annotations
 
 from vfiotool.devices.config.layout import (
+    ConfigRegister,
     Fields,
-    Register,
     Value,
     bits,
     ltr_ns,
@@ -135,7 +135,7 @@ _SRIOV = (
 )
 
 # Capabilities that are registers and nothing else.
-EXTENDED_REGISTERS: dict[int, tuple[Register, ...]] = {
+EXTENDED_REGISTERS: dict[int, tuple[ConfigRegister, ...]] = {
     0x000D: (
         register("capabilities", 4, 2, f"{_ACS_BITS} egress_vector_bits@8-15"),
         register("control", 6, 2, _ACS_BITS),

@@ -83,7 +83,7 @@ _CONVERTERS: dict[str, Callable[[int], Value]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Register:
+class ConfigRegister:
     """A register's name, place in its capability, width in bytes, and fields."""
 
     name: str
@@ -92,7 +92,7 @@ class Register:
     fields: tuple[tuple[str, int, int, Callable[[int], Value] | None], ...]
 
 
-def register(name: str, offset: int, width: int, text: str) -> Register:
+def register(name: str, offset: int, width: int, text: str) -> ConfigRegister:
     """A register from its line of words; an empty line is one field, the register itself."""
     fields = []
     for word in text.split():
@@ -103,10 +103,10 @@ def register(name: str, offset: int, width: int, text: str) -> Register:
         mask = (1 << int(high or low) - first + 1) - 1
         convert: Callable[[int], Value] | None = bool if not high else None
         fields.append((field, first, mask, _CONVERTERS[converter] if converter else convert))
-    return Register(name, offset, width, tuple(fields))
+    return ConfigRegister(name, offset, width, tuple(fields))
 
 
-def read_register(spec: Register, body: bytes) -> Value:
+def read_register(spec: ConfigRegister, body: bytes) -> Value:
     """The register's fields, its number if it has no fields, or None beyond the readable part."""
     end = spec.offset + spec.width
     if end > len(body):
@@ -121,7 +121,7 @@ def read_register(spec: Register, body: bytes) -> Value:
     return found
 
 
-def read_registers(specs: Iterable[Register], body: bytes) -> Fields:
+def read_registers(specs: Iterable[ConfigRegister], body: bytes) -> Fields:
     """Registers by name. Those without a name of their own lend their fields to the whole."""
     found: Fields = {}
     for spec in specs:
