@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 
 from tests.change.changing import BEHIND, NIC, NVME, UUID, furnished, run_folder
+from tests.change.side_by_side import side_by_side
 from tests.fakes.kernel import FAULTS, FakeKernel, Fault
 from vfiotool.change.apply import change
 from vfiotool.change.journal import Journal
@@ -164,6 +165,15 @@ def run_case(ends: Ground, folder: str, faults: tuple[Fault, ...]) -> tuple[str,
 @cache
 def sweep(name: str) -> Counter[tuple[str, str]]:
     """How many cases of each fault ended in which way."""
+    tally: Counter[tuple[str, str]] = Counter()
+    writes = range(1, len(ground(name).paths) + 1)
+    for part in side_by_side(partial(sweep_at, name), writes):
+        tally.update(part)
+    return tally
+
+
+def sweep_at(name: str, at: int) -> Counter[tuple[str, str]]:
+    """The cases whose first fault is at this write."""
     ends = ground(name)
     tally: Counter[tuple[str, str]] = Counter()
 
@@ -178,16 +188,15 @@ def sweep(name: str) -> Counter[tuple[str, str]]:
 
     # Of long plans' roll-backs each other one is swept: neighbours differ by one step undone.
     stride = 1 if len(ends.paths) < 15 else 2
-    for at, path in enumerate(ends.paths, 1):
-        for kind in kinds_at(path):
+    for kind in kinds_at(ends.paths[at - 1]):
+        for always in (False, True):
+            run((Fault(kind, at, always),), kind)
+    # Faults of a roll-back: EIO at this write starts one, another kind strikes within it.
+    _, paths = run((Fault("EIO", at),), "EIO")
+    for second in range(at + 1, len(paths) + 1) if at % stride == 0 else ():
+        for kind in kinds_at(paths[second - 1]):
             for always in (False, True):
-                run((Fault(kind, at, always),), kind)
-        # Faults of a roll-back: EIO at this write starts one, another kind strikes within it.
-        _, paths = run((Fault("EIO", at),), "EIO")
-        for second in range(at + 1, len(paths) + 1) if at % stride == 0 else ():
-            for kind in kinds_at(paths[second - 1]):
-                for always in (False, True):
-                    run((Fault("EIO", at), Fault(kind, second, always)), f"{kind} rolling back")
+                run((Fault("EIO", at), Fault(kind, second, always)), f"{kind} rolling back")
     return tally
 
 
