@@ -45,6 +45,7 @@ _vfiotool() {
     done < <("${words[1]}" _complete "${words[CURRENT]}" "${(@)words[2,CURRENT-1]}" 2>/dev/null)
     (( ${#found} )) && _describe -V vfiotool found
     (( ${#open} )) && _describe -V vfiotool open -S ''
+    (( ${#found} || ${#open} ))
 }
 compdef _vfiotool vfiotool
 """
