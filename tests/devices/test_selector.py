@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -148,6 +149,11 @@ def test_no_serial_number_is_corrected_to_that_of_another_device() -> None:
         ("02:00.7", "0000:02:00.0"),
         ("00:02.0", "10000:00:02.0, in another domain"),
         ("id:10de:2685", "id:10de:2684"),
+        ("class:12", "vfiotool devices"),
+        ("driver:nome", "driver:none"),
+        ("group:999", "vfiotool groups"),
+        ("00:1f", "vfiotool devices"),
+        ("/dev/nvme0n2", "lsblk"),
         ("slot:44", "slot:4"),
         ("slot:5", "vfiotool devices"),
         ("path:00:1c.0/00.5", "path:0000:00:1c.0/00.0"),
@@ -215,3 +221,39 @@ def test_the_path_of_a_device_names_it_again_whatever_its_bus_number() -> None:
     for address in ("0000:02:00.1", "0000:05:00.0", "10000:00:02.0", "0000:00:1c.0"):
         assert resolve(HOST, f"path:{path_of(HOST, address)}") == address
     assert path_of(HOST, "0000:02:00.1") == "0000:00:1c.0/00.1"
+
+
+@pytest.mark.parametrize(
+    ("selector", "found"),
+    [
+        ("group:12", None),
+        ("06:00", "06:00.0"),
+        ("0000:06:00", "06:00.0"),
+        ("/dev/nvme0n1", "block:nvme0n1"),
+        ("/sys/bus/pci/devices/0000:06:00.0", "06:00.0"),
+        ("/sys/class/net/eth0", "net:eth0"),
+    ],
+)
+def test_filters_and_what_other_tools_write(selector: str, found: str | None) -> None:
+    if found is not None:
+        assert set(resolve_all(HOST, found)) <= set(resolve_all(HOST, selector))
+
+
+def test_a_driver_and_a_group_name_all_that_they_have() -> None:
+    from vfiotool.devices.pci import list_addresses, read_identity
+    from vfiotool.snapshot.capture import open_root
+
+    root = Path(__file__).resolve().parents[2] / "fixtures" / "hosts" / "vfs-enabled"
+    host = open_root(str(root))
+    identities = {address: read_identity(host, address) for address in list_addresses(host)}
+    drivers = {name: found.driver for name, found in identities.items() if found is not None}
+    igbvf = [name for name, driver in drivers.items() if driver == "igbvf"]
+    assert igbvf and resolve_all(host, "driver:igbvf") == igbvf
+    assert igbvf[0] in resolve_all(host, "group:10")
+    unbound = [name for name, driver in drivers.items() if driver is None]
+    assert resolve_all(host, "driver:none") == unbound
+    network = resolve_all(host, "class:network")
+    assert set(igbvf) < set(network)
+    assert resolve_all(host, "class:02") == resolve_all(host, "class:0x0200") == network
+    with pytest.raises(UsageError, match="not a device selector"):
+        resolve_all(host, "class:nonsense")

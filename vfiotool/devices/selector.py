@@ -7,6 +7,11 @@
     path:0000:00:1c.0/00.0        the way from the root bus, free of bus numbers
     vf:01:00.0/3                  a virtual function by its PF (any selector) and index
     net:eth0  block:nvme0n1p2     the device behind an interface or a disk, through volumes
+    class:gpu  class:0108         all of a class: a word (filters.CLASSES) or how its code begins
+    driver:igb  driver:none       all on a driver, or on none
+    group:12                      all of an IOMMU group
+    00:03                         all functions in a slot, as lspci -s takes it
+    /dev/nvme0n1                  what a disk's node names; /sys/… a device's directory
     83b8f4f2-509f-382f-3c1e-…     a mediated device's UUID
 
 A selector is never guessed at: what names several devices is an error that lists them.
@@ -17,12 +22,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
+from vfiotool.devices.filters import CLASSES, by_class, by_driver, by_group, class_prefix
 from vfiotool.devices.pci import Address, list_addresses, read_identity
 from vfiotool.devices.sriov import read_vfs
 from vfiotool.errors import Ambiguous, NotFound, UsageError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     DEV,
+    SYS,
     SYS_BLOCK,
     SYS_MDEV_DEVICES,
     SYS_NET,
@@ -34,6 +41,7 @@ from vfiotool.host.paths import (
 _UUID = r"(?ai)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _ID = r"(?ai)[0-9a-f]{4}:[0-9a-f]{4}(:[0-9a-f]{4}:[0-9a-f]{4})?"
 _STEP = r"(?ai)([01]?[0-9a-f])\.([0-7])"
+_SLOT = r"(?ai)([0-9a-f]{4,8}:)?[0-9a-f]{2}:[01][0-9a-f]"
 _INDEX = r"(?a)[0-9]{1,5}"
 _MAX_SELECTOR = 512
 _MAX_LISTED = 16
@@ -85,6 +93,12 @@ def _match(host: Host, text: str, depth: int) -> list[str]:
     matcher = _MATCHERS.get(kind) if colon and rest else None
     if matcher is not None:
         return matcher(host, text, rest)
+    if re.fullmatch(_SLOT, text):
+        return _functions_in(host, text)
+    if text.startswith(f"{DEV}/"):
+        return _by_block(host, text, text)
+    if text.startswith(f"{SYS}/"):
+        return _by_sysfs(host, text)
     if "/" in text:
         return _path(host, text, text)
     raise _malformed(text, _suggestion(host, text))
@@ -96,10 +110,10 @@ def _shown(text: str) -> str:
 
 def _malformed(text: str, hint: str | None = None) -> UsageError:
     return UsageError(
-        f"{_shown(text)} is no device selector",
+        f"{_shown(text)} is not a device selector",
         hint=hint
         or "write 0000:05:01.0, 05:01.0, id:10de:2684, serial:…, slot:…, path:00:1c.0/00.0, "
-        "vf:01:00.0/3, net:eth0, block:nvme0n1 or an mdev's UUID",
+        "vf:01:00.0/3, net:eth0, block:nvme0n1, class:gpu, driver:igb, group:12 or an mdev's UUID",
     )
 
 
@@ -135,6 +149,48 @@ def _address(host: Host, text: str) -> list[str]:
             device=wanted,
         )
     raise _none(wanted, known)
+
+
+def _functions_in(host: Host, text: str) -> list[str]:
+    place = text.lower() if text.count(":") == 2 else f"0000:{text.lower()}"
+    known = list_addresses(host)
+    found = [name for name in known if name.rpartition(".")[0] == place]
+    if not found:
+        raise _none(text, sorted({name.rpartition(".")[0] for name in known}))
+    return found
+
+
+def _by_sysfs(host: Host, text: str) -> list[str]:
+    owner = _owner(host, host.realpath(text.rstrip("/")))
+    if owner is None:
+        raise _none(text, ())
+    return [owner]
+
+
+def _by_class(host: Host, text: str, wanted: str) -> list[str]:
+    prefix = class_prefix(wanted)
+    if prefix is None:
+        raise _malformed(
+            text, f"write class:03, class:0300, or one of {', '.join(sorted(CLASSES))}"
+        )
+    found, known = by_class(host, prefix)
+    if not found:
+        raise _none(text, sorted(known))
+    return found
+
+
+def _by_driver(host: Host, text: str, wanted: str) -> list[str]:
+    found, known = by_driver(host, wanted)
+    if not found:
+        raise _none(text, sorted(known))
+    return found
+
+
+def _by_group(host: Host, text: str, wanted: str) -> list[str]:
+    found, known = by_group(host, wanted)
+    if not found:
+        raise _none(text, sorted(known), "vfiotool groups")
+    return found
 
 
 def _mdev(host: Host, text: str) -> list[str]:
@@ -331,6 +387,9 @@ _MATCHERS: dict[str, Callable[[Host, str, str], list[str]]] = {
     "serial": _by_serial,
     "slot": _by_slot,
     "path": _path,
+    "class": _by_class,
+    "driver": _by_driver,
+    "group": _by_group,
     "net": _by_net,
     "block": _by_block,
     "mdev": lambda host, _, uuid: _mdev(host, uuid),
