@@ -233,3 +233,52 @@ def test_no_group_member_is_lost_when_a_group_vanishes(
     with pytest.raises(NotFound):
         run_groups(host, [1, 2], as_json=True)
     assert [group.id for group in groups_module._read(host, [1, 2])] == [1]
+
+
+def test_every_listing_has_the_verdict_that_why_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--root", str(FIXTURES / "storage-in-use")]
+    main([*root, "--json", "devices"])
+    verdicts = {item["address"]: item["verdict"] for item in printed(capsys)["devices"]}
+    bridges = set()
+    for command in ("devices", "groups"):
+        main([*root, command])
+        for line in capsys.readouterr().out.splitlines():
+            words = line.split()
+            if words and words[0] in verdicts:
+                if "-" in (words[2], words[3]) and verdicts[words[0]] not in words:
+                    bridges.add(words[0])
+                else:
+                    assert verdicts[words[0]] in words, line
+    assert all(name.startswith("0000:00:") for name in bridges)
+    main([*root, "--json", "tree"])
+
+    def walk(node: dict[str, Any]) -> None:
+        if node["verdict"] is not None:
+            assert node["verdict"] == verdicts[node["address"]]
+        for child in node["children"]:
+            walk(child)
+
+    for node in printed(capsys)["roots"]:
+        walk(node)
+
+
+def test_interfaces_disks_and_serials_stand_where_one_looks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = ["--root", str(FIXTURES / "vfs-enabled")]
+    main([*root, "devices"])
+    text = capsys.readouterr().out
+    assert "eth0" in text and "nvme0n1" in text and "lab-nvme-0" in text
+    for command, words in (("groups", ["eth0", "nvme0n1"]), ("tree", ["eth0", "nvme0n1"])):
+        main([*root, command])
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words), command
+
+
+def test_devices_are_filtered_by_class_and_driver(capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--root", str(FIXTURES / "vfs-enabled"), "--json", "devices"]
+    main([*root, "class:nvme"])
+    assert {item["class"] for item in printed(capsys)["devices"]} == {"010802"}
+    main([*root, "driver:igbvf", "group:7"])
+    found = printed(capsys)["devices"]
+    assert {item["driver"] for item in found} == {"igbvf", "igb"}

@@ -77,8 +77,9 @@ def test_a_domain_of_its_own_hangs_where_its_bridge_is() -> None:
 def test_the_terminal_shows_groups_drivers_and_vfs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--root", str(HOSTS / "vfs-enabled"), "tree"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"01:00\.0 +group \d+ +nvme", text)
-    assert re.search(r"VF 1 +01:00\.2 +group \d+ ✓ +no driver", text)
+    assert re.search(r"01:00\.0 +group \d+ +blocked +nvme +nvme0n1, serial lab-nvme-0", text)
+    assert re.search(r"VF 1 +01:00\.2 +group \d+ +available +no driver", text)
+    assert re.search(r"VF 0 +02:10\.0 .*available +igbvf +eth1", text)
     assert "\x1b" not in text
 
 

@@ -20,7 +20,8 @@ app = area()
     "devices",
     epilog=examples(
         "vfiotool devices",
-        "vfiotool devices net:eth0 id:10de:2684",
+        "vfiotool devices class:network driver:nvme",
+        "vfiotool devices net:eth0 group:12",
         "vfiotool devices --json | jq '.devices[] | select(.driver == null) | .address'",
     ),
 )
@@ -33,7 +34,11 @@ def devices(
         ),
     ] = None,
 ) -> int:
-    """List PCI devices: address, id, IOMMU group, driver, name."""
+    """List PCI devices: group, verdict, driver, interfaces and disks, serial number, name.
+
+    Verdicts: ready (a virtual machine can open it now), available (bind makes it ready), blocked
+    (why DEVICE says what stands against it). With --json: all that is known of each device.
+    """
     return run_devices(host_of(context), selectors or [], as_json=wants_json(context))
 
 
@@ -81,25 +86,38 @@ def _print_json(host: Host, chosen: Sequence[str]) -> None:
 
 
 def print_devices(host: Host, chosen: Sequence[str]) -> None:
-    """One line a function: where it is, what it is, who has it."""
-    from vfiotool.cli.look.roles import STYLES
+    """One line a function: where and what it is, its verdict, who has it, what hangs on it."""
+    from vfiotool.cli.look.roles import STYLES, VERDICTS
+    from vfiotool.devices.details import DetailReader
     from vfiotool.devices.iommu import role_of
     from vfiotool.devices.names import read_names
-    from vfiotool.devices.pci import read_functions
+    from vfiotool.usage.standing import Standings
 
-    names = read_names(host)
+    names, standings = read_names(host), Standings(host)
     rows: list[list[output.Part]] = []
-    for function in read_functions(host, chosen, links=False):
+    for function, details in DetailReader(host).read_all(chosen):
         known = names.lookup(function.vendor, function.device, class_code=function.class_code)
         parts = (known.vendor, known.device or known.class_name)
         style = "" if function.driver is None else STYLES[role_of(function.driver)]
+        # A bridge is not passed through; what is behind it is.
+        verdict = "-" if function.is_bridge else standings.of(function).verdict
         rows.append(
             [
                 function.address,
-                f"{function.vendor or '????'}:{function.device or '????'}",
+                f"{function.vendor}:{function.device}",
                 "-" if function.iommu_group is None else str(function.iommu_group),
+                (verdict, VERDICTS.get(verdict, "")),
                 (function.driver or "-", style),
+                ",".join([*details.interfaces, *details.disks]) or "-",
+                details.serial or "-",
                 " ".join(part for part in parts if part),
             ]
         )
-    output.table(("ADDRESS", "ID", "GROUP", "DRIVER", "NAME"), rows)
+    header = ["ADDRESS", "ID", "GROUP", "VERDICT", "DRIVER", "IF/DISK", "SERIAL", "NAME"]
+    # A column that says nothing of any device takes the place of what does.
+    for column in (6, 5):
+        if all(row[column] == "-" for row in rows):
+            del header[column]
+            for row in rows:
+                del row[column]
+    output.table(header, rows)

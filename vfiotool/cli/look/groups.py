@@ -10,7 +10,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import area, examples, host_of, wants_json
-from vfiotool.cli.look.roles import ROLES, STYLES
+from vfiotool.cli.look.roles import ROLES, STYLES, VERDICTS
 from vfiotool.devices.identity import list_groups
 from vfiotool.devices.iommu import GroupMember, IommuGroup, group_as_json, read_group, read_groups
 from vfiotool.errors import NotFound, Unsupported
@@ -33,7 +33,9 @@ def groups(
     """List IOMMU groups: the type of their domain, whether they are viable, their members.
 
     The devices of a group can only be passed through together. A group is viable when no member
-    is on a host driver: only then the kernel lets user space open it.
+    is on a host driver: only then the kernel lets user space open it. Each member has a verdict:
+    ready (a virtual machine can open it now), available (bind makes it ready), blocked (why DEVICE
+    says what stands against it).
     """
     return run_groups(host_of(context), ids or [], as_json=wants_json(context))
 
@@ -91,10 +93,19 @@ def no_groups(host: Host) -> Unsupported:
 
 
 def print_text(host: Host, groups: Iterator[IommuGroup]) -> None:
-    """One paragraph a group: its domain type and verdict, then its members with their roles."""
+    """One paragraph a group: its domain type and whether it is viable, then its members with their
+    verdicts and roles."""
+    from vfiotool.devices.attached import Attached
     from vfiotool.devices.names import read_names
+    from vfiotool.devices.pci import list_addresses, read_functions
+    from vfiotool.usage.standing import Standings
 
-    names = read_names(host)
+    names, attached = read_names(host), Attached(host)
+    functions = {
+        function.address: function
+        for function in read_functions(host, list_addresses(host), links=False)
+    }
+    standings = Standings(host, functions)
     for group in groups:
         state = ("viable", "green") if group.viable else ("not viable", "yellow")
         kind = "" if group.type is None else f"  {group.type}"
@@ -103,11 +114,20 @@ def print_text(host: Host, groups: Iterator[IommuGroup]) -> None:
         for member in group.devices:
             known = names.lookup(member.vendor, member.device, class_code=member.class_code)
             identity = "" if member.vendor is None else f"{member.vendor}:{member.device}"
+            function = functions.get(member.address)
+            verdict, parts = "-", ""
+            if function is not None:
+                if not function.is_bridge:
+                    verdict = standings.of(function).verdict
+                own = (*attached.interfaces(function.path), *attached.disks(function.path))
+                parts = f"{', '.join(own)}  " if own else ""
             title = known.device or known.class_name or ""
             output.write(
                 f"  {member.address:<{width}}  {identity:<9}  ",
-                (f"{_what(member):<34}", STYLES[member.role]),
-                f"  {title}",
+                (f"{verdict:<9}", VERDICTS.get(verdict, "")),
+                "  ",
+                (f"{_what(member):<32}", STYLES[member.role]),
+                f"  {parts}{title}",
             )
 
 

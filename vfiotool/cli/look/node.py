@@ -12,7 +12,7 @@ class Node:
     """A device in the tree. `kind`: root, bridge, endpoint, vf, mdev; `number`: a VF's index.
 
     `role` is the contract's; `shared` tells whether another endpoint is in the same group, and
-    `viable` whether the kernel would open that group now.
+    `viable` whether the kernel would open that group now; `verdict` is `why`'s, in one word.
     """
 
     kind: str
@@ -27,6 +27,10 @@ class Node:
     number: int | None = None
     numa_node: int | None = None
     link: Link | None = None
+    verdict: str | None = None
+    interfaces: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
+    serial: str | None = None
     children: list[Node] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
@@ -39,6 +43,10 @@ class Node:
             "role": self.role,
             "iommu_group": self.group,
             "viable": self.viable,
+            "verdict": self.verdict,
+            "interfaces": list(self.interfaces),
+            "disks": list(self.disks),
+            "serial": self.serial,
             "vf_index": self.number,
             "numa_node": self.numa_node,
             "children": [child.as_json() for child in self.children],

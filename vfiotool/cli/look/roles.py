@@ -13,6 +13,7 @@ ROLES = {
     "host": "on a host driver",
     "mdev": "mediated device",
 }
+VERDICTS = {"ready": "green", "available": "cyan", "blocked": "yellow"}
 STYLES = {"vfio": "green", "unbound": "", "bridge": "dim", "host": "yellow", "mdev": "cyan"}
 
 

@@ -11,12 +11,15 @@ import typer
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import area, examples, host_of, wants_json
 from vfiotool.cli.look.node import Node, short, summary_of
+from vfiotool.cli.look.roles import VERDICTS
+from vfiotool.devices.details import DetailReader
 from vfiotool.devices.inventory import Inventory, read_inventory
 from vfiotool.devices.iommu import role_of
 from vfiotool.devices.names import Names, read_names
 from vfiotool.devices.pci import PciFunction
-from vfiotool.errors import UsageError
+from vfiotool.errors import NotFound, UsageError
 from vfiotool.host.host import Host
+from vfiotool.usage.standing import Standings
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -54,8 +57,8 @@ def tree(
     """Show the PCI tree with IOMMU groups, drivers, VFs and mediated devices.
 
     A group number in colour is shared by several devices, which can only be passed through
-    together. Marks: ✓ the group is viable (ready for user space), ✗ a member of a shared group
-    is in use by the host.
+    together. Verdicts: ready (a virtual machine can open it now), available (bind makes it ready),
+    blocked (why DEVICE says what stands against it). Bridges have none.
     """
     if svg == "-" and wants_json(context):
         raise UsageError("--json and the picture cannot both go to standard output")
@@ -67,7 +70,6 @@ def tree(
         output.emit({"roots": [root.as_json() for root in roots]})
     elif svg is None:
         output.trees(_as_rich(root) for root in roots)
-        output.write(("✓ viable   ✗ shared with a device that the host uses", "dim"))
     return 0
 
 
@@ -84,7 +86,8 @@ def _save_svg(host: Host, roots: list[Node], path: str) -> None:
 
 def build(host: Host, inventory: Inventory, names: Names) -> list[Node]:
     """The roots of the tree in bus order, and last, if there are any, devices of no bus."""
-    builder = _Builder(inventory, names)
+    standings = Standings(host, inventory.by_address, inventory.by_group)
+    builder = _Builder(inventory, names, standings, DetailReader(host))
     for function in inventory.functions:
         builder.add_function(function)
     for mdev in inventory.mdevs:
@@ -100,7 +103,11 @@ def _mdev_folder() -> str:
 
 
 class _Builder:
-    def __init__(self, inventory: Inventory, names: Names) -> None:
+    def __init__(
+        self, inventory: Inventory, names: Names, standings: Standings, reader: DetailReader
+    ) -> None:
+        self.standings = standings
+        self.reader = reader
         self.groups = inventory.by_group
         self.names = names
         self.nodes: dict[str, Node] = {}
@@ -119,6 +126,7 @@ class _Builder:
     def add_function(self, function: PciFunction) -> None:
         known = self.names.lookup(function.vendor, function.device, class_code=function.class_code)
         role = role_of(function.driver)
+        details = self.reader.read(function)
         kind = "vf" if function.physfn else "bridge" if function.is_bridge else "endpoint"
         node = Node(
             kind=kind,
@@ -130,6 +138,11 @@ class _Builder:
             number=function.vf_index,
             numa_node=function.numa_node,
             link=function.link,
+            # A bridge is not passed through; what is behind it is.
+            verdict=None if kind == "bridge" else self.standings.of(function).verdict,
+            interfaces=details.interfaces,
+            disks=details.disks,
+            serial=details.serial,
         )
         node = self._grouped(node, function.iommu_group)
         parent = self.nodes.get(function.physfn or "")
@@ -142,7 +155,15 @@ class _Builder:
         self, uuid: str, kind: str | None, group: int | None, path: str, parent: str | None
     ) -> None:
         node = self._grouped(Node("mdev", uuid, name=kind, role="mdev"), group)
+        node = replace(node, verdict=self._verdict(uuid))
         self._parent(path, parent or "mdev").children.append(node)
+
+    def _verdict(self, uuid: str) -> str | None:
+        """An mdev's; None if it is gone."""
+        try:
+            return self.standings.named(uuid).verdict
+        except NotFound:
+            return None
 
     def _grouped(self, node: Node, number: int | None) -> Node:
         group = None if number is None else self.groups.get(number)
@@ -183,12 +204,13 @@ def _label(node: Node) -> Text:
     text.append(output.escape_line(short(node.address)), "bold")
     if node.group is not None:
         text.append(f"  group {node.group}", "cyan" if node.shared else "")
-        if node.viable and node.kind != "bridge":
-            text.append(" ✓", "green")
-        elif node.viable is False and node.shared:
-            text.append(" ✗", "red")
+    if node.verdict is not None:
+        text.append(f"  {node.verdict}", VERDICTS[node.verdict])
     if node.kind != "mdev":
         text.append(f"  {output.escape_line(node.driver or 'no driver')}", style)
+    parts = [*node.interfaces, *node.disks, *([f"serial {node.serial}"] if node.serial else [])]
+    if parts:
+        text.append(f"  {output.escape_line(', '.join(parts))}", "bold")
     if node.pci_id is not None:
         text.append(f"  {node.pci_id}", "bright_black")
     if node.name:
