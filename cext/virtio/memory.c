@@ -268,6 +268,19 @@ void *vt_memory_user(const struct vt_memory *memory, uint64_t user, uint64_t len
 	return NULL;
 }
 
+uint64_t vt_memory_guest(const struct vt_memory *memory, const void *host)
+{
+	const uint8_t *byte = host;
+
+	for (uint32_t i = 0; i < memory->count; i++) {
+		const struct mapped *region = &memory->regions[i];
+
+		if (byte >= region->host && (uint64_t)(byte - region->host) < region->size)
+			return region->guest + (uint64_t)(byte - region->host);
+	}
+	return UINT64_MAX;
+}
+
 bool vt_memory_is_broken(const struct vt_memory *memory)
 {
 	return __atomic_load_n(&memory->broken, __ATOMIC_ACQUIRE) != 0;

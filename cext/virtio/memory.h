@@ -57,6 +57,9 @@ int vt_memory_read(const struct vt_memory *memory, uint64_t guest, void *data, s
 void *vt_memory_user(const struct vt_memory *memory, uint64_t user, uint64_t length,
 		     uint32_t alignment);
 
+/* The guest address of a byte that vt_memory_segments found. Return: it, or UINT64_MAX. */
+uint64_t vt_memory_guest(const struct vt_memory *memory, const void *host);
+
 /* Whether some of the memory turned out to be gone (see vt_memory_guard). */
 bool vt_memory_is_broken(const struct vt_memory *memory);
 

@@ -390,6 +390,11 @@ int vt_ring_complete(struct vt_ring *ring, uint16_t head, uint32_t written)
 	return 0;
 }
 
+uint16_t vt_ring_used(const struct vt_ring *ring)
+{
+	return ring->completed;
+}
+
 bool vt_ring_publish(struct vt_ring *ring)
 {
 	uint16_t old = ring->published, now = ring->completed;

@@ -89,6 +89,9 @@ uint32_t vt_ring_in_flight(const struct vt_ring *ring);
  * Return: 0, or -EINVAL for a head that is not busy. */
 int vt_ring_complete(struct vt_ring *ring, uint16_t head, uint32_t written);
 
+/* The next used entry's number: what vt_ring_complete writes next. */
+uint16_t vt_ring_used(const struct vt_ring *ring);
+
 /* Make completions visible. Return: whether the driver wants to be signalled. */
 bool vt_ring_publish(struct vt_ring *ring);
 

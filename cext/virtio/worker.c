@@ -20,6 +20,7 @@
 /* Kicks of sleeping queues are looked for after so many rounds over the waking ones. */
 #define ROUNDS 32u
 #define EVENTS 64
+#define LOG_PAGE 4096u
 
 struct vt_queue {
 	struct vt_worker *worker;
@@ -28,8 +29,11 @@ struct vt_queue {
 	struct vt_disk *disk;
 	struct vt_blk_mode mode;
 	int kick_fd, call_fd, error_fd;
+	struct vt_dirty_log dirty;
+	uint8_t *dirty_bits;
 	const char *broken;
 	bool awake;             /* the worker looks at it by itself */
+	uint32_t size;
 	uint64_t window_ns;     /* how long, after its last work */
 	uint64_t worked_at;
 	struct vt_queue *next;  /* awake ones */
@@ -109,6 +113,40 @@ static void forget(struct vt_worker *worker, struct vt_queue *queue)
 	queue->awake = false;
 }
 
+static void log_range(struct vt_queue *queue, uint64_t guest, uint64_t length)
+{
+	uint64_t last;
+
+	if (!length || guest + (length - 1) < guest)
+		return;
+	last = (guest + (length - 1)) / LOG_PAGE;
+	for (uint64_t page = guest / LOG_PAGE; page <= last && page / 8 < queue->dirty.size; page++)
+		__atomic_or_fetch(&queue->dirty_bits[page / 8], (uint8_t)(1u << page % 8),
+				  __ATOMIC_RELAXED);
+}
+
+/* Log what a chain's request wrote and the used entry that tells of it. */
+static void log_chain(struct vt_queue *queue, const struct vt_chain *chain,
+		      const struct iovec *segments, uint64_t written)
+{
+	const struct iovec *writable = segments + chain->readable;
+
+	for (uint32_t i = 0; i < chain->writable && written; i++) {
+		uint64_t guest = vt_memory_guest(queue->memory, writable[i].iov_base);
+		uint64_t length = writable[i].iov_len < written ? writable[i].iov_len : written;
+
+		if (guest != UINT64_MAX)
+			log_range(queue, guest, length);
+		written -= length;
+	}
+	if (queue->dirty.ring) {
+		uint64_t entry = vt_ring_used(queue->ring) & (queue->size - 1);
+
+		log_range(queue, queue->dirty.ring_guest, 4);
+		log_range(queue, queue->dirty.ring_guest + 4 + 8 * entry, 8);
+	}
+}
+
 /* Do one batch of what is available. Return: how many requests there were. */
 static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
 {
@@ -129,6 +167,8 @@ static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
 			breaks(queue, "a request without a header or a status");
 			written = 0;
 		}
+		if (queue->dirty_bits)
+			log_chain(queue, chain, worker->arena + chain->first, (uint64_t)written);
 		vt_ring_complete(queue->ring, chain->head, (uint32_t)written);
 		count(&worker->figures.requests);
 		if (queue->broken)
@@ -356,6 +396,7 @@ static void free_queue(struct vt_queue *queue)
 	vt_ring_stop(queue->ring);
 	vt_memory_put(queue->memory);
 	vt_memory_put(queue->log_memory);
+	vt_memory_put(queue->dirty.memory);
 	if (queue->kick_fd >= 0)
 		close(queue->kick_fd);
 	if (queue->call_fd >= 0)
@@ -370,6 +411,36 @@ static bool keep(int fd, int *kept)
 {
 	*kept = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
 	return fd < 0 || *kept >= 0;
+}
+
+static int take_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *dirty)
+{
+	struct vt_memory *old = queue->dirty.memory;
+	uint8_t *bits = NULL;
+
+	if (dirty->memory) {
+		bits = vt_memory_user(dirty->memory, dirty->at, dirty->size, 1);
+		if (!bits || !dirty->size)
+			return -EFAULT;
+		vt_memory_get(dirty->memory);
+	}
+	queue->dirty = *dirty;
+	queue->dirty_bits = bits;
+	vt_memory_put(old);
+	return 0;
+}
+
+static int run_set_dirty_log(struct command *command)
+{
+	return take_dirty_log(command->queue, command->argument);
+}
+
+int vt_queue_set_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *dirty)
+{
+	struct vt_dirty_log wanted = *dirty;
+	struct command command = { .run = run_set_dirty_log, .queue = queue, .argument = &wanted };
+
+	return ask(queue->worker, &command);
 }
 
 static int run_start(struct command *command)
@@ -417,6 +488,7 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 		return -ENOMEM;
 	made->worker = worker;
 	made->disk = settings->disk;
+	made->size = settings->layout.size;
 	made->mode = settings->mode;
 	made->kick_fd = made->call_fd = made->error_fd = -1;
 	made->memory = vt_memory_get(settings->memory);
@@ -431,6 +503,8 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 	if (made->call_fd >= 0)
 		fcntl(made->call_fd, F_SETFL, O_NONBLOCK);
 	result = begin_ring(made, settings);
+	if (!result)
+		result = take_dirty_log(made, &settings->dirty);
 	command.queue = made;
 	if (!result)
 		result = ask(worker, &command);

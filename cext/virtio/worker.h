@@ -18,6 +18,16 @@
 struct vt_worker;
 struct vt_queue;
 
+/* A log of the pages that were written, for a machine that is moved to another host while it runs
+ * (docs/interop/vhost-user.rst, "Migration"): a bit for each 4096 bytes of guest addresses. */
+struct vt_dirty_log {
+	struct vt_memory *memory; /* holds the bitmap; NULL: nothing is logged */
+	uint64_t at;              /* its `user` address there */
+	uint64_t size;            /* bytes */
+	bool ring;                /* the used ring is logged too, as lying at: */
+	uint64_t ring_guest;
+};
+
 struct vt_worker_figures {
 	uint64_t requests, batches, signals, kicks, sleeps;
 };
@@ -33,6 +43,7 @@ struct vt_queue_settings {
 	int error_fd;                 /* eventfd that is written once when the queue breaks; or -1 */
 	struct vt_memory *log_memory; /* holds the in-flight log, or NULL; a reference is taken */
 	uint64_t log_at;              /* its `user` address there */
+	struct vt_dirty_log dirty;    /* a reference on its memory is taken */
 };
 
 /* Start a thread. `poll_us` limits how long it looks at idle rings before it sleeps.
@@ -59,6 +70,10 @@ int vt_queue_set_memory(struct vt_queue *queue, struct vt_memory *memory);
 
 /* Signal another eventfd from now on, and once at once; -1: none. Return: 0 or -EMFILE. */
 int vt_queue_set_call(struct vt_queue *queue, int call_fd);
+
+/* Log what is written from now on, or nothing. Return: 0, or -EFAULT if the log does not lie in its
+ * memory; nothing is logged then. */
+int vt_queue_set_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *dirty);
 
 /* Why the queue serves no more, in words; NULL while it does. */
 const char *vt_queue_broken(struct vt_queue *queue);

@@ -19,6 +19,7 @@ import pytest
 
 from tests.virtio.frontend import (
     DATA,
+    GUEST,
     SIZE,
     T_DISCARD,
     T_FLUSH,
@@ -202,6 +203,53 @@ def test_a_grown_image_is_told_to_the_driver(path: Path, image: Path) -> None:
         assert front.write(20 * MIB // 512, bytes(512)) == 0
 
 
+def test_what_is_written_is_logged_for_a_migration(path: Path, settings: DiskSettings) -> None:
+    with serving(path, settings), connected(path) as front:
+        front.up()
+        front.write(0, b"d" * 8192)
+        log = os.memfd_create("log", os.MFD_CLOEXEC)
+        pages = (GUEST + front.size) // 4096
+        os.ftruncate(log, pages // 8)
+        front.send(VhostRequest.SET_LOG_BASE, struct.pack("<QQ", pages // 8, 0), [log])
+        front.receive()
+        assert front.read(0, 512) == b"d" * 512
+        assert not any(os.pread(log, pages // 8, 0))
+        logging = struct.pack("<Q", front.features | 1 << 26)
+        assert front.acknowledged(VhostRequest.SET_FEATURES, logging) == 0
+        at = USER + front.rings[0].at
+        logged = struct.pack("<IIQQQQ", 0, 1, at, at + 0x2000, at + 0x1000, GUEST + 0x2000)
+        front.send(VhostRequest.SET_VRING_ADDR, logged)
+        assert front.read(0, 8192) == b"d" * 8192
+        bits = os.pread(log, pages // 8, 0)
+        dirty = {page for page in range(pages) if bits[page // 8] >> page % 8 & 1}
+        first = (GUEST + DATA) // 4096
+        assert dirty == {first, first + 1, first + 2, (GUEST + 0x2000) // 4096}
+        # A log that is too small for the memory is not written beyond its end.
+        front.send(VhostRequest.SET_LOG_BASE, struct.pack("<QQ", 1, 0), [log])
+        front.receive()
+        assert front.read(0, 512) == b"d" * 512
+        os.close(log)
+
+
+def test_a_second_machine_takes_over_when_the_first_has_stopped(
+    path: Path, settings: DiskSettings
+) -> None:
+    with serving(path, settings), connected(path) as first, connected(path) as second:
+        first.up()
+        first.write(0, b"1" * 512)
+        second.negotiate()
+        second.share()
+        with pytest.raises(Closed):
+            second.start()
+        with connected(path) as third:
+            third.negotiate()
+            third.share()
+            assert first.read(0, 512) == b"1" * 512
+            first.stop()
+            third.start()
+            assert third.read(0, 512) == b"1" * 512
+
+
 def test_a_read_only_disk_stays_as_it_is(path: Path, image: Path) -> None:
     with serving(path, DiskSettings(path=str(image), read_only=True)), connected(path) as front:
         front.up()
@@ -286,7 +334,7 @@ def test_memory_that_shrinks_breaks_its_own_queue_only(path: Path, tmp_path: Pat
             assert other.write(0, b"z" * 512) == 0
             assert other.read(0, 512) == b"z" * 512
             deadline = time.monotonic() + 20
-            while not server._exports["disk0"].connection.frontend.broken():  # type: ignore[union-attr]
+            while not server._exports["disk0"].connections[0].frontend.broken():
                 assert time.monotonic() < deadline
         server.stop()
         thread.join()

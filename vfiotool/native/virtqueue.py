@@ -170,6 +170,21 @@ class Worker:
             self.handle = ffi.NULL
 
 
+@dataclass(frozen=True, slots=True)
+class DirtyLog:
+    """Where the pages that are written are logged; `ring` is the used ring's guest address, or
+    None where that is not logged."""
+
+    memory: MemoryMap
+    size: int
+    ring: int | None
+
+    def fill(self, settings: Any) -> None:
+        settings.memory, settings.at, settings.size = self.memory.handle, 0, self.size
+        settings.ring = self.ring is not None
+        settings.ring_guest = self.ring or 0
+
+
 class ServedQueue:
     """A virtqueue that a worker serves from now on; see vt_queue_start.
 
@@ -190,6 +205,7 @@ class ServedQueue:
         call: int | None = None,
         error: int | None = None,
         log: tuple[MemoryMap, int] | None = None,
+        dirty: DirtyLog | None = None,
     ) -> None:
         settings = ffi.new("struct vt_queue_settings *")
         settings.memory, settings.disk, settings.base = memory.handle, disk.handle, base
@@ -203,6 +219,8 @@ class ServedQueue:
         settings.error_fd = -1 if error is None else error
         if log is not None:
             settings.log_memory, settings.log_at = log[0].handle, log[1]
+        if dirty is not None:
+            dirty.fill(settings.dirty)
         made = ffi.new("struct vt_queue **")
         _done(lib.vt_queue_start(worker.handle, settings, made), "start a queue")
         self.handle = made[0]
@@ -224,6 +242,13 @@ class ServedQueue:
     def set_call(self, call: int | None) -> None:
         result = lib.vt_queue_set_call(self.handle, -1 if call is None else call)
         _done(result, "change a queue's call")
+
+    def set_dirty_log(self, dirty: DirtyLog | None) -> None:
+        """Log what is written from now on, or nothing. Raises UsageError for a log of no bytes."""
+        settings = ffi.new("struct vt_dirty_log *")
+        if dirty is not None:
+            dirty.fill(settings)
+        _done(lib.vt_queue_set_dirty_log(self.handle, settings), "log what a queue writes")
 
     def broken(self) -> str | None:
         """Why it serves no more, in words; None while it does."""

@@ -19,6 +19,7 @@ from enum import IntEnum, IntFlag
 
 from vfiotool.errors import VfiotoolError
 from vfiotool.native.virtqueue import (
+    DirtyLog,
     MemoryMap,
     MemoryRegion,
     RingLayout,
@@ -44,6 +45,7 @@ from vfiotool.virtio.message import (
     parse_addresses,
     parse_config,
     parse_inflight,
+    parse_log,
     parse_memory_table,
     parse_one_region,
     parse_state,
@@ -54,11 +56,14 @@ from vfiotool.virtio.message import (
 # What QEMU may plug in at most; each is one mapping of ours.
 MEMORY_SLOTS = 509
 LARGEST_QUEUE = 1024
+# Of SET_VRING_ADDR's flags (VHOST_VRING_F_LOG).
+_LOG_RING = 1
 
 
 class VirtioFeature(IntFlag):
     """Feature bits that belong to no device type (section 6), and vhost-user's own."""
 
+    LOG_ALL = 1 << 26
     INDIRECT_DESC = 1 << 28
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
@@ -69,6 +74,7 @@ class ProtocolFeature(IntEnum):
     """Bit numbers of the protocol features offered here."""
 
     MQ = 0
+    LOG_SHMFD = 1
     REPLY_ACK = 3
     BACKEND_REQ = 5
     CONFIG = 9
@@ -78,7 +84,8 @@ class ProtocolFeature(IntEnum):
 
 PROTOCOL_FEATURES = sum(1 << feature for feature in ProtocolFeature)
 _TRANSPORT = (
-    VirtioFeature.INDIRECT_DESC
+    VirtioFeature.LOG_ALL
+    | VirtioFeature.INDIRECT_DESC
     | VirtioFeature.EVENT_IDX
     | VirtioFeature.PROTOCOL_FEATURES
     | VirtioFeature.VERSION_1
@@ -108,7 +115,13 @@ class Frontend:
     and ends the connection with ProtocolError where it has none.
     """
 
-    def __init__(self, disk: BlockDisk, workers: list[Worker]) -> None:
+    def __init__(
+        self,
+        disk: BlockDisk,
+        workers: list[Worker],
+        may_run: Callable[[Frontend], bool] = lambda _: True,
+    ) -> None:
+        self._may_run = may_run
         self.disk = disk
         self.workers = workers
         self.features = 0
@@ -118,7 +131,13 @@ class Frontend:
         self.memory: MemoryMap | None = None
         self.log: MemoryMap | None = None
         self.log_area: InflightArea | None = None
+        self.dirty: MemoryMap | None = None
+        self.dirty_bytes = 0
         self.channel: socket.socket | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return any(vring.queue is not None for vring in self.vrings)
 
     def offered(self) -> int:
         return int(self.disk.features() | _TRANSPORT)
@@ -177,6 +196,9 @@ class Frontend:
             self.memory.close()
             self.memory = None
         self._drop_log()
+        if self.dirty is not None:
+            self.dirty.close()
+            self.dirty = None
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -195,6 +217,8 @@ class Frontend:
             return
         if self.memory is None or vring.addresses is None or not vring.size:
             raise ProtocolError(f"vring {index} starts before its memory, size and addresses")
+        if not self._may_run(self):
+            raise ProtocolError("another front end runs this disk")
         layout = RingLayout(
             vring.addresses.descriptors,
             vring.addresses.available,
@@ -214,6 +238,7 @@ class Frontend:
             call=vring.call,
             error=vring.error,
             log=self._log_of(index, vring.size),
+            dirty=self._dirty_log_of(vring),
         )
 
     def _stop(self, vring: Vring) -> None:
@@ -227,6 +252,20 @@ class Frontend:
         if index >= self.log_area.queues or size != self.log_area.queue_size:
             raise ProtocolError(f"vring {index} of {size} entries is not in the in-flight area")
         return self.log, index * log_bytes(size)
+
+    def _dirty_log_of(self, vring: Vring) -> DirtyLog | None:
+        if self.dirty is None or not self.features & VirtioFeature.LOG_ALL:
+            return None
+        addresses = vring.addresses
+        logged = addresses is not None and addresses.flags & _LOG_RING
+        ring = addresses.log if addresses is not None and logged else None
+        return DirtyLog(self.dirty, self.dirty_bytes, ring)
+
+    def _log_again(self) -> None:
+        """Have running queues log as the features, the log and their addresses say now."""
+        for vring in self.vrings:
+            if vring.queue is not None:
+                vring.queue.set_dirty_log(self._dirty_log_of(vring))
 
     # Memory
 
@@ -271,9 +310,12 @@ class Frontend:
         if not wanted & VirtioFeature.PROTOCOL_FEATURES:
             for vring in self.vrings:
                 vring.enabled = True
+        # Sent again while the rings run when a migration begins and when it is given up.
+        self._log_again()
 
     def _nothing(self, _: VhostMessage) -> None:
-        """SET_OWNER, and RESET_OWNER, which front ends no longer mean anything by."""
+        """SET_OWNER; RESET_OWNER, by which front ends no longer mean anything; SET_LOG_FD, which is
+        signalled by nobody: the log is read when the front end wants to."""
 
     def _get_protocol_features(self, _: VhostMessage) -> tuple[bytes, None]:
         return format_u64(PROTOCOL_FEATURES), None
@@ -309,6 +351,15 @@ class Frontend:
                 return
         raise ProtocolError(f"no memory region at {gone.guest:#x} to remove")
 
+    def _set_log_base(self, message: VhostMessage) -> tuple[bytes, None]:
+        size, offset = parse_log(message.payload)
+        fresh = MemoryMap([MemoryRegion(0, 0, size, offset, message.descriptors[0])])
+        old, self.dirty, self.dirty_bytes = self.dirty, fresh, size
+        self._log_again()
+        if old is not None:
+            old.close()
+        return format_u64(0), None
+
     def _set_vring_num(self, message: VhostMessage) -> None:
         index, size = parse_state(message.payload)
         vring = self._vring(index)
@@ -321,11 +372,11 @@ class Frontend:
         addresses = parse_addresses(message.payload)
         vring = self._vring(addresses.index)
         # Sent again while it runs when dirty logging is switched; the ring's place stays.
-        if vring.queue is not None and replace(addresses, flags=0) != replace(
-            vring.addresses or addresses, flags=0
-        ):
+        same = replace(addresses, flags=0, log=0)
+        if vring.queue is not None and same != replace(vring.addresses or same, flags=0, log=0):
             raise ProtocolError(f"vring {addresses.index} is moved while it runs")
         vring.addresses = addresses
+        self._log_again()
 
     def _set_vring_base(self, message: VhostMessage) -> None:
         index, base = parse_state(message.payload)
@@ -450,6 +501,8 @@ _HANDLERS: dict[VhostRequest, _Handler] = {
     VhostRequest.SET_OWNER: Frontend._nothing,
     VhostRequest.RESET_OWNER: Frontend._nothing,
     VhostRequest.SET_MEM_TABLE: Frontend._set_mem_table,
+    VhostRequest.SET_LOG_BASE: Frontend._set_log_base,
+    VhostRequest.SET_LOG_FD: Frontend._nothing,
     VhostRequest.SET_VRING_NUM: Frontend._set_vring_num,
     VhostRequest.SET_VRING_ADDR: Frontend._set_vring_addr,
     VhostRequest.SET_VRING_BASE: Frontend._set_vring_base,
@@ -471,4 +524,8 @@ _HANDLERS: dict[VhostRequest, _Handler] = {
     VhostRequest.REM_MEM_REG: Frontend._rem_mem_reg,
 }
 # Those with an answer of their own, which has no room for an error.
-_ANSWERED = frozenset(request for request in VhostRequest if request.name.startswith("GET_"))
+_ANSWERED = frozenset(
+    request
+    for request in VhostRequest
+    if request.name.startswith("GET_") or request is VhostRequest.SET_LOG_BASE
+)

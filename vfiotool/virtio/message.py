@@ -28,6 +28,7 @@ _U64 = struct.Struct("<Q")
 _STATE = struct.Struct("<II")
 _ADDRESSES = struct.Struct("<IIQQQQ")
 _REGION = struct.Struct("<QQQQ")
+_LOG = struct.Struct("<QQ")
 _TABLE = struct.Struct("<II")
 _CONFIG = struct.Struct("<III")
 _INFLIGHT = struct.Struct("<QQHH4x")
@@ -42,6 +43,8 @@ class VhostRequest(IntEnum):
     SET_OWNER = 3
     RESET_OWNER = 4
     SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
     SET_VRING_NUM = 8
     SET_VRING_ADDR = 9
     SET_VRING_BASE = 10
@@ -131,6 +134,8 @@ _SHAPES: dict[VhostRequest, tuple[int | None, int, int]] = {
     VhostRequest.SET_OWNER: (0, 0, 0),
     VhostRequest.RESET_OWNER: (0, 0, 0),
     VhostRequest.SET_MEM_TABLE: (None, 0, MOST_DESCRIPTORS),
+    VhostRequest.SET_LOG_BASE: (16, 1, 1),
+    VhostRequest.SET_LOG_FD: (0, 0, 1),
     VhostRequest.SET_VRING_NUM: (8, 0, 0),
     VhostRequest.SET_VRING_ADDR: (40, 0, 0),
     VhostRequest.SET_VRING_BASE: (8, 0, 0),
@@ -285,6 +290,12 @@ def parse_config(payload: bytes) -> tuple[int, int, bytes]:
     if offset + size > CONFIG_BYTES or len(content) != size:
         raise ProtocolError(f"a configuration request for {size} bytes at {offset}")
     return offset, size, content
+
+
+def parse_log(payload: bytes) -> tuple[int, int]:
+    """SET_LOG_BASE: the log's bytes, and where they begin in the file."""
+    size, offset = _LOG.unpack(payload)
+    return size, offset
 
 
 def parse_inflight(payload: bytes) -> InflightArea:

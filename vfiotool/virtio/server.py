@@ -1,12 +1,13 @@
 """Sockets, connections and signals: exports that front ends connect to, in one thread of control.
 
-The control thread reads messages and never waits for one; requests run in the workers. An export
-serves one front end at a time, others wait in its socket's backlog. What a front end does wrong
-ends its own connection; the next one finds the export as it was.
+The control thread reads messages and never waits for one; requests run in the workers. Of an
+export's front ends one at a time runs rings: another one may connect beside it and takes over when
+the first has stopped, as in a live migration. What a front end does wrong ends its own connection.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 import socket
@@ -25,6 +26,8 @@ from vfiotool.virtio.message import ProtocolError, Receiver
 
 Report = Callable[[str], None]
 _SEND_TIMEOUT_S = 5.0
+# Of one export: the machine that runs, the one that takes over, and some that are on their way out.
+_MOST_CONNECTIONS = 8
 
 
 def _to_stderr(text: str) -> None:
@@ -36,6 +39,7 @@ class _Connection:
     socket: socket.socket
     receiver: Receiver
     frontend: Frontend
+    closed: bool = False
 
 
 class Export:
@@ -51,7 +55,14 @@ class Export:
         self.disk = disk
         self.listener: socket.socket | None = listener
         self.path = path
-        self.connection: _Connection | None = None
+        self.connections: list[_Connection] = []
+
+    def may_run(self, frontend: Frontend) -> bool:
+        """Whether a front end may start a ring: a raw disk has one user at a time."""
+        return not any(
+            other.frontend is not frontend and other.frontend.is_running
+            for other in self.connections
+        )
 
 
 def open_export(settings: ExportSettings) -> Export:
@@ -78,6 +89,8 @@ class Server:
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
+        # Given up for a moment to take, and end, a connection when there are no descriptors left.
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.workers = [Worker(poll_us) for _ in range(threads)]
 
     def __enter__(self) -> Server:
@@ -90,16 +103,15 @@ class Server:
         """Serve an export from now on."""
         assert export.listener is not None
         self._exports[export.name] = export
-        self._listen(export)
+        self._selector.register(export.listener, selectors.EVENT_READ, lambda: self._accept(export))
 
     def remove(self, name: str) -> None:
-        """Serve an export no more: its connection ends after what it has in flight."""
+        """Serve an export no more: its connections end after what they have in flight."""
         export = self._exports.pop(name)
-        waiting = export.connection is None
-        self._disconnect(export)
+        for connection in list(export.connections):
+            self._disconnect(export, connection)
         if export.listener is not None:
-            if waiting:
-                self._selector.unregister(export.listener)
+            self._selector.unregister(export.listener)
             export.listener.close()
         if export.path is not None:
             with suppress(OSError):
@@ -143,14 +155,15 @@ class Server:
         self._selector.close()
         self._wake.close()
         self._waker.close()
+        os.close(self._spare)
 
     def resize(self, name: str) -> bool:
         """Take an export's image as large as it is now, and tell its driver."""
         export = self._exports[name]
         if not export.disk.resize():
             return False
-        if export.connection is not None:
-            export.connection.frontend.config_changed()
+        for connection in export.connections:
+            connection.frontend.config_changed()
         return True
 
     def _woken(self) -> None:
@@ -158,31 +171,42 @@ class Server:
         while self._actions:
             self._actions.pop(0)()
 
-    def _listen(self, export: Export) -> None:
-        if export.listener is not None:
-            self._selector.register(
-                export.listener, selectors.EVENT_READ, lambda: self._accept(export)
-            )
-
     def _accept(self, export: Export) -> None:
-        assert export.listener is not None
+        if export.listener is None:
+            return
         try:
             connection, _ = export.listener.accept()
         except OSError as error:
-            # One that went again before it was taken is nobody's fault; EMFILE is told.
-            if error.errno is not None and not isinstance(error, BlockingIOError):
-                self._report(f"{export.name}: a connection cannot be taken: {error.strerror}")
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away(export)
+            # Otherwise it went again before it was taken, which is nobody's fault.
             return
-        self._selector.unregister(export.listener)
+        if len(export.connections) >= _MOST_CONNECTIONS:
+            self._report(f"{export.name}: more than {_MOST_CONNECTIONS} connections")
+            connection.close()
+            return
         self._connect(export, connection)
+
+    def _turn_away(self, export: Export) -> None:
+        """End a connection that there is no descriptor for; it would be ready for ever."""
+        self._report(f"{export.name}: no descriptor is left for a connection")
+        os.close(self._spare)
+        with suppress(OSError):
+            assert export.listener is not None
+            export.listener.accept()[0].close()
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _connect(self, export: Export, connection: socket.socket) -> None:
         connection.settimeout(_SEND_TIMEOUT_S)
-        made = _Connection(connection, Receiver(connection), Frontend(export.disk, self.workers))
-        export.connection = made
+        frontend = Frontend(export.disk, self.workers, export.may_run)
+        made = _Connection(connection, Receiver(connection), frontend)
+        export.connections.append(made)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(export, made))
 
     def _serve(self, export: Export, connection: _Connection) -> None:
+        if connection.closed:
+            # Its event came together with the one that ended it.
+            return
         try:
             message = connection.receiver.receive()
             if message is None:
@@ -200,24 +224,22 @@ class Server:
             if sent != len(data):
                 raise ProtocolError("the front end does not take its answers")
         except EOFError:
-            self._end(export)
-        except (ProtocolError, OSError) as error:
-            text = error.message if isinstance(error, VfiotoolError) else str(error)
+            self._end(export, connection)
+        except Exception as error:
+            # Also a fault of ours: it is this tenant's alone.
+            text = error.message if isinstance(error, VfiotoolError) else repr(error)
             self._report(f"{export.name}: connection ended: {text}")
-            self._end(export)
+            self._end(export, connection)
 
-    def _end(self, export: Export) -> None:
-        self._disconnect(export)
-        if export.listener is None:
+    def _end(self, export: Export, connection: _Connection) -> None:
+        self._disconnect(export, connection)
+        if export.listener is None and export.name in self._exports:
             export.disk.close()
             del self._exports[export.name]
-        else:
-            self._listen(export)
 
-    def _disconnect(self, export: Export) -> None:
-        connection, export.connection = export.connection, None
-        if connection is None:
-            return
+    def _disconnect(self, export: Export, connection: _Connection) -> None:
+        connection.closed = True
+        export.connections.remove(connection)
         self._selector.unregister(connection.socket)
         for why in connection.frontend.broken():
             self._report(f"{export.name}: {why}")
