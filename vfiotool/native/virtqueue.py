@@ -171,7 +171,7 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class DirtyLog:
+class WrittenPages:
     """Where the pages that are written are logged; `ring` is the used ring's guest address, or
     None where that is not logged."""
 
@@ -205,7 +205,7 @@ class ServedQueue:
         call: int | None = None,
         error: int | None = None,
         log: tuple[MemoryMap, int] | None = None,
-        dirty: DirtyLog | None = None,
+        dirty: WrittenPages | None = None,
     ) -> None:
         settings = ffi.new("struct vt_queue_settings *")
         settings.memory, settings.disk, settings.base = memory.handle, disk.handle, base
@@ -243,7 +243,7 @@ class ServedQueue:
         result = lib.vt_queue_set_call(self.handle, -1 if call is None else call)
         _done(result, "change a queue's call")
 
-    def set_dirty_log(self, dirty: DirtyLog | None) -> None:
+    def set_dirty_log(self, dirty: WrittenPages | None) -> None:
         """Log what is written from now on, or nothing. Raises UsageError for a log of no bytes."""
         settings = ffi.new("struct vt_dirty_log *")
         if dirty is not None:

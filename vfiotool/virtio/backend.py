@@ -19,12 +19,12 @@ from enum import IntEnum, IntFlag
 
 from vfiotool.errors import VfiotoolError
 from vfiotool.native.virtqueue import (
-    DirtyLog,
     MemoryMap,
     MemoryRegion,
     RingLayout,
     ServedQueue,
     Worker,
+    WrittenPages,
     log_bytes,
 )
 from vfiotool.virtio.block import BlockDisk, BlockFeature
@@ -253,13 +253,13 @@ class Frontend:
             raise ProtocolError(f"vring {index} of {size} entries is not in the in-flight area")
         return self.log, index * log_bytes(size)
 
-    def _dirty_log_of(self, vring: Vring) -> DirtyLog | None:
+    def _dirty_log_of(self, vring: Vring) -> WrittenPages | None:
         if self.dirty is None or not self.features & VirtioFeature.LOG_ALL:
             return None
         addresses = vring.addresses
         logged = addresses is not None and addresses.flags & _LOG_RING
         ring = addresses.log if addresses is not None and logged else None
-        return DirtyLog(self.dirty, self.dirty_bytes, ring)
+        return WrittenPages(self.dirty, self.dirty_bytes, ring)
 
     def _log_again(self) -> None:
         """Have running queues log as the features, the log and their addresses say now."""
