@@ -108,6 +108,83 @@ def test_what_is_exported_is_in_sync(tmp_path: Path) -> None:
     assert vfiotool("undo").code == 0
 
 
+def test_a_policy_by_serial_stays_in_sync_after_its_disk_went_to_vfio(tmp_path: Path) -> None:
+    (controller,) = os.listdir(f"{PCI}/{NVME}/nvme")
+    serial = Path(f"{PCI}/{NVME}/nvme/{controller}/serial").read_text().strip()
+    policy = tmp_path / "p.toml"
+    policy.write_text(f'version = 1\n[[device]]\nmatch = {{ serial = "{serial}" }}\n')
+    assert vfiotool("status", str(policy)).code == 1
+    assert vfiotool("apply", str(policy)).code == 0
+    assert driver_of(NVME) == "vfio-pci"
+    assert not os.path.exists(f"{PCI}/{NVME}/nvme")
+    assert vfiotool("status", str(policy)).code == 0
+    assert vfiotool("apply", str(policy), "--json").json["steps"] == []
+    # Another serial number is never corrected to one that there is.
+    policy.write_text(policy.read_text().replace(serial, f"{serial}x"))
+    missing = vfiotool("plan", str(policy))
+    assert missing.code == 3
+    assert f"serial:{serial}?" not in missing.err
+    assert vfiotool("undo").code == 0
+
+
+def test_what_new_id_gave_to_vfio_is_exported_and_in_sync(tmp_path: Path) -> None:
+    pci = Path(PCI)
+    bind = pci.parent / "drivers/vfio-pci"
+    before = driver_of(EDU)
+    if before is not None:
+        pytest.skip("this machine's edu has a driver")
+    (bind / "new_id").write_text("1234 11e8")
+    try:
+        assert driver_of(EDU) == "vfio-pci"
+        exported = tmp_path / "e.toml"
+        exported.write_text(vfiotool("export").out)
+        assert f'address = "{EDU}"' in exported.read_text()
+        assert vfiotool("status", str(exported)).code == 0
+        assert vfiotool("plan", str(exported), "--json").json["steps"] == []
+    finally:
+        (bind / "remove_id").write_text("1234 11e8")
+        for place in pci.iterdir():
+            ids = ((place / "vendor").read_text().strip(), (place / "device").read_text().strip())
+            if ids == ("0x1234", "0x11e8") and driver_of(place.name) == "vfio-pci":
+                (bind / "unbind").write_text(place.name)
+
+
+def test_a_driver_is_understood_by_either_spelling_and_one_that_nobody_has_is_foretold(
+    tmp_path: Path,
+) -> None:
+    policy = tmp_path / "p.toml"
+    rule = f'version = 1\n[[device]]\nmatch = {{ address = "{EDU}" }}\ndriver = '
+    policy.write_text(f'{rule}"vfio_pci"\n')
+    assert vfiotool("apply", str(policy)).code == 0
+    assert driver_of(EDU) == "vfio-pci"
+    assert vfiotool("status", str(policy)).code == 0
+    assert vfiotool("undo").code == 0
+    policy.write_text(f'{rule}"vfio-pcy"\n')
+    planned = vfiotool("plan", str(policy), "--json")
+    if not os.path.exists(f"/lib/modules/{os.uname().release}/modules.dep"):
+        pytest.skip("this guest has no list of modules")
+    assert planned.code == 4
+    (refusal,) = planned.json["refusals"]
+    assert refusal["kind"] == "no-such-driver"
+    refused = vfiotool("apply", str(policy))
+    assert refused.code == 4
+    assert "no driver named vfio-pcy is registered" in refused.err
+
+
+def test_a_count_of_vfs_that_the_kernel_takes_is_not_refused_and_is_in_sync(
+    tmp_path: Path,
+) -> None:
+    policy = tmp_path / "p.toml"
+    total = int(Path(f"{PCI}/{NVME}/sriov_totalvfs").read_text())
+    head = f'version = 1\n[[sriov]]\nmatch = {{ address = "{NVME}" }}\n'
+    policy.write_text(f"{head}vfs = {total}\nautoprobe = false\n")
+    planned = vfiotool("plan", str(policy), "--json")
+    assert (planned.code, planned.json["refusals"]) == (0, [])
+    assert vfiotool("apply", str(policy)).code == 0
+    assert vfiotool("status", str(policy)).code == 0
+    assert vfiotool("undo").code == 0
+
+
 def test_a_saved_plan_refuses_a_host_that_has_changed(tmp_path: Path) -> None:
     policy, saved = tmp_path / "p.toml", tmp_path / "p.plan"
     policy.write_text(DISK_VFS)

@@ -229,3 +229,33 @@ def test_every_fixture_is_in_sync_with_its_own_export(
     exported = tmp_path / "exported.toml"
     exported.write_text(run(capsys, host, "export")[1]["policy"])
     assert run(capsys, host, "status", str(exported))[0] == 0
+
+
+def test_a_vgpu_that_is_ready_is_not_taken_from_its_driver(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    host = case("03") / "root.txt"
+    code, payload, _ = run(capsys, host, "bind", "0000:41:00.4", "--dry-run")
+    assert code == 4
+    assert "is a vGPU of type 1150, ready on nvidia as it stands" in payload["error"]["message"]
+    policy = tmp_path / "p.toml"
+    policy.write_text(
+        'version = 1\n[[sriov]]\nmatch = { address = "0000:41:00.0" }\nvfs = 2\n'
+        'vf = [ { index = 0, driver = "vfio-pci" } ]\n'
+    )
+    code, payload, _ = run(capsys, host, "plan", str(policy))
+    assert (code, [entry["device"] for entry in payload["refusals"]]) == (4, ["0000:41:00.4"])
+
+
+def test_a_vf_without_a_vgpu_type_is_told_to_get_one_and_not_to_go_to_vfio_pci(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    host = case("03") / "root.txt"
+    _, payload, _ = run(capsys, host, "why", "0000:41:00.5")
+    path = "/sys/bus/pci/devices/0000:41:00.5/nvidia/current_vgpu_type"
+    assert payload["next"][0] == f"echo 1148 > {path}"
+    assert not any("bind" in line for line in payload["next"])
+    assert any("1150 (NVIDIA L40S-3Q)" in note for note in payload["notes"])
+    code, payload, _ = run(capsys, host, "vm", "check", "0000:41:00.5")
+    assert (code, payload["ready"]) == (1, False)
+    assert payload["findings"][0]["next"] == "vfiotool why 0000:41:00.5"

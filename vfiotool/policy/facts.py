@@ -14,6 +14,7 @@ from vfiotool.change.steps.vf_network import read_settings
 from vfiotool.devices.mdev import Mdev, MdevType, read_mdev_types, read_mdevs
 from vfiotool.devices.pci import PciIdentity, list_addresses, read_identity
 from vfiotool.devices.serial import drive_serials, same_serial
+from vfiotool.devices.vgpu import parse_creatable, type_path
 from vfiotool.errors import NotFound
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_PCI_DEVICES
@@ -127,12 +128,6 @@ def _read_creatable(
     return found
 
 
-def parse_creatable(text: str) -> dict[int, str]:
-    """The types in `creatable_vgpu_types`, number to name: lines `1148  : NVIDIA L40S-1Q`."""
-    rows = (line.partition(":") for line in text.splitlines())
-    return {int(first): name.strip() for first, _, name in rows if first.strip().isdecimal()}
-
-
 def _vfs_to_be(
     policy: Policy, sriov: Iterable[tuple[str, ...]], facts: Facts
 ) -> dict[tuple[str | None, int | None], tuple[str, ...]]:
@@ -172,9 +167,7 @@ def _read_numbers(
         for vf in vfs:
             numbers = {
                 MSIX: read_msix_count(host, vf),
-                "nvidia/current_vgpu_type": host.read_int(
-                    f"{SYS_PCI_DEVICES}/{vf}/nvidia/current_vgpu_type"
-                ),
+                "nvidia/current_vgpu_type": host.read_int(type_path(vf)),
             }
             found.update({(vf, name): n for name, n in numbers.items() if n is not None})
     return found

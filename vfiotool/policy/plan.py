@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 
-from vfiotool.change.plans.bind import group_endpoints, load_steps, plan_bind, stands
+from vfiotool.change.plans.bind import group_endpoints, load_steps, plan_bind, refuse_vgpu, stands
 from vfiotool.change.plans.facts import DeviceFacts, Facts, SriovFacts, vf_address
 from vfiotool.change.plans.mdev import plan_mdev_create
 from vfiotool.change.plans.sriov import (
@@ -313,6 +313,9 @@ def _bind_vf(
     before = Binding(None, PARKED) if waiting is not None else found.binding if found else None
     if found is not None and before is not None and stands(before, goal):
         return
+    cleared = any(isinstance(step, SetVgpuType) and step.vf == place for step in draft.steps)
+    if found is not None and not cleared:
+        refuse_vgpu(found)
     draft.steps += load_steps(draft.facts.facts, draft.steps, goal.driver)
     if found is not None and before is not None:
         draft.steps.append(BindDriver(place, before, goal, found.identity))

@@ -12,6 +12,7 @@ from vfiotool.devices.mdev import Mdev, read_mdevs
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.platform import Platform, read_platform
 from vfiotool.devices.reset import lacks_reset
+from vfiotool.devices.vgpu import Vgpu, read_vgpu
 from vfiotool.errors import NotFound
 from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
@@ -63,6 +64,7 @@ class Case:
     mergers: tuple[Merger, ...] = ()
     neighbours: Mapping[str, PciFunction] = field(default_factory=dict, hash=False)
     no_reset: bool | None = None
+    vgpu: Vgpu | None = None
 
 
 class CaseReader:
@@ -133,6 +135,7 @@ class CaseReader:
             mergers,
             others,
             lacks_reset(self._host, function),
+            read_vgpu(self._host, name) if function.physfn is not None else None,
         )
 
     def _neighbours(self, names: Iterable[str]) -> dict[str, PciFunction]:

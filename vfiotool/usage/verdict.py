@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from vfiotool.devices.acs import reasons
 from vfiotool.devices.iommu import IommuGroup, group_as_json
 from vfiotool.devices.pci import PciFunction
+from vfiotool.devices.vgpu import Vgpu, type_path
 from vfiotool.host.paths import (
     SYS_IOMMU,
     SYS_IOMMU_GROUPS,
@@ -109,20 +110,44 @@ def explain(case: Case) -> Verdict:
     advice = advise(case, found)
     if any(step.startswith("vfiotool vm ") for step in advice.steps):
         notes += device_notes(case)
+    steps = advice.steps
+    if not found and case.vgpu is not None and not case.vgpu.current:
+        steps = _vgpu_steps(case, case.vgpu)
     return Verdict(
         address=case.name,
         passable=not found,
         word=word_of(case, found),
         group=case.group,
         blockers=found,
-        next=advice.steps,
+        next=steps,
         notes=tuple(dict.fromkeys((*advice.notes, *notes))),
         warnings=advice.warnings,
     )
 
 
+def _vgpu_steps(case: Case, vgpu: Vgpu) -> tuple[str, ...]:
+    """A VF that is to be a vGPU gets a type and stays on its driver: vfio-pci is not for it."""
+    if not vgpu.creatable:
+        return ()
+    name = case.name
+    return (
+        f"echo {min(vgpu.creatable)} > {type_path(name)}",
+        f"vfiotool vm check {name}",
+        f"vfiotool vm qemu {name}",
+    )
+
+
 def device_notes(case: Case) -> list[str]:
     """What to know of a device that no blocker says, whether or not it can be passed through."""
+    if case.vgpu is not None and not case.vgpu.current:
+        index = None if case.function is None else case.function.vf_index
+        return [
+            f"its vGPU type is 0, which is none: it stays on its driver and is ready once it has a "
+            f"type; it can create {case.vgpu.listed} (in a policy: vf = [ {{ index = {index}, "
+            "vgpu_type = … } ])"
+        ]
+    if case.vgpu is not None:
+        return [f"it is a vGPU of type {case.vgpu.current}, which a change of its driver destroys"]
     code = "" if case.function is None else case.function.class_code or ""
     if code.startswith("06"):
         return [

@@ -83,8 +83,20 @@ def _refuse_with_vfs(device: DeviceFacts) -> None:
     )
 
 
+def refuse_vgpu(device: DeviceFacts) -> None:
+    """A vGPU is ready on the vendor's driver as it stands, and gone once that lets go of it."""
+    if device.vgpu_type:
+        raise Refused(
+            f"{device.address} is a vGPU of type {device.vgpu_type}, ready on "
+            f"{device.binding.driver} as it stands: another driver would destroy it",
+            hint=f"vfiotool vm qemu {device.address}; or, in a policy, vgpu_type = 0 first",
+            device=device.address,
+        )
+
+
 def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
     _refuse_with_vfs(device)
+    refuse_vgpu(device)
     if device.is_bridge:
         if driver == "none" and bridge_in_the_way(device.class_code, device.binding.driver):
             return

@@ -25,6 +25,7 @@ from vfiotool.devices.drivers import (
 )
 from vfiotool.devices.pci import Address, parse_uevent, read_uevent_text
 from vfiotool.devices.sriov import read_eswitch_mode, read_vfs
+from vfiotool.devices.vgpu import type_path
 from vfiotool.errors import NotFound
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
@@ -58,7 +59,10 @@ class SriovFacts:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """One PCI function. `best_driver` is the VFIO driver made for it, else vfio-pci."""
+    """One PCI function. `best_driver` is the VFIO driver made for it, else vfio-pci.
+
+    `vgpu_type` is that of a VF on NVIDIA's driver, 0 for none; None for all else.
+    """
 
     address: str
     identity: Identity
@@ -69,6 +73,7 @@ class DeviceFacts:
     sriov: SriovFacts | None
     origin: Binding | None
     best_driver: str
+    vgpu_type: int | None = None
 
     @property
     def is_bridge(self) -> bool:
@@ -169,16 +174,18 @@ def _read_device(
     uevent = parse_uevent(read_uevent_text(host, base) or "")
     class_code = uevent.get("PCI_CLASS")
     group = host.linkname(f"{base}/iommu_group")
+    physfn = host.linkname(f"{base}/physfn")
     return DeviceFacts(
         address=address,
         identity=identity,
         class_code=None if class_code is None else class_code.lower().zfill(6),
         binding=read_binding(host, "pci", address),
         group=int(group) if group is not None and group.isdecimal() else None,
-        physfn=host.linkname(f"{base}/physfn"),
+        physfn=physfn,
         sriov=_read_sriov(host, address, eswitch_wanted),
         origin=None if journal is None else journal.origin("pci", address, identity),
         best_driver=kernel_name(best_driver(uevent.get("MODALIAS"), variants), drivers),
+        vgpu_type=None if physfn is None else host.read_int(type_path(address)),
     )
 
 
