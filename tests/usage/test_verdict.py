@@ -393,3 +393,14 @@ def test_a_program_that_holds_the_device_has_to_end_before_the_next_step(small: 
     small.function(EDU, group=3, driver="vfio-pci")
     small.file("/proc/vfiotool/open-nodes", "5\tqemu\t/dev/vfio/3\t/sys/devices/virtual/vfio/3")
     assert any("end that before the next step" in note for note in ask(small, EDU).notes)
+
+
+def test_a_mediated_device_without_a_driver_is_removed_only_to_be_made_again(
+    small: SmallHost,
+) -> None:
+    mdev(small, None)
+    steps = ask(small, UUID).next
+    assert steps[0] == f"vfiotool mdev remove {UUID}"
+    path = small.links[f"/sys/bus/mdev/devices/{UUID}"]
+    assert path
+    assert all(step.endswith(UUID) for step in steps)

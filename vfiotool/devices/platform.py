@@ -107,7 +107,7 @@ def read_platform(host: Host) -> Platform:
     options = host.read(PROC_CMDLINE)
     cpus = host.read(f"{PROC}/cpuinfo") or ""
     release = host.read(PROC_OSRELEASE)
-    known = host.isdir(SYS_FIRMWARE_ACPI_TABLES)
+    known = host.live or host.isdir(SYS_FIRMWARE_ACPI_TABLES)
     return Platform(
         architecture=_architecture(host, release, cpus, units, tables),
         vendor=_vendor(tables, cpus),

@@ -40,7 +40,7 @@ def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     cannot be bound along.
     """
     if case.function is None:
-        return _advise_mdev(case.name, blockers)
+        return _advise_mdev(case, blockers)
     function = case.function
     warnings = tuple(dict.fromkeys(_vital_use_warnings(blockers)))
     ends = [*_dead_ends(case, function, blockers)]
@@ -78,9 +78,19 @@ def _what_the_steps_end(blockers: Iterable[Blocker]) -> Iterable[str]:
             yield f"fuser only shows who has {blocker.subject} open: end that before the next step"
 
 
-def _advise_mdev(uuid: str, blockers: tuple[Blocker, ...]) -> Advice:
-    """The steps for a mediated device, which needs no IOMMU and no binding of its own."""
+def _advise_mdev(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
+    """The steps for a mediated device, which needs no IOMMU and no binding of its own.
+
+    One without a driver gets one only when it is made (drivers/vfio/mdev/mdev_driver.c), so it is
+    made again.
+    """
+    uuid = case.name
     steps = [*_ending_steps(blockers)]
+    mdev = case.mdev
+    driverless = any(blocker.kind == "no-driver" for blocker in blockers)
+    if driverless and mdev is not None and mdev.parent is not None and mdev.type is not None:
+        words = ("vfiotool", "mdev", "create", mdev.parent, mdev.type, "--uuid", uuid)
+        steps.append(shlex.join(words))
     if not blockers:
         steps += [f"vfiotool vm check {uuid}", f"vfiotool vm qemu {uuid}"]
     return Advice(tuple(steps))

@@ -74,9 +74,18 @@ def _read(host: Host, ids: Sequence[int]) -> Iterator[IommuGroup]:
 def no_groups(host: Host) -> Unsupported:
     """Why there is nothing to pass through here, and the way out."""
     from vfiotool.devices.firmware import OPTION_THAT_ENABLES, iommu_tables
+    from vfiotool.devices.platform import read_platform
+    from vfiotool.host.distribution import read_distribution
 
-    offered = iommu_tables(host)
-    if offered:
+    offered, platform = iommu_tables(host), read_platform(host)
+    if platform.missing_option is not None:
+        reason = f"the firmware offers an IOMMU ({', '.join(offered)}), the kernel does not use it"
+        way = " && ".join(read_distribution(host).kernel_option(platform.missing_option))
+        way += ", then reboot"
+    elif platform.architecture in ("s390x", "ppc64"):
+        reason = "no PCI device here is in one"
+        way = "vfiotool doctor shows what the kernel has"
+    elif offered:
         reason = f"the firmware offers an IOMMU ({', '.join(offered)}), the kernel does not use it"
         option = OPTION_THAT_ENABLES.get(offered[0]) or "no iommu=off or amd_iommu=off"
         way = f"boot with {option} on the kernel's command line"
