@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.change.changing import EDU, NVME, STUBBORN, binding, do, furnished, releasing, run_folder
 from tests.fakes.kernel import FakeKernel, Fault
+from vfiotool.change.apply import change
 from vfiotool.change.confirm import attach, confirm, revert_unconfirmed
 from vfiotool.change.guard import Allowance, find_blockers, refuse_uses
 from vfiotool.change.journal import Journal
@@ -19,6 +21,8 @@ from vfiotool.change.undo import undo, undo_number
 from vfiotool.errors import KernelError, NotFound, Refused, Stuck, UsageError
 from vfiotool.host.host import Host
 from vfiotool.netlink.codec import Message, Request
+from vfiotool.policy.parse import parse_policy
+from vfiotool.policy.saved import DesiredState
 
 
 @pytest.fixture
@@ -227,3 +231,41 @@ def test_what_hurts_is_refused_unless_it_is_allowed_by_name(kernel: FakeKernel) 
     for text in ("swap", "swap:", ":x", ""):
         with pytest.raises(UsageError, match="is not KIND:WHAT"):
             Allowance.parse(text)
+
+
+def test_the_boot_display_is_not_taken_unless_it_is_allowed(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    """It has no driver, and the host's console is shown on it all the same."""
+    kernel.add_function("0000:00:05.0", "1234:1111", class_code="030000", group=5)
+    base = "/sys/devices/pci0000:00/0000:00:05.0"
+    kernel._put(f"{base}/class", b"0x030000\n")
+    kernel._put(f"{base}/boot_vga", b"1\n")
+    make = binding("0000:00:05.0")
+    with pytest.raises(Refused, match="boot-vga"):
+        do(kernel.host(), journal, make)
+    assert kernel.writes == []
+    allowed = [Allowance.parse("boot-vga:0000:00:05.0")]
+    host = kernel.host()
+    change(host, journal, "bind", lambda: make(host, journal), allowed=allowed)
+    assert kernel.driver_of("0000:00:05.0") == "vfio-pci"
+
+
+def test_a_policy_is_not_applied_where_it_could_not_be_kept(tmp_path: Path) -> None:
+    """The desired state is tried out before the change (a folder stands where it is to be)."""
+    desired = DesiredState(str(tmp_path / "etc"))
+    policy = parse_policy("version = 1\n")
+    desired.try_out(policy)
+    assert os.listdir(tmp_path / "etc") == []
+    (tmp_path / "etc" / "trial.json").mkdir()
+    with pytest.raises(KernelError):
+        desired.try_out(policy)
+
+
+def test_a_name_with_a_newline_forges_no_line_of_the_history(
+    kernel: FakeKernel, journal: Journal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vfiotool.cli import output
+
+    output.table(("CHANGE", "COMMAND"), [["1", "apply a\n9  2001-01-01  committed  bind \x1b[31m"]])
+    assert len(capsys.readouterr().out.splitlines()) == 2
