@@ -7,6 +7,7 @@ with real file systems and interfaces: they still work at the end, and whoever c
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,12 +50,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 def disk() -> str | None:
     """The node of the NVMe disk, once its driver has it."""
-    found = [
-        path.name
-        for path in Path(f"{PCI}/devices/{NVME}").glob("nvme/nvme*/nvme*n*")
-        if (path / "size").exists() and (path / "size").read_text().strip() != "0"
-    ]
-    return f"/dev/{found[0]}" if found and os.path.exists(f"/dev/{found[0]}") else None
+    for path in Path(f"{PCI}/devices/{NVME}").glob("nvme/nvme*/nvme*"):
+        # With multipathing the controller shows a hidden path (nvme0c0n1) to the disk.
+        found = re.fullmatch(r"(nvme\d+)(c\d+)?(n\d+)", path.name)
+        node = f"{found[1]}{found[3]}" if found else ""
+        size = Path(f"/sys/class/block/{node}/size")
+        if found and os.path.exists(f"/dev/{node}") and size.read_text().strip() != "0":
+            return f"/dev/{node}"
+    return None
 
 
 def give_to_host(address: str, driver: str) -> None:
@@ -91,6 +94,14 @@ def mounted(tmp_path: Path) -> Iterator[Mounted]:
     run("mkfs.ext4", "-qF", disk() or "")
     yield Mounted(tmp_path)
     subprocess.run(["umount", "-l", str(tmp_path)], check=False, capture_output=True)
+    put_back()
+
+
+@pytest.fixture
+def guest() -> Iterator[None]:
+    """Put everything back afterwards."""
+    modprobe("vfio-pci")
+    yield
     put_back()
 
 
@@ -212,7 +223,7 @@ def test_a_change_stops_before_a_second_device_that_came_into_use(mounted: Mount
     assert driver_of(EDU) == "vfio-pci"
 
 
-def test_a_second_signal_leaves_what_recover_undoes(mounted: Mounted) -> None:
+def test_a_second_signal_leaves_what_recover_undoes(guest: None) -> None:
     assert vfiotool("bind", EDU).code == 0
     before = (driver_of(EDU), override_of(EDU))
     child = held(EDU)
@@ -257,7 +268,7 @@ def vfiotool_confirm_state() -> str:
     return " ".join(path.read_text() for path in Path(RUN_FOLDER).glob("boot-*/pending/*"))
 
 
-def test_a_stopped_apply_is_rolled_back_at_its_deadline(mounted: Mounted, tmp_path: Path) -> None:
+def test_a_stopped_apply_is_rolled_back_at_its_deadline(guest: None, tmp_path: Path) -> None:
     assert vfiotool("bind", EDU).code == 0
     child = held(EDU)
     policy = tmp_path / "p.toml"
@@ -304,7 +315,7 @@ def test_settings_of_a_vf_in_use_are_refused(vf: str, tmp_path: Path) -> None:
     run("ip", "route", "del", "default", "via", "10.9.9.2", "dev", vf)
 
 
-def test_release_of_a_held_device_is_refused_unless_allowed(mounted: Mounted) -> None:
+def test_release_of_a_held_device_is_refused_unless_allowed(guest: None) -> None:
     assert vfiotool("bind", EDU).code == 0
     child = held(EDU)
     try:
@@ -317,7 +328,7 @@ def test_release_of_a_held_device_is_refused_unless_allowed(mounted: Mounted) ->
     assert vfiotool("release", EDU).code == 0
 
 
-def test_a_device_without_driver_whose_registers_are_open_is_refused(mounted: Mounted) -> None:
+def test_a_device_without_driver_whose_registers_are_open_is_refused(guest: None) -> None:
     with open(f"{PCI}/devices/{EDU}/resource0", "rb"):
         done = vfiotool("bind", EDU)
         assert done.code == 4, done

@@ -17,6 +17,8 @@ from vfiotool.usage.blocker import KINDS
 from vfiotool.usage.sight import Sight
 from vfiotool.usage.survey import Blocker, look
 
+_CHILDREN = ("mdev-children", "vdpa-children")
+
 
 @dataclass(frozen=True)
 class Allowance:
@@ -61,7 +63,7 @@ def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
         blocker
         for blocker in found
         if not (blocker.kind == "vfs-enabled" and blocker.device in remade)
-        and not (blocker.kind == "mdev-children" and blocker.subject in removed)
+        and not (blocker.kind in _CHILDREN and blocker.subject in removed)
     )
 
 
