@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from vfiotool.devices.attached import is_part_of, net_paths
 from vfiotool.devices.inventory import Inventory
@@ -73,11 +74,13 @@ def resolve_claim(host: Host, inventory: Inventory, claim: Claim) -> tuple[str, 
     paths = [
         path
         for name, path in net_paths(host).items()
-        if (kind == "interface" and name == value)
+        if (kind == "interface" and fnmatchcase(name, value))
+        or kind == "netdriver"
         or (kind == "mac" and host.read(f"{SYS_NET}/{name}/address") == value.lower())
     ]
     return tuple(
         function.address
         for function in inventory.functions
         if any(is_part_of(function.path, path) for path in paths)
+        and (kind != "netdriver" or function.driver == value)
     )

@@ -1,7 +1,8 @@
 """Which other tools on a host lay claim to devices: an observation (see host_scan.py).
 
 One line a claim, fields separated by a tab: tool, file, device, setting. A device is written
-`pci:ADDRESS`, `mdev:UUID`, `id:VENDOR:DEVICE`, `interface:NAME`, `mac:ADDRESS` or `path:ID_PATH`.
+`pci:ADDRESS`, `mdev:UUID`, `id:VENDOR:DEVICE`, `interface:NAME` (a pattern, as netplan has them),
+`netdriver:NAME` (all interfaces of a driver), `mac:ADDRESS` or `path:ID_PATH`.
 The files are read here and not through `Host.read`, because they can hold passwords (Wi-Fi keys,
 VNC passwords) that have no business in a snapshot: only the claims leave this module.
 """
@@ -13,6 +14,8 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator
+
+from vfiotool.host.netplan import netplan_claims
 
 _MAX_FILE_BYTES = 1 << 20
 _SECTION = re.compile(r"\[([^\]]+)\]")
@@ -105,21 +108,9 @@ def _systemd_links(root: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _netplan(root: str) -> Iterator[tuple[str, str, str, str]]:
-    """By indentation alone: no YAML parser is among the dependencies, and none is needed."""
     folders = ("/etc/netplan", "/run/netplan", "/usr/lib/netplan")
     for path, text in _files(root, folders, ".yaml"):
-        parents: list[tuple[int, str]] = []
-        for line in text.splitlines():
-            stripped = line.strip()
-            key, colon, value = stripped.partition(":")
-            if not colon or stripped.startswith("#"):
-                continue
-            depth = len(line) - len(line.lstrip())
-            parents = [entry for entry in parents if entry[0] < depth]
-            if key == "virtual-function-count" and parents:
-                setting = f"virtual-function-count={value.strip()}"
-                yield "netplan", path, f"interface:{parents[-1][1]}", setting
-            parents.append((depth, key.strip("\"'")))
+        yield from (("netplan", path, *claim) for claim in netplan_claims(text))
 
 
 def _driverctl(root: str) -> Iterator[tuple[str, str, str, str]]:
