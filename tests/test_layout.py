@@ -53,7 +53,6 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "past_the_face": ("vfiotool/cli/drive/nvme",),
     "paths_elsewhere": ("vfiotool/host/observe.py",),
     "names_twice": (
-        "Header",
         "Tree",
     ),
 }

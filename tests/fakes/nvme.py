@@ -127,7 +127,7 @@ class FakeNvme:
         self.info = SimpleNamespace(is_pci=True, has_reset=False)
         self.gate = (ctypes.c_uint32 * 2)(1, 0)
         self.pins = 0
-        self.config = SimpleNamespace(read32=lambda offset: 0x01080201)
+        self.vendor, self.device, self.class_code = 0x1B36, 0x0010, 0x010802
         self.dma = SimpleNamespace(alloc=self.alloc)
         self.entries, self.shutdown_s, self.rtd3e_us = 1024, 0.0, 0
         self.vectors: dict[int, int] = {}

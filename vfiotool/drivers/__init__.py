@@ -12,7 +12,7 @@ from importlib import import_module
 from vfiotool.errors import NotFound
 from vfiotool.vfio import Device, RegisterMap
 
-# Name -> module with a `demo(device)`; a module is imported when it is asked for.
+# Name -> module with a `demo(device)` and `DRIVES`; a module is imported when it is asked for.
 DEMOS = {
     "edu": "vfiotool.drivers.edu",
     "pci_testdev": "vfiotool.drivers.pci_testdev",
@@ -21,6 +21,21 @@ DEMOS = {
     "mbochs": "vfiotool.drivers.display",
     "mdpy": "vfiotool.drivers.display",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceId:
+    """Which devices a driver drives: what is None may be anything. `class_code` has 24 bits: class,
+    subclass, interface."""
+
+    vendor: int | None = None
+    device: int | None = None
+    class_code: int | None = None
+
+    def matches(self, vendor: int, device: int, class_code: int) -> bool:
+        wanted = (self.vendor, self.device, self.class_code)
+        found = (vendor, device, class_code)
+        return all(a is None or a == b for a, b in zip(wanted, found, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +72,26 @@ def register_map(name: str, device: Device) -> RegisterMap:
         raise NotFound(f"no driver {name!r} declares registers", hint=f"one of: {names}")
     bound: RegisterMap = declared[name](device)
     return bound
+
+
+def find_driver(vendor: int, device: int, class_code: int) -> str | None:
+    """The name of the driver that drives devices with these ids (PCI Local Bus 3.0, 6.2.1), by
+    what each declares in its `DRIVES`; None where there is none."""
+    for name, module in DEMOS.items():
+        drives: dict[str, tuple[DeviceId, ...]] = import_module(module).DRIVES
+        if any(one.matches(vendor, device, class_code) for one in drives.get(name, ())):
+            return name
+    return None
+
+
+def driver_of(device: Device) -> str:
+    """The name of the driver that drives `device`. Raises NotFound, which tells its ids."""
+    name = find_driver(device.vendor, device.device, device.class_code)
+    if name is None:
+        raise NotFound(
+            f"no driver of vfiotool drives {device.name} "
+            f"({device.vendor:04x}:{device.device:04x}, class {device.class_code:06x})",
+            hint=f"name one: {', '.join(sorted(DEMOS))}",
+            device=device.name,
+        )
+    return name

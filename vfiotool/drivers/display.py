@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from vfiotool.drivers import Check
+from vfiotool.drivers import Check, DeviceId
 from vfiotool.errors import Unsupported, UsageError
 from vfiotool.vfio import (
     Device,
@@ -24,8 +24,8 @@ from vfiotool.vfio import (
     read_plane,
 )
 
-MBOCHS_ID = 0x1111_1234
-MDPY_ID = 0x000F_1B36
+MBOCHS, MDPY = DeviceId(0x1234, 0x1111), DeviceId(0x1B36, 0x000F)
+DRIVES = {"mbochs": (MBOCHS,), "mdpy": (MDPY,)}
 FORMAT = "XR24"
 _EDID_TYPE, _EDID_SUBTYPE = 1, 1  # VFIO_REGION_TYPE_GFX, VFIO_REGION_SUBTYPE_GFX_EDID
 _LINK_UP, _LINK_DOWN = 1, 2
@@ -162,10 +162,10 @@ class Mdpy(Display):
 
 def open_display(device: Device) -> Mbochs | Mdpy:
     """The display that `device` is. Raises UsageError if it is neither."""
-    found = device.config.read32(0)
-    if found == MBOCHS_ID:
+    found = (device.vendor, device.device, device.class_code)
+    if MBOCHS.matches(*found):
         return Mbochs(device)
-    if found == MDPY_ID:
+    if MDPY.matches(*found):
         return Mdpy(device)
     raise UsageError(f"{device.name} is neither mbochs nor mdpy", device=device.name)
 

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator
 from math import factorial
 
-from vfiotool.drivers import Check
+from vfiotool.drivers import Check, DeviceId
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.vfio import Device, Interrupt, Register, RegisterMap
 
-VENDOR_DEVICE = 0x11E8_1234  # device and vendor id as configuration space holds them
+VENDOR, DEVICE = 0x1234, 0x11E8
+DRIVES = {"edu": (DeviceId(VENDOR, DEVICE),)}
 ADDRESS_BITS = 28
 BUFFER_START = 0x40000
 BUFFER_SIZE = 4096
@@ -53,7 +54,7 @@ class Edu:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.registers = EduRegisters(device.region(0).map())
-        if device.config.read32(0) != VENDOR_DEVICE:
+        if (device.vendor, device.device) != (VENDOR, DEVICE):
             raise UsageError(f"{device.name} is not an edu device", device=device.name)
         # A driver that was killed may have left a transfer running, and edu has no reset: with
         # bus mastering still off it ends without touching memory.

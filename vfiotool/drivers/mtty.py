@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vfiotool.drivers import Check
+from vfiotool.drivers import Check, DeviceId
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.vfio import Device, Register, RegisterMap
 
-VENDOR_DEVICE = 0x3253_4348
+VENDOR, DEVICE = 0x4348, 0x3253
+DRIVES = {"mtty": (DeviceId(VENDOR, DEVICE),)}
 FIFO_BYTES = 15
 
 
@@ -45,7 +46,7 @@ class SerialPort:
     """One port of the card: `number` 0 or 1. The FIFO is enabled and emptied."""
 
     def __init__(self, device: Device, number: int = 0, *, clear: bool = True) -> None:
-        if device.config.read32(0) != VENDOR_DEVICE:
+        if (device.vendor, device.device) != (VENDOR, DEVICE):
             raise UsageError(f"{device.name} is not an mtty", device=device.name)
         self.registers = UartRegisters(device.region(number))
         if clear:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vfiotool.drivers import Check
+from vfiotool.drivers import Check, DeviceId
 from vfiotool.errors import UsageError
 from vfiotool.vfio import Device, Registers
 
-VENDOR_DEVICE = 0x0005_1B36
+VENDOR, DEVICE = 0x1B36, 0x0005
+DRIVES = {"pci_testdev": (DeviceId(VENDOR, DEVICE),)}
 MEMORY_BAR, PORT_BAR = 0, 1
 # struct pci_test_dev_hdr: test, width, pad, offset (4), data, pad, count (4), name.
 _TEST, _WIDTH, _OFFSET, _DATA, _COUNT, _NAME = 0x00, 0x01, 0x04, 0x08, 0x0C, 0x10
@@ -23,7 +24,7 @@ _WRITES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class TestHeader:
     """What the device says of the running test: write `data` (`width` bytes) to `offset`."""
 
     test: int
@@ -38,24 +39,24 @@ class PciTestdev:
     """The device. Raises UsageError if `device` is not a pci-testdev."""
 
     def __init__(self, device: Device) -> None:
-        if device.config.read32(0) != VENDOR_DEVICE:
+        if (device.vendor, device.device) != (VENDOR, DEVICE):
             raise UsageError(f"{device.name} is not a pci-testdev", device=device.name)
         self.device = device
         self.memory: Registers = device.region(MEMORY_BAR).map()
         # Ports cannot be mapped: the kernel does each access.
         self.ports: Registers = device.region(PORT_BAR)
 
-    def start(self, bar: Registers, test: int) -> Header:
+    def start(self, bar: Registers, test: int) -> TestHeader:
         """Start test number `test`; its count is then 0."""
         bar.write8(_TEST, test)
         return self.header(bar)
 
-    def header(self, bar: Registers) -> Header:
+    def header(self, bar: Registers) -> TestHeader:
         """The header of the test that runs."""
         name = bytearray()
         while (byte := bar.read8(_NAME + len(name))) and len(name) < 64:
             name.append(byte)
-        return Header(
+        return TestHeader(
             test=bar.read8(_TEST),
             width=bar.read8(_WIDTH),
             offset=_word(bar, _OFFSET),

@@ -100,7 +100,7 @@ def test_other_devices_and_metadata_are_refused(fake: Any) -> None:
     with pytest.raises(Unsupported, match="8 bytes of metadata"):
         controller.create_queue().read(disk, 0, 1)
     controller.close()
-    fake.config.read32 = lambda offset: 0x02000000
+    fake.class_code = 0x020000
     with pytest.raises(Unsupported, match="not an NVMe controller"):
         Controller(fake)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vfiotool.cli import candidates, output
-from vfiotool.cli.context import DeviceArgument, area, examples, wants_json
+from vfiotool.cli.context import SELECTORS, DeviceArgument, area, examples, wants_json
 from vfiotool.cli.drive import device_frame, device_state, device_trace
 from vfiotool.cli.drive.opening import (
     REGION_NAMES,
@@ -17,6 +17,7 @@ from vfiotool.cli.drive.opening import (
     TokenOption,
     TraceOption,
     WidthOption,
+    driver_and_device,
     number,
     opened,
     region_number,
@@ -191,23 +192,30 @@ def reset(
         output.say(f"reset: {', '.join(also)}")
 
 
-@app.command("dump", epilog=examples("vfiotool device dump edu 0000:05:01.0"))
+@app.command(
+    "dump",
+    epilog=examples("vfiotool device dump 0000:05:01.0", "vfiotool device dump edu 0000:05:01.0"),
+)
 def dump(
     context: typer.Context,
-    driver: Annotated[
-        str,
+    words: Annotated[
+        list[str],
         typer.Argument(
-            metavar="DRIVER", help="Whose registers: edu, …", autocompletion=candidates.demos
+            metavar="[DRIVER] DEVICE",
+            help="Whose registers (left out: those of the driver that drives it), and the device. "
+            f"{SELECTORS}",
+            autocompletion=candidates.devices,
         ),
     ],
-    device: DeviceArgument,
     backend: BackendOption = "auto",
     vf_token: TokenOption = None,
 ) -> None:
     """Print a device's registers, decoded as its driver declares them."""
-    from vfiotool.drivers import register_map
+    from vfiotool.drivers import driver_of, register_map
 
+    driver, device = driver_and_device(words)
     with opened(context, device, backend, vf_token=vf_token) as opened_device:
+        driver = driver or driver_of(opened_device)
         found = list(register_map(driver, opened_device).dump())
         name = opened_device.name
     if wants_json(context):

@@ -55,6 +55,14 @@ OffsetArgument = Annotated[
 WidthOption = Annotated[int, typer.Option("--width", metavar="1|2|4|8", help="Bytes an access.")]
 
 
+def driver_and_device(words: list[str]) -> tuple[str | None, str]:
+    """What `[NAME] DEVICE` says: the driver's name as modules spell it, or None, and the device.
+    Raises UsageError for more than two words."""
+    if len(words) > 2:
+        raise UsageError(f"{' '.join(words)[:80]!r}: at most a driver's name and a device")
+    return (words[0].replace("-", "_") if len(words) == 2 else None), words[-1]
+
+
 @contextmanager
 def opened(
     context: typer.Context,

@@ -58,7 +58,7 @@ class Controller:
     _closed: bool = False
 
     def __init__(self, device: Device, *, shadow_doorbells: bool = False) -> None:
-        if device.info.is_pci and device.config.read32(0x08) >> 8 != 0x010802:
+        if device.info.is_pci and device.class_code != nvme_spec.CLASS_CODE:
             raise Unsupported(f"{device.name} is not an NVMe controller", device=device.name)
         other = _open.get(device, lambda: None)()
         if other is not None and not other._closed:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vfiotool.drivers import Check
+from vfiotool.drivers import Check, DeviceId
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.drivers.nvme.identify import Namespace
 from vfiotool.vfio import Device
+
+DRIVES = {"nvme": (DeviceId(class_code=nvme_spec.CLASS_CODE),)}
 
 
 def demo(device: Device) -> Iterator[Check]:

@@ -10,6 +10,7 @@ import struct
 
 from vfiotool.vfio import Register, RegisterMap
 
+CLASS_CODE = 0x010802  # PCI Code and ID Assignment 1.11, 1.9: NVM Express I/O controller
 DOORBELLS = 0x1000
 # I/O commands: NVM Command Set 1.0, section 3.2.
 FLUSH, WRITE, READ, WRITE_ZEROES = 0x00, 0x01, 0x02, 0x08
