@@ -52,9 +52,7 @@ def tree() -> Tree:
 KNOWN: dict[str, tuple[str, ...]] = {
     "past_the_face": ("vfiotool/cli/drive/nvme",),
     "paths_elsewhere": ("vfiotool/host/observe.py",),
-    "names_twice": (
-        "Tree",
-    ),
+    "names_twice": ("Tree",),
 }
 
 

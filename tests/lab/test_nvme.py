@@ -367,7 +367,15 @@ def test_the_commands_read_write_and_measure(backend: str, tmp_path: Path) -> No
         return found
 
     told = nvme("identify", DISK)
-    assert told["namespaces"] == [{"nsid": 1, "blocks": 262144, "block_bytes": 512}]
+    assert told["namespaces"] == [
+        {
+            "nsid": 1,
+            "blocks": 262144,
+            "block_bytes": 512,
+            "metadata_bytes": 0,
+            "command_set": "nvm",
+        }
+    ]
     data = os.urandom(777 * 512)
     (tmp_path / "in").write_bytes(data)
     wrote = nvme("write", DISK, "--lba", "123", "--input", str(tmp_path / "in"))

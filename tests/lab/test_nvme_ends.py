@@ -207,8 +207,9 @@ def test_logs_features_and_blocks_of_a_real_controller(device: Device) -> None:
     queue.write(disk, 0, data := os.urandom(32 * 512))
     blocks.compare(queue, disk, 0, data)
     blocks.verify(queue, disk, 0, 32)
-    blocks.copy(queue, disk, 100, [(0, 8), (16, 8)])
-    assert queue.read(disk, 100, 16) == data[: 8 * 512] + data[16 * 512 : 24 * 512]
+    if namespace["mssrl"]:  # 0 where QEMU makes the namespace itself: no range may be copied
+        blocks.copy(queue, disk, 100, [(0, 8), (16, 8)])
+        assert queue.read(disk, 100, 16) == data[: 8 * 512] + data[16 * 512 : 24 * 512]
     blocks.write_zeroes(queue, disk, 4, 4)
     blocks.trim(queue, disk, [(8, 8)])
     assert queue.read(disk, 4, 4) == bytes(4 * 512)
@@ -218,6 +219,7 @@ def test_logs_features_and_blocks_of_a_real_controller(device: Device) -> None:
 
 def test_an_event_of_before_is_not_anothers_answer(device: Device) -> None:
     controller = Controller(device)
+    admin.set_feature(controller, admin.Feature.ASYNC_EVENTS, 0xFF)
     with pytest.raises(KernelError, match="did not end"):
         controller.admin(nvme_spec.command(nvme_spec.ASYNC_EVENT), timeout_s=0.3)
     assert controller.identity.model.encode() in controller.identify(1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.nvme import FakeNvme
-from vfiotool.drivers.nvme import Controller, IoQueue, Namespace, admin, blocks, tables
+from vfiotool.drivers.nvme import Batch, Controller, IoQueue, Namespace, admin, blocks, tables
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.pointers import Segment, pages_of, prp
 from vfiotool.errors import KernelError, UsageError
@@ -163,6 +163,25 @@ def test_data_in_pieces_goes_there_and_back(
         assert segment.buffer.pins == 0
     blocks.transfer(queue, nvme_spec.WRITE, disk, 0, count, segments)
     assert fake.disk[: count * 512] == got
+
+
+def test_a_batch_holds_its_buffer_while_commands_are_out(
+    fake: Any, disk: Namespace, queue: IoQueue
+) -> None:
+    memory = fake.alloc(8 * 4096)
+    batch = Batch(
+        queue.pair, nvme_spec.READ, 1, blocks=1, size_bytes=512, buffer=memory, stride=4096
+    )
+    for n in range(8):
+        batch.slots[n], batch.lbas[n] = n, disk.blocks if n == 7 else n
+    assert batch.submit(8) == 8 and memory.pins == 1
+    with pytest.raises(KernelError, match="out of range"):
+        batch.poll(8, 10)
+    # All had ended: the places come with the next poll, the buffer is free.
+    assert memory.pins == 0
+    assert batch.poll(8, 0) == 8 and sorted(batch.slots[:8]) == list(range(8))
+    assert batch.submit(3) == 3 and batch.poll(3, 10) == 3
+    memory.close()
 
 
 def test_prps_that_cannot_tell_it_are_refused_or_a_scatter_list(

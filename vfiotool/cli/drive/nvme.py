@@ -16,8 +16,7 @@ from vfiotool.cli.drive.opening import BackendOption, seekable
 from vfiotool.errors import Refused, UsageError
 
 if TYPE_CHECKING:
-    from vfiotool.drivers.nvme.bench import Job
-    from vfiotool.drivers.nvme.load import LoadReport
+    from vfiotool.drivers.nvme import Job, LoadReport
 
 _COMMAND_SETS = {0: "nvm", 1: "key-value", 2: "zoned"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -260,7 +259,7 @@ def _refuse_writes(job: Job, device: str, overwrite: bool) -> None:
 
 
 def _pattern(text: str) -> str:
-    from vfiotool.drivers.nvme.bench import PATTERNS
+    from vfiotool.drivers.nvme import PATTERNS
 
     if text not in PATTERNS:
         raise UsageError(f"no pattern {text[:40]!r}", hint=f"one of {', '.join(PATTERNS)}")
@@ -268,7 +267,7 @@ def _pattern(text: str) -> str:
 
 
 def _show(report: LoadReport, job: Job) -> None:
-    from vfiotool.drivers.nvme.bench import PERCENTILES
+    from vfiotool.drivers.nvme import PERCENTILES
 
     for name, ios in (("read", report.reads), ("write", report.writes)):
         if ios:

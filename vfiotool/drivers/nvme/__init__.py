@@ -5,19 +5,27 @@
 """
 
 from vfiotool.drivers.nvme.aio import AsyncQueue
+from vfiotool.drivers.nvme.batch import Batch
+from vfiotool.drivers.nvme.bench import PATTERNS, PERCENTILES, Job
 from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.drivers.nvme.identify import ControllerIdentity, Namespace
 from vfiotool.drivers.nvme.io import IoQueue
+from vfiotool.drivers.nvme.load import LoadReport
 from vfiotool.drivers.nvme.queue_pair import Completion
 from vfiotool.drivers.nvme.shared import SharedQueue
 from vfiotool.drivers.nvme.status import failed_with
 
 __all__ = [
+    "PATTERNS",
+    "PERCENTILES",
     "AsyncQueue",
+    "Batch",
     "Completion",
     "Controller",
     "ControllerIdentity",
     "IoQueue",
+    "Job",
+    "LoadReport",
     "Namespace",
     "SharedQueue",
     "failed_with",

@@ -47,6 +47,7 @@ class Batch:
         # How many of `_tags` were taken by a poll that did not return.
         self._held = ffi.new("uint32_t *")
         self._out = 0
+        self._credited = 0
         self.lbas: memoryview[int] = memoryview(ffi.buffer(self._lbas)).cast("Q")
         self.slots: memoryview[int] = memoryview(ffi.buffer(self._tags)).cast("Q")
 
@@ -69,7 +70,9 @@ class Batch:
             if not self._out:
                 self.buffer.unpin()
 
-    def _back(self, count: int) -> None:
+    def _back(self, total: int) -> None:
+        """`total` places are held of commands that have ended: they need the buffer no more."""
+        count, self._credited = total - self._credited, total
         if self._out:
             self._out = max(0, self._out - count)
             if not self._out:
@@ -92,14 +95,15 @@ class Batch:
             if result < 0:
                 queue._check(result)
             if self._status[0]:
+                self._back(held[0])
                 raise failed_with(self._status[0], f"a command on queue {queue.rings.id}")
             total: int = held[0]
             if total < least:
                 deadline = deadline or Deadline(timeout_s)
                 if not deadline.passed and queue.in_flight:
                     continue
-            held[0] = 0
             self._back(total)
+            held[0] = self._credited = 0
             return total
 
     def close(self) -> None:
