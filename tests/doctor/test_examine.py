@@ -619,3 +619,17 @@ def test_the_command_for_people_puts_blockers_first(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(": not ready")
     assert lines[1].startswith("blocker")
+
+
+def test_huge_pages_are_offered_in_a_number_that_a_machine_has(small: SmallHost) -> None:
+    for size in ("524288kB", "64kB"):
+        base = f"/sys/devices/system/node/node0/hugepages/hugepages-{size}"
+        small.file(f"{base}/nr_hugepages", "0")
+        small.file(f"{base}/free_hugepages", "0")
+    (remedy,) = finding(small, "hugepages").remedy
+    assert remedy.startswith("echo 32768 > ") and "hugepages-64kB" in remedy
+
+
+def test_locked_memory_is_not_given_to_everybody(small: SmallHost) -> None:
+    small.file("/proc/self/limits", MEMLOCK.format(8 << 20))
+    assert "'* " not in " ".join(finding(small, "memory-lock").remedy)

@@ -36,13 +36,16 @@ _MODULES = {
     "iommufd": "note",
 }
 _UNKNOWN = "whether this kernel has {} cannot be told here"
-_NOT_LOADED = "not loaded: {} (a module); bind loads what it needs"
+_NOT_LOADED = "modules that are not loaded: {}; bind loads what it needs"
+# vfio-pci brings them along (drivers/vfio/vfio_main.c, MODULE_SOFTDEP).
+_LOADED_WITH_VFIO_PCI = ("vfio", "vfio_pci", "vfio_iommu_type1", "vfio_iommu_spapr_tce")
 _MEANINGS = {
     "enable_unsafe_noiommu_mode": "devices can be passed through without any IOMMU",
     "allow_unsafe_interrupts": "a guest may forge interrupts",
     "disable_denylist": "devices known to be unsafe are accepted",
 }
 _LOW_LIMIT_BYTES = 1 << 30
+_EXAMPLE_KIB = 2 << 20
 
 
 def judge_kernel(facts: DoctorFacts) -> list[Finding]:
@@ -79,7 +82,7 @@ def _module(facts: DoctorFacts, name: str) -> Finding:
             "note",
             f"{shown} is a module that is not loaded; bind loads what it needs",
             module.evidence,
-            facts.distribution.module_hint(shown),
+            facts.distribution.module_hint("vfio-pci" if name in _LOADED_WITH_VFIO_PCI else shown),
             VFIO_PAGE,
             _NOT_LOADED,
             shown,
@@ -151,11 +154,15 @@ def _more_memory_lock(distribution: Distribution) -> tuple[str, ...]:
     if distribution.family == "nixos":
         return (
             "in /etc/nixos/configuration.nix: security.pam.loginLimits = [ { domain = "
-            '"*"; type = "-"; item = "memlock"; value = "unlimited"; } ];',
+            '"@kvm"; type = "-"; item = "memlock"; value = "unlimited"; } ];',
             "nixos-rebuild switch",
             "log in again",
         )
-    return ("echo '* - memlock unlimited' > /etc/security/limits.d/vfio.conf", "log in again")
+    return (
+        "echo '@kvm - memlock unlimited' > /etc/security/limits.d/vfio.conf",
+        "usermod --append --groups kvm $USER",
+        "log in again",
+    )
 
 
 def _size(limit: object) -> str:
@@ -183,7 +190,9 @@ def _node_pages(node: str, sizes: list[HugePages]) -> Finding:
         return Finding("hugepages", "ok", summary, evidence)
     summary = f"{node} has no huge pages reserved; VMs work without, a little slower"
     topic = "no huge pages are reserved on {}; VMs work without, a little slower"
-    remedy = (f"echo 1024 > {files[-1]}",)
+    # 2 GiB of the common size: of others 1,024 pages can be more than the machine has.
+    size = min(sizes, key=lambda pages: abs(pages.kib - 2048))
+    remedy = (f"echo {max(1, _EXAMPLE_KIB // size.kib)} > {size.file}",)
     return Finding("hugepages", "note", summary, evidence, remedy, HUGEPAGES_PAGE, topic, node)
 
 
