@@ -109,10 +109,14 @@ def test_a_namespace_that_does_not_answer_is_counted_as_unseen(
     monkeypatch.setattr(host_scan, "_ask_child", lambda question, keep: None)
     monkeypatch.setattr(host_scan, "_processes", lambda: iter([1, os.getpid()]))
     real = os.stat
-    monkeypatch.setattr(
-        os, "stat", lambda path: real(path) if "self" in str(path) else real("/proc/self/ns/mnt")
-    )
-    assert f"!\tthe network namespace of pid {os.getpid()}" in host_scan.net_namespaces()
+
+    def stat(path: str, **options: object) -> os.stat_result:
+        return real(path if "self" in str(path) else "/proc/self/ns/mnt")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", stat)
+        found = host_scan.net_namespaces()
+    assert f"!\tthe network namespace of pid {os.getpid()}" in found
 
 
 def test_a_long_answer_arrives_whole() -> None:
