@@ -11,7 +11,10 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)
     from vfiotool.cli.main import main as run
 
-    sys.exit(run())
+    code = run()
+    # What is left goes with the process; the interpreter would look through all of it for cycles.
+    gc.freeze()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 
 from vfiotool.cli import paging
 from vfiotool.cli.style import coloured, encodable, encoding_of, escape, escape_line, paint
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1.0"
 # A file or a pipe has no edge to cut lines at.
 _FILE_WIDTH = 200
+
+_ROWS_AT_ONCE = 256
 
 _quiet = False
 
@@ -69,9 +72,10 @@ def emit_rows(key: str, rows: Iterable[str]) -> None:
     """Print one JSON object of a list, a row a line: `jq` and `diff` like that, and a long listing
     is printed while it is read. Each row is JSON text."""
     _send(f'{{"format_version": "{FORMAT_VERSION}", "{key}": [')
+    pending = iter(rows)
     separator = "\n"
-    for row in rows:
-        _send(separator + row)
+    while some := list(islice(pending, _ROWS_AT_ONCE)):
+        _send(separator + ",\n".join(some))
         separator = ",\n"
     _send("\n]}\n")
 

@@ -59,7 +59,7 @@ class GroupScan:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._tree = host.tree
-        self._facts: dict[bytes, Facts] = {}
+        self._facts: dict[object, Facts] = {}
         self._nodes: bool | None = None
 
     def members(self, group: int) -> Members | None:
@@ -78,15 +78,18 @@ class GroupScan:
         known = self._facts
         found: Members = []
         for name in names:
-            text = read_uevent(tree, f"{SYS_PCI_DEVICES}/{name}")
-            if text is None:
-                found.append((name, self._foreign(group, name)))
-                continue
-            # All before PCI_SLOT_NAME is the same for every VF of a function: parse it once.
-            head = text.partition(b"PCI_SLOT_NAME=")[0]
-            facts = known.get(head)
+            base = f"{SYS_PCI_DEVICES}/{name}"
+            # The same for every VF of a function: parsed once.
+            key = _read_modalias(tree, base)
+            facts = None if key is None else known.get(key)
             if facts is None:
-                facts = known[head] = parse_facts(text)
+                text = read_uevent(tree, base) if key is None else _as_uevent(*key, base)
+                if text is None:
+                    found.append((name, self._foreign(group, name)))
+                    continue
+                facts = parse_facts(text)
+                if key is not None:
+                    known[key] = facts
             if facts[4] == "host" and self._has_vfio_device(name):
                 facts = (*facts[:4], "vfio")
             found.append((name, facts))
@@ -133,19 +136,31 @@ def read_uevent(tree: Tree, base: str) -> bytes | None:
     uevent_show), and so hangs for as long as somebody keeps a device that is being unbound. It is
     read where there is no `modalias`, which a running kernel always has.
     """
+    found = _read_modalias(tree, base)
+    if found is not None:
+        return _as_uevent(*found, base)
+    try:
+        return tree.read(f"{base}/uevent")
+    except OSError:
+        return _from_attributes(tree, base)
+
+
+def _read_modalias(tree: Tree, base: str) -> tuple[bytes, str] | None:
+    """A function's `modalias` and driver ("" for none); None where there is no `modalias`."""
     try:
         alias = tree.read(f"{base}/modalias").rstrip()
     except OSError:
-        alias = b""
+        return None
     if len(alias) < _ALIAS_LENGTH or not alias.startswith(b"pci:v"):
-        try:
-            return tree.read(f"{base}/uevent")
-        except OSError:
-            return _from_attributes(tree, base)
+        return None
     try:
-        driver = tree.readlink(f"{base}/driver").rpartition("/")[2].encode()
+        return alias, tree.readlink(f"{base}/driver").rpartition("/")[2]
     except OSError:
-        driver = b""
+        return alias, ""
+
+
+def _as_uevent(alias: bytes, driver_name: str, base: str) -> bytes:
+    driver = driver_name.encode()
     # pci:v00008086d000010C9sv00008086sd0000A03Cbc02sc00i00 (drivers/pci/pci-sysfs.c, modalias_show)
     return b"".join(
         (

@@ -6,8 +6,9 @@ A role says what a member means for the group's viability, as the kernel counts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from vfiotool.devices.identity import (
     NO_DMA_DRIVERS,
@@ -25,6 +26,7 @@ __all__ = [
     "NO_DMA_DRIVERS",
     "GroupMember",
     "GroupReader",
+    "GroupWriter",
     "IommuGroup",
     "ReservedRegion",
     "bridge_in_the_way",
@@ -32,6 +34,7 @@ __all__ = [
     "has_iommu",
     "is_vfio_driver",
     "is_viable",
+    "iter_groups",
     "list_groups",
     "member_of",
     "parse_reserved_regions",
@@ -82,6 +85,7 @@ class IommuGroup:
         )
 
 
+@lru_cache(maxsize=64)
 def parse_reserved_regions(text: str) -> tuple[ReservedRegion, ...]:
     """Lines of `start end type`; malformed ones are passed over."""
     return tuple(ReservedRegion(*window) for window in parse_windows(text))
@@ -141,9 +145,16 @@ def is_viable(members: tuple[GroupMember, ...]) -> bool:
 
 def read_groups(host: Host) -> tuple[IommuGroup, ...]:
     """All groups, by id."""
+    return tuple(iter_groups(host))
+
+
+def iter_groups(host: Host) -> Iterator[IommuGroup]:
+    """As `read_groups`, one at a time."""
     scan = GroupScan(host)
-    found = (_read_group(scan, group) for group in list_groups(host))
-    return tuple(group for group in found if group is not None)
+    for number in list_groups(host):
+        group = _read_group(scan, number)
+        if group is not None:
+            yield group
 
 
 def member_of(identity: PciIdentity) -> GroupMember:
@@ -181,3 +192,33 @@ def _member_as_json(member: GroupMember) -> Mapping[str, object]:
         "driver": member.driver,
         "role": member.role,
     }
+
+
+class GroupWriter:
+    """`group_as_json` as text, one group after another: what groups have in common is encoded
+    once, which is all of them but their numbers and addresses."""
+
+    def __init__(self) -> None:
+        from json import JSONEncoder
+
+        self._encode = JSONEncoder().encode
+        self._members: dict[tuple[str | None, ...], str] = {}
+        self._frames: dict[object, tuple[str, str]] = {}
+
+    def text(self, group: IommuGroup) -> str:
+        """The group on one line."""
+        key = (group.type, group.viable, group.reserved_regions)
+        frame = self._frames.get(key)
+        if frame is None:
+            whole = self._encode(group_as_json(replace(group, id=0, devices=())))
+            frame = self._frames[key] = (whole[len('{"id": 0') : -len("]}")], "]}")
+        members = ", ".join([self._member(member) for member in group.devices])
+        return f'{{"id": {group.id}{frame[0]}{members}{frame[1]}'
+
+    def _member(self, member: GroupMember) -> str:
+        key = (member.vendor, member.device, member.class_code, member.driver, member.role)
+        rest = self._members.get(key)
+        if rest is None:
+            whole = self._encode(_member_as_json(replace(member, address="")))
+            rest = self._members[key] = whole[len('{"address": ""') :]
+        return f'{{"address": {self._encode(member.address)}{rest}'

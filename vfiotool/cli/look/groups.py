@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from vfiotool.cli import candidates, output
 from vfiotool.cli.context import area, examples, host_of, wants_json
 from vfiotool.cli.look.roles import ROLES, STYLES, VERDICTS
 from vfiotool.devices.identity import list_groups
-from vfiotool.devices.iommu import GroupMember, IommuGroup, group_as_json, read_group, read_groups
+from vfiotool.devices.iommu import GroupMember, GroupWriter, IommuGroup, iter_groups, read_group
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.host.host import Host
 
@@ -55,9 +54,9 @@ def run_groups(host: Host, ids: Sequence[int], as_json: bool) -> int:
             f"no IOMMU group {text}: the ids go from {known[0]} to {known[-1]}",
             hint="vfiotool groups lists them",
         )
-    found = _read(host, ids) if ids else iter(read_groups(host))
+    found = _read(host, ids) if ids else iter_groups(host)
     if as_json:
-        output.emit_rows("groups", (json.dumps(group_as_json(group)) for group in found))
+        output.emit_rows("groups", map(GroupWriter().text, found))
     else:
         print_text(host, found)
     return 0
