@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "vfio/irq.h"
+#include "vfio/interrupt.h"
 #include "vfio/mmio.h"
 #include "vfio/uapi_compat.h"
 

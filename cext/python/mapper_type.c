@@ -11,12 +11,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "vfio/dma.h"
-#include "vfio/iommufd.h"
+#include "vfio/mapping.h"
 #include "vfio/mmio.h"
 #include "vfio/uapi_compat.h"
 
 #define NUMBERS_MAX 3
+#define VT_UNMAP_ALL 2u /* VFIO_DMA_UNMAP_FLAG_ALL */
 
 typedef struct {
 	PyObject_HEAD
@@ -316,36 +316,73 @@ static PyObject *map_many(Mapper *self, PyObject *const *arguments, Py_ssize_t c
 	return answer;
 }
 
+/* Unmaps rows from `*first` on until one fails, which `*first` then is, or all are done. Adds to
+ * `total`; 0 or a negative errno. */
+static int unmap_rows(Mapper *self, const struct rows *rows, uint32_t *first, uint64_t *total)
+{
+	PyObject *handle = self->handle;
+	const uint64_t *numbers = rows->numbers + (size_t)*first * 2;
+	uint32_t done = 0, left = rows->count - *first;
+	uint64_t unmapped = 0;
+	int result, fd = take(self);
+
+	if (fd < 0)
+		return fd;
+	Py_BEGIN_ALLOW_THREADS
+	result = self->is_iommufd ?
+			 vt_iommufd_unmap_many(fd, self->ioas, numbers, left, &unmapped, &done) :
+			 vt_type1_unmap_many(fd, numbers, left, &unmapped, &done);
+	Py_END_ALLOW_THREADS
+	vt_handle_give(handle);
+	*first += done;
+	*total += unmapped;
+	return result;
+}
+
 static PyObject *unmap_many(Mapper *self, PyObject *argument)
 {
 	struct rows rows = { 0 };
 	PyObject *answer;
-	PyObject *handle = self->handle;
-	uint64_t unmapped = 0;
-	uint32_t done = 0;
-	int fd, result;
+	uint64_t total = 0;
+	uint32_t next = 0;
 
 	if (take_rows(argument, 2, &rows))
 		return NULL;
-	result = fd = rows.count ? take(self) : 0;
-	if (rows.count && fd >= 0) {
-		Py_BEGIN_ALLOW_THREADS
-		result = self->is_iommufd ?
-				 vt_iommufd_unmap_many(fd, self->ioas, rows.numbers, rows.count,
-						       &unmapped, &done) :
-				 vt_type1_unmap_many(fd, rows.numbers, rows.count, &unmapped, &done);
-		Py_END_ALLOW_THREADS
-		vt_handle_give(handle);
-	}
-	if (result < 0) {
-		const uint64_t *row = rows.numbers + (size_t)done * 2;
+	while (next < rows.count) {
+		int result = unmap_rows(self, &rows, &next, &total);
+		const uint64_t *row = rows.numbers + (size_t)next * 2;
 
+		if (result >= 0)
+			break;
+		/* Raises, or says that the row was empty. */
 		answer = unmap_failed(self, result, row[0], row[1]);
-	} else {
-		answer = PyLong_FromUnsignedLongLong(unmapped);
+		if (!answer) {
+			release_rows(&rows);
+			return NULL;
+		}
+		Py_DECREF(answer);
+		next++;
 	}
 	release_rows(&rows);
-	return answer;
+	return PyLong_FromUnsignedLongLong(total);
+}
+
+/* The bytes that were mapped, or a negative errno: VFIO_DMA_UNMAP_FLAG_ALL is not in every kernel. */
+static PyObject *unmap_all(Mapper *self, PyObject *unused)
+{
+	PyObject *handle = self->handle;
+	uint64_t size = self->is_iommufd ? UINT64_MAX : 0;
+	int result, fd = take(self);
+
+	(void)unused;
+	if (fd < 0)
+		return PyLong_FromLong(fd);
+	Py_BEGIN_ALLOW_THREADS
+	result = self->is_iommufd ? vt_iommufd_unmap(fd, self->ioas, 0, &size) :
+				    vt_type1_unmap(fd, 0, &size, VT_UNMAP_ALL);
+	Py_END_ALLOW_THREADS
+	vt_handle_give(handle);
+	return result < 0 ? PyLong_FromLong(result) : PyLong_FromUnsignedLongLong(size);
 }
 
 /* _aim(handle, ioas): of a container if `ioas` is None, of an iommufd otherwise. Once for all: a call
@@ -413,6 +450,8 @@ static PyMethodDef mapper_methods[] = {
 	{ "unmap_many", (PyCFunction)(void (*)(void))unmap_many, METH_O,
 	  "unmap_many($self, rows, /)\n--\n\n"
 	  "As `unmap` for each row (iova, size); the sum of the bytes." },
+	{ "_unmap_all", (PyCFunction)(void (*)(void))unmap_all, METH_NOARGS,
+	  "_unmap_all(): take all away; the bytes that were mapped, or a negative errno." },
 	{ "_aim", (PyCFunction)(void (*)(void))aim, METH_VARARGS,
 	  "_aim(handle, ioas): map through this container (ioas None) or iommufd." },
 	{ NULL, NULL, 0, NULL },

@@ -5,6 +5,7 @@
  */
 #include "python/module.h"
 
+#include "vfio/interrupt.h"
 #include "vfio/mmio.h"
 
 PyObject *vt_refuse(PyObject *self, int reason, uint64_t offset, unsigned width)
@@ -35,7 +36,24 @@ static PyObject *fork_generation(PyObject *module, PyObject *unused)
 	return PyLong_FromUnsignedLongLong(vt_fork_generation);
 }
 
+static PyObject *irq_action(PyObject *module, PyObject *arguments)
+{
+	unsigned index, start, count, action;
+	int device, result;
+
+	(void)module;
+	if (!PyArg_ParseTuple(arguments, "iIIII", &device, &index, &start, &count, &action))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	result = vt_irq_action(device, index, start, count, action);
+	Py_END_ALLOW_THREADS
+	return PyLong_FromLong(result);
+}
+
 static PyMethodDef functions[] = {
+	{ "irq_action", irq_action, METH_VARARGS,
+	  "irq_action(device, index, start, count, action): VFIO_DEVICE_SET_IRQS without data;\n"
+	  "0 or a negative errno." },
 	{ "fork_generation", fork_generation, METH_NOARGS,
 	  "How many forks lie between this process and the one that loaded the library." },
 	{ NULL, NULL, 0, NULL },

@@ -8,60 +8,6 @@
 #include "vfio/ioctl.h"
 #include "vfio/uapi_compat.h"
 
-int vt_type1_map(int container, uint64_t address, uint64_t iova, uint64_t size, uint32_t flags)
-{
-	struct vt_dma_map map = {
-		.argsz = sizeof(map),
-		.flags = flags,
-		.vaddr = address,
-		.iova = iova,
-		.size = size,
-	};
-
-	return vt_ioctl(container, VT_VFIO_IOMMU_MAP_DMA, &map);
-}
-
-int vt_type1_unmap(int container, uint64_t iova, uint64_t *size, uint32_t flags)
-{
-	struct vt_dma_unmap unmap = {
-		.argsz = sizeof(unmap),
-		.flags = flags,
-		.iova = iova,
-		.size = *size,
-	};
-	int result = vt_ioctl(container, VT_VFIO_IOMMU_UNMAP_DMA, &unmap);
-
-	*size = unmap.size;
-	return result;
-}
-
-int vt_type1_map_many(int container, const uint64_t *triples, uint32_t count, uint32_t flags,
-		      uint32_t *done)
-{
-	for (*done = 0; *done < count; ++*done, triples += 3) {
-		int result = vt_type1_map(container, triples[0], triples[1], triples[2], flags);
-
-		if (result < 0)
-			return result;
-	}
-	return 0;
-}
-
-int vt_type1_unmap_many(int container, const uint64_t *pairs, uint32_t count, uint64_t *unmapped,
-			uint32_t *done)
-{
-	*unmapped = 0;
-	for (*done = 0; *done < count; ++*done, pairs += 2) {
-		uint64_t size = pairs[1];
-		int result = vt_type1_unmap(container, pairs[0], &size, 0);
-
-		if (result < 0)
-			return result;
-		*unmapped += size;
-	}
-	return 0;
-}
-
 int vt_type1_dirty_track(int container, int start)
 {
 	struct vt_group_status request = {

@@ -21,7 +21,7 @@ from vfiotool.errors import (
     errno_name,
 )
 from vfiotool.native import _types
-from vfiotool.native._types import Mapper, fork_generation
+from vfiotool.native._types import Mapper, fork_generation, irq_action
 
 try:
     from vfiotool.native._library import ffi, lib
@@ -31,7 +31,7 @@ except ImportError as _missing:  # pragma: no cover - a broken installation
         hint="install vfiotool with a C compiler at hand: pip install .",
     ) from _missing
 
-__all__ = ["Eventfd", "Handle", "Mapper", "Window", "ffi", "fork_generation", "lib"]
+__all__ = ["Eventfd", "Handle", "Mapper", "Window", "ffi", "fork_generation", "irq_action", "lib"]
 
 WINDOW_READ = 1
 WINDOW_WRITE = 2
@@ -286,13 +286,6 @@ def region_copy_in(device: int, position: int, buffer: Any, what: str) -> None:
         check(lib.vt_region_copy_in(device, position, raw, len(raw)), f"write {what}")
 
 
-def type1_unmap_all(container: int) -> int:
-    """VFIO_IOMMU_UNMAP_DMA of everything; returns the bytes unmapped or a negative errno."""
-    length = ffi.new("uint64_t *", 0)
-    result = lib.vt_type1_unmap(container, 0, length, 2)
-    return int(result) if result < 0 else int(length[0])
-
-
 def type1_dirty_track(container: int, start: bool) -> int:
     return int(lib.vt_type1_dirty_track(container, start))
 
@@ -336,13 +329,6 @@ def ioas_ranges(iommufd: int, ioas: int) -> list[tuple[int, int]]:
         return [(int(pairs[2 * i]), int(pairs[2 * i + 1])) for i in range(count[0])]
 
 
-def ioas_unmap_all(iommufd: int, ioas: int) -> int:
-    """IOMMU_IOAS_UNMAP of everything; returns the bytes unmapped or a negative errno."""
-    length = ffi.new("uint64_t *", (1 << 64) - 1)
-    result = lib.vt_iommufd_unmap(iommufd, ioas, 0, length)
-    return int(result) if result < 0 else int(length[0])
-
-
 def dirty_hwpt(iommufd: int, devid: int, ioas: int) -> int:
     """IOMMU_HWPT_ALLOC with dirty tracking; returns its id or a negative errno."""
     number = ffi.new("uint32_t *")
@@ -384,10 +370,6 @@ def irq_assign(device: int, index: int, start: int, descriptors: Sequence[int]) 
     which is a failure as well."""
     fds = ffi.new("int32_t[]", list(descriptors))
     return int(lib.vt_irq_assign(device, index, start, fds, len(descriptors)))
-
-
-def irq_action(device: int, index: int, start: int, count: int, action: int) -> int:
-    return int(lib.vt_irq_action(device, index, start, count, action))
 
 
 def irq_unmask_fd(device: int, index: int, descriptor: int) -> int:

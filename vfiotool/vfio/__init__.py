@@ -3,10 +3,41 @@
     from vfiotool.vfio import Device
 
     with Device.open("0000:00:02.0") as device:
-        bar = device.region(0).map()
+        bar = device.region("bar0").map()
         print(hex(bar.read32(0)))
 
-The names that drivers use are here: nothing else need be imported.
+The device has to be on a VFIO driver: `vfiotool bind 0000:00:02.0`. All names that drivers use are
+here; docs/driver-guide.md writes a driver step by step.
+
+Opening
+    `Device.open(name)` takes a PCI address or a mediated device's UUID, over iommufd or a container
+    (`backend=`), and is a context manager: at its end the device is quiet, whatever happened.
+    `find` and `open_space` open several devices in one address space.
+
+Registers
+    `device.region(n)`, also by name: "bar0" to "bar5", "rom", "config". A `Region` reads and writes
+    through the kernel, `region.map()` gives a `Mapping`, whose accesses are one load or store each.
+    Offsets are bytes, values unsigned, byte order is little-endian. `RegisterMap` and `Register`
+    declare what a device has, with names and fields. `poll` waits for a value in C.
+
+Memory
+    `device.dma.alloc(size)` and `device.dma.map(memory)` give a `DmaBuffer`: `iova` is what the
+    device sees, `view` what this process sees. `set_bus_master(True)` lets the device use it.
+
+Interrupts
+    `device.irqs.msix(n)`, `msi(n)`, `intx()`, `error()`, `request()` give interrupts: `wait`,
+    `await wait_async()`, `async for`; each waiter is woken, and closing ends every wait.
+
+Times, threads, processes, errors
+    Time-outs are seconds; None and inf are no limit, less than 0 is now. Any thread may use any
+    object, and close it while others use it. A child process may use none of its parent's. All
+    errors are `vfiotool.errors.VfiotoolError` and kin of Python's own: OSError with its errno,
+    TimeoutError, PermissionError, ValueError. A device that cannot be reached (memory decode off,
+    asleep, being reset, gone) refuses mapped accesses with an error: `device.unreachable` is why.
+
+More
+    `Trace` records accesses, `Migration` and `DirtyLog` save a device's state, `primary_plane` and
+    `read_plane` look at a display.
 """
 
 from vfiotool.vfio.backend import BACKENDS, Backend, backend_named, open_space

@@ -117,8 +117,8 @@ class IommufdSpace(AddressSpace):
         return False
 
     def unmap_all(self) -> int:
-        with self.iommufd as fd:
-            result = native.ioas_unmap_all(fd, self.ioas)
+        self.refuse_closed()
+        result = self._unmap_all()
         return 0 if result == -errno.ENOENT else native.check(result, "unmap all")
 
     def ranges(self) -> tuple[tuple[int, int], ...]:

@@ -153,8 +153,9 @@ class Type1Space(AddressSpace):
 
     def unmap_all(self) -> int:
         with self.container as fd:
-            if native.container_check(fd, _UNMAP_ALL):
-                return native.check(native.type1_unmap_all(fd), "unmap all")
+            at_once = native.container_check(fd, _UNMAP_ALL)
+        if at_once:
+            return native.check(self._unmap_all(), "unmap all")
         half = 1 << 63
         return self.unmap(0, half) + self.unmap(half, half)
 
