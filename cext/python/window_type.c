@@ -177,7 +177,7 @@ static PyObject *poll_until(Window *self, PyObject *arguments)
 		Py_END_ALLOW_THREADS
 		self->polling--;
 		if (found < 0)
-			continue;
+			return refuse(self, self->closing ? VT_CLOSED : VT_BLOCKED, offset, width);
 		timeout_ns -= slice;
 		if (found || !timeout_ns)
 			break;

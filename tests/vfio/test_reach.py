@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 
 import pytest
 
@@ -186,3 +187,40 @@ def test_a_capability_list_that_goes_in_circles_ends(config: FakeConfig) -> None
     assert Reach("x", config.read)._capabilities == {1: PM, 0x10: EXPRESS, 0x13: AF}
     config.fails = True
     assert Reach("x", config.read)._capabilities == {}
+
+
+def test_a_window_never_opens_for_a_moment(
+    reach: Reach, config: FakeConfig, window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one reason goes and another comes, there is no time between."""
+    orders: list[bool] = []
+    watched = reach.windows[0]
+    monkeypatch.setattr(
+        type(watched), "_block", lambda self, blocked: orders.append(blocked), raising=False
+    )
+    with reach.resetting():
+        config.bytes[4] &= ~2
+    store(reach, config, PM + 4, b"\x03")
+    reach.low_power(True, lambda: None)
+    store(reach, config, 4, b"\x06")
+    reach.low_power(False, lambda: None)
+    assert orders and all(orders)
+
+
+def test_a_child_does_not_wait_for_a_lock_that_its_parent_held(reach: Reach) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with reach.lock:
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if reach.lock.acquire(timeout=5) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    leave.set()
+    thread.join()

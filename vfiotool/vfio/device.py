@@ -263,6 +263,7 @@ class Device(OpenDevice):
             raise KernelError(f"{self.name} does not take Bus Master Enable", device=self.name)
 
     def _set_command(self, bit: int, on: bool) -> None:
+        self.refuse_closed()
         with self.reach.lock:
             old = self.command
             new = old | bit if on else old & ~bit

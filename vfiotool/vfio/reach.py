@@ -15,6 +15,7 @@ drivers/vfio/pci/vfio_pci_core.c and vfio_pci_config.c. Registers: PCI Local Bus
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ class Reach:
         self._reasons: dict[str, None] = {}
         self._windows: weakref.WeakSet[native.Window] = weakref.WeakSet()
         self._capabilities = {} if read is None else _capabilities(read)
+        _live.add(self)
 
     @property
     def reason(self) -> str | None:
@@ -89,14 +91,18 @@ class Reach:
         with self.lock:
             return list(self._windows)
 
-    def _set(self, reason: str, on: bool) -> None:
+    def _note(self, reason: str, on: bool) -> None:
         if on:
             self._reasons[reason] = None
         else:
             self._reasons.pop(reason, None)
+
+    def _shut(self, reason: str) -> None:
+        self._note(reason, True)
         self._apply()
 
     def _apply(self) -> None:
+        # Once, when all reasons are known: a mapping that opens for a moment is a bus error.
         reason = self.reason
         for window in list(self._windows):
             window.unreachable = reason
@@ -105,33 +111,36 @@ class Reach:
 
     def refresh(self) -> None:
         """Ask the device itself, as COMMAND and PMCSR stand."""
-        if self._read is None:
-            return
         with self.lock:
-            try:
-                command = self._read(COMMAND, 2)
-                power = self._capabilities.get(_PM)
-                state = 0 if power is None else self._read(power + 4, 2) & 3
-            except KernelError:
-                command, state = 0xFFFF, 0
-            self._set(_GONE, command == 0xFFFF)
-            self._set(_DECODE, not command & COMMAND_MEMORY)
-            self._set(_POWER, state == _D3HOT and command != 0xFFFF)
+            if self._read is not None:
+                self._ask(self._read)
+            self._apply()
+
+    def _ask(self, read: Callable[[int, int], int]) -> None:
+        try:
+            command = read(COMMAND, 2)
+            power = self._capabilities.get(_PM)
+            state = 0 if power is None else read(power + 4, 2) & 3
+        except KernelError:
+            command, state = 0xFFFF, 0
+        self._note(_GONE, command == 0xFFFF)
+        self._note(_DECODE, not command & COMMAND_MEMORY)
+        self._note(_POWER, state == _D3HOT and command != 0xFFFF)
 
     def close(self) -> None:
         """No access from now on: the device is being closed."""
         with self.lock:
-            self._set(_CLOSED, True)
+            self._shut(_CLOSED)
 
     @contextlib.contextmanager
     def resetting(self) -> Iterator[None]:
         """Around a reset: mapped accesses are refused until it has ended, well or badly."""
         with self.lock:
-            self._set(_RESET, True)
+            self._shut(_RESET)
             try:
                 yield
             finally:
-                self._set(_RESET, False)
+                self._note(_RESET, False)
                 self.refresh()
 
     def low_power(self, on: bool, ask: Callable[[], object]) -> None:
@@ -140,13 +149,15 @@ class Reach:
         with self.lock:
             before = _LOW_POWER in self._reasons
             if on:
-                self._set(_LOW_POWER, True)
+                self._shut(_LOW_POWER)
             try:
                 ask()
             except BaseException:
-                self._set(_LOW_POWER, before)
+                self._note(_LOW_POWER, before)
+                self._apply()
                 raise
-            self._set(_LOW_POWER, on)
+            self._note(_LOW_POWER, on)
+            # A device that sleeps would be woken by the question.
             if not on:
                 self.refresh()
 
@@ -158,14 +169,14 @@ class Reach:
             yield
             return
         with self.lock:
-            coming = [(reason, on) for reason, on in self._meant(offset, data) if on]
-            for reason, _ in coming:
-                self._set(reason, True)
+            coming = [reason for reason, on in self._meant(offset, data) if on]
+            for reason in coming:
+                self._shut(reason)
             try:
                 yield
             finally:
-                for reason, _ in coming:
-                    self._reasons.pop(reason, None)
+                for reason in coming:
+                    self._note(reason, False)
                 self.refresh()
 
     def _registers(self) -> Iterator[tuple[int, int]]:
@@ -201,6 +212,18 @@ class Reach:
             yield _RESET, bool(high & 0x80)
         if _AF in at and (low := byte(at[_AF] + 4)) is not None:
             yield _RESET, bool(low & 1)
+
+
+_live: weakref.WeakSet[Reach] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # Whoever held a lock is not in the child.
+    for reach in list(_live):
+        reach.lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _capabilities(read: Callable[[int, int], int]) -> dict[int, int]:

@@ -333,12 +333,14 @@ class Config(Region):
 
     def write(self, offset: int, value: int, width: int) -> None:
         """As `Region.write`."""
+        self.device.refuse_closed()
         data = (value & (1 << 64) - 1).to_bytes(8, "little")[: width if width in _FORMATS else 0]
         with self.device.reach.writing(offset, data):
             super().write(offset, value, width)
 
     def write_bytes(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """As `Region.write_bytes`."""
+        self.device.refuse_closed()
         copied = bytes(data)
         with self.device.reach.writing(offset, copied):
             super().write_bytes(offset, copied)

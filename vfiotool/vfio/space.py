@@ -104,8 +104,8 @@ class AddressSpace(native.Mapper, ABC):
         """Open `target` in this space. Raises Refused (not on a VFIO driver, group not viable),
         NotPermitted, KernelError (EBUSY: it is open elsewhere, or in this process) or
         Unsupported."""
+        self.refuse_closed()
         with self.lock:
-            self.refuse_closed()
             if not enter_open(target.name):
                 raise KernelError(
                     f"open {target.name}: it is open in this process already (EBUSY)",
