@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 
 from vfiotool.change.plans.facts import DeviceFacts, Facts
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver, LoadModule
+from vfiotool.change.steps.names import DRIVER
 from vfiotool.change.steps.state import ANY, PARKED, Binding
 from vfiotool.devices.iommu import bridge_in_the_way, is_vfio_driver
 from vfiotool.errors import Foretold, Refused, Unsupported, UsageError
 from vfiotool.host.paths import SYS_PCI_DRIVERS
 
-_DRIVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}", re.ASCII)
-
 
 def driver_name(text: str) -> str:
     """`text` if it can be a driver's name, which becomes a path part. Raises UsageError."""
-    if _DRIVER.fullmatch(text) is None:
+    if DRIVER.fullmatch(text) is None:
         raise UsageError(
             f"{text[:80]!r} cannot be a driver's name",
             hint="give a name as under bus/pci/drivers, such as vfio-pci, or none to park",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.mdev import SetMdev
+from vfiotool.change.steps.names import UUID
 from vfiotool.devices.mdev import Mdev, MdevType
 from vfiotool.errors import Foretold, NotFound, UsageError
-
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
 def mdev_uuid(text: str) -> str:
     """`text` in the form that sysfs shows. Raises UsageError if it is no UUID."""
-    if _UUID.fullmatch(text.lower()) is None:
+    if UUID.fullmatch(text.lower()) is None:
         raise UsageError(
             f"{text[:80]!r} is not a UUID",
             hint="write it as 83b8f4f2-509f-382f-3c1e-e6bfe0fa1001, or leave --uuid out",
