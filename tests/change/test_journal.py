@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.change.changing import EDU, NVME, binding, do, furnished, run_folder
+from tests.change.changing import EDU, NVME, binding, do, furnished, releasing, run_folder
 from tests.fakes.kernel import FakeKernel
 from vfiotool.change.folder import Folder
 from vfiotool.change.journal import Journal, parse_record
@@ -232,3 +232,36 @@ def test_desired_state_is_replaced_whole(tmp_path: Path) -> None:
     loaded = state.load()
     assert loaded is not None and loaded.name == "b"
     assert [path.name for path in (tmp_path / "etc").iterdir()] == ["applied.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EMFILE])
+def test_a_lock_that_cannot_be_made_is_an_error_of_the_kernels(
+    kernel: FakeKernel, folder: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    journal, real, before = Journal(kernel.host(), folder), os.open, kernel.state()
+
+    def refusing(path: str, flags: int, *mode: int, dir_fd: int | None = None) -> int:
+        if flags & os.O_CREAT and dir_fd is not None:
+            raise OSError(number, os.strerror(number))
+        return real(path, flags, *mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(KernelError) as caught:
+        do(kernel.host(), journal, binding(NVME))
+    assert caught.value.errno_name == errno.errorcode[number]
+    assert kernel.state() == before
+
+
+def test_the_change_stands_though_an_old_origin_cannot_be_dropped(
+    kernel: FakeKernel, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 5 means rolled back: what fails after the commit is no failure of the change."""
+    journal = Journal(kernel.host(), folder)
+    do(kernel.host(), journal, binding(NVME))
+
+    def refuse(self: Journal, bus: str, name: str) -> None:
+        raise KernelError("remove it: EROFS", errno_name="EROFS")
+
+    monkeypatch.setattr(Journal, "forget", refuse)
+    assert do(kernel.host(), journal, releasing(NVME)).transaction == 2
+    assert kernel.driver_of(NVME) == "nvme"

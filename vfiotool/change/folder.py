@@ -68,17 +68,26 @@ class Folder:
 
     def names(self) -> list[str]:
         """The files, without those that `replace` is still writing."""
-        return sorted(name for name in os.listdir(self.descriptor) if not name.endswith(_SCRATCH))
+        try:
+            found = os.listdir(self.descriptor)
+        except OSError as error:
+            raise from_oserror(f"list {self.path}", error) from error
+        return sorted(name for name in found if not name.endswith(_SCRATCH))
 
     def open(self, name: str, flags: int) -> int:
-        """A descriptor of a regular file of ours. Raises OSError; Refused for anything else."""
+        """A descriptor of a regular file of ours.
+
+        Raises FileNotFoundError, KernelError or NotPermitted; Refused for anything else there.
+        """
         flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         try:
             descriptor = os.open(safe_name(name), flags, 0o600, dir_fd=self.descriptor)
         except OSError as error:
             if os.path.islink(f"{self.path}/{name}"):
                 raise self._planted(name) from error
-            raise
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise from_oserror(f"open {self.path}/{name}", error) from error
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
             os.close(descriptor)
@@ -97,8 +106,11 @@ class Folder:
             descriptor = self.open(name, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read()
+        try:
+            with os.fdopen(descriptor, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise from_oserror(f"read {self.path}/{name}", error) from error
 
     def replace(self, name: str, data: bytes) -> None:
         """Put `data` in place of the file, so that a reader and a power loss see old or new.
