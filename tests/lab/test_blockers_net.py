@@ -77,13 +77,17 @@ def test_an_address_and_the_default_route_are_named(clean: ExitStack, nic: str) 
     (entry,) = blockers(nic, "route")
     assert entry["detail"].startswith(f"{name} has 10.77.0.2/24")
     assert "default route" not in entry["detail"]
+    assert why(nic)[1]["next"][0] == f"ip address flush dev {name}"
     run("ip", "route", "add", "default", "via", "10.77.0.1", "dev", name)
     code, answer = why(nic)
     (entry,) = answer["blockers"]
     assert (code, entry["kind"], entry["subject"], entry["device"]) == (1, "route", name, nic)
     assert "carries the default route (default via 10.77.0.1)" in entry["detail"]
     assert f"/proc/net/route name {name}" in entry["evidence"]
-    assert answer["next"][0] == f"ip address flush dev {name}"
+    # Ending the host's only way out is a warning, and never a step.
+    assert answer["next"] == []
+    (warning,) = answer["warnings"]
+    assert "would cut this host off" in warning
     assert_passable(card("e1000e", 1))
 
 
