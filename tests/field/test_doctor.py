@@ -28,6 +28,11 @@ def test_26_the_file_that_was_edited_in_vain_is_named() -> None:
     assert "/etc/default/grub has it, and is not what this machine boots with" in text
 
 
+def test_24_an_edit_that_was_not_written_to_the_boot_loader_is_named() -> None:
+    text = ask("24", "doctor").text
+    assert "/etc/default/grub has it, and the boot loader's own configuration was not made" in text
+
+
 def test_54_an_option_that_takes_both_twins_is_a_warning() -> None:
     warnings = ask("54", "doctor").lines("warning")
     assert warnings == [

@@ -96,8 +96,12 @@ def _option(facts: DoctorFacts) -> Finding:
         summary = "the kernel was not told to use the IOMMU that the firmware describes"
         if facts.default_on is not None:
             evidence += f"; {facts.default_on}"
-        if missing in distribution.unused:
-            evidence += "; /etc/default/grub has it, and is not what this machine boots with"
+        if missing in distribution.grub_options:
+            evidence += "; /etc/default/grub has it, and " + (
+                "the boot loader's own configuration was not made anew since, or not booted"
+                if distribution.on_grub
+                else "is not what this machine boots with"
+            )
         return Finding("iommu-option", "blocker", summary, evidence, remedy, PARAMETERS_PAGE)
     if platform.options is None:
         summary = "whether the kernel was told to leave the IOMMU alone cannot be told here"

@@ -45,7 +45,7 @@ class Distribution:
     """`family`: debian, fedora, arch, suse, alpine, gentoo, nixos or unknown; `loader`: ostree,
     nixos, kernelstub, proxmox, proxmox-grub, grubby, grub, systemd-boot, extlinux, refind or
     unknown; `adding` and `removing`: commands with `{option}` in them; `initramfs`: the command
-    that rebuilds it, or None; `unused`: options in /etc/default/grub where GRUB does not run."""
+    that rebuilds it, or None; `grub_options`: what /etc/default/grub says, whoever boots."""
 
     name: str
     family: str
@@ -53,7 +53,12 @@ class Distribution:
     adding: tuple[str, ...] = ()
     removing: tuple[str, ...] = ()
     initramfs: str | None = None
-    unused: tuple[str, ...] = ()
+    grub_options: tuple[str, ...] = ()
+
+    @property
+    def on_grub(self) -> bool:
+        """Whether /etc/default/grub is what the kernel's command line is made from."""
+        return self.loader in ("grub", "proxmox-grub", "grubby")
 
     def kernel_option(self, option: str) -> tuple[str, ...]:
         """The commands that add an option to the kernel's command line for the next boot."""
@@ -107,7 +112,6 @@ def read_distribution(host: Host) -> Distribution:
     if family == "unknown" and any(name.startswith("opensuse") for name in ids):
         family = "suse"
     loader = _loader(host, family, ids)
-    on_grub = loader.name in ("grub", "proxmox-grub", "grubby")
     return Distribution(
         name=keys.get("PRETTY_NAME") or keys.get("ID") or "unknown distribution",
         family=family,
@@ -115,7 +119,7 @@ def read_distribution(host: Host) -> Distribution:
         adding=loader.adding,
         removing=loader.removing,
         initramfs=_initramfs(host, family, loader.name, ids),
-        unused=() if on_grub else _grub_options(host.read(_GRUB) or ""),
+        grub_options=_grub_options(host.read(_GRUB) or ""),
     )
 
 
