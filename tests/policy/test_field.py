@@ -259,3 +259,23 @@ def test_a_vf_without_a_vgpu_type_is_told_to_get_one_and_not_to_go_to_vfio_pci(
     code, payload, _ = run(capsys, host, "vm", "check", "0000:41:00.5")
     assert (code, payload["ready"]) == (1, False)
     assert payload["findings"][0]["next"] == "vfiotool why 0000:41:00.5"
+
+
+def test_a_host_without_mdev_types_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    code, payload, _ = run(capsys, case("31") / "root.txt", "mdev", "types")
+    assert (code, payload["types"]) == (0, [])
+    assert "enable_gvt=N: boot with i915.enable_gvt=1" in payload["reason"]
+    _, payload, _ = run(capsys, case("03") / "root.txt", "mdev", "types")
+    assert "types of virtual functions" in payload["reason"]
+    _, payload, _ = run(capsys, case("58") / "root.txt", "mdev", "types")
+    assert "their host driver makes them" in payload["reason"]
+
+
+def test_options_for_a_device_of_another_host_say_what_is_not_ready_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    host = FIELD.parent / "hosts/storage-in-use"
+    code, _, notes = run(capsys, host, "vm", "qemu", "0000:01:00.0")
+    assert code == 0
+    assert "0000:01:00.0 is not ready there: it is on nvme" in notes
+    assert "is mounted on /mnt/a" in notes

@@ -80,8 +80,7 @@ def qemu_options(
     """Print the options (-device vfio-pci) for a q35 machine of QEMU."""
     host, inventory, chosen = _chosen(context, devices)
     token = _find_token(host, chosen, vf_token)
-    if host.live:
-        preflight.require_ready(host, inventory, chosen, token)
+    _require_ready(host, inventory, chosen, token)
     _print_words(context, qemu.arguments(chosen, iommufd=iommufd, vf_token=token))
     return 0
 
@@ -138,9 +137,23 @@ def _chosen(
 def _ready(context: typer.Context, names: list[str]) -> list[preflight.Handed]:
     """The devices; on the running host only if a VM could open each of them now."""
     host, inventory, chosen = _chosen(context, names)
-    if host.live:
-        preflight.require_ready(host, inventory, chosen)
+    _require_ready(host, inventory, chosen)
     return chosen
+
+
+def _require_ready(
+    host: Host,
+    inventory: Inventory,
+    chosen: list[preflight.Handed],
+    vf_token: str | None = None,
+) -> None:
+    """Refuse what a VM could not open now; on a host that is elsewhere it is only said."""
+    if host.live:
+        preflight.require_ready(host, inventory, chosen, vf_token)
+        return
+    for device in chosen:
+        for finding in preflight.findings(host, inventory, device, vf_token):
+            output.warn(f"vfiotool: {device.name} is not ready there: {finding.detail}")
 
 
 def _print_words(context: typer.Context, words: list[str]) -> None:

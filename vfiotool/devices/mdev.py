@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_MDEV_PARENTS
+from vfiotool.host.paths import (
+    SYS_MDEV_DEVICES,
+    SYS_MDEV_PARENTS,
+    SYS_MODULE,
+    SYS_PCI_DEVICES,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,27 @@ def read_mdev_types(host: Host) -> tuple[MdevType, ...]:
                 )
             )
     return tuple(types)
+
+
+def read_reason_for_none(host: Host) -> str:
+    """Why a host without types has none, as far as it shows, and what may bring them."""
+    gvt = host.read(f"{SYS_MODULE}/i915/parameters/enable_gvt")
+    if gvt in ("N", "0"):
+        # drivers/gpu/drm/i915/intel_gvt.c; Broadwell to Comet Lake have it.
+        return (
+            f"i915 has enable_gvt={gvt}: boot with i915.enable_gvt=1 and load the module kvmgt "
+            "(Intel graphics of the generations that have GVT-g: Core of the 6th to the 10th)"
+        )
+    for address in host.listdir(SYS_PCI_DEVICES):
+        if host.exists(f"{SYS_PCI_DEVICES}/{address}/nvidia/current_vgpu_type"):
+            return (
+                "NVIDIA's vGPUs are types of virtual functions on this kernel: "
+                f"vfiotool why {address} shows those of {address}"
+            )
+    return (
+        "their host driver makes them: a vendor's vGPU driver, kvmgt, vfio_ap or vfio_ccw has to "
+        "be loaded"
+    )
 
 
 def read_mdevs(host: Host) -> tuple[Mdev, ...]:

@@ -21,7 +21,7 @@ from vfiotool.cli.change.changing import (
     run_change,
 )
 from vfiotool.cli.context import area, examples, host_of, wants_json
-from vfiotool.devices.mdev import read_mdev_types, read_mdevs
+from vfiotool.devices.mdev import read_mdev_types, read_mdevs, read_reason_for_none
 from vfiotool.devices.pci import Address
 from vfiotool.host.host import Host
 
@@ -31,10 +31,13 @@ app = area("List, create and remove mediated devices (vGPUs and their like).")
 @app.command("types", epilog=examples("vfiotool mdev types"))
 def mdev_types(context: typer.Context) -> int:
     """List the types of mediated devices that the parents on this host offer."""
-    types = read_mdev_types(host_of(context))
+    host = host_of(context)
+    types = read_mdev_types(host)
+    reason = None if types else read_reason_for_none(host)
     keys = ("parent", "type", "name", "device_api", "available_instances", "description")
     if wants_json(context):
-        output.emit({"types": [{key: getattr(kind, key) for key in keys} for kind in types]})
+        rows_of = [{key: getattr(kind, key) for key in keys} for kind in types]
+        output.emit({"types": rows_of, "reason": reason})
         return 0
     rows: list[list[output.Part]] = [
         [
@@ -48,7 +51,7 @@ def mdev_types(context: typer.Context) -> int:
     ]
     output.table(("PARENT", "TYPE", "LEFT", "NAME", "DESCRIPTION"), rows)
     if not rows:
-        output.say("vfiotool: no device of this host offers mediated devices")
+        output.say(f"vfiotool: no device of this host offers mediated devices: {reason}")
     return 0
 
 
