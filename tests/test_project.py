@@ -104,6 +104,15 @@ def test_make_help_names_every_target() -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.md")), ids=lambda path: path.stem
+)
+def test_issue_templates_ask_for_a_snapshot_without_names(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("---\nname: ") and "\nabout: " in text
+    assert "vfiotool snapshot --anonymize host.gz" in text
+
+
 @pytest.mark.slow
 def test_the_source_archive_holds_the_whole_tree(tmp_path: Path) -> None:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
