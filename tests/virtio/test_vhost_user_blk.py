@@ -218,7 +218,7 @@ def test_what_is_written_is_logged_for_a_migration(path: Path, settings: DiskSet
         assert front.acknowledged(VhostRequest.SET_FEATURES, logging) == 0
         at = USER + front.rings[0].at
         logged = struct.pack("<IIQQQQ", 0, 1, at, at + 0x2000, at + 0x1000, GUEST + 0x2000)
-        front.send(VhostRequest.SET_VRING_ADDR, logged)
+        assert front.acknowledged(VhostRequest.SET_VRING_ADDR, logged) == 0
         assert front.read(0, 8192) == b"d" * 8192
         bits = os.pread(log, pages // 8, 0)
         dirty = {page for page in range(pages) if bits[page // 8] >> page % 8 & 1}

@@ -4,8 +4,8 @@ One `Frontend` is one connection. It owns what the front end handed over (memory
 and the queues that run from it, and gives all of it back when the connection ends, however it ends.
 Queues run in workers; what is here only starts, stops and changes them.
 
-A ring starts when its kick arrives (or is said to be absent) and it is enabled, and stops at
-GET_VRING_BASE (QEMU docs/interop/vhost-user.rst, "Ring states").
+A ring starts when its kick arrives and it is enabled, and stops at GET_VRING_BASE
+(QEMU docs/interop/vhost-user.rst, "Ring states").
 """
 
 from __future__ import annotations
@@ -402,6 +402,8 @@ class Frontend:
 
     def _set_vring_kick(self, message: VhostMessage) -> None:
         index, descriptor = self._vring_descriptor(message)
+        if descriptor is None:
+            raise ProtocolError(f"vring {index} without a kick would have to be polled for ever")
         vring = self._vring(index)
         # A ring that gets another kick is started anew behind what it has done.
         self._stop(vring)
