@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vfiotool.host import observe as host_scan
+from vfiotool.host import namespaces, observe_files, observe_net, probe
 from vfiotool.host.host import Host
-from vfiotool.host.paths import BLOCK_CLAIM, MOUNTS, NET_CALLER, OPEN_NODES
+from vfiotool.host.paths import (
+    BLOCK_CLAIM,
+    MOUNTS,
+    NET_CALLER,
+    NET_LINKS,
+    NET_ROUTES,
+    OPEN_NODES,
+)
+from vfiotool.host.processes import plain
 from vfiotool.host.tree import MemoryTree, OsTree
 
 PROGRAM = """
@@ -63,7 +73,7 @@ def test_terminals_memory_and_the_own_process_are_no_open_nodes() -> None:
 
 @pytest.mark.parametrize("name", ["..", "../../etc/passwd", ".x", "a/b"])
 def test_a_claim_is_asked_of_plain_names_alone(name: str) -> None:
-    assert host_scan.block_claim(name) == "unknown EINVAL\n"
+    assert probe.block_claim(name) == "unknown EINVAL\n"
 
 
 def test_the_claim_of_an_absent_disk_is_unknown() -> None:
@@ -88,7 +98,7 @@ def test_a_question_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
         time.sleep(5)
         return "never"
 
-    assert host_scan._ask_child(hang, timeout_s=0.2) is None
+    assert probe.ask_child(hang, timeout_s=0.2) is None
     assert time.monotonic() - started < 4
 
 
@@ -96,32 +106,86 @@ def test_a_question_that_fails_has_no_answer() -> None:
     def fail() -> str:
         raise OSError("no")
 
-    assert host_scan._ask_child(fail) is None
+    assert probe.ask_child(fail) is None
 
 
 def test_an_empty_answer_is_not_taken_for_none() -> None:
-    assert host_scan._ask_child(lambda: "") == ""
+    assert probe.ask_child(lambda: "") == ""
 
 
-def test_a_namespace_that_does_not_answer_is_counted_as_unseen(
-    monkeypatch: pytest.MonkeyPatch,
+def test_namespaces_that_do_not_answer_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No empty observation: it would say that nothing lives there."""
+    own = os.readlink("/proc/self/ns/mnt")
+    found = namespaces.Found(0, {1: [namespaces.Place("/proc/self/ns/net", "9", "9")]})
+    monkeypatch.setattr(observe_net, "find_namespaces", lambda kind: found)
+    monkeypatch.setattr(probe, "ask_child", lambda question, keep=(): None)
+    assert own
+    with pytest.raises(OSError, match="no answer"):
+        Host.local().read_bytes(NET_LINKS)
+
+
+FAILURES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN)
+
+
+@pytest.mark.parametrize("number", FAILURES)
+@pytest.mark.parametrize("name", [OPEN_NODES, MOUNTS, NET_LINKS])
+def test_an_observation_that_fails_half_way_is_no_shorter_one(
+    monkeypatch: pytest.MonkeyPatch, number: int, name: str
 ) -> None:
-    monkeypatch.setattr(host_scan, "_ask_child", lambda question, keep: None)
-    monkeypatch.setattr(host_scan, "_processes", lambda: iter([1, os.getpid()]))
-    real = os.stat
+    """The processes before the failure were seen; those after it may be the users."""
+    real, calls = os.readlink, []
 
-    def stat(path: str, **options: object) -> os.stat_result:
-        return real(path if "self" in str(path) else "/proc/self/ns/mnt")
+    def readlink(path: str, **kwargs: Any) -> str:
+        calls.append(path)
+        if len(calls) > 8:
+            raise OSError(number, os.strerror(number), path)
+        return str(real(path, **kwargs))
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "stat", stat)
-        found = host_scan.net_namespaces()
-    assert f"!\tthe network namespace of pid {os.getpid()}" in found
+    monkeypatch.setattr(os, "readlink", readlink)
+    with pytest.raises(OSError) as raised:
+        Host.local().read_bytes(name)
+    assert raised.value.errno == number
+
+
+@pytest.mark.parametrize("number", FAILURES)
+def test_processes_that_cannot_be_listed_are_not_no_processes(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def listdir(path: str) -> list[str]:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    for name in (OPEN_NODES, MOUNTS, NET_LINKS):
+        with pytest.raises(OSError):
+            Host.local().read_bytes(name)
+
+
+def test_a_child_that_cannot_be_made_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(BlockingIOError):
+        Host.local().read_bytes(f"{BLOCK_CLAIM}/nosuchdisk")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_tables_last_line_says_that_it_is_whole() -> None:
+    for name in (MOUNTS, NET_LINKS, NET_ROUTES, OPEN_NODES):
+        assert (Host.local().read_bytes(name).splitlines() or [b""])[-1] == b"."
+
+
+def test_a_node_that_is_mapped_is_seen_though_its_descriptor_is_closed() -> None:
+    """A text of maps as the kernel writes it, with a resource file of sysfs."""
+    line = "7f00-7f10 rw-s 00000000 00:15 123    /sys/devices/pci0000:00/0000:00:03.0/resource0"
+    match = observe_files._PCI_FILE.fullmatch(line.split(None, 5)[5])
+    assert match is not None and match[1] == "/devices/pci0000:00/0000:00:03.0"
 
 
 def test_a_long_answer_arrives_whole() -> None:
-    assert host_scan._ask_child(lambda: "x" * 300_000) == "x" * 300_000
+    assert probe.ask_child(lambda: "x" * 300_000) == "x" * 300_000
 
 
 def test_names_cannot_break_the_format() -> None:
-    assert host_scan._plain("a\tb\nc\x1b[31m") == "a\\tb\\nc\\x1b[31m"
+    assert plain("a\tb\nc\x1b[31m") == "a\\tb\\nc\\x1b[31m"

@@ -14,6 +14,7 @@ from tests.usage.why_page import PAGE, with_kinds
 from vfiotool.devices.attached import is_part_of
 from vfiotool.usage.blocker import KINDS
 from vfiotool.usage.network import read_routes
+from vfiotool.usage.sight import Sight
 from vfiotool.usage.survey import blockers, survey
 
 NIC = "0000:03:00.0"
@@ -75,12 +76,12 @@ def test_automatic_ipv6_routes_are_no_use_but_a_gateway_is(small: SmallHost) -> 
         f"{zero} 00 {zero} 00 {zero} ffffffff 00000001 00000000 00200200 lo\n"
         "garbage\n",
     )
-    assert read_routes(small.host()) == {}
+    assert read_routes(Sight(small.host())) == {}
     small.file(
         "/proc/net/ipv6_route",
         f"{zero} 00 {zero} 00 {peer} 00000400 00000001 00000000 00000003 eth1",
     )
-    assert read_routes(small.host()) == {"eth1": ["default ::/0 via fe80::a"]}
+    assert read_routes(Sight(small.host())) == {"eth1": ["default ::/0 via fe80::a"]}
 
 
 def test_the_callers_ssh_session_is_named_and_never_cut_by_a_remedy(small: SmallHost) -> None:
@@ -175,6 +176,8 @@ def test_a_card_whose_interface_may_be_in_an_unseen_namespace_is_in_use(
 ) -> None:
     small.function(NIC, class_code="020000", driver=driver)
     small.addresses()
+    assert found(small) == []
+    small.folders.add("/sys/class/net")
     assert found(small) == expected
     small.file("/proc/vfiotool/net-namespaces", "!\tthe network namespace of pid 9")
     assert found(small) == [("unseen", "net-namespaces"), *expected]

@@ -260,8 +260,10 @@ class Socket:
         for _ in range(_DUMP_TRIES):
             messages = self.request(kind, payload, NLM_F_DUMP, what)
             if not any(message.flags & NLM_F_DUMP_INTR for message in messages):
-                break
-        return messages
+                return messages
+        raise KernelError(
+            f"{what}: it changed while it was read, {_DUMP_TRIES} times over", errno_name="EINTR"
+        )
 
     def _collect(self, what: str) -> list[Message]:
         answers: list[Message] = []

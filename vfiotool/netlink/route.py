@@ -33,12 +33,24 @@ _IFADDR = struct.Struct("=BBBBI")
 _IFA_ADDRESS = 1
 _IFA_LOCAL = 2
 _IFLA_IFNAME = 3
+_IFLA_LINK = 5
+_IFLA_MASTER = 10
 _IFLA_LINKINFO = 18
 _IFLA_VFINFO_LIST = 22
 _IFLA_EXT_MASK = 29
+_IFLA_LINK_NETNSID = 37
+_IFLA_XDP = 43
 _IFLA_PARENT_DEV_NAME = 56
 _IFLA_PARENT_DEV_BUS_NAME = 57
 _IFLA_INFO_KIND = 1
+_IFLA_INFO_DATA = 2
+# The lower interface of kinds that do not tell it as IFLA_LINK (if_link.h, if_tunnel.h).
+_IFLA_VXLAN_LINK = 3
+_IFLA_XDP_ATTACHED = 2
+_RTM_GETNSID = 90
+_NETNSA_NSID = 1
+_NETNSA_FD = 3
+_RTGENMSG = bytes(4)
 _RTEXT_FILTER_VF = 1
 _IFLA_VF_INFO = 1
 _IFLA_VF_MAC = 1
@@ -55,7 +67,10 @@ _IFF_UP = 1
 class NetLink:
     """One interface. Its parent device by bus and name there: a PCI address, `virtio2`.
 
-    `kind` is what a virtual one is (`bridge`, `team`, `macvlan`); None for a card's own.
+    `kind` is what a virtual one is (`bridge`, `team`, `macvlan`); None for a card's own. `lower`
+    is the index of the interface that it stands on, `lower_namespace` that one's namespace by this
+    namespace's number for it, None for this namespace. `master` is the interface that it is a port
+    of. `xdp`: a BPF program sees its packets first.
     """
 
     index: int
@@ -64,6 +79,10 @@ class NetLink:
     parent_bus: str | None
     parent_device: str | None
     kind: str | None
+    lower: int | None = None
+    lower_namespace: int | None = None
+    master: int | None = None
+    xdp: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +115,49 @@ def parse_link(payload: bytes) -> NetLink:
     _, _, index, flags, _ = _IFINFO.unpack_from(payload)
     attributes = parse_attributes(payload[_IFINFO.size :])
     info = parse_attributes(attributes.get(_IFLA_LINKINFO, b""))
+    kind = as_text(info.get(_IFLA_INFO_KIND))
+    lower = as_int(attributes.get(_IFLA_LINK))
+    if lower is None and kind == "vxlan":
+        lower = as_int(parse_attributes(info.get(_IFLA_INFO_DATA, b"")).get(_IFLA_VXLAN_LINK))
+    xdp = parse_attributes(attributes.get(_IFLA_XDP, b"")).get(_IFLA_XDP_ATTACHED, b"\0")
     return NetLink(
         index=index,
         name=as_text(attributes.get(_IFLA_IFNAME)) or "",
         up=bool(flags & _IFF_UP),
         parent_bus=as_text(attributes.get(_IFLA_PARENT_DEV_BUS_NAME)),
         parent_device=as_text(attributes.get(_IFLA_PARENT_DEV_NAME)),
-        kind=as_text(info.get(_IFLA_INFO_KIND)),
+        kind=kind,
+        lower=lower or None,
+        lower_namespace=_namespace_id(attributes.get(_IFLA_LINK_NETNSID)),
+        master=as_int(attributes.get(_IFLA_MASTER)),
+        xdp=xdp[:1] not in (b"", b"\0"),
     )
+
+
+def _namespace_id(data: bytes | None) -> int | None:
+    """A namespace's number, signed; None for this one, -1 where it has none here."""
+    return None if data is None or len(data) < 4 else int(struct.unpack_from("=i", data)[0])
+
+
+def namespace_id(descriptor: int) -> int | None:
+    """The number that this network namespace has for the one behind a descriptor; None if none."""
+    with Socket(NETLINK_ROUTE) as channel:
+        payload = _RTGENMSG + u32(_NETNSA_FD, descriptor)
+        answers = channel.request(_RTM_GETNSID, payload, 0, "number a network namespace")
+    found = [_namespace_id(_nsid(message.payload)) for message in answers]
+    return next((number for number in found if number is not None and number >= 0), None)
+
+
+def read_namespace_ids() -> frozenset[int]:
+    """The numbers of all network namespaces that this one knows. Raises KernelError."""
+    with Socket(NETLINK_ROUTE) as channel:
+        answers = channel.dump(_RTM_GETNSID, _RTGENMSG, "list network namespaces")
+    found = (_namespace_id(_nsid(message.payload)) for message in answers)
+    return frozenset(number for number in found if number is not None and number >= 0)
+
+
+def _nsid(payload: bytes) -> bytes | None:
+    return parse_attributes(payload[len(_RTGENMSG) :]).get(_NETNSA_NSID)
 
 
 def read_addresses() -> tuple[tuple[str, str], ...]:

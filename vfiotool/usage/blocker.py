@@ -65,6 +65,12 @@ KINDS = {
             order=5,
         ),
         BlockerKind(
+            "packet-socket",
+            "a program takes packets straight from an interface of it",
+            "`/proc/net/packet`; XDP programs by rtnetlink",
+            order=6,
+        ),
+        BlockerKind(
             "display",
             "it shows a picture",
             "lit DRM connectors, the console's frame buffer, firmware frame buffers in its BARs",
@@ -80,6 +86,29 @@ KINDS = {
             "console",
             "the kernel's console runs over it",
             "`/sys/class/tty/console/active`",
+            ends_with_driver=True,
+        ),
+        BlockerKind(
+            "input",
+            "a keyboard or pointing device of the host is attached to it",
+            "`/sys/class/input`, by the keys that each has",
+            ends_with_driver=True,
+        ),
+        BlockerKind(
+            "watchdog",
+            "it has a watchdog that runs",
+            "`/sys/class/watchdog/*/state`",
+        ),
+        BlockerKind(
+            "dma-engine",
+            "the kernel uses a DMA channel of it",
+            "`/sys/class/dma/*/in_use`",
+            ends_with_driver=True,
+        ),
+        BlockerKind(
+            "random-source",
+            "the kernel takes random numbers from it",
+            "`/sys/class/misc/hw_random/rng_current`",
             ends_with_driver=True,
         ),
         BlockerKind(

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vfiotool.host.paths import DEV, SYS_BLOCK
+from vfiotool.host.paths import BLOCK_LOOPS, DEV, SYS_BLOCK
 from vfiotool.usage.sight import Sight
 
 _DM_KINDS = {
@@ -59,14 +59,33 @@ def stack_on(host: Sight, names: Iterable[str]) -> tuple[Layer, ...]:
 
 
 def _loops(host: Sight, names: Iterable[str]) -> dict[str, list[str]]:
-    """Block device -> the loop devices straight over it, which are no holders to the kernel."""
+    """Block device -> the loop devices straight over it, which are no holders to the kernel.
+
+    By the number that the kernel has for what is below; a tree of files tells a path alone.
+    """
     found: dict[str, list[str]] = {}
+    if host.host.live or host.exists(BLOCK_LOOPS):
+        for fields in host.observed(BLOCK_LOOPS):
+            lower = by_number(host).get(fields[-1])
+            if lower is not None:
+                found.setdefault(lower, []).append(fields[0])
+        return found
     for name in names:
         node = host.read(f"{SYS_BLOCK}/{name}/loop/backing_file") if name[:4] == "loop" else None
         lower = None if node is None else block_name(host, node)
         if lower is not None:
             found.setdefault(lower, []).append(name)
     return found
+
+
+def by_number(host: Sight) -> dict[str, str]:
+    """All block devices by `major:minor`."""
+    return host.once("block devices by number", _by_number)
+
+
+def _by_number(host: Sight) -> dict[str, str]:
+    numbers = ((host.read(f"{SYS_BLOCK}/{name}/{_NUMBER}"), name) for name in host.attached.block)
+    return {number: name for number, name in numbers if number}
 
 
 def block_name(host: Sight, node: str) -> str | None:

@@ -103,7 +103,8 @@ def mounted(
 
 
 def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
-    where = "" if mount.pid == "self" else f" in the mount namespace of pid {mount.pid}"
+    where = "" if mount.pid == "self" else f" in {_namespace_text(mount.pid)}"
+    table = mount.pid if mount.pid.startswith("/") else f"{PROC}/{mount.pid}/mountinfo"
     vital = None
     if mount.point in _VITAL:
         vital = f"{mount.point} is on {address}: it cannot be passed through, the host runs from it"
@@ -112,7 +113,7 @@ def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
         address,
         mount.point,
         f"{chain_text(layer)} is mounted on {mount.point} ({mount.type}){where}",
-        f"{PROC}/{mount.pid}/mountinfo: {mount.number} {mount.point} from {mount.source}",
+        f"{table}: {mount.number} {mount.point} from {mount.source}",
         None if vital else _unmount(mount),
         vital,
     )
@@ -127,7 +128,18 @@ def vital_mounts(host: Sight) -> tuple[Mount, ...]:
 
 def _unmount(mount: Mount) -> str:
     command = f"umount {shlex.quote(mount.point)}"
-    return command if mount.pid == "self" else f"nsenter --target {mount.pid} --mount {command}"
+    if mount.pid == "self":
+        return command
+    if mount.pid.isdecimal():
+        return f"nsenter --target {mount.pid} --mount {command}"
+    path = mount.pid if mount.pid.startswith("/") else f"{PROC}/{mount.pid}/ns/mnt"
+    return f"nsenter --mount={shlex.quote(path)} {command}"
+
+
+def _namespace_text(where: str) -> str:
+    if where.startswith("/"):
+        return f"the mount namespace {where}"
+    return f"the mount namespace of pid {where}"
 
 
 def _multi_device(host: Sight, names: Iterable[str]) -> dict[str, str]:
@@ -153,7 +165,10 @@ def swapped(
     names = {layer.name: layer for layer in layers}
     numbers = {layer.number: layer for layer in layers if layer.number is not None}
     found = []
-    for line in (host.read(PROC_SWAPS) or "").splitlines()[1:]:
+    lines = (host.read(PROC_SWAPS) or "").splitlines()
+    if not lines and host.host.live:
+        host.miss(PROC_SWAPS, "it has no first line, so that it was cut short")
+    for line in lines[1:]:
         words = line.split()
         if len(words) < 2:
             continue

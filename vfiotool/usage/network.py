@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from vfiotool.devices.attached import is_part_of
-from vfiotool.devices.pci import parse_uevent
+from vfiotool.devices.pci import Address, parse_uevent
 from vfiotool.host.paths import (
     NET_ADDRESSES,
     NET_CALLER,
     NET_KINDS,
-    NET_NAMESPACES,
+    NET_ROUTES,
     PROC,
+    PROC_PACKET,
     PROC_PPPOE,
     PROC_ROUTE,
     PROC_ROUTE6,
     SYS_NET,
 )
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.links import SELF, Graph, Interface, in_namespace, namespace_text, read_graph
 from vfiotool.usage.mounts import vital_mounts
 from vfiotool.usage.sight import Sight
 
@@ -53,7 +55,9 @@ class Placed(Protocol):
 def network_usage(host: Sight, function: Placed) -> Usage:
     """The interfaces of the function that are in use, each with what it carries."""
     own = host.attached.interfaces(function.path)
+    graph = read_graph(host)
     found: list[Blocker] = []
+    carriers: dict[str, tuple[str, ...]] = {}
     if own:
         stacks = {name: _stack_on(host, name) for name in own}
         carriers = {upper: chain for stack in stacks.values() for upper, chain in stack.items()}
@@ -71,8 +75,15 @@ def network_usage(host: Sight, function: Placed) -> Usage:
         ]
         found += routes
         found += _pppoe(host, function.address, carriers)
-    found += _other_namespaces(host, function)
+        found += _listeners(host, function.address, carriers)
+    found += _other_namespaces(graph, function, carriers)
     return Usage(tuple(found))
+
+
+def interfaces_above(host: Sight, path: str) -> frozenset[str]:
+    """The interfaces of the function at `path` and all that stands on them here."""
+    own = host.attached.interfaces(path)
+    return frozenset(name for start in own for name in _stack_on(host, start))
 
 
 def _stack_on(host: Sight, name: str) -> dict[str, tuple[str, ...]]:
@@ -92,7 +103,11 @@ def _uppers(host: Sight, name: str) -> list[str]:
     entries = host.listdir(f"{SYS_NET}/{name}")
     uppers = [entry.removeprefix("upper_") for entry in entries if entry.startswith("upper_")]
     master = host.linkname(f"{SYS_NET}/{name}/master")
-    return sorted({*uppers, *([master] if master else [])})
+    graph = read_graph(host)
+    # A VXLAN or tunnel is no upper one to sysfs.
+    known = graph.own.get(name)
+    told = [item.name for item in graph.above(known.key) if item.where == SELF] if known else []
+    return sorted({*uppers, *told, *([master] if master else [])})
 
 
 def _memberships(
@@ -112,6 +127,8 @@ def _memberships(
         else:
             detail = f"the {kind} {upper} stands on {name}"
             evidence = f"{SYS_NET}/{name}/upper_{upper}"
+            if not host.exists(evidence):
+                evidence = f"ip -details link show {upper}"
             remedy = f"ip link delete {shlex.quote(upper)}"
         ends = None if upper in vital else remedy
         found.append(
@@ -163,7 +180,10 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
             facts.append(f"carries routes ({', '.join(others[:4])}{' …' * (len(others) > 4)})")
         if own_routes:
             tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
-            evidence.append(f"{', '.join(sorted(tables))} name {name}")
+            if any(" table " in route for route in own_routes):
+                evidence.append(f"ip route show table all dev {name}")
+            else:
+                evidence.append(f"{', '.join(sorted(tables))} name {name}")
         hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
         vital = over_network if cidrs or own_routes else None
         if defaults:
@@ -222,12 +242,18 @@ def _is_automatic(cidr: str) -> bool:
 
 
 def read_routes(host: Sight) -> dict[str, list[str]]:
-    """By interface, the routes that somebody set: `default via 10.0.2.2`, `10.0.2.0/24`.
+    """By interface, the routes of all tables that somebody set: `default via 10.0.2.2`.
 
     Left out: rejecting routes, those to the interface's own addresses, and the link-local and
     multicast ones that the kernel makes by itself.
     """
     found: dict[str, list[str]] = {}
+    if host.host.live or host.exists(NET_ROUTES):
+        for fields in host.observed(NET_ROUTES):
+            if len(fields) == 2:
+                found.setdefault(fields[0], []).append(fields[1])
+        return found
+    # A tree of files, or a snapshot of an earlier version: the main table alone.
     for name, text in (
         *_parse_routes4((host.read(PROC_ROUTE) or "").splitlines()[1:]),
         *_parse_routes6((host.read(PROC_ROUTE6) or "").splitlines()),
@@ -280,17 +306,64 @@ def _route_text(target: str, prefix: int, gateway: str, flags: int) -> str:
     return f"{text} via {gateway}" if flags & _RTF_GATEWAY else text
 
 
-def _other_namespaces(host: Sight, function: Placed) -> list[Blocker]:
-    lines = host.observed(NET_NAMESPACES)
+def _other_namespaces(
+    graph: Graph, function: Placed, carriers: Mapping[str, tuple[str, ...]]
+) -> list[Blocker]:
+    """The function's interfaces in other namespaces, and what stands on any of them from there."""
     found = []
-    for fields in lines:
-        if len(fields) != 4 or not is_part_of(function.path, fields[2]):
+    start = [graph.own[name].key for name in carriers if name in graph.own]
+    for item in _interfaces_of(graph, function):
+        start.append(item.key)
+        if item.where == SELF:
             continue
-        pid, name, _, cidrs = fields
-        detail = f"{name} lives in the network namespace of pid {pid}"
-        if cidrs:
-            detail += f" with {cidrs.replace(',', ', ')}"
-        evidence = f"{PROC}/{pid}/ns/net"
-        remedy = f"nsenter --target {pid} --net ip link set {shlex.quote(name)} netns 1"
-        found.append(Blocker("route", function.address, name, detail, evidence, remedy))
+        detail = f"{item.name} lives in {namespace_text(item.where)}"
+        if item.addresses:
+            detail += f" with {', '.join(item.addresses)}"
+        remedy = f"{in_namespace(item.where)} ip link set {shlex.quote(item.name)} netns 1"
+        evidence = _evidence(item.where)
+        found.append(Blocker("route", function.address, item.name, detail, evidence, remedy))
+    for upper, lower in graph.elsewhere(start):
+        detail = f"the {upper.kind or 'interface'} {upper.name} in {namespace_text(upper.where)} "
+        detail += f"stands on {lower.name}"
+        if upper.addresses:
+            detail += f", with {', '.join(upper.addresses)}"
+        remedy = f"{in_namespace(upper.where)} ip link delete {shlex.quote(upper.name)}"
+        evidence = f"{_evidence(upper.where)}: ip -details link show {upper.name}"
+        found.append(
+            Blocker("bridge-or-bond", function.address, upper.name, detail, evidence, remedy)
+        )
+    return found
+
+
+def _interfaces_of(graph: Graph, function: Placed) -> list[Interface]:
+    if Address.is_address(function.path.rpartition("/")[2]):
+        return graph.of_function(function.path)
+    return [item for item in graph.interfaces if is_part_of(function.path, item.device)]
+
+
+def _evidence(where: str) -> str:
+    return where if where.startswith("/") else f"{PROC}/{where}/ns/net"
+
+
+def _listeners(host: Sight, address: str, carriers: Mapping[str, tuple[str, ...]]) -> list[Blocker]:
+    """Programs that take packets straight from an interface: packet sockets, XDP programs."""
+    graph = read_graph(host)
+    names = {item.index: item.name for item in graph.own.values()}
+    bound = set()
+    # sk RefCnt Type Proto Iface R Rmem User Inode (net/packet/af_packet.c, packet_seq_show)
+    for line in (host.read(PROC_PACKET) or "").splitlines()[1:]:
+        words = line.split()
+        if len(words) >= 5 and words[4].isdecimal():
+            bound.add(names.get(int(words[4])))
+    found = []
+    for name in sorted(carriers):
+        if name in bound:
+            detail = f"a program has a packet socket on {name}"
+            evidence = f"{PROC_PACKET} has the index of {name}"
+            found.append(Blocker("packet-socket", address, name, detail, evidence))
+        elif name in graph.own and graph.own[name].has_xdp:
+            detail = f"an XDP program sees the packets of {name} first"
+            evidence = f"ip link show {name}"
+            remedy = f"ip link set {shlex.quote(name)} xdp off"
+            found.append(Blocker("packet-socket", address, name, detail, evidence, remedy))
     return found

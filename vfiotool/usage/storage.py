@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from vfiotool.host.paths import BLOCK_CLAIM, DEV, PROC, SYS_BLOCK, SYS_NVME_TARGETS
+from vfiotool.host.paths import (
+    BLOCK_CLAIM,
+    BLOCK_TARGETS,
+    DEV,
+    PROC,
+    SYS_BLOCK,
+    SYS_LIO_CORE,
+    SYS_NVME_TARGETS,
+)
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.layers import (
     Layer,
@@ -92,21 +101,72 @@ def _vital_pool(host: Sight, address: str, pool: str) -> str | None:
 
 
 def _exports(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
-    """Namespaces of the kernel's NVMe target, which opens a disk without claiming it."""
+    """What the kernel's NVMe and SCSI targets export: they may open a disk without claiming it."""
+    numbers = {layer.number: layer for layer in layers if layer.number is not None}
     names = {layer.name: layer for layer in layers}
     found = []
+    for system, number, path, layer in (
+        *_nvme_targets(host, numbers, names),
+        *_scsi_targets(host, numbers, names),
+    ):
+        if layer is None:
+            continue
+        detail = f"{chain_text(layer)} is exported as {number} of {system}"
+        remedy = (
+            f"echo 0 > {shlex.quote(path)}/enable" if path.startswith(SYS_NVME_TARGETS) else None
+        )
+        evidence = f"{path}/device_path" if remedy else f"{path}/info"
+        blocker = Blocker("storage-member", address, system, detail, evidence, remedy)
+        found.append((layer.chain[0], blocker))
+    return found
+
+
+_Export = tuple[str, str, str, "Layer | None"]
+
+
+def _nvme_targets(
+    host: Sight, numbers: Mapping[str, Layer], names: Mapping[str, Layer]
+) -> list[_Export]:
+    if host.host.live or host.exists(BLOCK_TARGETS):
+        lines = (fields for fields in host.observed(BLOCK_TARGETS) if len(fields) == 4)
+        return [
+            (
+                system,
+                f"namespace {number}",
+                f"{SYS_NVME_TARGETS}/{system}/namespaces/{number}",
+                numbers.get(where),
+            )
+            for system, number, _, where in lines
+        ]
+    found: list[_Export] = []
     for system in host.listdir(SYS_NVME_TARGETS):
-        folder = f"{SYS_NVME_TARGETS}/{system}/namespaces"
-        for number in host.listdir(folder):
-            base = f"{folder}/{number}"
-            layer = names.get(block_name(host, host.read(f"{base}/device_path") or "") or "")
-            if layer is None or not host.read_int(f"{base}/enable"):
-                continue
-            detail = f"{chain_text(layer)} is exported as namespace {number} of {system}"
-            remedy = f"echo 0 > {shlex.quote(base)}/enable"
-            evidence = f"{base}/device_path"
-            blocker = Blocker("storage-member", address, system, detail, evidence, remedy)
-            found.append((layer.chain[0], blocker))
+        for number in host.listdir(f"{SYS_NVME_TARGETS}/{system}/namespaces"):
+            base = f"{SYS_NVME_TARGETS}/{system}/namespaces/{number}"
+            name = block_name(host, host.read(f"{base}/device_path") or "")
+            if host.read_int(f"{base}/enable"):
+                found.append((system, f"namespace {number}", base, names.get(name or "")))
+    return found
+
+
+# drivers/target/target_core_iblock.c, iblock_show_configfs_dev_params; target_core_file.c.
+_LIO_NUMBER = re.compile(r"Major: (\d+) Minor: (\d+)")
+_LIO_FILE = re.compile(r"File: (\S+)")
+
+
+def _scsi_targets(
+    host: Sight, numbers: Mapping[str, Layer], names: Mapping[str, Layer]
+) -> list[_Export]:
+    """LIO's back ends, by the number that each prints, or a file back end's path."""
+    found: list[_Export] = []
+    for adapter in host.listdir(SYS_LIO_CORE):
+        for name in host.listdir(f"{SYS_LIO_CORE}/{adapter}"):
+            base = f"{SYS_LIO_CORE}/{adapter}/{name}"
+            text = host.read(f"{base}/info") if adapter != "alua" else None
+            number, file = _LIO_NUMBER.search(text or ""), _LIO_FILE.search(text or "")
+            layer = numbers.get(f"{number[1]}:{number[2]}") if number else None
+            if layer is None and file is not None:
+                layer = names.get(block_name(host, file[1]) or "")
+            found.append((adapter, name, base, layer))
     return found
 
 

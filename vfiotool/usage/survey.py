@@ -16,15 +16,18 @@ from vfiotool.devices.sriov import read_vfs
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     NET_ADDRESSES,
+    SYS_BLOCK,
     SYS_MDEV_DEVICES,
+    SYS_NET,
     SYS_PCI_DEVICES,
     SYS_VDPA_DEVICES,
 )
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.display import display_usage
 from vfiotool.usage.layers import stack_on
-from vfiotool.usage.network import network_usage
+from vfiotool.usage.network import interfaces_above, network_usage
 from vfiotool.usage.nodes import node_usage
+from vfiotool.usage.parts import parts_usage
 from vfiotool.usage.sight import Sight, Unseen
 from vfiotool.usage.storage import storage_usage
 
@@ -33,6 +36,7 @@ __all__ = ["Blocker", "Usage", "blockers", "look", "survey"]
 _NONE: Mapping[str, PciFunction] = {}
 # What a storage or network driver makes of a function, when it is neither a disk nor an
 # interface: a SCSI host, an NVMe controller, a port; a domain of its own; an RDMA device.
+_CLASSES = {"01": SYS_BLOCK, "02": SYS_NET}
 _ADAPTER = re.compile(
     r"(ata|host)\d+|nvme|mmc_host|pci[0-9a-f]+:[0-9a-f]+|infiniband|ieee80211|uio"
 )
@@ -79,11 +83,17 @@ def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
         storage_usage(sight, address, function.path, virtio=function.driver == "virtio-pci"),
         network_usage(sight, function),
         display_usage(sight, function),
+        parts_usage(sight, function, interfaces_above(sight, function.path)),
         _children(sight, function),
         _open_nodes(sight, address, function.path, function.iommu_group),
     ]
     if not any(part.blockers for part in parts) and _is_out_of_sight(sight, function):
-        sight.miss(address, f"{function.driver} has it, and no interface, disk or adapter shows")
+        # A tree that has no such class at all was never asked for it.
+        if sight.host.live or sight.exists(_CLASSES[(function.class_code or "")[:2]]):
+            why = f"{function.driver} has it, and no interface, disk or adapter shows"
+            sight.miss(address, why)
+        else:
+            parts.append(Usage((), (f"what {function.driver} makes of {address}",)))
     own_net = sight.attached.interfaces(function.path)
     if own_net and not sight.host.live and not sight.exists(NET_ADDRESSES):
         parts.append(Usage((), ("the addresses of the interfaces",)))
@@ -109,7 +119,7 @@ def _is_out_of_sight(sight: Sight, function: PciFunction) -> bool:
     Its disk or interface is somewhere, such as in a network namespace that nobody can enter.
     """
     code = (function.class_code or "")[:2]
-    if code not in ("01", "02") or function.on_vfio or role_of(function.driver) != "host":
+    if code not in _CLASSES or function.on_vfio or role_of(function.driver) != "host":
         return False
     attached = sight.attached
     if attached.interfaces(function.path) or attached.blocks(function.path):

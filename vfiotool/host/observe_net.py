@@ -1,0 +1,191 @@
+"""Interfaces, addresses and routes over rtnetlink, in this network namespace and in all others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from vfiotool.errors import VfiotoolError
+from vfiotool.host.namespaces import Found, find_namespaces
+from vfiotool.host.paths import PROC, SYS_BUS
+from vfiotool.host.probe import answer_of
+from vfiotool.host.processes import enter_namespace, plain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfiotool.netlink.route import NetLink
+
+_MAIN_TABLE = 254
+# A host that carries the Internet's routes has a million: what matters is that there are some.
+_ROUTES_TOLD = 16
+# Pairs of interfaces that name each other and carry nothing of one another's.
+_PAIRS = frozenset({"veth", "vxcan", "netkit"})
+
+
+def addresses() -> str:
+    """This network namespace's interface addresses."""
+    from vfiotool.netlink.route import read_addresses
+
+    return "".join(f"{plain(name)}\t{cidr}\n" for name, cidr in read_addresses())
+
+
+def net_kinds() -> str:
+    """The virtual interfaces of this network namespace and what they are."""
+    from vfiotool.netlink.route import read_links
+
+    return "".join(f"{plain(link.name)}\t{link.kind}\n" for link in read_links() if link.kind)
+
+
+def net_routes() -> str:
+    """The routes of all tables that somebody set, some of each interface's."""
+    from vfiotool.netlink.route import read_links
+    from vfiotool.netlink.routes import read_routes
+
+    names = {link.index: link.name for link in read_links()}
+    told: dict[str, dict[str, None]] = {}
+    for route in read_routes():
+        name = plain(names.get(route.index, f"#{route.index}"))
+        texts = told.setdefault(name, {})
+        if route.automatic or len(texts) >= _ROUTES_TOLD:
+            continue
+        via = f" via {route.gateway}" if route.gateway else ""
+        table = "" if route.table == _MAIN_TABLE else f" table {route.table}"
+        texts[f"{route.target}{via}{table}"] = None
+    return "".join(f"{name}\t{text}\n" for name, texts in sorted(told.items()) for text in texts)
+
+
+def net_links() -> str:
+    """Every interface of every network namespace, with what each stands on.
+
+    A namespace that no process is in is entered all the same, where a mount or a descriptor
+    leads to it; one that is only known by a number is named as unseen.
+    """
+    found = find_namespaces("net")
+    text = [_own_links(found)]
+    others = {number: places for number, places in found.places.items() if number != found.own}
+    descriptors: dict[int, int] = {}
+    try:
+        for number, places in others.items():
+            for place in places:
+                try:
+                    descriptors[number] = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+                    break
+                except FileNotFoundError:
+                    continue
+            else:
+                if any(place.lasts for place in places):
+                    text.append(f"!\tthe network namespace of {places[0].name}\n")
+        names = {number: others[number][0].name for number in descriptors}
+        text.append(_other_links(found.own, names, descriptors))
+        text += [f"!\t{what}\n" for what in _unreached(descriptors)]
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    text += [f"!\t{what}\n" for what in found.unknown]
+    if found.hidden:
+        text.append(
+            f"!\tthe network namespaces of {found.hidden} processes that may not be looked into\n"
+        )
+    return "".join(text)
+
+
+def _own_links(found: Found) -> str:
+    from vfiotool.netlink.route import read_links
+
+    return "".join(_link_lines("self", read_links(), _cidrs(), {}))
+
+
+def _other_links(own: int, names: Mapping[int, str], descriptors: Mapping[int, int]) -> str:
+    """The links of the other namespaces: one child goes through them all."""
+    if not descriptors:
+        return ""
+    home = os.open(f"{PROC}/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    def look() -> str:
+        return "".join(
+            text
+            for number in descriptors
+            for text in _look_into(number, own, home, names, descriptors)
+        )
+
+    try:
+        return answer_of(look, keep=(home, *descriptors.values()))
+    finally:
+        os.close(home)
+
+
+def _look_into(
+    number: int, own: int, home: int, names: Mapping[int, str], descriptors: Mapping[int, int]
+) -> Iterator[str]:
+    from vfiotool.netlink.route import namespace_id, read_links
+
+    try:
+        enter_namespace(descriptors[number])
+        links = read_links()
+        wanted = {link.lower_namespace for link in links if link.kind not in _PAIRS} - {None}
+        lowers: dict[int, str] = {}
+        # This namespace first: nearly all that stand on another's interface stand on one of ours.
+        for name, descriptor in (("self", home), *((names[n], d) for n, d in descriptors.items())):
+            if wanted <= lowers.keys():
+                break
+            found = namespace_id(descriptor)
+            if found is not None:
+                lowers.setdefault(found, name)
+        yield from _link_lines(names[number], links, _cidrs(), lowers)
+    except (OSError, VfiotoolError) as error:
+        yield f"!\tthe network namespace of {names[number]}: {plain(str(error))}\n"
+
+
+def _cidrs() -> dict[str, list[str]]:
+    from vfiotool.netlink.route import read_addresses
+
+    found: dict[str, list[str]] = {}
+    for name, cidr in read_addresses():
+        found.setdefault(name, []).append(cidr)
+    return found
+
+
+def _link_lines(
+    where: str,
+    links: tuple[NetLink, ...],
+    cidrs: Mapping[str, list[str]],
+    lowers: Mapping[int, str],
+) -> Iterator[str]:
+    for link in links:
+        stands = link.kind not in _PAIRS and link.lower is not None
+        place = where
+        if stands and link.lower_namespace is not None:
+            place = lowers.get(link.lower_namespace, "?")
+        fields = (
+            where,
+            str(link.index),
+            plain(link.name),
+            plain(link.kind or ""),
+            place if stands else "",
+            str(link.lower) if stands else "",
+            "" if link.master is None else str(link.master),
+            _parent_of(link.parent_bus, link.parent_device),
+            ",".join(cidrs.get(link.name, [])),
+            "xdp" if link.xdp else "",
+        )
+        yield "\t".join(fields) + "\n"
+
+
+def _unreached(descriptors: Mapping[int, int]) -> Iterator[str]:
+    """Namespaces that this one has a number for and that nothing found leads to."""
+    from vfiotool.netlink.route import namespace_id, read_namespace_ids
+
+    numbers = read_namespace_ids()
+    if numbers:
+        for number in sorted(numbers - {namespace_id(fd) for fd in descriptors.values()}):
+            yield f"the network namespace number {number}, which no process or mount leads to"
+
+
+def _parent_of(bus: str | None, name: str | None) -> str:
+    """The path below /sys of an interface's parent device, or an empty string."""
+    link = f"{SYS_BUS}/{bus}/devices/{name}"
+    try:
+        target = os.readlink(link)
+    except (OSError, ValueError):
+        return ""
+    return plain(os.path.normpath(os.path.join(os.path.dirname(link), target)))

@@ -1,0 +1,110 @@
+"""What the observations share: processes and their threads, and names as text.
+
+Here too, what is gone, what may not be looked at and what failed are told apart: the first is
+passed over, the second counted, the third raised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterator
+
+from vfiotool.host.paths import PROC
+
+# What the kernel answers of a process that has ended or is ending.
+GONE = frozenset({errno.ENOENT, errno.ESRCH})
+DENIED = frozenset({errno.EACCES, errno.EPERM})
+# kcmp(2) by machine: whether two threads share their table of open files.
+_KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "loongarch64": 272, "s390x": 343}
+_KCMP_FILES = 2
+
+
+def processes() -> list[int]:
+    """The ids of all processes. Raises OSError if they cannot be listed."""
+    return sorted(int(name) for name in os.listdir(PROC) if name.isdecimal())
+
+
+def threads(pid: int) -> list[int]:
+    """A process's threads; none if it has ended. Raises OSError otherwise."""
+    try:
+        return sorted(int(name) for name in os.listdir(f"{PROC}/{pid}/task"))
+    except OSError as error:
+        if error.errno in GONE:
+            return []
+        raise
+
+
+def tables_of(pid: int) -> Iterator[str]:
+    """The folders of the process's tables of open files: one, unless threads have their own."""
+    yield f"{PROC}/{pid}/fd"
+    for thread in threads(pid):
+        if thread != pid and not _share_files(pid, thread):
+            yield f"{PROC}/{pid}/task/{thread}/fd"
+
+
+def _share_files(first: int, second: int) -> bool:
+    number = _KCMP.get(os.uname().machine)
+    if number is None:
+        return False
+    zero = ctypes.c_ulong(0)
+    return bool(_libc().syscall(number, first, second, _KCMP_FILES, zero, zero) == 0)
+
+
+_loaded: list[ctypes.CDLL] = []
+
+
+def _libc() -> ctypes.CDLL:
+    if not _loaded:
+        _loaded.append(ctypes.CDLL(None, use_errno=True))
+    return _loaded[0]
+
+
+def enter_namespace(descriptor: int) -> None:
+    """Move this process, a child of its own, into the namespace behind a descriptor."""
+    if _libc().setns(descriptor, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+# include/uapi/linux/stat.h, fcntl.h: struct statx, of which a file's type never needs a server.
+_STATX_BYTES = 256
+_STATX_TYPE = 1
+_AT_FDCWD = -100
+_AT_STATX_DONT_SYNC = 0x4000
+_MODE_AT, _RDEV_AT = 28, 128
+_MODE = struct.Struct("=H")
+_RDEV = struct.Struct("=II")
+
+
+def type_and_number(path: str) -> tuple[int, int, int]:
+    """A file's mode and, for a device node, its major and minor number, without asking a server.
+
+    A descriptor may lead to a network mount whose server is gone: stat(2) would wait for it.
+    Raises OSError.
+    """
+    buffer = (ctypes.c_ubyte * _STATX_BYTES)()
+    if _libc().statx(_AT_FDCWD, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, buffer):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    mode, *_ = _MODE.unpack_from(buffer, _MODE_AT)
+    major, minor = _RDEV.unpack_from(buffer, _RDEV_AT)
+    return mode, major, minor
+
+
+def command(pid: int) -> str:
+    """A process's name, `?` where it has none (any more)."""
+    try:
+        with open(f"{PROC}/{pid}/comm", encoding="utf-8", errors="backslashreplace") as file:
+            return plain(file.read().rstrip("\n")) or "?"
+    except OSError:
+        return "?"
+
+
+def plain(text: str) -> str:
+    """Without control characters, so that a name cannot break the format."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

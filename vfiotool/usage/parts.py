@@ -1,0 +1,132 @@
+"""What the host does with parts of a function that are neither disk, interface nor display.
+
+The keyboard on a USB controller, the watchdog that will reset the machine, the source of random
+numbers, the copy engine that the network stack uses: each ends when the driver lets go.
+Source: Documentation/input/input.rst, Documentation/watchdog/sysfs-class-watchdog
+(Documentation/ABI/testing/sysfs-class-watchdog), Documentation/admin-guide/hw_random.rst,
+Documentation/driver-api/dmaengine, Documentation/networking/netconsole.rst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from vfiotool.devices.attached import owners
+from vfiotool.devices.pci import PciFunction
+from vfiotool.host.paths import (
+    SYS_DMA,
+    SYS_HWRNG,
+    SYS_INPUT,
+    SYS_NETCONSOLE,
+    SYS_WATCHDOG,
+)
+from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.sight import Sight
+
+# include/uapi/linux/input-event-codes.h: event types, and keys that only a keyboard has.
+_EV_KEY = 1
+_KEY_ENTER, _KEY_A = 28, 30
+
+
+def parts_usage(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> Usage:
+    """Input devices, watchdogs, random numbers, copy engines, and consoles over the network."""
+    found = [
+        *_class_devices(sight, function, "input", SYS_INPUT, _input),
+        *_class_devices(sight, function, "watchdog", SYS_WATCHDOG, _watchdog),
+        *_class_devices(sight, function, "dma-engine", SYS_DMA, _channel),
+        *_random(sight, function),
+        *_netconsoles(sight, function, interfaces),
+    ]
+    return Usage(tuple(found))
+
+
+_Judge = Callable[[Sight, str, str], "str | None"]
+
+
+def _class_devices(
+    sight: Sight, function: PciFunction, kind: str, folder: str, judge: _Judge
+) -> list[Blocker]:
+    """A class's devices that are part of the function and, as `judge` says, in use."""
+    paths = sight.once(("class", folder), lambda look: _by_owner(look, folder))
+    found = []
+    for name in paths.get(function.path, ()):
+        detail = judge(sight, name, f"{folder}/{name}")
+        if detail is not None:
+            evidence = f"{folder}/{name}"
+            found.append(Blocker(kind, function.address, name, detail, evidence))
+    return found
+
+
+def _by_owner(sight: Sight, folder: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in sight.listdir(folder):
+        for owner in owners(sight.realpath(f"{folder}/{name}") or ""):
+            found.setdefault(owner, []).append(name)
+    return found
+
+
+def _input(sight: Sight, name: str, base: str) -> str | None:
+    """A keyboard or a pointing device; buttons and jacks of cards are none."""
+    if not name.startswith("input"):
+        return None
+    keys = _bits(sight.read(f"{base}/capabilities/key"))
+    events = _bits(sight.read(f"{base}/capabilities/ev"))
+    called = sight.read(f"{base}/name") or name
+    if events >> _EV_KEY & 1 and keys >> _KEY_ENTER & 1 and keys >> _KEY_A & 1:
+        return f"the keyboard {called} is attached to it"
+    if any(child.startswith("mouse") for child in sight.listdir(base)):
+        return f"the pointing device {called} is attached to it"
+    return None
+
+
+def _bits(text: str | None) -> int:
+    """A bitmap of input's attributes: words of a long, the highest first, each in hexadecimal.
+
+    A word's width is not told; of the low 32 bits, which are all that is asked for, it does not
+    matter.
+    """
+    try:
+        return int((text or "0").split()[-1], 16)
+    except (ValueError, IndexError):
+        return 0
+
+
+def _watchdog(sight: Sight, name: str, base: str) -> str | None:
+    if sight.read(f"{base}/state") != "active":
+        return None
+    return f"the watchdog {name} runs: nobody would feed it any more"
+
+
+def _channel(sight: Sight, name: str, base: str) -> str | None:
+    used = sight.read_int(f"{base}/in_use")
+    return f"{used} users have the DMA channel {name}" if used else None
+
+
+def _random(sight: Sight, function: PciFunction) -> list[Blocker]:
+    """The kernel's source of random numbers, where it is a virtio device (`virtio_rng.0`)."""
+    current = sight.read(SYS_HWRNG)
+    if current is None or not current.startswith("virtio_rng"):
+        return []
+    for name in sight.listdir(function.path):
+        driver = sight.linkname(f"{function.path}/{name}/driver")
+        if name.startswith("virtio") and driver == "virtio_rng":
+            detail = f"the kernel takes random numbers from it ({current})"
+            evidence = f"{SYS_HWRNG} is {current}"
+            return [Blocker("random-source", function.address, current, detail, evidence)]
+    return []
+
+
+def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> list[Blocker]:
+    """Kernel consoles over the network, on an interface of it or what stands on one."""
+    found = []
+    for target in sight.listdir(SYS_NETCONSOLE):
+        base = f"{SYS_NETCONSOLE}/{target}"
+        name = sight.read(f"{base}/dev_name")
+        if name in interfaces and sight.read_int(f"{base}/enabled"):
+            detail = f"the kernel's console runs over {name} (netconsole)"
+            remedy = f"echo 0 > {base}/enabled"
+            blocker = Blocker(
+                "console", function.address, name or target, detail, f"{base}/enabled is 1", remedy
+            )
+            found.append(blocker)
+    return found
