@@ -29,6 +29,9 @@ from vfiotool.host.host import Host
 
 METHODS = (
     "read",
+    "read_at",
+    "read_locked",
+    "writer_pid",
     "listdir",
     "readlink",
     "exists",

@@ -543,6 +543,8 @@ class FakeKernel(MemoryTree):
         pf = self.interfaces[ifindex]
         return tuple(self.vf_info[key] for key in sorted(self.vf_info) if key[0] == pf)
 
+    answers_netlink = True
+
     def ask_netlink(self, request: Request, timeout_s: float) -> list[Message]:
         return self.answer_netlink(request, timeout_s)
 

@@ -257,7 +257,7 @@ def test_values_that_do_not_fit_are_refused() -> None:
 
 def test_a_root_that_is_no_running_machine_takes_no_netlink() -> None:
     host = Host(MemoryTree({}, {}), live=False, name="a snapshot")
-    with pytest.raises(UsageError, match="a snapshot is not the running host"):
+    with pytest.raises(UsageError, match="snapshot is not the running host"):
         host.send_netlink(set_vf(1, VfSettings(0, trust=True)))
 
 

@@ -151,7 +151,7 @@ def parse_parent(text: str) -> tuple[str | None, str]:
 
 def knows_netlink(host: Host) -> bool:
     """Whether the host can be asked over netlink: a running machine, or a fake one that answers."""
-    return host.live and getattr(host.tree, "ask_netlink", None) is not None
+    return host.live and host.tree.answers_netlink
 
 
 def find_family(host: Host) -> int:

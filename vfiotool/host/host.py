@@ -16,7 +16,7 @@ import os
 from vfiotool.errors import Stuck, UsageError, from_oserror
 from vfiotool.host.clock import Clock
 from vfiotool.host.paths import PROC_BOOT_ID
-from vfiotool.host.tree import OsTree, Tree, read_only_root
+from vfiotool.host.tree import OsTree, Tree
 
 # Importing these would take a third of the time that `groups` takes to list a small host.
 TYPE_CHECKING = False
@@ -69,13 +69,7 @@ class Host:
 
         For configuration space, each word of which the device itself is asked for.
         """
-        if not isinstance(self.tree, OsTree):
-            return self.tree.read(path)[offset : offset + length]
-        descriptor = os.open(self.tree.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            return os.pread(descriptor, length, offset)
-        finally:
-            os.close(descriptor)
+        return self.tree.read_at(path, offset, length)
 
     def read(self, path: str) -> str | None:
         """The file's text without surrounding white space, or None if absent or unreadable.
@@ -155,10 +149,8 @@ class Host:
         `timeout_s`. Asking afterwards whether the file is there would not tell the two apart: a
         VF can vanish before the one question and be back before the other.
         """
-        if not isinstance(self.tree, OsTree) or not self.tree.live:
-            return self.read(path)
         try:
-            data = self.tree.child().read(path, timeout_s)
+            data = self.tree.read_locked(path, timeout_s)
         except OSError:
             return None
         return data.decode("utf-8", "backslashreplace").strip()
@@ -177,7 +169,7 @@ class Host:
 
     def writer_pid(self) -> int | None:
         """The process that the next write runs in, so that a journal can name it beforehand."""
-        return self.tree.child().pid if isinstance(self.tree, OsTree) else None
+        return self.tree.writer_pid()
 
     def load_module(self, name: str, timeout_s: float = WRITE_DEADLINE_S) -> None:
         """Have modprobe load a module. Raises as `write_attribute` does.
@@ -191,7 +183,7 @@ class Host:
 
     def ask_netlink(self, request: Request, timeout_s: float = READ_DEADLINE_S) -> list[Message]:
         """Send one netlink request that changes nothing. Raises as `send_netlink` does."""
-        return self._exchange("ask_netlink", request, timeout_s)
+        return self.tree.ask_netlink(request, timeout_s)
 
     def send_netlink(self, request: Request, timeout_s: float = WRITE_DEADLINE_S) -> list[Message]:
         """Send one netlink request that changes the host.
@@ -200,14 +192,7 @@ class Host:
         a root that is not the running machine, KernelError or NotPermitted with the kernel's errno
         and words, and Stuck as `write_attribute` does.
         """
-        return self._exchange("send_netlink", request, timeout_s)
-
-    def _exchange(self, method: str, request: Request, timeout_s: float) -> list[Message]:
-        send = getattr(self.tree, method, None)
-        if send is None:
-            raise read_only_root(self.name)
-        answers: list[Message] = send(request, timeout_s)
-        return answers
+        return self.tree.send_netlink(request, timeout_s)
 
     def boot_id(self) -> str | None:
         return self.read(PROC_BOOT_ID)

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 
 from vfiotool.host.namespaces import find_namespaces
-from vfiotool.host.paths import PROC, SYS_BLOCK, SYS_DEV_NUMBERS
+from vfiotool.host.paths import PROC, SYS, SYS_BLOCK, SYS_DEV_NUMBERS
 from vfiotool.host.probe import answer_of
 from vfiotool.host.processes import (
     DENIED,
@@ -127,7 +127,7 @@ def _node_of(pid: int, table: str, number: str, looked: _Nodes) -> Iterator[Node
     if target.startswith("/"):
         match = _PCI_FILE.fullmatch(target)
         if match is not None:
-            yield plain(target), f"/sys{match[1]}"
+            yield plain(target), f"{SYS}{match[1]}"
             return
         found = looked.of(link, target)
         if found is not None:
@@ -190,7 +190,7 @@ def _mapped(pid: int, looked: _Nodes) -> Iterator[Node]:
             continue
         match = _PCI_FILE.fullmatch(called) if called.startswith("/") else None
         if match is not None:
-            yield plain(called), f"/sys{match[1]}"
+            yield plain(called), f"{SYS}{match[1]}"
         elif called.startswith("/"):
             try:
                 found = looked.mapped(f"{PROC}/{pid}/map_files/{span}", f"{device} {inode}", called)

@@ -1,5 +1,6 @@
 """The paths of `/sys`, `/proc` and `/dev`: they are spelt here alone."""
 
+SYS = "/sys"
 SYS_BUS = "/sys/bus"
 SYS_DEV_NUMBERS = "/sys/dev"
 SYS_PCI_DEVICES = "/sys/bus/pci/devices"

@@ -12,35 +12,77 @@ from vfiotool.host.paths import OBSERVED, OTHER_TOOLS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from typing import Protocol
 
     from vfiotool.host.child import WriterProcess
     from vfiotool.netlink.codec import Message, Request
-else:
-    Protocol = object
 
 _READ_BYTES = 1 << 16
 _HOPS = 40
 
 
-class Tree(Protocol):
-    """What a `Host` stands on. Paths are absolute (`"/sys/…"`); failures are `OSError`."""
+class Tree:
+    """What a `Host` stands on. Paths are absolute (`"/sys/…"`); failures are `OSError`.
 
-    def read(self, path: str) -> bytes: ...
-    def listdir(self, path: str) -> list[str]: ...
-    def readlink(self, path: str) -> str: ...
-    def exists(self, path: str) -> bool: ...
-    def isdir(self, path: str) -> bool: ...
-    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None: ...
-    def load_module(self, name: str, timeout_s: float) -> None: ...
+    What a tree that cannot be changed answers is given here; so is what follows from the rest.
+    """
+
+    # What stands in an error for the tree, and the directory that it is, if it is one.
+    name = "this root"
+    root: str | None = None
+    # Whether it can be asked over netlink.
+    answers_netlink = False
+
+    def read(self, path: str) -> bytes:
+        """The file's whole content."""
+        raise NotImplementedError
+
+    def listdir(self, path: str) -> list[str]:
+        """The names in a directory, in no order."""
+        raise NotImplementedError
+
+    def readlink(self, path: str) -> str:
+        """A symbolic link's target as it is written."""
+        raise NotImplementedError
+
+    def exists(self, path: str) -> bool:
+        raise NotImplementedError
+
+    def isdir(self, path: str) -> bool:
+        raise NotImplementedError
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes of a file from `offset` on."""
+        return self.read(path)[offset : offset + length]
+
+    def read_locked(self, path: str, timeout_s: float) -> bytes:
+        """A file whose reading may wait for a device's lock. Raises Stuck after `timeout_s`."""
+        return self.read(path)
+
+    def writer_pid(self) -> int | None:
+        """The process that the next write runs in, where writes have one of their own."""
+        return None
+
+    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
+        raise read_only_root(self.name)
+
+    def load_module(self, name: str, timeout_s: float) -> None:
+        raise read_only_root(self.name)
+
+    def ask_netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        raise read_only_root(self.name)
+
+    def send_netlink(self, request: Request, timeout_s: float) -> list[Message]:
+        raise read_only_root(self.name)
 
 
-class OsTree:
+class OsTree(Tree):
     """A directory laid out like `/`; with `root=""` the machine itself."""
 
     def __init__(self, root: str = "") -> None:
-        self.root = root.rstrip("/")
+        self.root: str = root.rstrip("/")
         self.live = not self.root
+        self.name = self.root or "this host"
+        self.answers_netlink = self.live
         self._child: WriterProcess | None = None
 
     def read(self, path: str) -> bytes:
@@ -92,6 +134,19 @@ class OsTree:
 
         return send_in_child(request, timeout_s)
 
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        descriptor = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+
+    def read_locked(self, path: str, timeout_s: float) -> bytes:
+        return self.child().read(path, timeout_s) if self.live else self.read(path)
+
+    def writer_pid(self) -> int | None:
+        return self.child().pid
+
     def child(self) -> WriterProcess:
         """The child that writes for this process: made when first needed, again after a hang."""
         if not self.live:
@@ -137,7 +192,7 @@ def follow_links(
     return done or "/"
 
 
-class MemoryTree:
+class MemoryTree(Tree):
     """A tree held in memory: files, symbolic links, unreadable files; directories are implied.
 
     `files` maps a path to its bytes, or to an errno where reading it fails; `links` maps a path
@@ -215,12 +270,6 @@ class MemoryTree:
             return self.resolve(path) in self.children
         except OSError:
             return False
-
-    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
-        raise read_only_root(self.name)
-
-    def load_module(self, name: str, timeout_s: float) -> None:
-        raise read_only_root(self.name)
 
 
 def read_only_root(name: str) -> UsageError:

@@ -19,7 +19,7 @@ from vfiotool.snapshot.text import MAX_FILE_BYTES, NOT_CAPTURED
 _OPAQUE = frozenset({f"{PROC}/self", f"{PROC}/net", f"{PROC}/thread-self"})
 
 
-class RecordingTree:
+class RecordingTree(Tree):
     """Passes every question on to `inner` and keeps the answer, under the path without links.
 
     What was answered once is answered the same again, so that all commands see one host.

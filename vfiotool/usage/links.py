@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vfiotool.devices.attached import owners
-from vfiotool.host.paths import NET_LINKS, NET_NAMESPACES
+from vfiotool.host.paths import NET_LINKS, NET_NAMESPACES, PROC
 from vfiotool.usage.sight import Sight
 
 SELF = "self"
@@ -137,5 +137,5 @@ def in_namespace(where: str) -> str:
     """The words before a command that is to run in a namespace."""
     if where.isdecimal():
         return f"nsenter --target {where} --net"
-    path = where if where.startswith("/") else f"/proc/{where}/ns/net"
+    path = where if where.startswith("/") else f"{PROC}/{where}/ns/net"
     return f"nsenter --net={path}"

@@ -16,6 +16,7 @@ from vfiotool.devices.attached import Attached
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import OBSERVED, OBSERVED_END
+from vfiotool.host.tree import Tree
 
 # What the kernel answers for what is not there, or has gone while it was looked at.
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESRCH})
@@ -31,6 +32,53 @@ class Unseen:
     why: str
 
 
+class _NotingTree(Tree):
+    """A host's tree for readers that take no failure for an answer: each is noted on the way."""
+
+    def __init__(self, inner: Tree, sight: Sight) -> None:
+        self.inner, self.name = inner, inner.name
+        self._sight = sight
+
+    def _note(self, path: str, ask: Callable[[str], _Value], *, link: bool = False) -> _Value:
+        try:
+            return ask(path)
+        except OSError as error:
+            if not _is_absent(error.errno or 0, link=link):
+                self._sight.miss(path, _reason(error))
+            raise
+
+    def read(self, path: str) -> bytes:
+        return self._note(path, self.inner.read)
+
+    def listdir(self, path: str) -> list[str]:
+        return self._note(path, self.inner.listdir)
+
+    def readlink(self, path: str) -> str:
+        return self._note(path, self.inner.readlink, link=True)
+
+    def exists(self, path: str) -> bool:
+        return self.inner.exists(path)
+
+    def isdir(self, path: str) -> bool:
+        return self.inner.isdir(path)
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        return self.inner.read_at(path, offset, length)
+
+    def read_locked(self, path: str, timeout_s: float) -> bytes:
+        return self.inner.read_locked(path, timeout_s)
+
+
+def _is_absent(number: int, *, link: bool) -> bool:
+    # A name that is no link has none (readlink(2), EINVAL).
+    return number in _ABSENT or (link and number == errno.EINVAL)
+
+
+def _reason(error: OSError) -> str:
+    number = error.errno or 0
+    return f"{os.strerror(number)} ({errno.errorcode.get(number, str(number))})"
+
+
 class Sight:
     """One look at a host: each thing is read once, so all answers are of one moment.
 
@@ -39,7 +87,9 @@ class Sight:
     """
 
     def __init__(self, host: Host) -> None:
-        self.host = host
+        self._host = host
+        # For the readers of devices: what they cannot read is noted too.
+        self.host = Host(_NotingTree(host.tree, self), live=host.live, name=host.name)
         self.attached = Attached(self)
         self._known: dict[tuple[str, str], tuple[object, Unseen | None]] = {}
         self._unseen: dict[Unseen, None] = {}
@@ -72,7 +122,7 @@ class Sight:
         return self._ask("read", path, self._text)
 
     def _text(self, path: str) -> str:
-        return self.host.read_bytes(path).decode("utf-8", "backslashreplace").strip()
+        return self._host.read_bytes(path).decode("utf-8", "backslashreplace").strip()
 
     def read_int(self, path: str) -> int | None:
         """The file as a number, or None if it is not one."""
@@ -85,13 +135,13 @@ class Sight:
     def listdir(self, path: str) -> list[str]:
         """The names in a folder, sorted; empty if absent or, noted, unread."""
         found: list[str] | None = self._ask(
-            "listdir", path, lambda name: sorted(self.host.tree.listdir(name))
+            "listdir", path, lambda name: sorted(self._host.tree.listdir(name))
         )
         return found or []
 
     def readlink(self, path: str) -> str | None:
         """The target of a symbolic link as it is written, or None."""
-        return self._ask("readlink", path, self.host.tree.readlink)
+        return self._ask("readlink", path, self._host.tree.readlink)
 
     def linkname(self, path: str) -> str | None:
         """The last component of a symbolic link's target, or None."""
@@ -102,14 +152,14 @@ class Sight:
         """As `Host.realpath`."""
         target = self.readlink(path)
         if target is None:
-            return path if self.host.exists(path) else None
+            return path if self._host.exists(path) else None
         return os.path.normpath(os.path.join(os.path.dirname(path), target))
 
     def exists(self, path: str) -> bool:
-        return self.host.exists(path)
+        return self._host.exists(path)
 
     def isdir(self, path: str) -> bool:
-        return self.host.isdir(path)
+        return self._host.isdir(path)
 
     def observed(self, name: str) -> list[list[str]]:
         """An observation's lines, split at tabs. What it says it could not see is noted.
@@ -122,11 +172,11 @@ class Sight:
         what = name.removeprefix(OBSERVED)
         text = self.read(name)
         if text is None:
-            if self.host.live:
+            if self._host.live:
                 self.miss(what, "it could not be observed")
             return []
         lines = []
-        ended = not self.host.live
+        ended = not self._host.live
         for line in text.splitlines():
             fields = line.split("\t")
             if line == OBSERVED_END:
@@ -155,11 +205,8 @@ class Sight:
         try:
             return ask(path), None
         except OSError as error:
-            number = error.errno or 0
-            # A name that is no link has none (readlink(2), EINVAL).
-            if number in _ABSENT or (kind == "readlink" and number == errno.EINVAL):
+            if _is_absent(error.errno or 0, link=kind == "readlink"):
                 return None, None
-            code = errno.errorcode.get(number, str(number))
-            return None, Unseen(what, f"{os.strerror(number)} ({code})")
+            return None, Unseen(what, _reason(error))
         except (VfiotoolError, MemoryError) as error:
             return None, Unseen(what, str(error) or "out of memory")

@@ -77,6 +77,8 @@ def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
         if path is not None:
             return _mdev_usage(sight, address, path)
         path = sight.realpath(f"{SYS_VDPA_DEVICES}/{address}")
+        if path is None and sight.readlink(f"{SYS_PCI_DEVICES}/{address}") is not None:
+            sight.miss(address, "it is there, and cannot be read")
         return Usage(()) if path is None else _vdpa_usage(sight, address, path)
     parts = [
         _vf_usage(sight, function),
