@@ -172,8 +172,14 @@ def test_two_addresses_never_share_a_stand_in_and_share_prefixes_as_before(a: in
 @given(st.binary(min_size=16, max_size=16))
 def test_an_ipv6_address_keeps_its_kind(packed: bytes) -> None:
     before, after = IPv6Address(packed), IPv6Address(Mask(KEY).ipv6(packed))
-    assert before.is_link_local <= after.is_link_local
+    assert before.is_link_local == after.is_link_local
     assert before.is_multicast == after.is_multicast or packed[0] != 0xFF
+
+
+@pytest.mark.parametrize("text", ["fe80::1", "fe81::1", "febf:ffff::1"])
+def test_every_link_local_prefix_is_kept(text: str) -> None:
+    """Link-local is fe80::/10: fe81:: would have become a global address."""
+    assert IPv6Address(Mask(KEY).ipv6(IPv6Address(text).packed)).is_link_local
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which other tools on a host lay claim to devices: an observation (see host_scan.py).
+"""Which other tools on a host lay claim to devices: an observation (see observe.py).
 
 One line a claim, fields separated by a tab: tool, file, device, setting. A device is written
 `pci:ADDRESS`, `mdev:UUID`, `id:VENDOR:DEVICE`, `interface:NAME` (a pattern, as netplan has them),
@@ -12,20 +12,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator
 
 from vfiotool.host.netplan import netplan_claims
+from vfiotool.host.processes import plain
 
 _MAX_FILE_BYTES = 1 << 20
 _SECTION = re.compile(r"\[([^\]]+)\]")
-_HOSTDEV = re.compile(r"<hostdev\b(.*?)</hostdev>", re.DOTALL)
-_PCI_SOURCE = re.compile(
-    r"<source>.*?<address\s+domain=['\"]0x([0-9a-fA-F]+)['\"]\s+bus=['\"]0x([0-9a-fA-F]+)['\"]"
-    r"\s+slot=['\"]0x([0-9a-fA-F]+)['\"]\s+function=['\"]0x([0-7])['\"]",
-    re.DOTALL,
-)
-_MDEV_SOURCE = re.compile(r"<source>.*?<address\s+uuid=['\"]([0-9a-fA-F-]{36})['\"]", re.DOTALL)
+_MAX_HOSTDEVS = 1024
+# What a domain never has, and what makes a parser work for ever (billion laughs).
+_DOCTYPE = "<!DOCTYPE"
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _IDS = re.compile(r"\bids=([0-9A-Fa-f:,]+)")
 
 
@@ -41,7 +40,7 @@ def claims(root: str) -> str:
         *_libvirt(root),
         *_own_policy(root),
     ]
-    lines = ("\t".join(_plain(field) for field in claim) for claim in found)
+    lines = ("\t".join(plain(field) for field in claim) for claim in found)
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -57,12 +56,21 @@ def _files(root: str, folders: tuple[str, ...], ending: str) -> Iterator[tuple[s
             if not name.endswith(ending) or name in seen or name.startswith("."):
                 continue
             seen.add(name)
-            try:
-                with open(f"{root}{folder}/{name}", "rb") as file:
-                    text = file.read(_MAX_FILE_BYTES).decode("utf-8", "backslashreplace")
-            except OSError:
-                continue
-            yield f"{folder}/{name}", text
+            text = _text(f"{root}{folder}/{name}")
+            if text is not None:
+                yield f"{folder}/{name}", text
+
+
+def _text(path: str) -> str | None:
+    """A plain file's text, cut at 1 MiB; None of a FIFO, which would wait for a writer."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None
+            return file.read(_MAX_FILE_BYTES).decode("utf-8", "backslashreplace")
+    except OSError:
+        return None
 
 
 def _sections(text: str) -> dict[str, dict[str, str]]:
@@ -154,21 +162,39 @@ def _libvirt(root: str) -> Iterator[tuple[str, str, str, str]]:
     for path, text in _files(root, (folder,), ".xml"):
         name = path.rpartition("/")[2].removesuffix(".xml")
         start = os.path.lexists(f"{root}{folder}/autostart/{name}.xml")
-        for match in _HOSTDEV.finditer(text):
-            body = match[1]
-            managed = re.search(r"managed=['\"]yes['\"]", body.partition(">")[0]) is not None
+        for managed, device in _host_devices(text):
             words = [f"domain {name}"]
             words += ["managed"] if managed else []
             words += ["started at boot"] if start else []
-            setting = ", ".join(words)
-            pci = _PCI_SOURCE.search(body)
-            if pci is not None:
-                numbers = [int(text, 16) for text in pci.groups()]
-                address = "{:04x}:{:02x}:{:02x}.{:x}".format(*numbers)
-                yield "libvirt", path, f"pci:{address}", setting
-            mdev = _MDEV_SOURCE.search(body)
-            if mdev is not None:
-                yield "libvirt", path, f"mdev:{mdev[1].lower()}", setting
+            yield "libvirt", path, device, ", ".join(words)
+
+
+def _host_devices(text: str) -> Iterator[tuple[bool, str]]:
+    """Of a libvirt domain, each host device and whether libvirt itself rebinds it."""
+    from xml.etree import ElementTree
+
+    if _DOCTYPE in text:
+        return
+    try:
+        domain = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError):
+        return
+    for _, element in zip(range(_MAX_HOSTDEVS), domain.iter("hostdev"), strict=False):
+        address = element.find("source/address")
+        device = None if address is None else _source(address.attrib)
+        if device is not None:
+            yield element.get("managed") == "yes", device
+
+
+def _source(address: dict[str, str]) -> str | None:
+    uuid = address.get("uuid", "")
+    if _UUID.fullmatch(uuid):
+        return f"mdev:{uuid.lower()}"
+    try:
+        numbers = [int(address[key], 16) for key in ("domain", "bus", "slot", "function")]
+    except (KeyError, ValueError):
+        return None
+    return "pci:{:04x}:{:02x}:{:02x}.{:x}".format(*numbers)
 
 
 def _own_policy(root: str) -> Iterator[tuple[str, str, str, str]]:
@@ -185,9 +211,3 @@ def _own_policy(root: str) -> Iterator[tuple[str, str, str, str]]:
                 value = match.get(key)
                 if isinstance(value, str):
                     yield "vfiotool", path, f"{word}:{value.lower()}", f"driver={driver}"
-
-
-def _plain(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

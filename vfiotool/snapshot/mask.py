@@ -113,8 +113,11 @@ class Mask:
         found = b""
         for index in range(0, 16, 2):
             group = int.from_bytes(packed[index : index + 2], "big")
-            known = index == 0 and (group == 0xFE80 or group >> 8 == 0xFF)
+            known = index == 0 and (_is_link_local(group) or group >> 8 == 0xFF)
             other = group if known else self._step(f"v6:{packed[:index].hex()}", group, 16)
+            # An address that was global stays one: it must not become what is kept.
+            while index == 0 and not known and (_is_link_local(other) or other >> 8 == 0xFF):
+                other = self._step("v6:", other, 16)
             found += other.to_bytes(2, "big")
         return found
 
@@ -139,3 +142,8 @@ class Mask:
         except AddressValueError:
             return text
         return str(IPv6Address(self.ipv6(packed)))
+
+
+def _is_link_local(group: int) -> bool:
+    """Whether an address's first 16 bits are those of fe80::/10 (RFC 4291, 2.5.6)."""
+    return group >> 6 == 0xFE80 >> 6
