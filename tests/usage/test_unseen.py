@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fakes.small_host import SmallHost
+from tests.usage.why_page import PAGE
 from vfiotool.devices.pci import read_function
 from vfiotool.host import paths
 from vfiotool.host.host import Host
@@ -97,6 +98,27 @@ def looks(address: str) -> list[Call]:
     tree.asked.clear()
     look(Sight(host), address, function)
     return list(tree.asked)
+
+
+def documented() -> list[str]:
+    """The first column of the page's table of what is looked at."""
+    page = PAGE.read_text()
+    rows = page.partition("| looked at | for |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [word.strip("` ") for row in rows for word in row.split("|")[1].split(",")]
+
+
+def test_the_page_lists_what_is_looked_at_and_nothing_else() -> None:
+    names = documented()
+    asked = {path for address in (DISK, NIC, GPU, USB) for _, path in looks(address)}
+    own = [value for value in vars(paths).values() if isinstance(value, str)]
+    for path in sorted(asked):
+        said = path.removeprefix(paths.OBSERVED).removeprefix("/sys/devices/pci0000:00")
+        if path.startswith("/sys/devices"):
+            continue  # The device's own folder.
+        assert any(said == name or said.startswith(f"{name}/") for name in names), path
+    # And each that the page names is one that the code spells.
+    for name in names:
+        assert name in own or paths.OBSERVED + name in own, name
 
 
 def failures() -> Iterator[tuple[str, Call]]:

@@ -10,7 +10,7 @@ from vfiotool.host.paths import (
     BLOCK_CLAIM,
     BLOCK_TARGETS,
     DEV,
-    PROC,
+    PROC_ZFS,
     SYS_BLOCK,
     SYS_LIO_CORE,
     SYS_NVME_TARGETS,
@@ -68,7 +68,7 @@ def _member(host: Sight, address: str, layer: Layer) -> Use:
 def _pool_members(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
     """Members of imported ZFS pools, by udev's probe of the disk and the pools that ZFS runs."""
     found = []
-    pools = set(host.listdir(f"{PROC}/spl/kstat/zfs"))
+    pools = set(host.listdir(PROC_ZFS))
     for layer in layers if pools else ():
         record = f"/run/udev/data/b{layer.number}"
         keys = dict(
@@ -79,7 +79,7 @@ def _pool_members(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[
         pool = keys.get("ID_FS_LABEL")
         if keys.get("ID_FS_TYPE") == "zfs_member" and pool in pools:
             detail = f"{chain_text(layer)} is part of the ZFS pool {pool}"
-            evidence = f"{PROC}/spl/kstat/zfs/{pool}, {record}"
+            evidence = f"{PROC_ZFS}/{pool}, {record}"
             remedy: str | None = f"zpool export {shlex.quote(pool or '')}"
             vital = _vital_pool(host, address, pool or "")
             if vital is not None:
