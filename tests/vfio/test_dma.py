@@ -151,3 +151,13 @@ def test_a_size_that_is_none_is_refused_in_words(dma: Dma, size: object, said: s
             ask()
     with pytest.raises(UsageError, match="neither read nor write"):
         dma.alloc(PAGE, read=False, write=False)
+
+
+def test_a_buffer_is_indexed_as_bytes(dma: Dma) -> None:
+    with dma.alloc(PAGE) as buffer:
+        buffer[:4] = b"edu!"
+        assert (len(buffer), buffer[:4], bytes(buffer.view[:4])) == (PAGE, b"edu!", b"edu!")
+        with pytest.raises(ValueError):
+            buffer[:4] = b"five!"
+    with pytest.raises(UsageError, match="closed"):
+        buffer[:1]

@@ -164,3 +164,9 @@ def test_regions_have_names_and_numbers_have_two_bases() -> None:
     assert number("0x10", "an offset") == number("16", "an offset") == 16
     with pytest.raises(UsageError, match="negative"):
         number("-4", "an offset")
+
+
+@pytest.mark.parametrize("name", [7, None, b"0000:00:01.0"])
+def test_what_is_no_name_is_refused_in_words(name: object) -> None:
+    with pytest.raises(UsageError, match="not the name of a device"):
+        Device.open(name)  # type: ignore[arg-type]

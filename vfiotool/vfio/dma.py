@@ -73,6 +73,21 @@ class DmaBuffer:
             f"<DmaBuffer of {devices or 'no device'}, {self.size} bytes at {self.iova:#x}{state}>"
         )
 
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, where: slice) -> bytes:
+        """A copy of some of its bytes: `buffer[:512]`."""
+        return bytes(self.view[where])
+
+    def __setitem__(self, where: slice, data: Buffer) -> None:
+        """Store bytes: `buffer[:4] = b"edu!"`."""
+        self.view[where] = data
+
+    def __buffer__(self, _flags: int) -> memoryview:
+        """The memory itself, for numpy and its kind (from Python 3.12 on; `view` before)."""
+        return self.view
+
     @property
     def view(self) -> memoryview:
         """The memory. Raises UsageError after `close` and in a child process."""

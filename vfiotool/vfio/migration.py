@@ -98,6 +98,9 @@ class Migration:
         self.device = device
         self.support = found
 
+    def __repr__(self) -> str:
+        return f"<Migration of {self.device!r}>"
+
     @property
     def state(self) -> int:
         """The device's state, one of the numbers above."""
@@ -268,6 +271,9 @@ class DirtyLog:
         answer = device.feature(_FEATURE_LOG_START, FEATURE_SET, request)
         self.device_page_size: int = struct.unpack_from("=Q", answer)[0]
         device.on_close(self.close)
+
+    def __repr__(self) -> str:
+        return f"<DirtyLog of {self.device.name}, {'closed' if self.closed else 'recording'}>"
 
     def report(self, iova: int, size: int) -> bytes:
         """Which pages of a watched range were written since the last report of it: one bit a page,

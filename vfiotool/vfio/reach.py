@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
-from vfiotool.errors import KernelError, UsageError
+from vfiotool.errors import KernelError, NotPermitted, UsageError
 from vfiotool.native import library as native
 
 COMMAND = 0x04
@@ -121,7 +121,7 @@ class Reach:
             command = read(COMMAND, 2)
             power = self._capabilities.get(_PM)
             state = 0 if power is None else read(power + 4, 2) & 3
-        except KernelError:
+        except (KernelError, NotPermitted):
             command, state = 0xFFFF, 0
         self._note(_GONE, command == 0xFFFF)
         self._note(_DECODE, not command & COMMAND_MEMORY)
@@ -227,17 +227,17 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _capabilities(read: Callable[[int, int], int]) -> dict[int, int]:
-    """Where the capabilities stand, by id: the first of each. PCI Local Bus 3.0, 6.7."""
+    """Where the capabilities stand, by id: the first of each. PCI Local Bus 3.0, 6.7.
+
+    Raises what `read` raises: a device whose power cannot be known is not to be mapped.
+    """
     found: dict[int, int] = {}
-    try:
-        if not read(COMMAND + 2, 2) & _STATUS_HAS_LIST:
-            return found
-        place = read(_CAPABILITIES, 1) & ~3
-        for _ in range(_LIST_LIMIT):
-            if place < 0x40:
-                break
-            found.setdefault(read(place, 1), place)
-            place = read(place + 1, 1) & ~3
-    except KernelError:
-        pass
+    if not read(COMMAND + 2, 2) & _STATUS_HAS_LIST:
+        return found
+    place = read(_CAPABILITIES, 1) & ~3
+    for _ in range(_LIST_LIMIT):
+        if place < 0x40:
+            break
+        found.setdefault(read(place, 1), place)
+        place = read(place + 1, 1) & ~3
     return found

@@ -102,6 +102,11 @@ class BoundRegister:
         self._read = getattr(access, f"read{bits}")
         self._write = getattr(access, f"write{bits}")
 
+    def __repr__(self) -> str:
+        register = self.register
+        where = f"{register.offset:#x}, {register.width} bytes, {register.access}"
+        return f"<BoundRegister {register.name} at {where}, of {self._access!r}>"
+
     def read(self) -> int:
         """Its value. Raises UsageError for a register that can only be written."""
         register = self.register
@@ -146,14 +151,14 @@ class BoundRegister:
         self.write(value)
         return value
 
-    def poll(self, mask: int, wanted: int, timeout_s: float) -> int:
-        """Read until `value & mask == wanted`; returns the value. Raises KernelError (ETIMEDOUT)
-        after `timeout_s` seconds."""
+    def poll(self, mask: int, wanted: int, timeout_s: float | None) -> int:
+        """Read until `value & mask == wanted`; returns the value. Raises TimedOut after
+        `timeout_s` seconds."""
         register = self.register
         width = 4 if register.halves else register.width
         return self._access.poll(register.offset, mask, wanted, timeout_s, width=width)
 
-    def poll_field(self, name: str, wanted: int, timeout_s: float) -> int:
+    def poll_field(self, name: str, wanted: int, timeout_s: float | None) -> int:
         """Read until the field has this value; returns the register's value."""
         if name not in self.register.fields:
             raise UsageError(f"{self.register.name} has no field {name}")
@@ -169,6 +174,10 @@ class RegisterMap:
         self._bound = {
             register.name: BoundRegister(register, access) for register in self.registers()
         }
+        self._access = access
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}, {len(self._bound)} registers of {self._access!r}>"
 
     def __init_subclass__(cls) -> None:
         taken: dict[tuple[int, str], str] = {}

@@ -46,6 +46,8 @@ def find(name: str, host: Host) -> Target:
     Raises UsageError for what is none of them, NotFound where the host has no such PCI or mediated
     device.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"{name!r} is not the name of a device", hint="0000:05:01.0, or a UUID")
     if Address.is_address(name):
         official = str(Address.parse(name))
         return _target(official, "pci", f"{SYS_PCI_DEVICES}/{official}", host)
