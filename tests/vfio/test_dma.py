@@ -3,7 +3,9 @@ and what is in use is never closed."""
 
 from __future__ import annotations
 
+import gc
 import mmap
+import weakref
 from collections.abc import Iterator
 
 import numpy
@@ -161,3 +163,13 @@ def test_a_buffer_is_indexed_as_bytes(dma: Dma) -> None:
             buffer[:4] = b"five!"
     with pytest.raises(UsageError, match="closed"):
         buffer[:1]
+
+
+def test_a_space_that_is_dropped_is_collected_with_its_buffers_and_says_so() -> None:
+    space = FakeSpace()
+    buffer = dma_of(space).alloc(PAGE)
+    gone = weakref.ref(space)
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        del space, buffer
+        gc.collect()
+    assert gone() is None

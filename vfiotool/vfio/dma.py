@@ -442,13 +442,11 @@ def _pages_of(buffer: DmaBuffer) -> tuple[int, int, int]:
     return buffer.address - within, buffer.iova - within, size
 
 
-_of_space: weakref.WeakKeyDictionary[AddressSpace, Dma] = weakref.WeakKeyDictionary()
-
-
 def dma_of(space: AddressSpace) -> Dma:
     """The buffers of `space`: one `Dma`, whoever asks."""
     with space.lock:
-        found = _of_space.get(space)
-        if found is None:
-            found = _of_space[space] = Dma(space)
-        return found
+        for closer in space.closers:
+            owner = getattr(closer, "__self__", None)
+            if isinstance(owner, Dma):
+                return owner
+        return Dma(space)
