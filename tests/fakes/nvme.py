@@ -138,6 +138,7 @@ class FakeNvme:
         self.logs: dict[int, bytes] = {}
         self.features: dict[int, int] = {}
         self.nsids = [1]
+        self.command_sets, self.sets_of = 1, {1: 0}
         self._shutting: float | None = None
         self.irqs = SimpleNamespace(msix=self._msix)
         self.sets: list[FakeInterrupts] = []
@@ -199,7 +200,7 @@ class FakeNvme:
         if offset == 0:
             return 2 << 24 | 1 << 16 | self.entries - 1
         if offset == 4:
-            return 1 << (37 - 32)
+            return self.command_sets << (37 - 32)
         if offset == 8:
             return 0x00020000
         if offset == 0x1C:
@@ -398,6 +399,8 @@ class FakeNvme:
             page[: 4 * len(later)] = struct.pack(f"<{len(later)}I", *later)
         elif nsid not in self.nsids:
             return 0x0B
+        elif cns == 0x03:
+            page[:5] = struct.pack("<BBxxB", 4, 1, self.sets_of[nsid])
         else:
             page[:8] = struct.pack("<Q", self.blocks)
             page[128:131] = struct.pack("<HB", self.metadata, self.shift)

@@ -374,6 +374,7 @@ def test_the_commands_read_write_and_measure(backend: str, tmp_path: Path) -> No
             "block_bytes": 512,
             "metadata_bytes": 0,
             "command_set": "nvm",
+            "problem": None,
         }
     ]
     data = os.urandom(777 * 512)

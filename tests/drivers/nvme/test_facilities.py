@@ -14,7 +14,7 @@ from tests.fakes.nvme import FakeNvme
 from vfiotool.drivers.nvme import Batch, Controller, IoQueue, Namespace, admin, blocks, tables
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.pointers import Segment, pages_of, prp
-from vfiotool.errors import KernelError, UsageError
+from vfiotool.errors import KernelError, Unsupported, UsageError
 
 
 @pytest.fixture
@@ -65,7 +65,21 @@ def test_events_are_told_and_asked_for_again(fake: Any, controller: Controller) 
             assert fake.event(0x02_00_01 | number << 8)
             (event,) = events.wait(5)
             assert (event.kind, event.information, event.page) == (1, number, 2)
-    fake.wait(lambda: len(fake.events) == 1)
+        fake.wait(lambda: len(fake.events) == 1)
+        controller.reset()
+        assert events.wait(0.01) == []
+        fake.wait(lambda: len(fake.events) == 1)
+        assert fake.event(0x02_00_00) and len(events.wait(5)) == 1
+
+
+def test_a_namespace_of_another_command_set_is_told_as_that(fake: Any) -> None:
+    fake.command_sets, fake.sets_of = 0x41, {1: 0, 2: 1, 3: 2}
+    fake.nsids = [1, 2, 3]
+    controller = Controller(fake)
+    assert fake.configurations[-1] >> 4 & 7 == 6
+    assert [controller.namespace(nsid).command_set for nsid in (1, 3)] == [0, 2]
+    with pytest.raises(Unsupported, match="namespace 2 is of the key-value command set"):
+        controller.namespace(2)
 
 
 def test_a_command_is_aborted_by_its_tag(

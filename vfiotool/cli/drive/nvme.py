@@ -13,12 +13,11 @@ from vfiotool.cli.context import DeviceArgument, area, examples, wants_json
 from vfiotool.cli.drive import nvme_admin
 from vfiotool.cli.drive.nvme_opening import LbaOption, NamespaceOption, controlled
 from vfiotool.cli.drive.opening import BackendOption, seekable
-from vfiotool.errors import Refused, UsageError
+from vfiotool.errors import Refused, Unsupported, UsageError
 
 if TYPE_CHECKING:
-    from vfiotool.drivers.nvme import Job, LoadReport
+    from vfiotool.drivers.nvme import Controller, Job, LoadReport
 
-_COMMAND_SETS = {0: "nvm", 1: "key-value", 2: "zoned"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 app = area("Identify, read, write, manage and measure an NVMe disk from user space.")
@@ -56,16 +55,7 @@ def identify(
             "volatile_write_cache": told.volatile_write_cache,
             "shadow_doorbells": told.doorbell_buffers,
             "virtualization_management": told.virtualization,
-            "namespaces": [
-                {
-                    "nsid": disk.nsid,
-                    "blocks": disk.blocks,
-                    "block_bytes": disk.block_bytes,
-                    "metadata_bytes": disk.metadata_bytes,
-                    "command_set": _COMMAND_SETS.get(disk.command_set, str(disk.command_set)),
-                }
-                for disk in map(controller.namespace, controller.namespaces())
-            ],
+            "namespaces": [_namespace(controller, nsid) for nsid in controller.namespaces()],
         }
     if wants_json(context):
         output.emit(found)
@@ -83,15 +73,33 @@ def identify(
         )
 
 
+def _namespace(controller: Controller, nsid: int) -> dict[str, Any]:
+    """What a namespace is; one that cannot be used here is listed with its reason."""
+    from vfiotool.drivers.nvme import COMMAND_SETS, Namespace
+
+    problem = None
+    disk = Namespace(nsid, 0, 0)
+    kind = controller.command_set(nsid)
+    try:
+        disk = controller.namespace(nsid)
+        disk.refuse_metadata()
+    except Unsupported as error:
+        problem = error.message
+    return {
+        "nsid": nsid,
+        "blocks": disk.blocks,
+        "block_bytes": disk.block_bytes,
+        "metadata_bytes": disk.metadata_bytes,
+        "command_set": COMMAND_SETS.get(kind, str(kind)),
+        "problem": problem,
+    }
+
+
 def _odd(disk: dict[str, Any]) -> str:
-    words = []
-    if disk["command_set"] != "nvm":
-        words.append(f"of the {disk['command_set']} command set")
-    if disk["metadata_bytes"]:
-        words.append(
-            f"{disk['metadata_bytes']} bytes of metadata a block: not for nvme read, write, bench"
-        )
-    return f", {'; '.join(words)}" if words else ""
+    zoned = ", zoned" if disk["command_set"] == "zoned" else ""
+    if disk["problem"] is None:
+        return zoned
+    return f"{zoned}; not for nvme read, write and bench: {disk['problem']}"
 
 
 @app.command(

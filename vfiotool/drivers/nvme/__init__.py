@@ -8,7 +8,7 @@ from vfiotool.drivers.nvme.aio import AsyncQueue
 from vfiotool.drivers.nvme.batch import Batch
 from vfiotool.drivers.nvme.bench import PATTERNS, PERCENTILES, Job
 from vfiotool.drivers.nvme.controller import Controller
-from vfiotool.drivers.nvme.identify import ControllerIdentity, Namespace
+from vfiotool.drivers.nvme.identify import COMMAND_SETS, ControllerIdentity, Namespace
 from vfiotool.drivers.nvme.io import IoQueue
 from vfiotool.drivers.nvme.load import LoadReport
 from vfiotool.drivers.nvme.queue_pair import Completion
@@ -16,6 +16,7 @@ from vfiotool.drivers.nvme.shared import SharedQueue
 from vfiotool.drivers.nvme.status import failed_with
 
 __all__ = [
+    "COMMAND_SETS",
     "PATTERNS",
     "PERCENTILES",
     "AsyncQueue",

@@ -20,6 +20,7 @@ from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.drivers.nvme.identify import namespace_list
 from vfiotool.drivers.nvme.io import IoQueue
 from vfiotool.drivers.nvme.pointers import Segment, pages_of, prp
+from vfiotool.drivers.nvme.status import ABORTED_BY_HOST
 from vfiotool.errors import UsageError
 
 ALL_NAMESPACES = 0xFFFFFFFF
@@ -288,32 +289,44 @@ class Events:
         self.controller = controller
         raw = controller.identity.raw
         offered = struct.unpack_from("<I", raw, 92)[0] | 0xFF if len(raw) >= 96 else 0xFF
-        set_feature(controller, Feature.ASYNC_EVENTS, mask & offered)
+        self._mask = mask & offered
         self._found: list[AsyncEvent] = []
         self._open = True
-        for _ in range(max(1, min(count, controller.identity.events_limit))):
-            self._ask()
+        # Requests to send: all at first, and again those that a reset of the controller took.
+        self._missing = max(1, min(count, controller.identity.events_limit))
+        self._forgotten = True
+        self._ask()
 
     def _ask(self) -> None:
-        self.controller.request_event(self._told)
+        if self._forgotten:
+            set_feature(self.controller, Feature.ASYNC_EVENTS, self._mask)
+            self._forgotten = False
+        while self._missing:
+            self._missing -= 1
+            self.controller.request_event(self._told)
 
     def _told(self, status: int, result: int) -> None:
-        if status or not self._open:
-            return
-        self._found.append(AsyncEvent(result & 7, result >> 8 & 0xFF, result >> 16 & 0xFF))
+        if status == ABORTED_BY_HOST:
+            self._missing += 1
+            self._forgotten = True
+        elif not status and self._open:
+            self._found.append(AsyncEvent(result & 7, result >> 8 & 0xFF, result >> 16 & 0xFF))
 
     def wait(self, timeout_s: float = 0.0) -> list[AsyncEvent]:
         """The events that came, waiting up to `timeout_s` for the first. The log page of each is
-        read, so that the next of its kind is told as well."""
+        read, so that the next of its kind is told as well. After a reset of the controller events
+        are asked for again, here."""
         end = time.monotonic() + timeout_s
         self.controller.look()
+        self._ask()
         while not self._found and time.monotonic() < end:
             time.sleep(min(0.01, max(0.0, end - time.monotonic())))
             self.controller.look()
         taken, self._found = self._found, []
         for event in taken:
             log_page(self.controller, event.page, 512)
-            self._ask()
+            self._missing += 1
+        self._ask()
         return taken
 
     def close(self) -> None:

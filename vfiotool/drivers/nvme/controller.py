@@ -22,7 +22,12 @@ from functools import partial
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.health import ALL_ONES, Health
-from vfiotool.drivers.nvme.identify import ControllerIdentity, Namespace, namespace_list
+from vfiotool.drivers.nvme.identify import (
+    COMMAND_SETS,
+    ControllerIdentity,
+    Namespace,
+    namespace_list,
+)
 from vfiotool.drivers.nvme.in_flight import InFlight
 from vfiotool.drivers.nvme.io import IoQueue
 from vfiotool.drivers.nvme.queue_pair import Completion, Doorbells, QueuePair, Rings
@@ -283,19 +288,35 @@ class Controller:
         return namespace_list(partial(self.identify, nvme_spec.CNS_ACTIVE_NAMESPACES))
 
     def namespace(self, nsid: int) -> Namespace:
-        """The namespace `nsid`. Raises KernelError where there is none, and UsageError for one
-        that is not active."""
-        raw = self.identify(nvme_spec.CNS_NAMESPACE, nsid)
+        """The namespace `nsid`. Raises KernelError where there is none, UsageError for one that is
+        not active, Unsupported for one whose command set has no blocks."""
+        try:
+            raw = self.identify(nvme_spec.CNS_NAMESPACE, nsid)
+        except KernelError:
+            self._refuse_set(nsid)
+            raise
         if not any(raw[:8]):
             active = ", ".join(map(str, self.namespaces())) or "none"
             raise UsageError(f"namespace {nsid} is not active", hint=f"active: {active}")
-        return Namespace.parse(nsid, raw, self._command_set(nsid))
+        return Namespace.parse(nsid, raw, self._refuse_set(nsid))
 
-    def _command_set(self, nsid: int) -> int:
-        """Which command set a namespace is of, from its descriptors (5.17.2.3)."""
+    def _refuse_set(self, nsid: int) -> int:
+        """The command set of `nsid`, or Unsupported for one without blocks."""
+        found = self.command_set(nsid)
+        if found not in (0, 2):
+            name = COMMAND_SETS.get(found, str(found))
+            raise Unsupported(f"namespace {nsid} is of the {name} command set: it has no blocks")
+        return found
+
+    def command_set(self, nsid: int) -> int:
+        """Which command set a namespace is of (`COMMAND_SETS`), from its descriptors (5.17.2.3)."""
         if not self.registers.configuration.field("command_set"):
             return 0
-        raw = self.identify(nvme_spec.CNS_DESCRIPTORS, nsid)
+        try:
+            raw = self.identify(nvme_spec.CNS_DESCRIPTORS, nsid)
+        except KernelError:
+            self.health.refuse()
+            return 0  # not told: the NVM command set, as before there were others
         at = 0
         while at + 4 < len(raw) and raw[at]:
             if raw[at] == 4:

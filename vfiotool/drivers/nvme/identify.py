@@ -18,6 +18,10 @@ def text(raw: bytes) -> str:
     return "".join(chr(byte) if 32 <= byte < 127 else "?" for byte in raw.rstrip(b" \0"))
 
 
+# Base Specification 2.0, 3.1.3.5 and figure 277: command set identifiers.
+COMMAND_SETS = {0: "nvm", 1: "key-value", 2: "zoned"}
+
+
 def namespace_list(page_after: Callable[[int], bytes]) -> list[int]:
     """All identifiers of a list (5.17.2.2) that comes in pages of 1,024, each beginning above the
     identifier it is asked for."""
