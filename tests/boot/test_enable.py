@@ -17,6 +17,7 @@ import pytest
 
 from tests.change.changing import EDU, NIC, NVME, STUBBORN, TESTDEV, UUID, furnished, run_folder
 from tests.fakes.kernel import FakeClock, FakeKernel
+from tests.layout import ROOT
 from vfiotool.boot import enable as boot
 from vfiotool.boot.early import parse_aliases, parse_built_in, plan_early
 from vfiotool.boot.enable import (
@@ -516,3 +517,20 @@ def test_import_errors_have_their_codes(
 ) -> None:
     assert main(words) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_script_takes_nothing_from_its_callers_environment(tmp_path: Path) -> None:
+    first, _, rest = (ROOT / "bin" / "vfiotool").read_text().partition("\n")
+    script = tmp_path / "vfiotool"
+    script.write_text(first.replace("python", sys.executable, 1) + "\n" + rest)
+    script.chmod(0o755)
+    (tmp_path / "sitecustomize.py").write_text("print('run as root')\n")
+    done = subprocess.run(
+        [str(script), "--version"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("vfiotool ")
