@@ -155,8 +155,6 @@ def _undo(writer: StepWriter, inverse: Step) -> None:
             # Unplugged, or destroyed with its physical function's VFs: nothing to put back.
             return
         try:
-            if inverse.holds(writer.host):
-                return
             inverse.check(writer.host, begun=True)
             writer.guard()
             inverse.run(writer)

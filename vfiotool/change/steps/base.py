@@ -262,6 +262,10 @@ class SetAttribute(Step):
     def holds(self, host: Host) -> bool:
         return self._read(host) in (self.values[1], None)
 
+    def writes(self, host: Host) -> bool:
+        """Whether running it writes: also where what stands cannot be read."""
+        return host.exists(self.path) and self._read(host) != self.values[1]
+
     def run(self, writer: Writer) -> None:
         if self._read(writer.host) == self.values[1]:
             return

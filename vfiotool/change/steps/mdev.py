@@ -118,7 +118,7 @@ class SetMdevAttribute(SetAttribute):
         require("an mdev's attribute", ATTRIBUTE, self.attribute)
 
     def takes(self, host: Host) -> Iterator[Taken]:
-        if host.exists(self.path) and not self.holds(host):
+        if self.writes(host):
             yield Taken(self.uuid)
 
     def lock_keys(self, host: Host) -> set[str]:

@@ -158,7 +158,7 @@ class SetVfNumber(SetAttribute):
         require_address(self.vf)
 
     def takes(self, host: Host) -> Iterator[Taken]:
-        if host.exists(self.path) and not self.holds(host):
+        if self.writes(host):
             yield Taken(self.vf)
 
     def lock_keys(self, host: Host) -> set[str]:
