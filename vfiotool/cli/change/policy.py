@@ -161,7 +161,7 @@ def show_plan(
 ) -> int:
     """Show what a policy would change, step by step, with what would undo each.
 
-    Exit code 0 whether or not there is something to do (status tells that); 4 where apply would
+    Exit code 0 whether or not there is something to do (status shows that); 4 where apply would
     refuse.
     """
     host = host_of(context)
