@@ -20,8 +20,8 @@ from vfiotool.change.plans.vdpa import (
     plan_vdpa_add,
     plan_vdpa_bind,
     plan_vdpa_remove,
-    read_vdpa_facts,
 )
+from vfiotool.change.plans.vdpa_facts import read_vdpa_facts
 from vfiotool.change.recover import recover
 from vfiotool.change.steps.base import Step
 from vfiotool.change.undo import undo
@@ -253,6 +253,10 @@ def test_refusals() -> None:
         plan_vdpa_add(facts, "v0", "vdpasim_blk")
     with pytest.raises(Unsupported, match="mac"):
         plan_vdpa_add(facts, "v1", "vdpasim_blk", None, VdpaSettings(mac=MAC))
+    # What a device was given when it was made stays: another wish is not in sync.
+    assert plan_vdpa_add(facts, "v0", "vdpasim_net", None, VdpaSettings(MAC.upper(), 1400)) == ()
+    with pytest.raises(Refused, match="with mtu 1400 and not 9000"):
+        plan_vdpa_add(facts, "v0", "vdpasim_net", None, VdpaSettings(MAC, 9000))
     with pytest.raises(UsageError, match="driver"):
         plan_vdpa_bind(facts, "v0", "nvme")
     with pytest.raises(NotFound):

@@ -54,6 +54,16 @@ def test_what_cannot_be_looked_at_is_a_comment(monkeypatch: pytest.MonkeyPatch) 
     parse_policy(text)
 
 
+def test_a_device_whose_lock_is_held_is_a_comment_and_the_others_are_exported() -> None:
+    kernel = furnished()
+    kernel._attach(EDU, "vfio-pci")
+    kernel.locked.add(NVME)
+    text = export_policy(kernel.host())
+    assert f"# not looked at: {NVME}: reading its" in text
+    assert f'address = "{EDU}"' in text
+    parse_policy(text)
+
+
 def test_an_ap_matrix_is_told_by_what_was_assigned() -> None:
     assert parse_matrix("05.0004\n05.00ab\n06.0004\n06.00ab\n", "00ab\n") == (
         ("assign_adapter", "0x05"),

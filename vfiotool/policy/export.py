@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vfiotool.change.plans.facts import DeviceFacts, Facts, read_facts
-from vfiotool.change.plans.vdpa import read_vdpa_facts
+from vfiotool.change.plans.vdpa_facts import read_vdpa_facts
 from vfiotool.change.steps.state import PARKED, Binding
 from vfiotool.change.steps.vf_network import read_settings
 from vfiotool.devices.iommu import is_vfio_driver
@@ -18,7 +18,7 @@ from vfiotool.devices.mdev import Mdev, read_mdevs
 from vfiotool.devices.pci import list_addresses
 from vfiotool.devices.sriov import NO_ESWITCH
 from vfiotool.devices.vdpa import VdpaDevice
-from vfiotool.errors import Unsupported, VfiotoolError
+from vfiotool.errors import Stuck, Unsupported, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
@@ -49,9 +49,9 @@ def export_policy(host: Host) -> str:
 
 
 def read_present_state(host: Host) -> PresentState:
-    """Raises Stuck if the lock of a device is held."""
-    facts = read_facts(host, list_addresses(host), eswitch_wanted=True)
+    """Devices whose lock is held, and other parts that fail, are told in `unread`."""
     unread: list[str] = []
+    facts = _read_all(host, unread)
     settings, types = {}, {}
     for address, device in facts.devices.items():
         if device.sriov is not None and device.sriov.num:
@@ -80,6 +80,19 @@ def read_present_state(host: Host) -> PresentState:
         vdpas=vdpas,
         unread=tuple(unread),
     )
+
+
+def _read_all(host: Host, unread: list[str]) -> Facts:
+    """The facts of all functions but those that do not answer."""
+    addresses = list_addresses(host)
+    while True:
+        try:
+            return read_facts(host, addresses, eswitch_wanted=True)
+        except Stuck as error:
+            if error.device not in addresses:
+                raise
+            unread.append(error.message)
+            addresses.remove(error.device)
 
 
 def policy_of(state: PresentState) -> str:

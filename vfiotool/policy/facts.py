@@ -8,7 +8,7 @@ from functools import cached_property
 
 from vfiotool.change.journal import Journal, Origin
 from vfiotool.change.plans.facts import Facts, read_facts, vf_address
-from vfiotool.change.plans.vdpa import VdpaFacts, read_vdpa_facts
+from vfiotool.change.plans.vdpa_facts import VdpaFacts, read_vdpa_facts
 from vfiotool.change.steps.state import read_binding, read_msix_count, read_pci_identity
 from vfiotool.change.steps.vf_network import read_settings
 from vfiotool.devices.mdev import Mdev, MdevType, read_mdev_types, read_mdevs

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from vfiotool.change.plans.vdpa_facts import VdpaFacts
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver, LoadModule
 from vfiotool.change.steps.state import ANY, Binding
@@ -11,49 +10,11 @@ from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe
 from vfiotool.devices.vdpa import (
     DRIVERS,
     VdpaDevice,
-    VdpaParent,
     VdpaSettings,
     check_name,
-    knows_netlink,
     new_request,
-    read_devices,
-    read_parents,
 )
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
-from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_VDPA_AUTOPROBE, SYS_VDPA_DRIVERS
-
-
-@dataclass(frozen=True)
-class VdpaFacts:
-    """What planning needs. `complete` is False where the host could not be asked over netlink:
-    then no parent is known, and a device's own parent neither."""
-
-    parents: tuple[VdpaParent, ...]
-    devices: tuple[VdpaDevice, ...]
-    drivers: frozenset[str]
-    complete: bool
-    autoprobe: bool = False
-
-    def device(self, name: str) -> VdpaDevice:
-        """Raises NotFound."""
-        for device in self.devices:
-            if device.name == name:
-                return device
-        raise NotFound(
-            f"there is no vDPA device {name[:80]!r}", hint="vfiotool vdpa list", device=name[:80]
-        )
-
-
-def read_vdpa_facts(host: Host) -> VdpaFacts:
-    """Raises Unsupported if the running kernel has no vDPA, Stuck if it does not answer."""
-    return VdpaFacts(
-        parents=read_parents(host),
-        devices=read_devices(host),
-        drivers=frozenset(host.listdir(SYS_VDPA_DRIVERS)),
-        complete=knows_netlink(host),
-        autoprobe=host.read(SYS_VDPA_AUTOPROBE) == "1",
-    )
 
 
 def check_driver(driver: str) -> str:
@@ -90,6 +51,7 @@ def plan_vdpa_add(
                 hint=f"choose another name, or: vfiotool vdpa remove {name}",
                 device=name,
             )
+        _refuse_other_settings(present, settings)
         return () if wanted is None else plan_vdpa_bind(facts, name, wanted)
     _check_parent(facts, parent, settings)
     steps: list[Step] = [
@@ -107,6 +69,20 @@ def plan_vdpa_add(
         return tuple(steps)
     steps.append(BindDriver(name, Binding(ANY, None), Binding(wanted, wanted), bus="vdpa"))
     return (*_load(facts, wanted), *_quiet(facts, steps))
+
+
+def _refuse_other_settings(device: VdpaDevice, settings: VdpaSettings) -> None:
+    """What a device was given when it was made stays: it has to be made anew for another."""
+    config = device.config or {}
+    for key in ("mac", "mtu", "max_vqp"):
+        wanted, known = getattr(settings, key), config.get(key)
+        if wanted is None or known is None or str(wanted).lower() == str(known).lower():
+            continue
+        raise Refused(
+            f"{device.name} exists already, with {key} {known} and not {wanted}",
+            hint=f"vfiotool vdpa remove {device.name}, and apply again",
+            device=device.name,
+        )
 
 
 def _check_parent(facts: VdpaFacts, name: str, settings: VdpaSettings) -> None:

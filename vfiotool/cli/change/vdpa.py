@@ -12,8 +12,8 @@ from vfiotool.change.plans.vdpa import (
     plan_vdpa_add,
     plan_vdpa_bind,
     plan_vdpa_remove,
-    read_vdpa_facts,
 )
+from vfiotool.change.plans.vdpa_facts import read_vdpa_facts
 from vfiotool.change.steps.base import Step
 from vfiotool.cli import candidates, output
 from vfiotool.cli.change.changing import (
