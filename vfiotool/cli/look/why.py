@@ -52,6 +52,8 @@ def why(context: typer.Context, device: DeviceArgument) -> int:
 def print_verdict(verdict: Verdict) -> None:
     """Yes or no, every reason with its evidence, and the commands to type next."""
     answer = _ANSWERS[verdict.word]
+    if verdict.word == "available" and any(note.startswith("not seen") for note in verdict.notes):
+        answer = ("can be passed through, if what was not seen does not use it", "bold yellow")
     if verdict.word == "blocked" and not verdict.next:
         answer = ("cannot be passed through", "bold red")
     output.write((verdict.address, "bold"), " ", answer, f"  ({verdict.word})")
