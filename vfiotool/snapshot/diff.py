@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 from dataclasses import dataclass
 
 from vfiotool.errors import UsageError
@@ -43,13 +44,27 @@ class Change:
         return [f"~ {self.path}:", *(f"    {line}" for line in inner)]
 
 
-def compare(before: Snapshot, after: Snapshot) -> list[Change]:
-    """The paths that differ, sorted; headers and the order of entries do not count."""
+# What differs from one second to the next on a host where nobody does anything.
+_VOLATILE = re.compile(
+    r"/proc/(interrupts|meminfo|iomem|modules|mdstat)"
+    r"|/proc/(self|\d+)/(?!mountinfo).*"
+    r"|/proc/vfiotool/(open-nodes|net-links|caller)"
+    r"|/sys/.*/power/(runtime_status|control)"
+    r"|/sys/.*/(power_state|current_link_speed|current_link_width|free_hugepages)"
+    r"|/sys/.*/(available_instances|domains_used|operstate|carrier)"
+)
+
+
+def compare(before: Snapshot, after: Snapshot, *, volatile: bool = True) -> list[Change]:
+    """The paths that differ, sorted; headers and the order of entries do not count.
+
+    Without `volatile`, what changes by itself is left out: counters, link and power states.
+    """
     old, new = _contents(before), _contents(after)
     return [
         Change(path, old.get(path), new.get(path))
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path)
+        if old.get(path) != new.get(path) and (volatile or not _VOLATILE.fullmatch(path))
     ]
 
 

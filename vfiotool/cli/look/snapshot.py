@@ -53,6 +53,9 @@ def snapshot(
             "--anonymize", help="Replace serial numbers, MACs, host names, UUIDs, IP addresses."
         ),
     ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="With diff: every file that differs, counters too.")
+    ] = False,
     machine: Annotated[
         str | None, typer.Option(metavar="NAME", help="The machine's name, for the header.")
     ] = None,
@@ -70,7 +73,7 @@ def snapshot(
             raise UsageError(
                 "snapshot diff takes two snapshots", hint="vfiotool snapshot diff BEFORE AFTER"
             )
-        return _diff(context, *others)
+        return _diff(context, *others, raw=raw)
     if others:
         raise UsageError("snapshot takes one file", hint="vfiotool snapshot FILE")
     if file == "-" and wants_json(context):
@@ -161,14 +164,23 @@ def _ask_of_everything(host: Host) -> None:
                 read_eswitch_mode(host, function.address)
 
 
-def _diff(context: typer.Context, before: str, after: str) -> int:
+def _diff(context: typer.Context, before: str, after: str, *, raw: bool) -> int:
+    from vfiotool.snapshot.devices import differences
     from vfiotool.snapshot.diff import compare, load_any
 
-    changes = compare(load_any(before), load_any(after))
+    old, new = load_any(before), load_any(after)
+    found = differences(old, new)
+    changes = compare(old, new, volatile=raw)
     if wants_json(context):
-        output.emit({"changes": [change.as_json() for change in changes]})
-        return 1 if changes else 0
-    for change in changes:
-        for line in change.lines():
-            output.write(line)
-    return 1 if changes else 0
+        told = [difference.as_json() for difference in found]
+        output.emit({"differences": told, "changes": [change.as_json() for change in changes]})
+        return 1 if found or changes else 0
+    for difference in found:
+        output.write(difference.line())
+    if raw:
+        for change in changes:
+            for line in change.lines():
+                output.write(line)
+    elif changes:
+        output.write(f"{len(changes)} files differ besides what changes by itself: --raw shows all")
+    return 1 if found or changes else 0
