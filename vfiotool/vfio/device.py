@@ -20,7 +20,7 @@ from vfiotool.host.host import Host
 from vfiotool.native import library as native
 from vfiotool.vfio.backend import Backend, open_space
 from vfiotool.vfio.caps import CONFIG_REGION, IRQ_FLAGS, IrqInfo, RegionInfo, names
-from vfiotool.vfio.dma import dma_of
+from vfiotool.vfio.dma import Dma, dma_of
 from vfiotool.vfio.irq import Interrupts
 from vfiotool.vfio.opened import OpenDevice
 from vfiotool.vfio.reach import COMMAND, COMMAND_MASTER, COMMAND_MEMORY
@@ -141,13 +141,28 @@ class Device(OpenDevice):
             irqs.append(
                 None if found is None else IrqInfo(index, found[1], names(found[0], IRQ_FLAGS))
             )
-        self.regions = tuple(regions)
-        self.irqs = Interrupts(self, irqs)
+        self._infos = tuple(regions)
+        self._irqs = Interrupts(self, irqs)
         # Attaching may have narrowed what can be mapped.
-        self.dma = dma_of(self.space)
-        self.dma.trace = self.dma.trace or self.trace
-        self.dma.refresh()
+        self._dma = dma_of(self.space)
+        self._dma.trace = self._dma.trace or self.trace
+        self._dma.refresh()
         self.reach.refresh()
+
+    @property
+    def dma(self) -> Dma:
+        """The memory that it and the other devices of its space share: `alloc`, `map`."""
+        return self._dma
+
+    @property
+    def irqs(self) -> Interrupts:
+        """What it can signal: `msix`, `msi`, `intx`, `error`, `request`."""
+        return self._irqs
+
+    @property
+    def regions(self) -> tuple[RegionInfo | None, ...]:
+        """What the kernel tells of each region, by index; None where there is none."""
+        return self._infos
 
     @property
     def backend(self) -> str:
