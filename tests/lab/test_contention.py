@@ -100,14 +100,14 @@ def test_every_interference_of_a_neighbour_is_reported(
     host = Host.local()
     stamps = Stamps()
     looked = 0.0
-    verify = apply_module._verify_all
+    verify = apply_module.verify_all
 
     def verify_all(*arguments: Any) -> None:
         nonlocal looked
         looked = time.monotonic()
         verify(*arguments)
 
-    monkeypatch.setattr(apply_module, "_verify_all", verify_all)
+    monkeypatch.setattr(apply_module, "verify_all", verify_all)
     pid = os.fork()
     if pid == 0:
         try:
