@@ -337,7 +337,7 @@ def test_threads_share_a_queue(
         for thread in threads:
             thread.join()
     assert wrong == []
-    with pytest.raises(UsageError, match="SharedQueue is closed"):
+    with pytest.raises(UsageError, match="SharedQueue of queue 1 of fake is closed"):
         shared.flush(disk)
     assert len(queue.read(disk, 0, 1)) == 512
 
@@ -349,3 +349,34 @@ def test_halves_of_a_shared_call(fake: Any, disk: Namespace, queue: IoQueue) -> 
         for number in reversed(numbers):
             assert shared.end(number).status == 0
         assert bytes(memory.view) == data
+
+
+def test_closing_a_shared_queue_tells_those_who_wait_and_gives_the_queue_back(
+    fake: Any, disk: Namespace, queue: IoQueue
+) -> None:
+    shared = SharedQueue(queue)
+    fake.hold = True
+    told: list[str] = []
+    memory = fake.alloc(4096)
+
+    def wait() -> None:
+        try:
+            shared.read(disk, 0, 1, memory)
+        except UsageError as error:
+            told.append(error.message)
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    fake.wait(lambda: len(fake.held) == 4)
+    shared.close()
+    shared.close()
+    for thread in threads:
+        thread.join(10)
+    assert told == ["the SharedQueue of queue 1 of fake is closed"] * 4
+    with pytest.raises(UsageError, match="in use"):
+        memory.close()
+    fake.hold = False
+    fake.release()
+    assert len(queue.read(disk, 0, 8)) == 4096
+    memory.close()

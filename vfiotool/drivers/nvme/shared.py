@@ -37,6 +37,7 @@ class SharedInFlight:
         self.commands = commands
         self._turn = Condition()
         self._leading = False
+        self._closed = False
         commands.turn = self._turn
 
     def call(
@@ -60,6 +61,7 @@ class SharedInFlight:
         pair = self.commands.pair
         with self._turn:
             while True:
+                self._refuse_closed()
                 if not self._until(lambda: pair.in_flight < pair.depth, deadline, what):
                     raise self.commands.timed_out(what, deadline)
                 if number := self.commands.start(send, holds=holds, call=True):
@@ -77,6 +79,17 @@ class SharedInFlight:
         finally:
             self.commands.give_up(number)
 
+    def close(self) -> None:
+        """Who waits is told (UsageError), and nobody is at the commands when this returns."""
+        with self._turn:
+            self._closed = True
+            self.commands.turn = None
+            self._turn.notify_all()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise UsageError(f"the SharedQueue of {self.commands.what} is closed")
+
     def send(self, send: Send, ended: Ended) -> None:
         """Send a command for which nobody waits; `ended` gets its completion."""
         with self._turn:
@@ -91,6 +104,7 @@ class SharedInFlight:
 
     def _until(self, over: Callable[[], bool], deadline: Deadline, what: str) -> bool:
         while not over():
+            self._refuse_closed()
             self.commands.health.watch(deadline, what)
             if deadline.passed:
                 return False
@@ -109,6 +123,7 @@ class SharedInFlight:
         commands = self.commands
         looks = 0
         while not over() and not deadline.passed:
+            self._refuse_closed()
             taken = commands.gather()
             commands.settle()
             if taken:
@@ -160,8 +175,6 @@ class SharedQueue:
         timeout_s: float | None = IO_TIMEOUT_S,
     ) -> int:
         """Send a command as `IoQueue.send`, waiting for room; the number for `end`."""
-        if self.queue.commands.turn is None:
-            raise UsageError("the SharedQueue is closed")
         send = self.queue.sender(opcode, disk, lba, blocks, buffer, offset, control)
         holds = () if buffer is None else (buffer,)
         return self._shared.start(send, Deadline(timeout_s), f"opcode {opcode:#x}", holds)
@@ -214,8 +227,6 @@ class SharedQueue:
         offset: int,
         timeout_s: float | None,
     ) -> Completion:
-        if self.queue.commands.turn is None:
-            raise UsageError("the SharedQueue is closed")
         send = self.queue.sender(opcode, disk, lba, blocks, buffer, offset, 0)
         what = f"opcode {opcode:#x} on blocks {lba} and on"
         holds = () if buffer is None else (buffer,)
@@ -223,7 +234,7 @@ class SharedQueue:
 
     def close(self) -> None:
         """Give the queue back to one thread; who still waits is told. Closing twice is nothing."""
-        self.queue.commands.turn = None
+        self._shared.close()
         self.queue.commands.left_by(self._owner)
 
     def __enter__(self) -> Self:
