@@ -15,6 +15,7 @@ from vfiotool.devices.attached import Attached
 from vfiotool.devices.config.decode import HEADER_BYTES, SPACES_KEPT, ConfigSpace, Once, read_config
 from vfiotool.devices.config.layout import Value
 from vfiotool.devices.config.vpd import Vpd, parse_vpd
+from vfiotool.devices.drivers import canonical_name
 from vfiotool.devices.pci import (
     Link,
     PciFunction,
@@ -38,8 +39,6 @@ from vfiotool.host.paths import (
 )
 
 _ALIAS = re.compile(rb"^alias vfio_pci:(\S+) (\S+)$", re.MULTILINE)
-# Where a driver is not called as its module is (drivers/vfio/pci/vfio_pci.c, .../xe/main.c).
-_DRIVER_OF_MODULE = {"vfio_pci": "vfio-pci", "xe_vfio_pci": "xe-vfio-pci"}
 # Functions with a bridge's header are refused (drivers/vfio/pci/vfio_pci_core.c,
 # vfio_pci_core_register_device): PCI-to-PCI, CardBus and semi-transparent bridges.
 _BRIDGE_CLASSES = ("0604", "0607", "0609")
@@ -142,7 +141,7 @@ class DetailReader:
         ]
         if fitting:
             module = min(fitting)[1]
-            return _DRIVER_OF_MODULE.get(module, module)
+            return canonical_name(module)
         return "vfio-pci" if self._host.isdir(f"{SYS_PCI_DRIVERS}/vfio-pci") else None
 
     @cached_property

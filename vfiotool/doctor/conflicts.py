@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from vfiotool.doctor.claims import VF_TOOLS, Claim, ResolvedClaim
 from vfiotool.doctor.finding import PARAMETERS_PAGE, SRIOV_PAGE, VFIO_PAGE, Finding
+from vfiotool.host.paths import PROC_CMDLINE
 
 _PAGES = {
     "NetworkManager": "https://networkmanager.dev/docs/api/latest/settings-sriov.html",
@@ -87,6 +88,6 @@ def _greedy_ids(claim: Claim, devices: tuple[str, ...]) -> Finding:
         "warning",
         f"vfio-pci.ids takes all devices with the id {ident}: {', '.join(devices)}",
         claim.file,
-        ("name the device by its address in a policy: vfiotool import cmdline",),
+        (f"name the device by its address in a policy: vfiotool import {PROC_CMDLINE}",),
         _PAGES[claim.tool],
     )
