@@ -282,3 +282,10 @@ def test_devices_are_filtered_by_class_and_driver(capsys: pytest.CaptureFixture[
     main([*root, "driver:igbvf", "group:7"])
     found = printed(capsys)["devices"]
     assert {item["driver"] for item in found} == {"igbvf", "igb"}
+
+
+def test_groups_are_found_by_their_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--root", str(FIXTURES / "vfs-enabled"), "--json"]
+    assert main([*root, "groups", "net:eth0", "02:00.0", "10"]) == 0
+    assert [group["id"] for group in printed(capsys)["groups"]] == [7, 10]
+    assert main(["--root", str(FIXTURES / "no-iommu"), "groups", "00:00.0"]) == 3

@@ -8,25 +8,33 @@ from typing import Annotated
 import typer
 
 from vfiotool.cli import candidates, output
-from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.cli.context import SELECTORS, area, examples, host_of, wants_json
 from vfiotool.cli.look.roles import ROLES, STYLES, VERDICTS
 from vfiotool.devices.identity import list_groups
 from vfiotool.devices.iommu import GroupMember, GroupWriter, IommuGroup, iter_groups, read_group
+from vfiotool.devices.pci import Address
 from vfiotool.errors import NotFound, Unsupported
 from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_MDEV_DEVICES, SYS_PCI_DEVICES
 
 app = area()
 
 
 @app.command(
     "groups",
-    epilog=examples("vfiotool groups", "vfiotool groups 12 13", "vfiotool groups --json | jq ."),
+    epilog=examples(
+        "vfiotool groups", "vfiotool groups 12 net:eth0", "vfiotool groups --json | jq ."
+    ),
 )
 def groups(
     context: typer.Context,
     ids: Annotated[
-        list[int] | None,
-        typer.Argument(metavar="ID…", help="Only these groups.", autocompletion=candidates.groups),
+        list[str] | None,
+        typer.Argument(
+            metavar="ID…",
+            help=f"Only these groups, or those of these devices. {SELECTORS}",
+            autocompletion=candidates.groups,
+        ),
     ] = None,
 ) -> int:
     """List IOMMU groups: the type of their domain, whether they are viable, their members.
@@ -36,7 +44,25 @@ def groups(
     ready (a virtual machine can open it now), available (bind makes it ready), blocked (why DEVICE
     says what stands against it).
     """
-    return run_groups(host_of(context), ids or [], as_json=wants_json(context))
+    host = host_of(context)
+    chosen = [number for text in ids or () for number in _numbers(host, text)]
+    return run_groups(host, list(dict.fromkeys(chosen)), as_json=wants_json(context))
+
+
+def _numbers(host: Host, text: str) -> list[int]:
+    """The group of that number, or those of the devices that a selector names."""
+    if text.isdecimal():
+        return [int(text)]
+    from vfiotool.devices.selector import resolve_all
+
+    found = []
+    for name in resolve_all(host, text):
+        folder = SYS_PCI_DEVICES if Address.is_address(name) else SYS_MDEV_DEVICES
+        link = host.linkname(f"{folder}/{name}/iommu_group")
+        if link is None or not link.isdecimal():
+            raise NotFound(f"{name} is in no IOMMU group", hint=f"vfiotool why {name}", device=name)
+        found.append(int(link))
+    return found
 
 
 def run_groups(host: Host, ids: Sequence[int], as_json: bool) -> int:
