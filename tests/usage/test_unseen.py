@@ -173,6 +173,24 @@ def test_a_device_that_cannot_be_read_is_not_a_device_that_is_gone() -> None:
     assert {blocker.kind for blocker in found.blockers} == {"unseen"}
 
 
+@pytest.mark.parametrize(
+    ("address", "attribute"), [(NIC, "sriov_totalvfs"), (GPU, "boot_vga"), (NIC, "virtfn0")]
+)
+def test_a_function_that_was_read_while_that_failed_is_asked_again(
+    address: str, attribute: str
+) -> None:
+    """The caller's reading took the failure for an absent attribute; the look must not."""
+    tree = FailingTree(quiet_host())
+    path = f"/sys/bus/pci/devices/{address}"
+    call = ("listdir", path) if attribute == "virtfn0" else ("read", f"{path}/{attribute}")
+    tree.files[f"/sys/devices/pci0000:00/{address}/sriov_totalvfs"] = b"7\n"
+    tree.failing, tree.number = call, errno.EMFILE
+    host = Host(tree, live=True, name="live")
+    function = read_function(host, address)
+    found = survey(host, address, {} if function is None else {address: function}).blockers
+    assert "unseen" in [blocker.kind for blocker in found]
+
+
 def test_what_was_not_seen_can_be_allowed_by_its_name() -> None:
     small = quiet_host()
     small.file(paths.OPEN_NODES, "!\tthe open files of 3 processes\n.")

@@ -102,7 +102,9 @@ def _nodes_outside_sysfs(host: Sight, address: str, group: int | None) -> set[st
         # By the group's device, whatever its node is called where it is open.
         nodes |= {f"{DEV_VFIO}/{group}", f"{DEV_VFIO}/noiommu-{group}"}
         nodes |= {f"{SYS_VFIO_GROUPS}/{group}", f"{SYS_VFIO_GROUPS}/noiommu-{group}"}
-    for line in (host.read(f"{PROC_NVIDIA}/{address}/information") or "").splitlines():
+    gpus = host.listdir(PROC_NVIDIA)
+    told = host.read(f"{PROC_NVIDIA}/{address}/information") if address in gpus else None
+    for line in (told or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "Device Minor" and value.strip().isdecimal():
             nodes |= {f"{DEV}/nvidia{value.strip()}", f"char/{_NVIDIA_MAJOR}:{value.strip()}"}

@@ -160,7 +160,9 @@ def _vdpa_usage(sight: Sight, name: str, path: str) -> Usage:
 
 def _vf_usage(sight: Sight, function: PciFunction) -> Usage:
     """A PF with VFs: unbinding it takes all of them away, and vfio-pci refuses it."""
-    if function.sriov is None:
+    # Asked anew: who read the function may have taken a failure for an absent attribute.
+    total = f"{SYS_PCI_DEVICES}/{function.address}/sriov_totalvfs"
+    if function.physfn is not None or (function.sriov is None and sight.read(total) is None):
         return Usage(())
     vfs = read_vfs(sight.host, function.address)
     if not vfs:
