@@ -11,7 +11,7 @@ help:
 	@echo "make demo       show the whole way of a device, in a guest with a virtual IOMMU"
 	@echo "make check      what a change needs before it is sent: under a minute, no guests"
 	@echo "make test       all tests: on this machine, and in guests on three kernels"
-	@echo "make test-host  all tests that need no guest: about three minutes"
+	@echo "make test-host  all tests that need no guest: about three minutes (some: ARGS=tests/vfio)"
 	@echo "make proofs     the long tests too: every file in guests, soaks, kill sweeps, power"
 	@echo "                loss, bare machines"
 	@echo "make bare       demo and test in chroots of Debian 12 and 13 that have nothing (root)"
@@ -69,7 +69,7 @@ soak: lab
 	done
 
 test-host: venv
-	$(PY) -m pytest -m "not lab"
+	$(PY) -m pytest -m "not lab" $(ARGS)
 
 lint: venv
 	$(PY) -m ruff check .
