@@ -61,11 +61,12 @@ def summary(plan: Plan) -> str:
 
 def drift_summary(plan: Plan) -> str:
     """One line for `status`: in sync, or how many devices differ from the policy."""
-    if not plan.steps:
-        return "in sync"
     number = len(devices_of(plan.steps))
     verb = "differs" if number == 1 else "differ"
-    return f"drift: {_counted(number, 'device')} {verb} from the policy"
+    said = [f"{_counted(number, 'device')} {verb} from the policy"] if plan.steps else []
+    if plan.refusals:
+        said.append(f"{_counted(len(plan.refusals), 'rule')} cannot be followed")
+    return f"drift: {', '.join(said)}" if said else "in sync"
 
 
 def drift_lines(steps: Sequence[Step]) -> list[str]:
