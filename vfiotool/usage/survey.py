@@ -67,6 +67,8 @@ def look(sight: Sight, address: str, function: PciFunction | None = None) -> Usa
 
 def _unseen(address: str, item: Unseen) -> Blocker:
     detail = f"it may be in use: {item.what} could not be looked at: {item.why}"
+    if item.what == address:
+        detail = f"it may be in use: {item.why}"
     return Blocker("unseen", address, item.what, detail, f"{item.what}: {item.why}")
 
 
@@ -92,7 +94,7 @@ def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
     if not any(part.blockers for part in parts) and _is_out_of_sight(sight, function):
         # A tree that has no such class at all was never asked for it.
         if sight.host.live or sight.exists(_CLASSES[(function.class_code or "")[:2]]):
-            why = f"{function.driver} has it, and no interface, disk or adapter shows"
+            why = f"{function.driver} has it, and no interface, disk or adapter of it can be seen"
             sight.miss(address, why)
         else:
             parts.append(Usage((), (f"what {function.driver} makes of {address}",)))
