@@ -91,15 +91,19 @@ class SetVfProperty(Step):
         if self.keep:
             return
         found = self._read(host)
-        if not self._between(found):
+        if not self._between(found, begun):
             raise drifted(self.target, _words(found), _words(self.before), _words(self.after))
 
-    def _between(self, found: VfSettings) -> bool:
-        """Whether each setting is at one of its ends; any will do where the first is unknown."""
+    def _between(self, found: VfSettings, begun: bool) -> bool:
+        """Whether each setting is at one of its ends; any will do where the first is unknown.
+
+        Half-way any will do where the second is, too: what was new with its VF has no way back.
+        """
         return all(
             getattr(found, name) in (getattr(self.before, name), getattr(self.after, name))
             for name in SETTINGS
             if getattr(self.before, name) is not None
+            and not (begun and getattr(self.after, name) is None)
         )
 
     def holds(self, host: Host) -> bool:
