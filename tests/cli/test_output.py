@@ -113,7 +113,7 @@ def test_a_table_fits_the_terminal_and_a_pipe_gets_all_of_it() -> None:
     assert seen.startswith("ADDRESS")
     lines = run(*arguments).stdout.decode().splitlines()
     assert any(line.endswith("82576 Virtual Function") for line in lines)
-    assert lines[0].split()[:4] == ["ADDRESS", "ID", "GROUP", "DRIVER"]
+    assert lines[0].split()[:4] == ["ADDRESS", "ID", "GROUP", "VERDICT"]
 
 
 @pytest.mark.skipif(not os.access("/usr/bin/less", os.X_OK), reason="there is no less here")

@@ -56,8 +56,8 @@ def test_a_shared_group_is_taken_whole_and_the_bridge_stays() -> None:
 def test_a_driver_that_does_not_exist_changes_nothing() -> None:
     before = driver_of(NVME), override_of(NVME)
     done = vfiotool("bind", NVME, "--driver", "nosuch", "--json")
-    assert done.code == 5
-    assert done.json["error"]["kind"] == "kernel"
+    assert done.code == 4
+    assert done.json["error"]["kind"] == "refused"
     assert (driver_of(NVME), override_of(NVME)) == before
 
 

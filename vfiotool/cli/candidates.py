@@ -174,6 +174,11 @@ def kernels(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
     return [(kernel.name, kernel.summary) for kernel in statuses()]
 
 
+def demos_and_devices(ctx: typer.Context, incomplete: str) -> Found:
+    """For commands that take a driver's name or leave it out."""
+    return [*demos(ctx, incomplete), *devices(ctx, incomplete)]
+
+
 def words(*choices: str) -> Completer:
     """A completer of fixed words."""
 

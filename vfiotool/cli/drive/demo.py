@@ -30,7 +30,7 @@ def demo(
             metavar="[NAME] DEVICE",
             help="The driver (edu, mbochs, mdpy, mtty, nvme, pci-testdev; left out: the one that "
             f"drives the device), and the device. {SELECTORS}",
-            autocompletion=candidates.devices,
+            autocompletion=candidates.demos_and_devices,
         ),
     ],
     backend: BackendOption = "auto",

@@ -204,7 +204,7 @@ def dump(
             metavar="[DRIVER] DEVICE",
             help="Whose registers (left out: those of the driver that drives it), and the device. "
             f"{SELECTORS}",
-            autocompletion=candidates.devices,
+            autocompletion=candidates.demos_and_devices,
         ),
     ],
     backend: BackendOption = "auto",
