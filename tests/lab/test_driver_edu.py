@@ -98,6 +98,9 @@ def test_demo_command_passes_and_says_so_in_json(
     backend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bind_vfio(EDU)
+    # The driver is found by the device's ids.
+    assert main(["demo", EDU, "--backend", backend, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["demo"] == "edu"
     assert main(["demo", "edu", EDU, "--backend", backend, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["format_version"] == "1.0"
