@@ -51,7 +51,6 @@ def tree() -> Tree:
 # Being mended; each helper's work empties a part of this.
 KNOWN: dict[str, tuple[str, ...]] = {
     "past_the_face": ("vfiotool/cli/drive/nvme",),
-    "names_twice": ("Tree",),
 }
 
 

@@ -12,7 +12,7 @@ from vfiotool.boot import files as boot_files
 from vfiotool.boot.files import (
     MANIFEST,
     BootFile,
-    Tree,
+    InstallRoot,
     changed_files,
     install,
     read_manifest,
@@ -201,4 +201,4 @@ def test_the_manifest_is_readable_json(root: Path) -> None:
     install(str(root), [UNIT], {"early": False})
     value = json.loads((root / MANIFEST).read_text())
     assert value["files"] == [{"path": UNIT.path, "sha256": UNIT.digest}]
-    assert Tree(str(root)).read("etc/nothing") is None
+    assert InstallRoot(str(root)).read("etc/nothing") is None

@@ -99,7 +99,7 @@ def _parts(path: str) -> list[str]:
     return parts
 
 
-class Tree:
+class InstallRoot:
     """The file system below `root`, walked by descriptors."""
 
     def __init__(self, root: str) -> None:
@@ -244,13 +244,13 @@ def _write_new(folder: int, name: str, file: BootFile) -> None:
 
 def read_manifest(root: str) -> Manifest | None:
     """What is installed below `root`, None if nothing is. Raises KernelError, Refused."""
-    text = Tree(root).read(MANIFEST)
+    text = InstallRoot(root).read(MANIFEST)
     return None if text is None else Manifest.from_text(text)
 
 
 def changed_files(root: str, manifest: Manifest) -> dict[str, str]:
     """Installed files that are not as they were installed: path -> `missing` or `changed`."""
-    tree = Tree(root)
+    tree = InstallRoot(root)
     found = {path: tree.digest(path) for path, _ in manifest.files}
     return {
         path: "missing" if found[path] is None else "changed"
@@ -265,7 +265,7 @@ def install(root: str, files: Iterable[BootFile], settings: dict[str, Any]) -> M
     Raises Refused, before anything is written, where a file of the same name stands that the
     manifest does not know, or one of ours that somebody changed.
     """
-    tree = Tree(root)
+    tree = InstallRoot(root)
     wanted = {file.path: file for file in files}
     before = read_manifest(root)
     known = before.digests() if before else {}
@@ -308,7 +308,7 @@ def remove_installed(root: str, *, changed_too: bool = False) -> tuple[list[str]
 
     A file that somebody changed since is kept, and with it the manifest, unless `changed_too`.
     """
-    tree = Tree(root)
+    tree = InstallRoot(root)
     manifest = read_manifest(root)
     if manifest is None:
         # A crash before the first manifest was whole leaves only its scratch file.
