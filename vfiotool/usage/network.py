@@ -200,6 +200,9 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
             detail = f"{name}{through} {', '.join(facts)}"
             # The end of the host's only way out is nothing to type blindly.
             remedy = None if vital else f"ip address flush dev {shlex.quote(name)}"
+            if remedy is not None and not cidrs:
+                # Routes that no address made stay when the addresses go.
+                remedy = f"ip route flush table all dev {shlex.quote(name)}"
             where = "; ".join(evidence)
             found.append(Blocker("route", address, name, detail, where, remedy, vital))
     return found
