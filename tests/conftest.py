@@ -94,6 +94,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if getattr(report, "when", None) != "call":
                 continue
             for name, tally in getattr(report, "user_properties", []):
+                if name == "layout":
+                    text = ", ".join(f"{key} {value}" for key, value in tally.items())
+                    terminalreporter.write_line(f"layout: {text}")
                 if name == "guest":
                     _add(tally, tallies, reasons, skips)
                     files[tally["file"]] += round(tally["seconds"])

@@ -60,11 +60,13 @@ MEDIAN_FILE = 200
 
 @dataclass(frozen=True)
 class Import:
-    """`line` of `module` imports `target`; both are dotted names within the package."""
+    """`line` of `module` imports `target`; both are dotted names within the package. `whole`: the
+    target itself, and not a name out of it."""
 
     module: str
     line: int
     target: str
+    whole: bool = False
 
 
 class Tree:
@@ -125,7 +127,8 @@ class Tree:
                 for name in _imported(node):
                     target = self._named(name)
                     if target and target != module:
-                        found.append(Import(module, node.lineno, target))  # type: ignore[attr-defined]
+                        whole = name == f"vfiotool.{target}"
+                        found.append(Import(module, node.lineno, target, whole))  # type: ignore[attr-defined]
         return found
 
     def _named(self, name: str) -> str | None:
@@ -237,15 +240,19 @@ def faces(tree: Tree) -> dict[str, set[str]]:
 
 
 def past_the_face(tree: Tree) -> list[str]:
-    """Where a package has a face, others import from it and not from the files behind it."""
+    """Where a package has a face, others import from it and not from the files behind it; a whole
+    module only if the face names it."""
     wrong = []
-    for face in faces(tree):
+    for face, names in faces(tree).items():
         behind = f"{face}."
+        offered = {f"{behind}{name}" for name in names}
         wrong += [
             f"{tree.where(tree.modules[item.module])}:{item.line} imports {item.target}"
             f" past vfiotool/{face.replace('.', '/')}/__init__.py"
             for item in tree.imports
-            if item.target.startswith(behind) and not f"{item.module}.".startswith(behind)
+            if item.target.startswith(behind)
+            and not f"{item.module}.".startswith(behind)
+            and not (item.whole and item.target in offered)
         ]
     return wrong
 

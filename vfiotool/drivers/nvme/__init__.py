@@ -1,7 +1,8 @@
 """The NVMe driver: what a program uses of it.
 
 `Controller` brings a controller up, `IoQueue` is a queue pair for one thread, `SharedQueue` and
-`AsyncQueue` one for many threads and for coroutines.
+`AsyncQueue` one for many threads and for coroutines. Rarer commands stand in modules that are
+imported by name: `from vfiotool.drivers.nvme import admin`.
 """
 
 from vfiotool.drivers.nvme.aio import AsyncQueue
@@ -29,5 +30,11 @@ __all__ = [
     "LoadReport",
     "Namespace",
     "SharedQueue",
+    "admin",
+    "bench",
+    "blocks",
     "failed_with",
+    "spec",
+    "tables",
+    "virtualization",
 ]
