@@ -285,7 +285,8 @@ def test_a_stopped_apply_is_rolled_back_at_its_deadline(guest: None, tmp_path: P
         end(child)
     wait_for(lambda: not list(Path(RUN_FOLDER).glob("boot-*/*.open")), 120)
     stopped.communicate(timeout=60)
-    assert (driver_of(TESTDEV), driver_of(EDU)) == (None, "vfio-pci")
+    # The watcher ends the process before it reverts what that has done.
+    wait_for(lambda: (driver_of(TESTDEV), driver_of(EDU)) == (None, "vfio-pci"), 60)
 
 
 def test_undo_of_vf_set_refuses_while_a_vf_has_an_address(vf: str) -> None:
@@ -329,8 +330,14 @@ def test_release_of_a_held_device_is_refused_unless_allowed(guest: None) -> None
 
 
 def test_a_device_without_driver_whose_registers_are_open_is_refused(guest: None) -> None:
-    with open(f"{PCI}/devices/{EDU}/resource0", "rb"):
+    hold = "import sys; file = open(sys.argv[1], 'rb'); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, f"{PCI}/devices/{EDU}/resource0"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
         done = vfiotool("bind", EDU)
         assert done.code == 4, done
         assert "open-file" in done.err
+    finally:
+        end(child)
     assert vfiotool("bind", EDU).code == 0
