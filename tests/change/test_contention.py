@@ -66,6 +66,10 @@ Manager.register("Served", Served)
 class RemoteTree:
     """A tree whose every access is a request to the serving process."""
 
+    name = "served"
+    root = None
+    answers_netlink = True
+
     def __init__(self, served: Any) -> None:
         self.served = served
 
