@@ -46,6 +46,7 @@ def mirror(host: Host, *, hesitant_nvme: bool = False) -> FakeKernel:
             vf_ids=f"{one.vendor}:{(host.read(f'{base}/sriov_vf_device') or '').zfill(4)}",
             offset=numbers["offset"] or 0,
             stride=numbers["stride"] or 0,
+            net=_interface(host, base),
         )
         if one.driver is not None and one.driver not in ("igb", "nvme"):
             kernel.drivers[one.driver].sriov = False
@@ -55,3 +56,10 @@ def mirror(host: Host, *, hesitant_nvme: bool = False) -> FakeKernel:
         if parent in SAMPLE_PARENTS:
             kernel.add_parent(parent, *SAMPLE_PARENTS[parent])
     return kernel
+
+
+def _interface(host: Host, base: str) -> int | None:
+    """The number of its first interface: a network function that shows none counts as unseen."""
+    for name in host.listdir(f"{base}/net"):
+        return host.read_int(f"{base}/net/{name}/ifindex")
+    return None
