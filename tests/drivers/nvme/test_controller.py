@@ -148,7 +148,11 @@ def test_silence_is_an_error_with_a_way_out(fake: Any, monkeypatch: pytest.Monke
     assert [done.tag for done in queue.poll(1, 5)] == [77]
 
 
-def test_answers_that_nobody_asked_for_end_no_command_and_are_told(fake: Any) -> None:
+def test_answers_that_nobody_asked_for_end_no_command_and_are_told(
+    fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is in flight at the end is given this long: the fake never answers it.
+    monkeypatch.setattr("vfiotool.drivers.nvme.controller._DRAIN_S", 0.1)
     controller = Controller(fake)
     disk, queue = controller.namespace(1), controller.create_queue()
     fake.mad = True
@@ -158,6 +162,7 @@ def test_answers_that_nobody_asked_for_end_no_command_and_are_told(fake: Any) ->
     assert (counters.strays, counters.last_stray, counters.in_flight) == (1, 9999, 1)
     with pytest.raises(KernelError, match="1 completions came that were no command's"):
         queue.flush(disk, timeout_s=0.1)
+    controller.close()
 
 
 def test_the_end_is_orderly_and_leaves_no_memory(fake: Any) -> None:
