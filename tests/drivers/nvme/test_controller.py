@@ -162,6 +162,7 @@ def test_answers_that_nobody_asked_for_end_no_command_and_are_told(
     assert (counters.strays, counters.last_stray, counters.in_flight) == (1, 9999, 1)
     with pytest.raises(KernelError, match="1 completions came that were no command's"):
         queue.flush(disk, timeout_s=0.1)
+    fake.mad = False
     controller.close()
 
 

@@ -26,7 +26,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fake() -> Iterator[Any]:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    # What is in flight at the end is given this long; these controllers never answer it.
+    monkeypatch.setattr("vfiotool.drivers.nvme.controller._DRAIN_S", 0.1)
     with FakeNvme() as device:
         yield device
 
@@ -228,13 +230,8 @@ def test_a_coroutine_has_a_time_out_of_its_own(fake: Any, disk: Namespace, queue
 
 @pytest.mark.parametrize("interrupts", [False, True])
 def test_closing_wakes_threads_with_an_error(
-    fake: Any,
-    controller: Controller,
-    disk: Namespace,
-    interrupts: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    fake: Any, controller: Controller, disk: Namespace, interrupts: bool
 ) -> None:
-    monkeypatch.setattr("vfiotool.drivers.nvme.controller._DRAIN_S", 0.1)
     controller.enable_interrupts(3)
     queues = [controller.create_queue(16, vector=n if interrupts else None) for n in (1, 2)]
     shared = SharedQueue(queues[1])
