@@ -19,6 +19,7 @@ from vfiotool.cli.context import area, examples
 from vfiotool.errors import UsageError, VfiotoolError, from_oserror
 
 if TYPE_CHECKING:
+    from vfiotool.virtio.block import DiskSettings
     from vfiotool.virtio.exports import ExportSettings
     from vfiotool.virtio.server import Server
 
@@ -185,10 +186,9 @@ def _add(server: Server, export: ExportSettings) -> None:
     server.add(open_export(export))
 
 
-def _adopt(server: Server, disk: object, fd: int) -> None:
-    from vfiotool.virtio.block import BlockDisk, DiskSettings
+def _adopt(server: Server, disk: DiskSettings, fd: int) -> None:
+    from vfiotool.virtio.block import BlockDisk
 
-    assert isinstance(disk, DiskSettings)
     try:
         connection = socket.socket(fileno=fd)
     except OSError as error:

@@ -49,11 +49,11 @@ class Export:
     """
 
     def __init__(
-        self, name: str, disk: BlockDisk, listener: socket.socket, path: str | None = None
+        self, name: str, disk: BlockDisk, listener: socket.socket | None, path: str | None = None
     ) -> None:
         self.name = name
         self.disk = disk
-        self.listener: socket.socket | None = listener
+        self.listener = listener
         self.path = path
         self.connections: list[_Connection] = []
 
@@ -120,8 +120,7 @@ class Server:
 
     def adopt(self, name: str, disk: BlockDisk, connection: socket.socket) -> None:
         """Serve a disk over a connection that is there already (`--fd`); it ends with it."""
-        export = Export(name, disk, connection)
-        export.listener = None
+        export = Export(name, disk, None)
         self._exports[name] = export
         self._connect(export, connection)
 
