@@ -1,0 +1,211 @@
+#define _GNU_SOURCE
+#include "virtio/worker_state.h"
+
+#include "virtio/inflight.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+static void free_queue(struct vt_queue *queue)
+{
+	vt_ring_stop(queue->ring);
+	vt_memory_put(queue->memory);
+	vt_memory_put(queue->log_memory);
+	vt_memory_put(queue->dirty.memory);
+	if (queue->kick_fd >= 0)
+		close(queue->kick_fd);
+	if (queue->call_fd >= 0)
+		close(queue->call_fd);
+	if (queue->error_fd >= 0)
+		close(queue->error_fd);
+	free(queue);
+}
+
+/* Duplicate a descriptor that may be -1. Return: whether it could be. */
+static bool keep(int fd, int *kept)
+{
+	*kept = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	return fd < 0 || *kept >= 0;
+}
+
+static int take_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *dirty)
+{
+	struct vt_memory *old = queue->dirty.memory;
+	uint8_t *bits = NULL;
+
+	if (dirty->memory) {
+		bits = vt_memory_user(dirty->memory, dirty->at, dirty->size, 1);
+		if (!bits || !dirty->size)
+			return -EFAULT;
+		vt_memory_get(dirty->memory);
+	}
+	queue->dirty = *dirty;
+	queue->dirty_bits = bits;
+	vt_memory_put(old);
+	return 0;
+}
+
+static int run_set_dirty_log(struct vt_command *command)
+{
+	return take_dirty_log(command->queue, command->argument);
+}
+
+int vt_queue_set_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *dirty)
+{
+	struct vt_dirty_log wanted = *dirty;
+	struct vt_command command = { .run = run_set_dirty_log, .queue = queue, .argument = &wanted };
+
+	return vt_worker_ask(queue->worker, &command);
+}
+
+static int run_start(struct vt_command *command)
+{
+	struct vt_queue *queue = command->queue;
+	struct epoll_event event = { .events = EPOLLIN, .data.ptr = queue };
+
+	if (queue->kick_fd >= 0 &&
+	    epoll_ctl(queue->worker->epoll, EPOLL_CTL_ADD, queue->kick_fd, &event))
+		return -errno;
+	queue->worker->queues++;
+	/* What was made available before we came is announced by nobody. */
+	queue->worked_at = vt_now_ns();
+	queue->window_ns = queue->worker->poll_ns;
+	vt_queue_wake(queue);
+	return 0;
+}
+
+static int begin_ring(struct vt_queue *queue, const struct vt_queue_settings *settings)
+{
+	int result = vt_ring_start(settings->memory, &settings->layout, (uint16_t)settings->base,
+				   &queue->ring);
+	void *at;
+
+	if (result || !settings->log_memory)
+		return result;
+	queue->log_memory = vt_memory_get(settings->log_memory);
+	at = vt_memory_user(queue->log_memory, settings->log_at,
+			    vt_log_size(settings->layout.size), 8);
+	if (!at)
+		return -EFAULT;
+	result = vt_ring_set_log(queue->ring, at);
+	return result < 0 ? result : 0;
+}
+
+int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *settings,
+		   struct vt_queue **queue)
+{
+	struct vt_command command = { .run = run_start };
+	struct vt_queue *made = calloc(1, sizeof(*made));
+	int result;
+
+	*queue = NULL;
+	if (!made)
+		return -ENOMEM;
+	made->worker = worker;
+	made->disk = settings->disk;
+	made->size = settings->layout.size;
+	made->mode = settings->mode;
+	made->kick_fd = made->call_fd = made->error_fd = -1;
+	made->memory = vt_memory_get(settings->memory);
+	if (!keep(settings->kick_fd, &made->kick_fd) || !keep(settings->call_fd, &made->call_fd) ||
+	    !keep(settings->error_fd, &made->error_fd)) {
+		free_queue(made);
+		return -EMFILE;
+	}
+	/* The driver's end decides whether its eventfds block; ours must not. */
+	if (made->kick_fd >= 0)
+		fcntl(made->kick_fd, F_SETFL, O_NONBLOCK);
+	if (made->call_fd >= 0)
+		fcntl(made->call_fd, F_SETFL, O_NONBLOCK);
+	result = begin_ring(made, settings);
+	if (!result)
+		result = take_dirty_log(made, &settings->dirty);
+	command.queue = made;
+	if (!result)
+		result = vt_worker_ask(worker, &command);
+	if (result) {
+		free_queue(made);
+		return result;
+	}
+	*queue = made;
+	return 0;
+}
+
+static int run_stop(struct vt_command *command)
+{
+	struct vt_queue *queue = command->queue;
+
+	/* Requests end within the visit that fetched them, so none is in flight here. */
+	if (queue->kick_fd >= 0)
+		epoll_ctl(queue->worker->epoll, EPOLL_CTL_DEL, queue->kick_fd, NULL);
+	vt_queue_forget(queue);
+	queue->worker->queues--;
+	return 0;
+}
+
+int vt_queue_stop(struct vt_queue *queue)
+{
+	struct vt_command command = { .run = run_stop, .queue = queue };
+	uint16_t base;
+
+	vt_worker_ask(queue->worker, &command);
+	base = vt_ring_stop(queue->ring);
+	queue->ring = NULL;
+	free_queue(queue);
+	return base;
+}
+
+static int run_set_memory(struct vt_command *command)
+{
+	struct vt_queue *queue = command->queue;
+	struct vt_memory *memory = command->argument;
+	int result = vt_ring_set_memory(queue->ring, memory);
+
+	if (result) {
+		vt_queue_breaks(queue, vt_ring_broken(queue->ring));
+		return result;
+	}
+	vt_memory_put(queue->memory);
+	queue->memory = vt_memory_get(memory);
+	return 0;
+}
+
+int vt_queue_set_memory(struct vt_queue *queue, struct vt_memory *memory)
+{
+	struct vt_command command = { .run = run_set_memory, .queue = queue, .argument = memory };
+
+	return vt_worker_ask(queue->worker, &command);
+}
+
+static int run_set_call(struct vt_command *command)
+{
+	struct vt_queue *queue = command->queue;
+	int *fd = command->argument;
+
+	if (queue->call_fd >= 0)
+		close(queue->call_fd);
+	queue->call_fd = *fd;
+	/* A signal may have gone to the old one. */
+	vt_signal(queue->call_fd);
+	return 0;
+}
+
+int vt_queue_set_call(struct vt_queue *queue, int call_fd)
+{
+	int kept;
+	struct vt_command command = { .run = run_set_call, .queue = queue, .argument = &kept };
+
+	if (!keep(call_fd, &kept))
+		return -EMFILE;
+	if (kept >= 0)
+		fcntl(kept, F_SETFL, O_NONBLOCK);
+	return vt_worker_ask(queue->worker, &command);
+}
+
+const char *vt_queue_broken(struct vt_queue *queue)
+{
+	return __atomic_load_n(&queue->broken, __ATOMIC_ACQUIRE);
+}

@@ -1,0 +1,69 @@
+/* The inside of workers and their queues, for worker.c and queue.c alone.
+ *
+ * All of a queue that runs belongs to its worker's thread. */
+#ifndef VT_VIRTIO_WORKER_STATE_H
+#define VT_VIRTIO_WORKER_STATE_H
+
+#include <pthread.h>
+
+#include "virtio/worker.h"
+
+#define VT_BATCH 64u
+#define VT_ARENA (2u * VT_CHAIN_SEGMENTS)
+
+struct vt_queue {
+	struct vt_worker *worker;
+	struct vt_ring *ring;
+	struct vt_memory *memory, *log_memory;
+	struct vt_disk *disk;
+	struct vt_blk_mode mode;
+	int kick_fd, call_fd, error_fd;
+	struct vt_dirty_log dirty;
+	uint8_t *dirty_bits;
+	const char *broken;
+	bool awake;             /* the worker looks at it by itself */
+	uint32_t size;
+	uint64_t window_ns;     /* how long, after its last work */
+	uint64_t worked_at;
+	struct vt_queue *next;  /* awake ones */
+};
+
+struct vt_command {
+	int (*run)(struct vt_command *command);
+	void *queue, *argument;
+	int result;
+	bool done;
+	struct vt_command *next;
+};
+
+struct vt_worker {
+	pthread_t thread;
+	int epoll, mailbox;
+	uint64_t poll_ns;
+	pthread_mutex_t lock;   /* of the commands */
+	pthread_cond_t answered;
+	struct vt_command *commands;
+	uint32_t queues;        /* that it serves; the worker's own */
+	bool ending;
+	struct vt_queue *awake;
+	struct vt_worker_figures figures;
+	struct iovec arena[VT_ARENA];
+	struct vt_chain chains[VT_BATCH];
+};
+
+uint64_t vt_now_ns(void);
+
+/* Add 1 to an eventfd, if there is one. */
+void vt_signal(int fd);
+
+/* Have the worker run a command, and wait for its answer. Return: the command's result. */
+int vt_worker_ask(struct vt_worker *worker, struct vt_command *command);
+
+/* For commands: have the worker look at a queue by itself from now on, or no more. */
+void vt_queue_wake(struct vt_queue *queue);
+void vt_queue_forget(struct vt_queue *queue);
+
+/* End a queue's service: `why` is what vt_queue_broken says. */
+void vt_queue_breaks(struct vt_queue *queue, const char *why);
+
+#endif
