@@ -84,10 +84,17 @@ def _mirror() -> str:
 
 
 class Apt:
-    """apt-get with state of its own below the cache (`apt/<name>`), reading these suites only."""
+    """apt-get with state of its own below the cache (`apt/<name>`), reading these suites only.
 
-    def __init__(self, name: str, codename: str, *, backports: bool = False) -> None:
+    With `bare` it takes nothing for installed: what is fetched is all that programs of another
+    release need, their loader and C library too.
+    """
+
+    def __init__(
+        self, name: str, codename: str, *, backports: bool = False, bare: bool = False
+    ) -> None:
         self.folder = cache_root() / "apt" / name
+        self.bare = bare
         mirror = _mirror()
         suites = [codename, f"{codename}-updates"] + [f"{codename}-backports"] * backports
         self.sources = [Source(mirror, suite) for suite in suites]
@@ -109,6 +116,8 @@ class Apt:
             "Acquire::Retries": "3",
             "Acquire::Languages": "none",
         }
+        if self.bare:
+            pairs["Dir::State::status"] = folder / "status"
         return [item for key, value in pairs.items() for item in ("-o", f"{key}={value}")]
 
     def _call(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
@@ -146,6 +155,7 @@ class Apt:
             part.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{source.line()}\n" for source in self.sources)
         (self.folder / "sources.list").write_text(text, encoding="utf-8")
+        (self.folder / "status").write_text("", encoding="utf-8")
         progress(f"reading package lists ({', '.join(source.suite for source in self.sources)})")
         self._call("apt-get", "update")
         _updated.add(self.folder)

@@ -1,0 +1,108 @@
+"""The programs that served disks are compared with: QEMU's storage tools and blkio's.
+
+They are of Debian 13, fetched into the lab's cache by apt folders of one's own and run through the
+loader that came with them, so that any Debian will do. Nothing is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from vfiotool.errors import Unsupported, VfiotoolError
+from vfiotool.lab.kernels import packages
+from vfiotool.lab.kernels.cache import cache_root, digest, filled, locked, verified
+
+PACKAGES = ("qemu-utils", "qemu-block-extra", "libblkio-dev")
+BLKIO = ("blkio-bench", "blkio-copy")
+_LIBRARIES = "usr/lib/x86_64-linux-gnu"
+
+
+@dataclass(frozen=True)
+class Peers:
+    """An unpacked folder of programs."""
+
+    folder: Path
+
+    def command(self, program: str) -> list[str]:
+        """How to start `program`: qemu-storage-daemon, qemu-io, qemu-img, blkio-bench or -copy."""
+        libraries = self.folder / _LIBRARIES
+        paths = ":".join(str(path) for path in (libraries, *_folders_beside(libraries)))
+        loader = libraries / "ld-linux-x86-64.so.2"
+        place = self.folder / "usr/bin" / program
+        return [str(loader), "--library-path", paths, str(place)]
+
+    def env(self) -> dict[str, str]:
+        modules = self.folder / _LIBRARIES / "qemu"
+        return {**os.environ, "QEMU_MODULE_DIR": str(modules)}
+
+
+def _folders_beside(libraries: Path) -> list[Path]:
+    """Libraries that Debian keeps in folders of their own."""
+    return [path for name in ("ceph", "libblkio") if (path := libraries / name).is_dir()]
+
+
+def _folder() -> Path:
+    return cache_root() / f"peers-{digest('peers 1', *PACKAGES, *BLKIO)}"
+
+
+@functools.cache
+def find() -> Peers | str:
+    """The peers, fetched on first use, or why they cannot be had here."""
+    folder = _folder()
+    try:
+        if not folder.is_dir():
+            _check_machine()
+            with locked("peers"):
+                if not folder.is_dir():
+                    _fetch(folder)
+        return Peers(verified(folder))
+    except VfiotoolError as error:
+        return f"the peers cannot be had: {error.message}"
+
+
+def _check_machine() -> None:
+    if os.uname().machine != "x86_64" or not packages.is_debian():
+        raise Unsupported("they are fetched on x86-64 Debian only")
+    if shutil.which("gcc") is None:
+        raise Unsupported("no gcc")
+
+
+def _fetch(folder: Path) -> None:
+    apt = packages.Apt("peers", "trixie", backports=True, bare=True)
+    apt.update()
+    files = apt.download_missing(*PACKAGES, release="trixie-backports")
+    with filled(folder) as partial:
+        # As in any merged system: packages still ship /lib.
+        for name in ("bin", "sbin", "lib", "lib64"):
+            (partial / "usr" / name).mkdir(parents=True)
+            (partial / name).symlink_to(f"usr/{name}")
+        for file in files:
+            packages.unpack(file, partial)
+        for program in BLKIO:
+            _compile(partial, program)
+        # Only programs and libraries are kept.
+        for name in ("etc", "var", "usr/share", "usr/include"):
+            shutil.rmtree(partial / name, ignore_errors=True)
+        for name in ("bin", "sbin", "lib", "lib64"):
+            (partial / name).unlink()
+    shutil.rmtree(apt.archives, ignore_errors=True)
+
+
+def _compile(folder: Path, program: str) -> None:
+    [source] = folder.glob(f"usr/share/doc/libblkio*/examples/{program}.c*")
+    if source.suffix == ".gz":
+        subprocess.run(["gunzip", str(source)], check=True)
+        source = source.with_suffix("")
+    libraries = folder / _LIBRARIES
+    command = ["gcc", "-O2", "-D_GNU_SOURCE", f"-I{folder}/usr/include", str(source)]
+    command += ["-o", str(folder / "usr/bin" / program), str(libraries / "libblkio.so")]
+    # What the library itself needs is of the release that it came with.
+    command += ["-Wl,--unresolved-symbols=ignore-in-shared-libs", "-pthread"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Unsupported(f"{program} does not compile: {done.stderr.strip()[-300:]}")
