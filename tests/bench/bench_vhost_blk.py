@@ -4,8 +4,8 @@
 
 4 KiB random reads and writes at depth 1, 32 and 128: a disk in memory beside the peer's null-co,
 and a file on tmpfs beside the peer's raw file; ours without polling and with the adaptive polling
-that the table names. Who begins changes from round to round. The table has the median of the ratios of
-each round; processor time is that of both processes, server and client, for each operation.
+that the table names. Who begins changes from round to round. The table has the median of the ratios
+of each round; processor time is that of both processes, server and client, for each operation.
 """
 
 from __future__ import annotations
