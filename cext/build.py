@@ -33,6 +33,7 @@ HEADERS = (
     "virtio/memory.h",
     "virtio/ring.h",
     "virtio/inflight.h",
+    "virtio/dirty.h",
     "virtio/block.h",
     "virtio/worker.h",
 )

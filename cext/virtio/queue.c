@@ -14,7 +14,7 @@ static void free_queue(struct vt_queue *queue)
 	vt_ring_stop(queue->ring);
 	vt_memory_put(queue->memory);
 	vt_memory_put(queue->log_memory);
-	vt_memory_put(queue->dirty.memory);
+	vt_dirty_end(&queue->dirty);
 	if (queue->kick_fd >= 0)
 		close(queue->kick_fd);
 	if (queue->call_fd >= 0)
@@ -31,26 +31,11 @@ static bool keep(int fd, int *kept)
 	return fd < 0 || *kept >= 0;
 }
 
-static int take_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *dirty)
-{
-	struct vt_memory *old = queue->dirty.memory;
-	uint8_t *bits = NULL;
-
-	if (dirty->memory) {
-		bits = vt_memory_user(dirty->memory, dirty->at, dirty->size, 1);
-		if (!bits || !dirty->size)
-			return -EFAULT;
-		vt_memory_get(dirty->memory);
-	}
-	queue->dirty = *dirty;
-	queue->dirty_bits = bits;
-	vt_memory_put(old);
-	return 0;
-}
-
 static int run_set_dirty_log(struct vt_command *command)
 {
-	return take_dirty_log(command->queue, command->argument);
+	struct vt_queue *queue = command->queue;
+
+	return vt_dirty_set(&queue->dirty, command->argument);
 }
 
 int vt_queue_set_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *dirty)
@@ -122,7 +107,7 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 		fcntl(made->call_fd, F_SETFL, O_NONBLOCK);
 	result = begin_ring(made, settings);
 	if (!result)
-		result = take_dirty_log(made, &settings->dirty);
+		result = vt_dirty_set(&made->dirty, &settings->dirty);
 	command.queue = made;
 	if (!result)
 		result = vt_worker_ask(worker, &command);

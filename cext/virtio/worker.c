@@ -16,7 +16,6 @@
 /* Kicks of sleeping queues are looked for after so many rounds over the waking ones. */
 #define ROUNDS 32u
 #define EVENTS 64
-#define LOG_PAGE 4096u
 
 uint64_t vt_now_ns(void)
 {
@@ -71,40 +70,6 @@ void vt_queue_forget(struct vt_queue *queue)
 	queue->awake = false;
 }
 
-static void log_range(struct vt_queue *queue, uint64_t guest, uint64_t length)
-{
-	uint64_t last;
-
-	if (!length || guest + (length - 1) < guest)
-		return;
-	last = (guest + (length - 1)) / LOG_PAGE;
-	for (uint64_t page = guest / LOG_PAGE; page <= last && page / 8 < queue->dirty.size; page++)
-		__atomic_or_fetch(&queue->dirty_bits[page / 8], (uint8_t)(1u << page % 8),
-				  __ATOMIC_RELAXED);
-}
-
-/* Log what a chain's request wrote and the used entry that tells of it. */
-static void log_chain(struct vt_queue *queue, const struct vt_chain *chain,
-		      const struct iovec *segments, uint64_t written)
-{
-	const struct iovec *writable = segments + chain->readable;
-
-	for (uint32_t i = 0; i < chain->writable && written; i++) {
-		uint64_t guest = vt_memory_guest(queue->memory, writable[i].iov_base);
-		uint64_t length = writable[i].iov_len < written ? writable[i].iov_len : written;
-
-		if (guest != UINT64_MAX)
-			log_range(queue, guest, length);
-		written -= length;
-	}
-	if (queue->dirty.ring) {
-		uint64_t entry = vt_ring_used(queue->ring) & (queue->size - 1);
-
-		log_range(queue, queue->dirty.ring_guest, 4);
-		log_range(queue, queue->dirty.ring_guest + 4 + 8 * entry, 8);
-	}
-}
-
 /* Do one batch of what is available. Return: how many requests there were. */
 static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
 {
@@ -125,8 +90,9 @@ static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
 			vt_queue_breaks(queue, "a request without a header or a status");
 			written = 0;
 		}
-		if (queue->dirty_bits)
-			log_chain(queue, chain, worker->arena + chain->first, (uint64_t)written);
+		vt_dirty_chain(&queue->dirty, queue->memory, chain, worker->arena + chain->first,
+			       (uint64_t)written);
+		vt_dirty_used(&queue->dirty, vt_ring_used(queue->ring) & (queue->size - 1));
 		vt_ring_complete(queue->ring, chain->head, (uint32_t)written);
 		count(&worker->figures.requests);
 		if (queue->broken)

@@ -12,21 +12,12 @@
 #include <stdint.h>
 
 #include "virtio/block.h"
+#include "virtio/dirty.h"
 #include "virtio/memory.h"
 #include "virtio/ring.h"
 
 struct vt_worker;
 struct vt_queue;
-
-/* A log of the pages that were written, for a machine that is moved to another host while it runs
- * (docs/interop/vhost-user.rst, "Migration"): a bit for each 4096 bytes of guest addresses. */
-struct vt_dirty_log {
-	struct vt_memory *memory; /* holds the bitmap; NULL: nothing is logged */
-	uint64_t at;              /* its `user` address there */
-	uint64_t size;            /* bytes */
-	bool ring;                /* the used ring is logged too, as lying at: */
-	uint64_t ring_guest;
-};
 
 struct vt_worker_figures {
 	uint64_t requests, batches, signals, kicks, sleeps;

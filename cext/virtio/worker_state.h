@@ -18,8 +18,7 @@ struct vt_queue {
 	struct vt_disk *disk;
 	struct vt_blk_mode mode;
 	int kick_fd, call_fd, error_fd;
-	struct vt_dirty_log dirty;
-	uint8_t *dirty_bits;
+	struct vt_dirty dirty;
 	const char *broken;
 	bool awake;             /* the worker looks at it by itself */
 	uint32_t size;
