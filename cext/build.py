@@ -36,6 +36,7 @@ HEADERS = (
     "virtio/dirty.h",
     "virtio/block.h",
     "virtio/worker.h",
+    "virtio/direct.h",
 )
 # Of the C library's own headers, as far as ours mention it.
 FOREIGN = "struct iovec { ...; };"

@@ -281,6 +281,14 @@ uint64_t vt_memory_guest(const struct vt_memory *memory, const void *host)
 	return UINT64_MAX;
 }
 
+uint32_t vt_memory_places(const struct vt_memory *memory, struct vt_place *places, uint32_t room)
+{
+	for (uint32_t i = 0; i < memory->count && i < room; i++)
+		places[i] = (struct vt_place){ (uintptr_t)memory->regions[i].host,
+					       memory->regions[i].size, memory->regions[i].guest };
+	return memory->count;
+}
+
 bool vt_memory_is_broken(const struct vt_memory *memory)
 {
 	return __atomic_load_n(&memory->broken, __ATOMIC_ACQUIRE) != 0;

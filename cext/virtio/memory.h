@@ -60,6 +60,17 @@ void *vt_memory_user(const struct vt_memory *memory, uint64_t user, uint64_t len
 /* The guest address of a byte that vt_memory_segments found. Return: it, or UINT64_MAX. */
 uint64_t vt_memory_guest(const struct vt_memory *memory, const void *host);
 
+/* A region as it lies here. */
+struct vt_place {
+	uint64_t host; /* the address of its first byte in this process */
+	uint64_t size; /* bytes */
+	uint64_t guest;
+};
+
+/* Where the regions lie, by guest address; at most `room` of them are written.
+ * Return: how many there are. */
+uint32_t vt_memory_places(const struct vt_memory *memory, struct vt_place *places, uint32_t room);
+
 /* Whether some of the memory turned out to be gone (see vt_memory_guard). */
 bool vt_memory_is_broken(const struct vt_memory *memory);
 

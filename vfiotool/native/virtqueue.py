@@ -40,6 +40,11 @@ class RingLayout:
     event_index: bool
     indirect: bool
 
+    def fill(self, layout: Any) -> None:
+        """Write it into a struct vt_ring_layout."""
+        for field in fields(self):
+            setattr(layout, field.name, getattr(self, field.name))
+
 
 @dataclass(frozen=True, slots=True)
 class DiskFigures:
@@ -209,10 +214,7 @@ class ServedQueue:
     ) -> None:
         settings = ffi.new("struct vt_queue_settings *")
         settings.memory, settings.disk, settings.base = memory.handle, disk.handle, base
-        ring = settings.layout
-        ring.descriptors, ring.available = layout.descriptors, layout.available
-        ring.used, ring.size = layout.used, layout.size
-        ring.event_index, ring.indirect = layout.event_index, layout.indirect
+        layout.fill(settings.layout)
         settings.mode.write_through = write_through
         settings.kick_fd = -1 if kick is None else kick
         settings.call_fd = -1 if call is None else call

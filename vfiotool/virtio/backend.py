@@ -15,19 +15,17 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 from vfiotool.errors import VfiotoolError
 from vfiotool.native.virtqueue import (
     MemoryMap,
     MemoryRegion,
     RingLayout,
-    ServedQueue,
     Worker,
     WrittenPages,
     log_bytes,
 )
-from vfiotool.virtio.block import BlockDisk, BlockFeature
 from vfiotool.virtio.message import (
     CONFIG_BYTES,
     BackendRequest,
@@ -52,22 +50,13 @@ from vfiotool.virtio.message import (
     parse_u64,
     parse_vring_descriptor,
 )
+from vfiotool.virtio.served import QueueStart, RunningQueue, ServedDevice, VirtioFeature
 
 # What QEMU may plug in at most; each is one mapping of ours.
 MEMORY_SLOTS = 509
 LARGEST_QUEUE = 1024
 # Of SET_VRING_ADDR's flags (VHOST_VRING_F_LOG).
 _LOG_RING = 1
-
-
-class VirtioFeature(IntFlag):
-    """Feature bits that belong to no device type (section 6), and vhost-user's own."""
-
-    LOG_ALL = 1 << 26
-    INDIRECT_DESC = 1 << 28
-    EVENT_IDX = 1 << 29
-    PROTOCOL_FEATURES = 1 << 30
-    VERSION_1 = 1 << 32
 
 
 class ProtocolFeature(IntEnum):
@@ -104,11 +93,11 @@ class Vring:
     error: int | None = None
     kicked: bool = False
     enabled: bool = False
-    queue: ServedQueue | None = None
+    queue: RunningQueue | None = None
 
 
 class Frontend:
-    """One front end's connection to a disk, whose queues run in `workers`.
+    """One front end's connection to a device, whose queues may run in `workers`.
 
     `handle` takes one message and returns the reply, if one is due, and a descriptor to send.
     A request that cannot be done is answered with an error where the protocol has one (REPLY_ACK),
@@ -117,16 +106,16 @@ class Frontend:
 
     def __init__(
         self,
-        disk: BlockDisk,
+        device: ServedDevice,
         workers: list[Worker],
         may_run: Callable[[Frontend], bool] = lambda _: True,
     ) -> None:
         self._may_run = may_run
-        self.disk = disk
+        self.device = device
         self.workers = workers
         self.features = 0
         self.protocol_features = 0
-        self.vrings = [Vring() for _ in range(disk.settings.queues)]
+        self.vrings = [Vring() for _ in range(device.queues)]
         self.regions: list[MemoryRegion] = []
         self.memory: MemoryMap | None = None
         self.log: MemoryMap | None = None
@@ -140,7 +129,7 @@ class Frontend:
         return any(vring.queue is not None for vring in self.vrings)
 
     def offered(self) -> int:
-        return int(self.disk.features() | _TRANSPORT)
+        return int(self.device.features() | _TRANSPORT)
 
     def handle(self, message: VhostMessage) -> tuple[bytes, int | None] | None:
         """Do what a message asks. The message's descriptors are taken or closed."""
@@ -218,7 +207,7 @@ class Frontend:
         if self.memory is None or vring.addresses is None or not vring.size:
             raise ProtocolError(f"vring {index} starts before its memory, size and addresses")
         if not self._may_run(self):
-            raise ProtocolError("another front end runs this disk")
+            raise ProtocolError("another front end runs this device")
         layout = RingLayout(
             vring.addresses.descriptors,
             vring.addresses.available,
@@ -227,18 +216,20 @@ class Frontend:
             event_index=bool(self.features & VirtioFeature.EVENT_IDX),
             indirect=bool(self.features & VirtioFeature.INDIRECT_DESC),
         )
-        vring.queue = ServedQueue(
-            min(self.workers, key=lambda worker: worker.queues),
-            self.disk.raw,
-            self.memory,
-            layout,
-            base=vring.base,
-            write_through=not self.features & BlockFeature.FLUSH,
-            kick=vring.kick,
-            call=vring.call,
-            error=vring.error,
-            log=self._log_of(index, vring.size),
-            dirty=self._dirty_log_of(vring),
+        vring.queue = self.device.start_queue(
+            self.workers,
+            index,
+            self.features,
+            QueueStart(
+                self.memory,
+                layout,
+                vring.base,
+                kick=vring.kick,
+                call=vring.call,
+                error=vring.error,
+                log=self._log_of(index, vring.size),
+                dirty=self._dirty_log_of(vring),
+            ),
         )
 
     def _stop(self, vring: Vring) -> None:
@@ -457,12 +448,12 @@ class Frontend:
 
     def _get_config(self, message: VhostMessage) -> tuple[bytes, None]:
         offset, size, _ = parse_config(message.payload)
-        whole = self.disk.config().ljust(CONFIG_BYTES, b"\0")
+        whole = self.device.config().ljust(CONFIG_BYTES, b"\0")
         return format_config(offset, whole[offset : offset + size]), None
 
     def _set_config(self, message: VhostMessage) -> None:
-        parse_config(message.payload)
-        raise ProtocolError("no field of the configuration can be written")
+        offset, _, data = parse_config(message.payload)
+        self.device.write_config(offset, data)
 
     def _get_inflight_fd(self, message: VhostMessage) -> tuple[bytes, int]:
         asked = parse_inflight(message.payload)

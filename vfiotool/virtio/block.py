@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from enum import IntFlag
 
 from vfiotool.errors import Refused, UsageError, from_oserror
-from vfiotool.native.virtqueue import RawDisk
+from vfiotool.native.virtqueue import RawDisk, ServedQueue, Worker
+from vfiotool.virtio.served import QueueStart
 
 SECTOR = 512
 MOST_SEGMENTS = 254
@@ -139,6 +140,31 @@ class BlockDisk:
             _MOST_RANGE_SECTORS,
             MOST_RANGES,
             1,  # zeros may unmap
+        )
+
+    @property
+    def queues(self) -> int:
+        return self.settings.queues
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        raise UsageError("no field of a disk's configuration can be written")
+
+    def start_queue(
+        self, workers: list[Worker], _index: int, features: int, start: QueueStart
+    ) -> ServedQueue:
+        """Have the worker that has the fewest queues serve another one."""
+        return ServedQueue(
+            min(workers, key=lambda worker: worker.queues),
+            self.raw,
+            start.memory,
+            start.layout,
+            base=start.base,
+            write_through=not features & BlockFeature.FLUSH,
+            kick=start.kick,
+            call=start.call,
+            error=start.error,
+            log=start.log,
+            dirty=start.dirty,
         )
 
     def resize(self) -> bool:

@@ -23,6 +23,7 @@ from vfiotool.virtio.backend import Frontend
 from vfiotool.virtio.block import BlockDisk
 from vfiotool.virtio.exports import ExportSettings
 from vfiotool.virtio.message import ProtocolError, Receiver
+from vfiotool.virtio.served import ServedDevice
 
 Report = Callable[[str], None]
 _SEND_TIMEOUT_S = 5.0
@@ -43,22 +44,26 @@ class _Connection:
 
 
 class Export:
-    """A disk behind a listening socket, or behind one connection that was handed over.
+    """A device behind a listening socket, or behind one connection that was handed over.
 
     `listener` belongs to the export from now on; `path` is removed with it.
     """
 
     def __init__(
-        self, name: str, disk: BlockDisk, listener: socket.socket | None, path: str | None = None
+        self,
+        name: str,
+        device: ServedDevice,
+        listener: socket.socket | None,
+        path: str | None = None,
     ) -> None:
         self.name = name
-        self.disk = disk
+        self.device = device
         self.listener = listener
         self.path = path
         self.connections: list[_Connection] = []
 
     def may_run(self, frontend: Frontend) -> bool:
-        """Whether a front end may start a ring: a raw disk has one user at a time."""
+        """Whether a front end may start a ring: a device has one user at a time."""
         return not any(
             other.frontend is not frontend and other.frontend.is_running
             for other in self.connections
@@ -116,11 +121,11 @@ class Server:
         if export.path is not None:
             with suppress(OSError):
                 os.unlink(export.path)
-        export.disk.close()
+        export.device.close()
 
-    def adopt(self, name: str, disk: BlockDisk, connection: socket.socket) -> None:
-        """Serve a disk over a connection that is there already (`--fd`); it ends with it."""
-        export = Export(name, disk, None)
+    def adopt(self, name: str, device: ServedDevice, connection: socket.socket) -> None:
+        """Serve a device over a connection that is there already (`--fd`); it ends with it."""
+        export = Export(name, device, None)
         self._exports[name] = export
         self._connect(export, connection)
 
@@ -159,7 +164,7 @@ class Server:
     def resize(self, name: str) -> bool:
         """Take an export's image as large as it is now, and tell its driver."""
         export = self._exports[name]
-        if not export.disk.resize():
+        if not export.device.resize():
             return False
         for connection in export.connections:
             connection.frontend.config_changed()
@@ -197,7 +202,7 @@ class Server:
 
     def _connect(self, export: Export, connection: socket.socket) -> None:
         connection.settimeout(_SEND_TIMEOUT_S)
-        frontend = Frontend(export.disk, self.workers, export.may_run)
+        frontend = Frontend(export.device, self.workers, export.may_run)
         made = _Connection(connection, Receiver(connection), frontend)
         export.connections.append(made)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(export, made))
@@ -233,7 +238,7 @@ class Server:
     def _end(self, export: Export, connection: _Connection) -> None:
         self._disconnect(export, connection)
         if export.listener is None and export.name in self._exports:
-            export.disk.close()
+            export.device.close()
             del self._exports[export.name]
 
     def _disconnect(self, export: Export, connection: _Connection) -> None:

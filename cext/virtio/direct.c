@@ -1,0 +1,209 @@
+#define _GNU_SOURCE
+#include "virtio/direct.h"
+
+#include "virtio/inflight.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#define ARENA (2u * VT_CHAIN_SEGMENTS)
+
+_Static_assert(sizeof(struct iovec) == 2 * sizeof(uint64_t), "segments are pairs of 64 bits");
+
+struct vt_direct {
+	struct vt_ring *ring;
+	struct vt_memory *memory, *log_memory;
+	struct vt_dirty dirty;
+	uint32_t size;
+	int call_fd;
+	struct vt_chain chains[VT_DIRECT_BATCH];
+	struct iovec arena[ARENA];
+};
+
+static int begin_ring(struct vt_direct *queue, const struct vt_direct_settings *settings)
+{
+	int result = vt_ring_start(settings->memory, &settings->layout, (uint16_t)settings->base,
+				   &queue->ring);
+	void *at;
+
+	if (result || !settings->log_memory)
+		return result;
+	queue->log_memory = vt_memory_get(settings->log_memory);
+	at = vt_memory_user(queue->log_memory, settings->log_at,
+			    vt_log_size(settings->layout.size), 8);
+	if (!at)
+		return -EFAULT;
+	result = vt_ring_set_log(queue->ring, at);
+	return result < 0 ? result : 0;
+}
+
+static void release(struct vt_direct *queue)
+{
+	vt_memory_put(queue->memory);
+	vt_memory_put(queue->log_memory);
+	vt_dirty_end(&queue->dirty);
+	if (queue->call_fd >= 0)
+		close(queue->call_fd);
+	free(queue);
+}
+
+static void signal_driver(struct vt_direct *queue)
+{
+	uint64_t one = 1;
+
+	/* Full (EAGAIN) is as good as signalled; nothing else can be done about an error here. */
+	if (queue->call_fd >= 0 && write(queue->call_fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+static int take_call(struct vt_direct *queue, int call_fd)
+{
+	int fresh = call_fd < 0 ? -1 : fcntl(call_fd, F_DUPFD_CLOEXEC, 0);
+
+	if (call_fd >= 0 && fresh < 0)
+		return -EMFILE;
+	/* The driver's end decides whether its eventfd blocks; ours must not. */
+	if (fresh >= 0)
+		fcntl(fresh, F_SETFL, O_NONBLOCK);
+	if (queue->call_fd >= 0)
+		close(queue->call_fd);
+	queue->call_fd = fresh;
+	return 0;
+}
+
+int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct **queue)
+{
+	struct vt_direct *made = calloc(1, sizeof(*made));
+	int result;
+
+	*queue = NULL;
+	if (!made)
+		return -ENOMEM;
+	made->call_fd = -1;
+	made->size = settings->layout.size;
+	made->memory = vt_memory_get(settings->memory);
+	result = take_call(made, settings->call_fd);
+	if (!result)
+		result = begin_ring(made, settings);
+	if (!result)
+		result = vt_dirty_set(&made->dirty, &settings->dirty);
+	if (result) {
+		vt_ring_stop(made->ring);
+		release(made);
+		return result;
+	}
+	*queue = made;
+	return 0;
+}
+
+int vt_direct_stop(struct vt_direct *queue)
+{
+	uint16_t base = vt_ring_stop(queue->ring);
+
+	release(queue);
+	return base;
+}
+
+int vt_direct_fetch(struct vt_direct *queue, uint32_t *fields, uint32_t most)
+{
+	int got = vt_ring_fetch(queue->ring, queue->chains,
+				most < VT_DIRECT_BATCH ? most : VT_DIRECT_BATCH, queue->arena,
+				ARENA);
+
+	for (int i = 0; i < got; i++) {
+		const struct vt_chain *chain = &queue->chains[i];
+
+		*fields++ = chain->head;
+		*fields++ = chain->readable;
+		*fields++ = chain->writable;
+		*fields++ = chain->first;
+	}
+	return got;
+}
+
+const uint64_t *vt_direct_segments(const struct vt_direct *queue)
+{
+	return (const uint64_t *)queue->arena;
+}
+
+uint32_t vt_direct_room(void)
+{
+	return ARENA;
+}
+
+bool vt_direct_logs(const struct vt_direct *queue)
+{
+	return queue->dirty.bits != NULL;
+}
+
+void vt_direct_wrote(struct vt_direct *queue, uint64_t address, uint64_t length)
+{
+	uint64_t guest = vt_memory_guest(queue->memory, (const void *)(uintptr_t)address);
+
+	if (guest != UINT64_MAX)
+		vt_dirty_range(&queue->dirty, guest, length);
+}
+
+int vt_direct_complete(struct vt_direct *queue, uint32_t head, uint32_t written)
+{
+	if (head >= queue->size)
+		return -EINVAL;
+	vt_dirty_used(&queue->dirty, vt_ring_used(queue->ring) & (queue->size - 1));
+	return vt_ring_complete(queue->ring, (uint16_t)head, written);
+}
+
+void vt_direct_publish(struct vt_direct *queue)
+{
+	if (vt_ring_publish(queue->ring))
+		signal_driver(queue);
+}
+
+bool vt_direct_notify(struct vt_direct *queue, bool on)
+{
+	if (on)
+		return vt_ring_notify_on(queue->ring);
+	vt_ring_notify_off(queue->ring);
+	return vt_ring_waiting(queue->ring) != 0;
+}
+
+uint32_t vt_direct_waiting(const struct vt_direct *queue)
+{
+	return vt_ring_waiting(queue->ring);
+}
+
+uint32_t vt_direct_in_flight(const struct vt_direct *queue)
+{
+	return vt_ring_in_flight(queue->ring);
+}
+
+int vt_direct_set_memory(struct vt_direct *queue, struct vt_memory *memory)
+{
+	int result = vt_ring_set_memory(queue->ring, memory);
+
+	if (result)
+		return result;
+	vt_memory_put(queue->memory);
+	queue->memory = vt_memory_get(memory);
+	return 0;
+}
+
+int vt_direct_set_call(struct vt_direct *queue, int call_fd)
+{
+	int result = take_call(queue, call_fd);
+
+	if (!result)
+		signal_driver(queue);
+	return result;
+}
+
+int vt_direct_set_dirty_log(struct vt_direct *queue, const struct vt_dirty_log *dirty)
+{
+	return vt_dirty_set(&queue->dirty, dirty);
+}
+
+const char *vt_direct_broken(const struct vt_direct *queue)
+{
+	return vt_ring_broken(queue->ring);
+}

@@ -1,0 +1,85 @@
+"""What a device is to whoever connects a driver to it: features, configuration, queues that start.
+
+A disk in C (`block.BlockDisk`) and a class in Python (`device.VirtioDevice`, by its host) are
+served alike, over vhost-user and VDUSE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Protocol
+
+from vfiotool.native.virtqueue import MemoryMap, RingLayout, Worker, WrittenPages
+
+
+class VirtioFeature(IntFlag):
+    """Feature bits that belong to no device type (section 6), and vhost-user's own."""
+
+    LOG_ALL = 1 << 26
+    INDIRECT_DESC = 1 << 28
+    EVENT_IDX = 1 << 29
+    PROTOCOL_FEATURES = 1 << 30
+    VERSION_1 = 1 << 32
+
+
+@dataclass(frozen=True)
+class QueueStart:
+    """A virtqueue as it is to start. Descriptors stay the caller's; `log` is the in-flight log's
+    map and its address there."""
+
+    memory: MemoryMap
+    layout: RingLayout
+    base: int = 0
+    kick: int | None = None
+    call: int | None = None
+    error: int | None = None
+    log: tuple[MemoryMap, int] | None = None
+    dirty: WrittenPages | None = None
+
+
+class RunningQueue(Protocol):
+    """A queue that was started; each call returns when it has been done."""
+
+    def stop(self) -> int:
+        """End it when what it fetched has ended; returns the next available index."""
+
+    def set_memory(self, memory: MemoryMap) -> bool:
+        """Put another map under it; whether the ring lies in it."""
+
+    def set_call(self, call: int | None) -> None:
+        """Signal another eventfd from now on."""
+
+    def set_dirty_log(self, dirty: WrittenPages | None) -> None:
+        """Log what is written from now on, or nothing."""
+
+    def broken(self) -> str | None:
+        """Why it serves no more, in words; None while it does."""
+
+
+class ServedDevice(Protocol):
+    """A device that front ends drive."""
+
+    @property
+    def queues(self) -> int:
+        """How many virtqueues it has."""
+
+    def features(self) -> int:
+        """The feature bits of its type that it offers."""
+
+    def config(self) -> bytes:
+        """Its configuration space as it is now."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote there. Raises UsageError for what cannot be written."""
+
+    def start_queue(
+        self, workers: list[Worker], index: int, features: int, start: QueueStart
+    ) -> RunningQueue:
+        """Serve a queue from now on, with the features that were negotiated."""
+
+    def resize(self) -> bool:
+        """Take the size of what is behind it anew; whether it changed."""
+
+    def close(self) -> None:
+        """Give back what it holds; no queue runs any more."""
