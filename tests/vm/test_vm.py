@@ -15,6 +15,7 @@ from vfiotool.errors import NotFound, Refused, Unsupported
 from vfiotool.host.host import Host
 from vfiotool.snapshot.capture import open_root
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
+from vfiotool.vm.handed import Handed, handed
 
 HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
 
@@ -23,12 +24,9 @@ def inventory_of(name: str) -> Inventory:
     return read_inventory(open_root(str(HOSTS / name)))
 
 
-def functions(*names: str) -> list[preflight.Handed]:
+def functions(*names: str) -> list[Handed]:
     template = inventory_of("shared-group").by_address["0000:02:01.0"]
-    return [
-        preflight.Handed(name, f"/sys/bus/pci/devices/{name}", "vfio-pci", 5, template)
-        for name in names
-    ]
+    return [Handed(name, f"/sys/bus/pci/devices/{name}", "vfio-pci", 5, template) for name in names]
 
 
 def test_functions_of_one_card_stay_functions_of_one_device() -> None:
@@ -69,7 +67,7 @@ def test_iommufd_is_one_object_that_all_devices_share() -> None:
 def test_an_mdev_is_named_by_its_path_and_its_api() -> None:
     inventory = inventory_of("mdev-parents")
     uuid = inventory.mdevs[0].uuid
-    device = preflight.handed(inventory, uuid)
+    device = handed(inventory, uuid)
     assert qemu.arguments([device])[-1].startswith(
         f"vfio-pci,sysfsdev=/sys/bus/mdev/devices/{uuid},id=mdev-{uuid}"
     )
@@ -98,7 +96,7 @@ def test_cloud_hypervisor_takes_all_paths_after_one_option() -> None:
 def test_a_device_on_a_host_driver_is_not_ready_and_the_remedy_is_named() -> None:
     host = open_root(str(HOSTS / "shared-group"))
     inventory = read_inventory(host)
-    device = preflight.handed(inventory, "0000:00:1e.0")
+    device = handed(inventory, "0000:00:1e.0")
     found = preflight.findings(host, inventory, device)
     # A program has its port open: what why says of it is said here too, and comes first.
     assert [finding.kind for finding in found] == ["not-bound", "group-not-viable", "open-file"]
@@ -133,13 +131,13 @@ def guarded(pf_driver: str) -> tuple[Host, Inventory, str, str]:
 
 def test_a_vf_of_a_function_on_vfio_pci_wants_its_token() -> None:
     host, inventory, pf, vf = guarded("vfio-pci")
-    device = preflight.handed(inventory, vf)
+    device = handed(inventory, vf)
     (finding,) = preflight.findings(host, inventory, device)
     assert (finding.kind, finding.next) == ("vf-token", f"vfiotool vm qemu {vf} --vf-token UUID")
     with pytest.raises(Refused, match=f"{pf} is on a VFIO driver"):
         preflight.require_ready(host, inventory, [device])
     preflight.require_ready(host, inventory, [device], TOKEN)
-    words = qemu.arguments([device, preflight.handed(inventory, pf)], vf_token=TOKEN)
+    words = qemu.arguments([device, handed(inventory, pf)], vf_token=TOKEN)
     assert sum(word.endswith(f",vf-token={TOKEN}") for word in words) == 2
     with pytest.raises(Unsupported, match="which iommufd does not take"):
         qemu.arguments([device], iommufd=True, vf_token=TOKEN)
@@ -148,7 +146,7 @@ def test_a_vf_of_a_function_on_vfio_pci_wants_its_token() -> None:
 def test_no_token_is_given_where_the_host_drives_the_physical_function() -> None:
     # vfio-pci refuses a token that it did not ask for.
     host, inventory, _, vf = guarded("igb")
-    device = preflight.handed(inventory, vf)
+    device = handed(inventory, vf)
     assert preflight.findings(host, inventory, device) == ()
     assert "vf-token" not in " ".join(qemu.arguments([device], vf_token=TOKEN))
 
@@ -168,7 +166,7 @@ def field(case: str) -> Host:
 
 
 def qemu_words(host: Host, name: str) -> list[str]:
-    return qemu.arguments([preflight.handed(read_inventory(host), name)])
+    return qemu.arguments([handed(read_inventory(host), name)])
 
 
 def test_a_function_in_a_domain_above_ffff_is_named_by_its_path() -> None:
@@ -193,11 +191,11 @@ def test_a_crypto_device_of_s390x_gets_no_pci_port() -> None:
         "vfio-pci,host=0001:00:00.0,id=vfio-0001-00-00.0",
     ]
     with pytest.raises(Unsupported, match="takes PCI devices only"):
-        cloud_hypervisor.arguments([preflight.handed(read_inventory(host), MATRIX)])
+        cloud_hypervisor.arguments([handed(read_inventory(host), MATRIX)])
 
 
 def test_channel_devices_have_a_device_number_each() -> None:
-    devices = [preflight.Handed(name, f"/sys/{name}", "vfio-ccw", 1, None) for name in ("a", "b")]
+    devices = [Handed(name, f"/sys/{name}", "vfio-ccw", 1, None) for name in ("a", "b")]
     numbers = [word.rpartition(",")[2] for word in qemu.arguments(devices) if "ccw" in word]
     assert numbers == ["devno=fe.0.0000", "devno=fe.0.0001"]
 
@@ -205,17 +203,17 @@ def test_channel_devices_have_a_device_number_each() -> None:
 def test_a_vendor_vgpu_is_ready_on_the_vendors_driver() -> None:
     host = field("03")
     inventory = read_inventory(host)
-    assert preflight.findings(host, inventory, preflight.handed(inventory, "0000:41:00.4")) == ()
+    assert preflight.findings(host, inventory, handed(inventory, "0000:41:00.4")) == ()
 
 
 def test_vm_check_says_what_why_says() -> None:
     host = open_root(str(HOSTS / "storage-in-use"))
     inventory = read_inventory(host)
-    found = preflight.findings(host, inventory, preflight.handed(inventory, "0000:01:00.0"))
+    found = preflight.findings(host, inventory, handed(inventory, "0000:01:00.0"))
     assert [finding.kind for finding in found] == ["not-bound", "mounted"]
     assert {finding.next for finding in found} == {"vfiotool why 0000:01:00.0"}
 
 
 def test_an_unknown_device_is_not_found() -> None:
     with pytest.raises(NotFound):
-        preflight.handed(inventory_of("shared-group"), "0000:7f:00.0")
+        handed(inventory_of("shared-group"), "0000:7f:00.0")

@@ -100,8 +100,8 @@ def read_facts(host: Host, inventory: Inventory) -> DoctorFacts:
         iommufd_node=host.exists(DEV_IOMMU),
         device_nodes=host.isdir(SYS_VFIO_DEV),
         group_node=host.exists(f"{DEV_VFIO}/vfio"),
-        memory_lock=_memory_lock(host),
-        hugepages=_hugepages(host),
+        memory_lock=read_memory_lock(host),
+        hugepages=read_hugepages(host),
         unsafe_parameters=tuple(
             (module, name)
             for module, name in UNSAFE_PARAMETERS
@@ -136,7 +136,8 @@ def _module(host: Host, release: str | None, name: str) -> Module:
     return Module(name, "absent", evidence)
 
 
-def _memory_lock(host: Host) -> MemoryLock | None:
+def read_memory_lock(host: Host) -> MemoryLock | None:
+    """How much memory this process may lock; None where it is not told."""
     text = host.read(f"{PROC}/self/limits") or ""
     match = re.search(r"^Max locked memory\s+(\S+)\s+(\S+)", text, re.MULTILINE)
     status = re.search(
@@ -146,7 +147,8 @@ def _memory_lock(host: Host) -> MemoryLock | None:
     return None if match is None else MemoryLock(match[1], match[2], exempt)
 
 
-def _hugepages(host: Host) -> tuple[HugePages, ...]:
+def read_hugepages(host: Host) -> tuple[HugePages, ...]:
+    """Reserved huge pages, by node and size."""
     found = []
     for node in host.listdir(SYS_NODES):
         if re.fullmatch(r"node\d+", node) is None:

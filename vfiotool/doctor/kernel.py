@@ -145,12 +145,13 @@ def _memory_lock(facts: DoctorFacts) -> Finding:
         "warning",
         f"this user may lock {_size(limit)}: too little for a VM of any size",
         evidence,
-        _more_memory_lock(facts.distribution),
+        more_memory_lock(facts.distribution),
         LIMITS_PAGE,
     )
 
 
-def _more_memory_lock(distribution: Distribution) -> tuple[str, ...]:
+def more_memory_lock(distribution: Distribution) -> tuple[str, ...]:
+    """What lets users of the group kvm lock any amount of memory."""
     if distribution.family == "nixos":
         return (
             "in /etc/nixos/configuration.nix: security.pam.loginLimits = [ { domain = "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vfiotool.errors import Unsupported
-from vfiotool.vm.preflight import Handed
+from vfiotool.vm.handed import Handed
 
 
 def arguments(devices: Sequence[Handed]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from vfiotool.vm.preflight import Handed
+from vfiotool.vm.handed import Handed
 
 
 def hostdevs(devices: Sequence[Handed]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vfiotool.devices.pci import Address
 from vfiotool.errors import Unsupported
-from vfiotool.vm.preflight import Handed
+from vfiotool.vm.handed import Handed
 
 # Slots of the root bus for the root ports, counted down from the top of what q35 leaves free.
 _FIRST_SLOT = 0x1B

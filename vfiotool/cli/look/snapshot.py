@@ -140,16 +140,18 @@ def _ask_for_tables(host: Host) -> None:
 
 
 def _ask_of_everything(host: Host) -> None:
-    """`doctor`, `show` and `why` of everything, and the serial numbers that selectors compare."""
+    """`doctor`, `show`, `why`, `vm check` of everything; serial numbers that selectors compare."""
     from vfiotool.devices.inventory import read_inventory
     from vfiotool.devices.serial import serials_of
     from vfiotool.devices.show import read_shown
     from vfiotool.devices.sriov import read_eswitch_mode
     from vfiotool.doctor.examine import examine
     from vfiotool.usage.case import CaseReader
+    from vfiotool.vm.facts import read_machine
 
     inventory = read_inventory(host)
     examine(host, inventory)
+    read_machine(host)
     cases = CaseReader(host, inventory.by_address, inventory.by_group)
     devices = [function.address for function in inventory.functions]
     for device in (*devices, *(mdev.uuid for mdev in inventory.mdevs)):
