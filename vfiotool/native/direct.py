@@ -114,8 +114,8 @@ class QueueRequest:
         queue = self._queue
         if queue is None:
             raise UsageError("the request is complete already")
-        self._queue = None
         queue.complete(self, written)
+        self._queue = None
 
 
 class DirectQueue:

@@ -1,0 +1,138 @@
+"""A virtio device as a Python class: any device type, served to drivers by vfiotool's own engine.
+
+    class Dice(VirtioDevice):
+        id = 4                                    # entropy, section 5.4
+
+        def handle(self, queue, requests):
+            for request in requests:
+                request.complete(request.write(os.urandom(request.room)))
+
+The class says what its device is and answers requests; rings, recovery after a crash, the log of
+written pages and everything that a driver may get wrong are the engine's. `host.serve` runs one.
+Section numbers are those of Virtual I/O Device 1.2.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
+
+from vfiotool.errors import UsageError
+
+if TYPE_CHECKING:
+    from vfiotool.native.direct import QueueRequest
+    from vfiotool.virtio.host import DeviceHost
+
+# Types of a configuration field: little-endian numbers; bytes of a fixed length by BytesOf.
+U8 = Annotated[int, "B"]
+U16 = Annotated[int, "H"]
+U32 = Annotated[int, "I"]
+U64 = Annotated[int, "Q"]
+Mac = Annotated[bytes, "6s"]
+
+
+class VirtioConfig:
+    """A device's configuration space: subclass it as a dataclass whose fields are U8 to U64, or
+    Annotated[bytes, "6s"] and the like, in the order of the specification, without gaps.
+
+    Setting a field of a device that is served tells its driver. `writable` names the fields that
+    the driver may write.
+    """
+
+    writable: ClassVar[frozenset[str]] = frozenset()
+    _changed: Callable[[], None] | None = None
+
+    @classmethod
+    def layout(cls) -> dict[str, tuple[int, struct.Struct]]:
+        """The offset and format of each field."""
+        found: dict[str, tuple[int, struct.Struct]] = {}
+        offset = 0
+        for name, hint in get_type_hints(cls, include_extras=True).items():
+            if name.startswith("_") or name == "writable":
+                continue
+            marks = getattr(hint, "__metadata__", ())
+            if not marks or not isinstance(marks[0], str):
+                raise UsageError(f"{cls.__name__}.{name}: not one of U8, U16, U32, U64, or bytes")
+            form = struct.Struct("<" + marks[0])
+            found[name] = offset, form
+            offset += form.size
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = getattr(self, name, None)
+        super().__setattr__(name, value)
+        if self._changed is not None and not name.startswith("_") and value != before:
+            self._changed()
+
+    def pack(self) -> bytes:
+        """The configuration space as the driver sees it."""
+        return b"".join(form.pack(getattr(self, name)) for name, (_, form) in self.layout().items())
+
+    def wrote(self, offset: int, data: bytes) -> list[str]:
+        """Take what the driver wrote; returns the fields. Raises UsageError for other places."""
+        for name, (at, form) in self.layout().items():
+            if at == offset and form.size == len(data) and name in self.writable:
+                super().__setattr__(name, form.unpack(data)[0])
+                return [name]
+        raise UsageError(f"{len(data)} bytes at {offset} of the configuration cannot be written")
+
+
+class VirtioDevice:
+    """A virtio device. Subclasses set the class attributes and answer `handle`.
+
+    Everything is called in one asyncio loop, so nothing needs a lock; what takes long belongs into
+    `async def handle` or an executor, whose results come back by `loop.call_soon_threadsafe`.
+    """
+
+    id: ClassVar[int]
+    """The device type (section 5): 1 net, 2 block, 3 console, 4 entropy …"""
+    queues: int = 1
+    """How many virtqueues it has."""
+    features: int = 0
+    """Feature bits of its type, without those of rings and transport, which the engine offers."""
+    config: VirtioConfig | None = None
+    ordered: ClassVar[bool] = True
+    """A queue's next batch is handled when the one before has been; False: at once."""
+    taken: ClassVar[frozenset[int]] = frozenset()
+    """Queues whose requests are not handed over: the device takes them when it has something for
+    them (`take`), as a network card its receive buffers. `kicked` tells of new ones."""
+
+    negotiated: int = 0
+    """The feature bits that the driver accepted."""
+    host: DeviceHost | None = None
+    """Who serves it now."""
+
+    def handle(self, queue: int, requests: list[QueueRequest]) -> Awaitable[None] | None:
+        """Answer requests (64 at most), each by `complete`, now or later, in any order.
+
+        May be `async def`. What it raises is reported, and the requests of the batch that are not
+        complete go to `failed`.
+        """
+        raise NotImplementedError
+
+    def failed(self, request: QueueRequest) -> None:
+        """End a request that could not be answered; the device's type may have a status for it."""
+        request.complete(0)
+
+    def kicked(self, queue: int) -> None:
+        """There may be requests in one of the queues that the device takes from."""
+
+    def started(self, queue: int) -> None:
+        """A driver has started a queue; `negotiated` is valid."""
+
+    def stopped(self, queue: int) -> None:
+        """A queue has ended; its requests must not be kept."""
+
+    def driver_wrote(self, field: str) -> None:
+        """The driver has written a field of the configuration."""
+
+    async def open(self) -> None:
+        """Before the first driver may come: in the loop that will serve."""
+
+    async def close(self) -> None:
+        """After the last driver has gone."""
+
+    def take(self, queue: int, most: int = 64) -> list[QueueRequest]:
+        """Up to `most` requests that wait in a queue; none if it does not run."""
+        return [] if self.host is None else self.host.take(queue, most)

@@ -1,0 +1,354 @@
+"""Serves devices that are Python classes: an asyncio loop for their requests, a thread for control.
+
+Control (messages of front ends) runs in a thread of its own, as for disks in C; whatever touches a
+queue is done in the loop, and control waits for it. So a queue belongs to one thread, and a device
+that takes long delays its own front ends and nobody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from vfiotool.errors import UsageError, VfiotoolError
+from vfiotool.native.direct import DirectQueue, QueueRequest
+from vfiotool.native.virtqueue import MemoryMap, Worker, WrittenPages
+from vfiotool.virtio.device import VirtioDevice
+from vfiotool.virtio.served import QueueStart
+from vfiotool.virtio.server import Export, Report, Server, listen
+
+# How long requests may take to end when their driver stops the queue, before they are failed.
+DRAIN_S = 5.0
+# Control waits so much longer than that for the loop.
+_LOOP_S = 15.0
+_ROUNDS = 16
+
+_T = TypeVar("_T")
+
+
+class _LoopQueue:
+    """A queue that the loop serves. Its public methods are control's: they wait for the loop."""
+
+    def __init__(self, host: DeviceHost, index: int, start: QueueStart) -> None:
+        self.host, self.index = host, index
+        self.direct = DirectQueue(
+            start.memory,
+            start.layout,
+            base=start.base,
+            call=start.call,
+            log=start.log,
+            dirty=start.dirty,
+        )
+        self._kick = None if start.kick is None else os.dup(start.kick)
+        self._error = None if start.error is None else os.dup(start.error)
+        self._broken: str | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._flight: dict[int, QueueRequest] = {}
+        self._due = False
+        if self._kick is not None:
+            host.loop.add_reader(self._kick, self._kicked)
+        # What was made available before we came is announced by nobody.
+        host.loop.call_soon(self._turn)
+
+    # The loop's
+
+    def _kicked(self) -> None:
+        assert self._kick is not None
+        try:
+            # Not by the descriptor's mode: that is shared with the driver, who may change it.
+            os.preadv(self._kick, [bytearray(8)], -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._break("its kick cannot be read")
+            return
+        self._turn()
+
+    def _turn(self) -> None:
+        """Hand over what is available, for a few rounds; then let others have the loop."""
+        if not self.direct.is_open or self._broken:
+            return
+        device = self.host.device
+        if self.index in device.taken:
+            device.kicked(self.index)
+            if self.direct.is_open:
+                self.publish_soon()
+                self.direct.notify(on=True)
+            return
+        if self._task is not None and device.ordered:
+            # Its end takes the next turn.
+            return
+        self.direct.notify(on=False)
+        for _ in range(_ROUNDS):
+            requests = self.direct.fetch()
+            if not requests:
+                if why := self.direct.broken():
+                    self._break(why)
+                elif self.direct.notify(on=True):
+                    self.host.loop.call_soon(self._turn)
+                return
+            self._hand_over(requests)
+            if not self.direct.is_open or (self._task is not None and device.ordered):
+                return
+        self.host.loop.call_soon(self._turn)
+
+    def _hand_over(self, requests: list[QueueRequest]) -> None:
+        self._flight.update((request.head, request) for request in requests)
+        try:
+            answer = self.host.device.handle(self.index, requests)
+        except Exception as error:
+            self._failed(requests, error)
+        else:
+            if answer is not None:
+                task = self.host.loop.create_task(self._answer(answer, requests))
+                self._tasks.add(task)
+                self._task = task
+                return
+        self._settle(requests)
+
+    async def _answer(self, answer: Any, requests: list[QueueRequest]) -> None:
+        try:
+            await answer
+        except Exception as error:
+            self._failed(requests, error)
+        finally:
+            task = asyncio.current_task()
+            self._tasks.discard(task)
+            if self._task is task:
+                self._task = None
+            if self.direct.is_open:
+                self._settle(requests)
+                self._turn()
+
+    def _settle(self, requests: list[QueueRequest]) -> None:
+        for request in requests:
+            if request.is_complete:
+                self._flight.pop(request.head, None)
+        if self.direct.is_open:
+            self.direct.publish()
+
+    def _failed(self, requests: list[QueueRequest], error: Exception) -> None:
+        self.host.report(f"{type(self.host.device).__name__}, queue {self.index}: {error!r}")
+        for request in requests:
+            self._fail(request)
+
+    def _fail(self, request: QueueRequest) -> None:
+        if request.is_complete:
+            return
+        try:
+            self.host.device.failed(request)
+        except Exception as error:
+            self.host.report(f"{type(self.host.device).__name__}.failed: {error!r}")
+        if not request.is_complete:
+            request.complete(0)
+
+    def publish_soon(self) -> None:
+        """Make what was completed outside of a turn visible, once a round of the loop."""
+        if not self._due:
+            self._due = True
+            self.host.loop.call_soon(self._publish)
+
+    def _publish(self) -> None:
+        self._due = False
+        if self.direct.is_open:
+            self.direct.publish()
+
+    def take(self, most: int) -> list[QueueRequest]:
+        requests = self.direct.fetch(most) if self.direct.is_open and not self._broken else []
+        if not requests and self.direct.is_open and (why := self.direct.broken()):
+            self._break(why)
+        if requests:
+            self.publish_soon()
+        return requests
+
+    def _break(self, why: str) -> None:
+        if self._broken is None:
+            self._broken = why
+            if self._kick is not None:
+                self.host.loop.remove_reader(self._kick)
+            if self._error is not None:
+                with suppress(OSError):
+                    os.eventfd_write(self._error, 1)
+
+    async def _stop(self) -> int:
+        """Drain and end. What does not end in time is failed, or left to the in-flight log."""
+        if self._kick is not None:
+            self.host.loop.remove_reader(self._kick)
+        self._broken = self._broken or "stopped"
+        ends = self.host.loop.time() + DRAIN_S
+        while self.direct.in_flight and self.index not in self.host.device.taken:
+            left = ends - self.host.loop.time()
+            if left <= 0:
+                break
+            # Completions come from tasks and callbacks alike; there is no one thing to wait for.
+            await asyncio.sleep(min(0.001, left))
+        for task in list(self._tasks):
+            task.cancel()
+        if not self.direct.has_log:
+            for request in self._flight.values():
+                self._fail(request)
+        self.direct.publish()
+        # What is still in flight was fetched last; without a log it is fetched again.
+        again = 0 if self.direct.has_log else self.direct.in_flight
+        base = (self.direct.stop() - again) & 0xFFFF
+        for descriptor in (self._kick, self._error):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.host.running.pop(self.index, None)
+        self.host.device.stopped(self.index)
+        return base
+
+    # Control's
+
+    def stop(self) -> int:
+        return self.host.in_loop(self._stop())
+
+    def set_memory(self, memory: MemoryMap) -> bool:
+        return self.host.call(lambda: self.direct.set_memory(memory))
+
+    def set_call(self, call: int | None) -> None:
+        self.host.call(lambda: self.direct.set_call(call))
+
+    def set_dirty_log(self, dirty: WrittenPages | None) -> None:
+        self.host.call(lambda: self.direct.set_dirty_log(dirty))
+
+    def broken(self) -> str | None:
+        return self._broken
+
+
+class DeviceHost:
+    """A Python device as front ends meet it (served.ServedDevice); made in the loop that serves it.
+
+    Control's thread calls the methods of ServedDevice; the rest is the loop's.
+    """
+
+    def __init__(self, device: VirtioDevice, report: Report) -> None:
+        if not 1 <= device.queues <= 256:
+            raise UsageError(f"{type(device).__name__}.queues is {device.queues}: not 1 to 256")
+        self.device = device
+        self.report = report
+        self.loop = asyncio.get_running_loop()
+        self.running: dict[int, _LoopQueue] = {}
+        self.changed: Callable[[], None] = lambda: None
+        device.host = self
+        if device.config is not None:
+            device.config.pack()
+            device.config._changed = lambda: self.changed()
+
+    @property
+    def queues(self) -> int:
+        return self.device.queues
+
+    def features(self) -> int:
+        return self.device.features
+
+    def config(self) -> bytes:
+        config = self.device.config
+        return b"" if config is None else config.pack()
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        config = self.device.config
+        if config is None:
+            raise UsageError("the device has no configuration")
+
+        def take() -> None:
+            for field in config.wrote(offset, data):
+                self.device.driver_wrote(field)
+
+        self.call(take)
+
+    def start_queue(
+        self, _workers: list[Worker], index: int, features: int, start: QueueStart
+    ) -> _LoopQueue:
+        def begin() -> _LoopQueue:
+            self.device.negotiated = features
+            queue = _LoopQueue(self, index, start)
+            self.running[index] = queue
+            self.device.started(index)
+            return queue
+
+        return self.call(begin)
+
+    def resize(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Nothing: the device outlives its exports, and its owner closes it."""
+
+    def take(self, queue: int, most: int) -> list[QueueRequest]:
+        """Requests that wait in a running queue; see VirtioDevice.take."""
+        running = self.running.get(queue)
+        return [] if running is None else running.take(most)
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Have the loop call this, and wait for it."""
+
+        async def run() -> _T:
+            return function()
+
+        return self.in_loop(run())
+
+    def in_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Have the loop do this, and wait for it, with a limit."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result(_LOOP_S)
+        except TimeoutError:
+            future.cancel()
+            raise VfiotoolError(
+                f"{type(self.device).__name__} has kept its loop busy for {_LOOP_S:.0f} s",
+                hint="make what takes long `async`, or give it to an executor",
+            ) from None
+
+
+class Served:
+    """A device that is being served: an asynchronous context manager; see `serve`."""
+
+    def __init__(self, device: VirtioDevice, path: str, report: Report) -> None:
+        self.device, self.path = device, path
+        self._report = report
+
+    async def __aenter__(self) -> Served:
+        await self.device.open()
+        try:
+            self._server = Server(threads=0, report=self._report)
+            host = DeviceHost(self.device, self._report)
+            host.changed = lambda: self._server.soon(self._tell_drivers)
+            try:
+                self._export = Export("device", host, listen(self.path), self.path)
+                self._server.add(self._export)
+            except BaseException:
+                self._server.close()
+                raise
+        except BaseException:
+            await self.device.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        with self._server:
+            self._server.run()
+
+    def _tell_drivers(self) -> None:
+        for connection in self._export.connections:
+            connection.frontend.config_changed()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.stop()
+        # Control waits for the loop to stop the queues, so the loop must not wait for it.
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+        self.device.host = None
+        await self.device.close()
+
+
+async def serve(device: VirtioDevice, path: str, until: asyncio.Event, report: Report) -> None:
+    """Serve a device over vhost-user at a socket until the event is set."""
+    async with Served(device, path, report):
+        await until.wait()
