@@ -174,10 +174,19 @@ static void run_commands(struct vt_worker *worker)
 	}
 }
 
+/* Take an eventfd's count without waiting, whatever its mode: that is shared with the driver, who
+ * may make it block and read it before we do. */
+static ssize_t read_now(int fd)
+{
+	uint64_t ignored;
+	struct iovec there = { &ignored, sizeof(ignored) };
+
+	return preadv2(fd, &there, 1, -1, RWF_NOWAIT);
+}
+
 static void take_events(struct vt_worker *worker, int timeout_ms)
 {
 	struct epoll_event events[EVENTS];
-	uint64_t ignored;
 	bool asked = false;
 	int got;
 
@@ -187,12 +196,11 @@ static void take_events(struct vt_worker *worker, int timeout_ms)
 	for (int i = 0; i < got; i++) {
 		struct vt_queue *queue = events[i].data.ptr;
 		int fd = queue ? queue->kick_fd : worker->mailbox;
-
-		ssize_t size = read(fd, &ignored, sizeof(ignored));
+		ssize_t size = read_now(fd);
 
 		/* EAGAIN is normal: somebody else's wake-up, or one that was taken before. */
 		if (queue && (!size || (size < 0 && errno != EAGAIN && errno != EINTR)))
-			vt_queue_breaks(queue, "its kick cannot be read");
+			vt_queue_breaks(queue, "its kick is not an eventfd");
 		if (!queue) {
 			asked = true;
 			continue;

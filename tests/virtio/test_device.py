@@ -135,7 +135,7 @@ def test_a_class_answers_over_each_queue(path: Path) -> None:
             assert ask(front, b"hello", 8, index) == (5, b"HELLO\0\0\0")
         assert ask(front, b"more than there is room for", 4) == (4, b"MORE")
     assert said == []
-    assert device.host is None
+    assert device.take(0) == []
 
 
 def test_the_configuration_is_the_dataclass_as_the_specification_packs_it(path: Path) -> None:

@@ -173,6 +173,37 @@ def test_many_requests_at_once_each_end_once(path: Path, settings: DiskSettings)
         assert front.read(3, 512) == struct.pack("<II", 39, 3) * 64
 
 
+def test_a_driver_that_makes_its_kick_block_and_reads_it_holds_no_worker(
+    path: Path, settings: DiskSettings
+) -> None:
+    """The eventfd's mode is shared with the driver, and so is its count."""
+    with serving(path, settings), connected(path) as bad, connected(path) as front:
+        bad.up()
+        kick = bad.rings[0].kick
+        stop = threading.Event()
+
+        def steal() -> None:
+            while not stop.is_set():
+                os.set_blocking(kick, True)
+                os.eventfd_write(kick, 1)
+                with suppress(BlockingIOError):
+                    os.preadv(kick, [bytearray(8)], -1, os.RWF_NOWAIT)
+
+        thief = threading.Thread(target=steal)
+        thief.start()
+        try:
+            # A stop is the worker's answer: one that waits in a read gives none.
+            for _ in range(20):
+                assert bad.stop() == 0
+                bad.start()
+        finally:
+            stop.set()
+            thief.join()
+        bad.stop()
+        front.up()
+        assert front.write(0, bytes(512)) == 0
+
+
 def test_the_configuration_names_the_disk(path: Path, settings: DiskSettings) -> None:
     with serving(path, settings), connected(path) as front:
         front.negotiate()

@@ -22,7 +22,6 @@ from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
     from vfiotool.native.direct import QueueRequest
-    from vfiotool.virtio.host import DeviceHost
 
 # Types of a configuration field: little-endian numbers; bytes of a fixed length by BytesOf.
 U8 = Annotated[int, "B"]
@@ -100,8 +99,8 @@ class VirtioDevice:
 
     negotiated: int = 0
     """The feature bits that the driver accepted."""
-    host: DeviceHost | None = None
-    """Who serves it now."""
+    _take: Callable[[int, int], list[QueueRequest]] | None = None
+    """Of who serves it now."""
 
     def handle(self, queue: int, requests: list[QueueRequest]) -> Awaitable[None] | None:
         """Answer requests (64 at most), each by `complete`, now or later, in any order.
@@ -135,4 +134,4 @@ class VirtioDevice:
 
     def take(self, queue: int, most: int = 64) -> list[QueueRequest]:
         """Up to `most` requests that wait in a queue; none if it does not run."""
-        return [] if self.host is None else self.host.take(queue, most)
+        return [] if self._take is None else self._take(queue, most)

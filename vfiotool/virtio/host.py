@@ -235,7 +235,7 @@ class DeviceHost:
         self.loop = asyncio.get_running_loop()
         self.running: dict[int, _LoopQueue] = {}
         self.changed: Callable[[], None] = lambda: None
-        device.host = self
+        device._take = self.take
         if device.config is not None:
             device.config.pack()
             device.config._changed = lambda: self.changed()
@@ -344,7 +344,7 @@ class Served:
         self._server.stop()
         # Control waits for the loop to stop the queues, so the loop must not wait for it.
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
-        self.device.host = None
+        self.device._take = None
         await self.device.close()
 
 
