@@ -144,15 +144,19 @@ def test_a_stopped_process_does_not_stop_the_watcher(kernel: FakeKernel, journal
         maker.wait()
 
 
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("finish", [None, True, False])
 def test_another_device_at_the_address_is_nothing_to_undo(
-    kernel: FakeKernel, journal: Journal
+    kernel: FakeKernel, journal: Journal, finish: bool | None, used: bool
 ) -> None:
     half_done(kernel, journal, NVME)
     base = f"/sys/devices/pci0000:00/{NVME}"
     kernel._put(f"{base}/device", b"0xbeef\n")
     text = kernel.files[f"{base}/uevent"].replace(b"1B36:0010", b"1B36:BEEF")
     kernel._put(f"{base}/uevent", text)
+    if used:
+        kernel._put(OPEN_NODES, f"4242\tfsck\t/dev/nvme9n1\t{base}\n.\n".encode())
     writes = len(kernel.writes)
-    (result,) = recover(kernel.host(), journal, finish=False)
+    (result,) = recover(kernel.host(), journal, finish=finish)
     assert result.result == "undone"
     assert len(kernel.writes) == writes

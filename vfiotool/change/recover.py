@@ -10,7 +10,7 @@ from vfiotool.change.guard import Allowance, refuse_uses, uses_left
 from vfiotool.change.journal import Journal, Record, Transaction, started_at
 from vfiotool.change.locks import held
 from vfiotool.change.signals import kept
-from vfiotool.change.steps.base import Step
+from vfiotool.change.steps.base import AnotherDevice, Step
 from vfiotool.change.undo import inverses
 from vfiotool.change.writer import (
     StepWriter,
@@ -105,7 +105,7 @@ def _recover_one(
     try:
         _await_writer(host, record, writer.timeout_s)
         if finish is not None:
-            refuse_uses(host, _left(record, finish), writer.allowed)
+            refuse_uses(host, _left(host, record, finish), writer.allowed)
         forward = _goes_forward(writer, record) if finish is None else finish
         outcome, reason = "rolled-back", None
         if forward:
@@ -122,12 +122,28 @@ def _recover_one(
     return Recovered(record.number, record.title, _RESULT[outcome], reason)
 
 
-def _left(record: Record, forward: bool) -> tuple[Step, ...]:
-    """The steps that going on, or back, would run."""
+def _left(host: Host, record: Record, forward: bool) -> tuple[Step, ...]:
+    """The steps that going on, or back, would run.
+
+    None is about a device that has been replaced: whoever uses its successor loses nothing.
+    """
     started = max(record.started, default=0)
     if forward:
-        return record.steps[max(started - 1, 0) :]
-    return inverses(record.steps[:started])
+        steps = record.steps[max(started - 1, 0) :]
+    else:
+        steps = inverses(record.steps[:started])
+    return tuple(step for step in steps if not _is_of_another(host, step))
+
+
+def _is_of_another(host: Host, step: Step) -> bool:
+    try:
+        step.check(host, begun=True)
+    except AnotherDevice:
+        return True
+    except VfiotoolError:
+        # Whatever else it is: the step is tried, and who uses the device is asked.
+        return False
+    return False
 
 
 def _goes_forward(writer: StepWriter, record: Record) -> bool:
@@ -139,9 +155,9 @@ def _goes_forward(writer: StepWriter, record: Record) -> bool:
     host, allowed = writer.host, writer.allowed
     if record.stuck is not None and not record.undoing and not record.interrupted:
         return True
-    if not uses_left(host, _left(record, False), allowed):
+    if not uses_left(host, _left(host, record, False), allowed):
         return False
-    in_use = uses_left(host, _left(record, True), allowed)
+    in_use = uses_left(host, _left(host, record, True), allowed)
     if in_use:
         raise Stuck(
             f"both ways would hurt this host: {in_use[0].device} {in_use[0].kind}: "
