@@ -88,6 +88,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons: dict[str, set[str]] = defaultdict(set)
     skips: Counter[str] = Counter()
     figures = []
+    again: list[tuple[str, str, str]] = []
     files: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -100,6 +101,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 if name == "guest":
                     _add(tally, tallies, reasons, skips)
                     files[tally["file"]] += round(tally["seconds"])
+                    if tally["again"]:
+                        again.append((tally["file"], tally["kernel"], tally["again"]))
                     figures += [
                         (tally["kernel"], test.rpartition("/")[2], measured)
                         for test, measured in sorted(tally["measured"].items())
@@ -112,6 +115,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"kernel {kernel}: {counts} in {tally['seconds']} s of tests")
     longest = ", ".join(f"{name} {count} s" for name, count in files.most_common(LONGEST_FILES))
     terminalreporter.write_line(f"  longest on all kernels together: {longest}")
+    for name, kernel, why in sorted(again):
+        terminalreporter.write_line(f"  the guest for {name} on {kernel} was started twice: {why}")
     for reason, count in skips.most_common():
         where = ", ".join(sorted(reasons[reason]))
         terminalreporter.write_line(f"  skipped {count} on {where}: {reason}")

@@ -1,8 +1,10 @@
 """Runs tests/lab in guests for test_in_guests.py: who needs which guest, and what came out.
 
-Files that share a kernel and a machine share a boot. Boots run side by side as far as there are
-processors; each file's host test waits for its rows. A file that takes the guest down is reported
-as such, and the files after it get a guest of their own.
+Files that share a kernel and a machine share a boot, but for proofs: each of these is long, and has
+one of its own. Boots run side by side as far as there are processors; each file's host test waits
+for its rows. A file that takes the guest down is reported as such and not tried again: that a test
+can do so is a finding. The files after it get a guest of their own. A guest that never came up, as
+happens on a machine with too much to do, is started once more, and the summary says so.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ KERNELS = ("6.1", "6.12", "iommufd")
 PROOFS_WANTED = "VFIOTOOL_PROOFS"
 # For all files of one boot together; a hanging test fails here and not never.
 BOOT_AND_TESTS_S = 1800.0
+BOOTS = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -48,10 +51,12 @@ class Place:
 
 @dataclass
 class Outcome:
-    """What became of one file in one place. `lost` says why there may be rows missing."""
+    """What became of one file in one place. `lost` says why there may be rows missing, `again` why
+    its guest had to be started twice."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     lost: str | None = None
+    again: str | None = None
     unavailable: str | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -146,22 +151,39 @@ class GuestRuns:
                     self.outcomes[place, file].done.set()
 
     def _run_place(self, place: Place, files: list[str]) -> None:
-        left = list(files)
-        while left:
-            guest = Guest(place.machine, place.kernel, cwd=ROOT)
-            run = _OneBoot(self, place, left)
-            with contextlib.ExitStack() as stack:
+        for boot in boots(files):
+            left = boot
+            while left:
+                left = self._run_boot(place, left)
+
+    def _run_boot(self, place: Place, files: list[str]) -> list[str]:
+        """One guest for these files; those that are left when it was lost on the way."""
+        with contextlib.ExitStack() as stack:
+            for boot in range(1, BOOTS + 1):
+                guest = Guest(place.machine, place.kernel, cwd=ROOT)
                 try:
                     stack.enter_context(guest)
+                    break
                 except GuestLost as error:
-                    for file in left:
-                        self.outcomes[place, file].lost = error.message
-                    return
-                try:
-                    run.go(guest)
-                except (GuestLost, GuestTimeout) as error:
-                    run.lost(error.message)
-            left = run.left
+                    for file in files:
+                        self.outcomes[place, file].again = error.message
+                    if boot == BOOTS:
+                        for file in files:
+                            self.outcomes[place, file].lost = error.message
+                        return []
+            run = _OneBoot(self, place, files)
+            try:
+                run.go(guest)
+            except (GuestLost, GuestTimeout) as error:
+                run.lost(error.message)
+            return run.left
+
+
+def boots(files: Iterable[str]) -> list[list[str]]:
+    """The files of each guest: all that are not proofs together, and each proof by itself."""
+    proofs = {file for file in files if constants(ROOT / file)["PROOF"]}
+    together = [file for file in files if file not in proofs]
+    return [group for group in (together, *([file] for file in sorted(proofs))) if group]
 
 
 class _OneBoot:

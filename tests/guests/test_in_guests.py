@@ -66,6 +66,7 @@ def _tally(place: Place, file: str, outcome: Outcome) -> dict[str, object]:
         "file": file.rpartition("/")[2],
         "kernel": place.kernel,
         "machine": place.machine,
+        "again": outcome.again,
         "passed": len(outcome.of("passed")),
         "failed": len(outcome.of("failed")),
         "skipped": [row["text"] for row in outcome.of("skipped")],
