@@ -36,7 +36,8 @@ FOLDER = ROOT / "tests" / "lab"
 KERNELS = ("6.1", "6.12", "iommufd")
 # Set by `make proofs`.
 PROOFS_WANTED = "VFIOTOOL_PROOFS"
-# For all files of one boot together; a hanging test fails here and not never.
+# For all files of one boot together, unless a proof says LIMIT_S: a hanging test fails here and not
+# never.
 BOOT_AND_TESTS_S = 1800.0
 BOOTS = 2
 
@@ -76,9 +77,15 @@ def need_lab(kernel: str) -> None:
 def constants(path: Path) -> dict[str, Any]:
     """The literal module constants of a test file, read without running it.
 
-    MACHINE and KERNELS say where it runs; PROOF, why it runs in `make proofs` alone.
+    MACHINE and KERNELS say where it runs; PROOF, why it runs in `make proofs` alone, and LIMIT_S,
+    how many seconds it may take there.
     """
-    found: dict[str, Any] = {"MACHINE": "basic", "KERNELS": KERNELS, "PROOF": ""}
+    found: dict[str, Any] = {
+        "MACHINE": "basic",
+        "KERNELS": KERNELS,
+        "PROOF": "",
+        "LIMIT_S": BOOT_AND_TESTS_S,
+    }
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             target, value = node.targets[0].id, node.value
@@ -204,7 +211,7 @@ class _OneBoot:
         options += ["--import-mode=importlib", "-o", "addopts=", *self.left]
         done = guest.exec(
             ["sh", "-c", f'{command} "$@"', "sh", *options],
-            timeout_s=BOOT_AND_TESTS_S,
+            timeout_s=max(constants(ROOT / file)["LIMIT_S"] for file in self.left),
             sink=self.take,
             env={"PYTHONPATH": str(ROOT), yardstick.HOST_S: str(yardstick.measure())},
         )

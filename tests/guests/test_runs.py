@@ -26,6 +26,7 @@ class Machine:
     def __init__(self) -> None:
         self.boots: list[str] = []
         self.ran: list[list[str]] = []
+        self.limits: list[float] = []
         self.ends: dict[str, list[Exception]] = {}
 
     def guest(self, machine: str, kernel: str, **_: object) -> FakeGuest:
@@ -46,8 +47,14 @@ class FakeGuest:
         self.machine.boots.append("end")
 
     def exec(
-        self, command: list[str], *, sink: Callable[[Kind, bytes], None], **_: Any
+        self,
+        command: list[str],
+        *,
+        sink: Callable[[Kind, bytes], None],
+        timeout_s: float,
+        **_: Any,
     ) -> Completed:
+        self.machine.limits.append(timeout_s)
         files = [word for word in command if word.startswith("tests/lab/test_")]
         self.machine.ran.append(files)
 
@@ -82,6 +89,12 @@ def test_short_files_share_a_guest_and_each_proof_has_its_own(machine: Machine) 
     assert machine.ran == [SHORT, *([file] for file in LONG)]
     assert machine.boots == ["boot", "end"] * 3
     assert all(len(outcome.of("passed")) == 1 for outcome in found.values())
+
+
+def test_a_proof_says_how_long_it_may_take(machine: Machine) -> None:
+    run([*SHORT, LONG[0], "tests/lab/test_uses_sweep.py"])
+    usual = runs.BOOT_AND_TESTS_S
+    assert machine.limits[:2] == [usual, usual] and machine.limits[2] > usual
 
 
 def test_a_guest_that_never_came_up_is_started_once_more_and_that_is_said(machine: Machine) -> None:
