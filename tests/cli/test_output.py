@@ -157,6 +157,16 @@ def test_a_foreign_trace_cannot_steer_the_terminal(
     assert json.loads(capsys.readouterr().out)["trace"] == [event]
 
 
+@pytest.mark.parametrize("text", [b"\xff\xfe\n", b"[" * 100_000, b"[]\n", b"5\n", b"{}\n"])
+def test_what_is_no_trace_is_refused(
+    text: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(text)
+    assert main(["device", "trace", str(file)]) == 2
+    assert "trace" in capsys.readouterr().err
+
+
 def test_messages_and_hints_are_escaped_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--root", SHARED, "show", f"net:{HOSTILE}"]) in (2, 3)
     assert main([f"x{HOSTILE}"]) == 2

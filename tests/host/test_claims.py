@@ -34,6 +34,10 @@ def test_a_hostile_domain_costs_no_time_and_claims_nothing(tmp_path: Path, text:
     assert time.process_time() - started < 2
 
 
+def test_an_mdevctl_file_nested_without_end_claims_nothing(tmp_path: Path) -> None:
+    assert claims(laid_out(tmp_path, "/etc/mdevctl.d/0000:01:00.0/a", "[" * 100_000)) == ""
+
+
 def test_the_source_of_a_host_device_is_not_its_place_in_the_guest(tmp_path: Path) -> None:
     text = (
         "<domain><devices><hostdev mode='subsystem' type='pci' managed='yes'><source>"

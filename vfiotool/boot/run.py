@@ -151,7 +151,7 @@ def read_record(run_folder: str = RUN_FOLDER) -> dict[str, Any] | None:
     """The outcome of this boot's last run, or None if there was none (or it cannot be read)."""
     if not os.path.isdir(run_folder):
         return None
-    with contextlib.suppress(VfiotoolError, OSError, ValueError):
+    with contextlib.suppress(VfiotoolError, OSError, ValueError, RecursionError):
         folder = Folder(run_folder)
         try:
             data = folder.read(RECORD)

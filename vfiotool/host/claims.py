@@ -139,7 +139,7 @@ def _mdevctl(root: str) -> Iterator[tuple[str, str, str, str]]:
             try:
                 settings = json.loads(text)
                 kind, start = settings["mdev_type"], settings.get("start")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
             uuid = path.rpartition("/")[2].lower()
             yield "mdevctl", path, f"mdev:{uuid}", f"{kind} of {parent}, start={start}"

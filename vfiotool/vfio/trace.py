@@ -53,7 +53,7 @@ def load(lines: Iterable[str]) -> Iterator[Event]:
             continue
         try:
             event = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"line {number} of the trace is not JSON: {error}") from error
         if not isinstance(event, dict) or "event" not in event:
             raise UsageError(f"line {number} of the trace is not an event")

@@ -207,7 +207,7 @@ def _read_header(file: BinaryIO, name: str) -> dict[str, Any]:
     line = file.readline(_HEADER_LIMIT)
     try:
         header: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("format") != MAGIC or header.get("version") != 1:
         raise UsageError(f"{name} is not a device state of vfiotool's")
