@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.blockers_guest import PCI, blockers, need, wait_for, why
+from tests.lab.commands import driver_of, override_of, vfiotool
 
 MACHINE = "display"
 KERNELS = ("6.1", "6.12", "iommufd")
@@ -41,6 +42,34 @@ def test_the_boot_display_is_named_until_vfio_has_it() -> None:
     finally:
         (PCI / address / "driver" / "unbind").write_text(address)
         override.write_text("\n")
+
+
+@pytest.mark.parametrize("driver", [None, "bochs-drm"])
+def test_bind_refuses_the_boot_display_unless_it_is_allowed(driver: str | None) -> None:
+    """Without a driver (the text console is on it all the same) and with one."""
+    need("vfio-pci", "bochs")
+    address = display()
+    folder = PCI / address
+    if driver is None and driver_of(address) is not None:
+        (folder / "driver" / "unbind").write_text(address)
+    if driver is not None and driver_of(address) is None:
+        Path("/sys/bus/pci/drivers_probe").write_text(address)
+    if driver_of(address) != driver:
+        pytest.skip(f"this kernel has no {driver}")
+    before = driver_of(address), override_of(address)
+    refused = vfiotool("bind", address, "--json")
+    assert refused.code == 4, refused
+    assert f"--allow boot-vga:{address}" in refused.json["error"]["hint"]
+    assert (driver_of(address), override_of(address)) == before
+    words = [word for word in refused.json["error"]["hint"].split() if ":" in word]
+    allows = [part for word in words if not word.endswith(":") for part in ("--allow", word)]
+    taken = vfiotool("bind", address, *allows)
+    assert taken.code == 0, taken
+    assert driver_of(address) == "vfio-pci"
+    assert vfiotool("release", address).code == 0
+    assert (driver_of(address), override_of(address)) == before
+    if driver_of(address) is not None:
+        (folder / "driver" / "unbind").write_text(address)
 
 
 def test_a_lit_connector_and_the_frame_buffer_console_are_named() -> None:
