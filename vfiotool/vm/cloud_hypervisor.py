@@ -1,23 +1,50 @@
-"""cloud-hypervisor's `--device` arguments (cloud-hypervisor: docs/vfio.md)."""
+"""cloud-hypervisor's arguments (cloud-hypervisor: docs/vfio.md, vhost-user-*.md, vdpa.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vfiotool.errors import Unsupported
-from vfiotool.vm.handed import Handed
+from vfiotool.vm.handed import VDPA, Handed
+
+PROGRAM = "cloud-hypervisor"
+_OPTIONS = {
+    VDPA: ("--vdpa", "path={},num_queues=1"),
+    "vhost-user-blk": ("--disk", "vhost_user=on,socket={}"),
+    "vhost-user-net": ("--net", "vhost_user=on,socket={}"),
+    "vfio-user": ("--user-device", "socket={}"),
+}
 
 
-def arguments(devices: Sequence[Handed]) -> list[str]:
-    """One `--device` with a path for each device, PCI functions and mdevs alike.
+def arguments(devices: Sequence[Handed], *, memory_bytes: int | None = None) -> list[str]:
+    """`--device` with a path for each device, PCI functions and mdevs alike; `--vdpa`, `--disk`,
+    `--net` and `--user-device` for those that other processes serve, with the memory shared.
 
     Raises Unsupported for what is not a PCI device in the guest (vfio-ap, vfio-ccw).
     """
+    found: dict[str, list[str]] = {}
+    if any(device.shares_memory for device in devices) or memory_bytes is not None:
+        size = f"size={(memory_bytes or 1 << 30) >> 20}M"
+        shared = any(device.shares_memory for device in devices)
+        found["--memory"] = [size + (",shared=on" if shared else "")]
     for device in devices:
-        if device.model != "vfio-pci":
+        if device.model in ("vfio-ap", "vfio-ccw"):
             raise Unsupported(
                 f"cloud-hypervisor takes PCI devices only, and {device.name} is {device.model}",
                 hint="vfiotool vm qemu knows it",
                 device=device.name,
             )
-    return ["--device", *(f"path={device.path}" for device in devices)] if devices else []
+        if device.model == VDPA and not device.path:
+            raise Unsupported(
+                f"{device.name} has no vhost-vdpa node",
+                hint=f"vfiotool vdpa bind {device.name} vhost_vdpa",
+                device=device.name,
+            )
+        option, value = _OPTIONS.get(device.model, ("--device", "path={}"))
+        found.setdefault(option, []).append(value.format(device.path))
+    return [word for option, values in found.items() for word in (option, *values)]
+
+
+def features_of(devices: Iterable[Handed]) -> set[str]:
+    """What of `releases.OLDEST` the arguments make use of."""
+    return {device.model for device in devices}

@@ -57,7 +57,7 @@ class Handed:
 
     @property
     def through_vfio(self) -> bool:
-        """Whether a VM opens it through VFIO, which pins and locks the guest's memory."""
+        """Whether a VM opens it through the kernel's VFIO, which pins and locks its memory."""
         return self.model not in _SHARE_MEMORY
 
     @property

@@ -1,28 +1,49 @@
-"""QEMU's options for VFIO devices (QEMU: docs/system/devices, `-device vfio-pci,help`)."""
+"""QEMU's options for devices (QEMU: docs/system/devices, `-device vfio-pci,help`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from vfiotool.devices.pci import Address
 from vfiotool.errors import Unsupported
-from vfiotool.vm.handed import Handed
+from vfiotool.vm.handed import VDPA, Handed
 
+PROGRAM = "QEMU"
 # Slots of the root bus for the root ports, counted down from the top of what q35 leaves free.
 _FIRST_SLOT = 0x1B
+_MEMORY = "vfiotool-mem"
+_DEFAULT_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class QemuChoice:
+    """How the devices are opened. `memory_bytes` None leaves `-m` to the caller, unless the memory
+    has to be shared: it then is 1 GiB."""
+
+    iommufd: bool = False
+    vf_token: str | None = None
+    memory_bytes: int | None = None
 
 
 def arguments(
-    devices: Sequence[Handed], *, iommufd: bool = False, vf_token: str | None = None
+    devices: Sequence[Handed],
+    *,
+    iommufd: bool = False,
+    vf_token: str | None = None,
+    memory_bytes: int | None = None,
 ) -> list[str]:
     """The words to add to a q35 machine's command line, two for each option.
 
     Each slot of the host becomes one PCIe root port, so that the functions of one card (a GPU and
     its audio) stay functions of one device in the guest. What is not on PCI in the guest (vfio-ap,
-    vfio-ccw, functions of s390x) gets no port. `iommufd` adds the object that the
-    devices then share; it needs QEMU 8.2 or newer. `vf_token` goes to those that have a guard.
-    Raises Unsupported for a token through iommufd.
+    vfio-ccw, functions of s390x) gets no port. `iommufd` adds the object that the devices then
+    share. `vf_token` goes to those that have a guard. vDPA devices and sockets bring the memory
+    that they need to be shared. Raises Unsupported for a token through iommufd, and for a vDPA
+    device that is not on vhost_vdpa.
     """
+    choice = QemuChoice(iommufd, vf_token, memory_bytes)
     guarded = [device.name for device in devices if device.guard is not None]
     if iommufd and vf_token is not None and guarded:
         # uapi/linux/vfio.h: VFIO_DEVICE_BIND_IOMMUFD takes none, but for the newest kernels.
@@ -31,60 +52,116 @@ def arguments(
             hint="leave --iommufd out",
             device=guarded[0],
         )
-    words = ["-object", "iommufd,id=iommufd0"] if iommufd else []
+    words = _memory(devices, memory_bytes)
+    if iommufd and any(device.through_vfio for device in devices):
+        words += ["-object", "iommufd,id=iommufd0"]
     ports: dict[str, list[Handed]] = {}
     for number, device in enumerate(devices):
         if _on_pci(device):
-            ports.setdefault(_slot_of(device), []).append(device)
+            ports.setdefault(slot_of(device), []).append(device)
         else:
-            words += ["-device", _without_port(device, number, iommufd, vf_token)]
+            words += ["-device", _without_port(device, number, choice)]
     for number, members in enumerate(ports.values()):
         port = f"vfio-rp{number}"
         chassis, slot = number + 100, _FIRST_SLOT - number // 8
         place = f"addr={slot:#x}.{number % 8}" + (",multifunction=on" if number % 8 == 0 else "")
         words += ["-device", f"pcie-root-port,id={port},bus=pcie.0,chassis={chassis},{place}"]
-        functions = _functions(members)
-        for device, function in zip(members, functions, strict=True):
-            words += ["-device", _device(device, port, function, len(members) > 1, iommufd)]
-            if vf_token is not None and device.guard is not None:
-                words[-1] += f",vf-token={vf_token}"
+        if not members[0].through_vfio:
+            words += _served(members[0], port, number)
+            continue
+        for device, function in zip(members, guest_functions(members), strict=True):
+            words += ["-device", _device(device, port, function, len(members) > 1, choice)]
     return words
 
 
+def features_of(devices: Iterable[Handed], *, iommufd: bool, vf_token: str | None) -> set[str]:
+    """What of `releases.OLDEST` the options make use of."""
+    found = {"iommufd"} if iommufd else set()
+    for device in devices:
+        if vf_token is not None and device.guard is not None:
+            found.add("vf-token")
+        kind = "vdpa-net" if (device.model, device.virtio) == (VDPA, "net") else device.model
+        found.add(kind)
+    return found
+
+
+def _memory(devices: Sequence[Handed], size: int | None) -> list[str]:
+    shared = any(device.shares_memory for device in devices)
+    if not shared:
+        return [] if size is None else ["-m", f"{size >> 20}M"]
+    mib = (size or _DEFAULT_MEMORY) >> 20
+    backend = f"memory-backend-memfd,id={_MEMORY},size={mib}M,share=on"
+    return ["-m", f"{mib}M", "-object", backend, "-numa", f"node,memdev={_MEMORY}"]
+
+
 def _on_pci(device: Handed) -> bool:
-    return device.model == "vfio-pci" and not device.zpci
+    return device.model not in ("vfio-ap", "vfio-ccw") and not device.zpci
 
 
-def _without_port(device: Handed, number: int, iommufd: bool, vf_token: str | None) -> str:
+def _without_port(device: Handed, number: int, choice: QemuChoice) -> str:
     """A device of s390x: channel and crypto devices have no bus, zPCI functions take the first.
 
     Source: QEMU's docs/system/s390x/vfio-ap.rst, vfio-ccw.rst and pcidevices.rst.
     """
-    parts = [device.model, _source(device), f"id={_identifier(device.name)}"]
+    parts = [device.model, _source(device), f"id={identifier(device)}"]
     if device.model == "vfio-ccw":
         parts.append(f"devno=fe.0.{number:04x}")
-    if iommufd:
+    if choice.iommufd:
         parts.append("iommufd=iommufd0")
-    if vf_token is not None and device.guard is not None:
-        parts.append(f"vf-token={vf_token}")
+    if choice.vf_token is not None and device.guard is not None:
+        parts.append(f"vf-token={choice.vf_token}")
     return ",".join(parts)
+
+
+def _served(device: Handed, port: str, number: int) -> list[str]:
+    """A vDPA device or a device on a socket: its back end, and its virtio device."""
+    name, path = f"{device.model}{number}", device.path
+    if device.model == VDPA:
+        if not path:
+            raise Unsupported(
+                f"{device.name} has no vhost-vdpa node",
+                hint=f"vfiotool vdpa bind {device.name} vhost_vdpa",
+                device=device.name,
+            )
+        if device.virtio == "net":
+            backend = f"type=vhost-vdpa,id={name},vhostdev={path}"
+            front = f"virtio-net-pci,netdev={name},id={name}-pci,bus={port}"
+            return ["-netdev", backend, "-device", front]
+        return ["-device", f"vhost-vdpa-device-pci,vhostdev={path},id={name},bus={port}"]
+    if device.model == "vfio-user":
+        whole = {
+            "driver": "vfio-user-pci",
+            "id": name,
+            "bus": port,
+            "socket": {"type": "unix", "path": path},
+        }
+        return ["-device", json.dumps(whole, separators=(",", ":"))]
+    words = ["-chardev", f"socket,id={name}-chr,path={path}"]
+    if device.model == "vhost-user-net":
+        words += ["-netdev", f"type=vhost-user,id={name},chardev={name}-chr"]
+        return [*words, "-device", f"virtio-net-pci,netdev={name},id={name}-pci,bus={port}"]
+    return [*words, "-device", f"vhost-user-blk-pci,chardev={name}-chr,id={name},bus={port}"]
 
 
 def _source(device: Handed) -> str:
     """`host=` where QEMU can read the address: it takes 16 bits of domain (VMD has more)."""
     if device.is_mdev or device.address.domain > 0xFFFF:
         return f"sysfsdev={device.path}"
+    if device.function is not None and device.function.driver == "nvidia":
+        # A vendor's vGPU: QEMU's host= asks for the same, its sysfsdev= is what vendors document.
+        return f"sysfsdev={device.path}"
     return f"host={device.name}"
 
 
-def _slot_of(device: Handed) -> str:
+def slot_of(device: Handed) -> str:
+    """What becomes one device of the guest: the functions of one slot, a VF by itself."""
     # Each VF has a slot of its own: its functions are not those of one card.
     if device.function is None or device.function.physfn is not None:
         return device.name
     return device.name.rpartition(".")[0]
 
 
-def _functions(members: Sequence[Handed]) -> list[int]:
+def guest_functions(members: Sequence[Handed]) -> list[int]:
     """Function numbers in the guest; those of the host where one of them is 0, as it must be."""
     if len(members) == 1:
         return [0]
@@ -92,19 +169,21 @@ def _functions(members: Sequence[Handed]) -> list[int]:
     return own if 0 in own else list(range(len(members)))
 
 
-def _device(device: Handed, port: str, function: int, several: bool, iommufd: bool) -> str:
-    parts = [device.model, _source(device), f"id={_identifier(device.name)}", f"bus={port}"]
+def _device(device: Handed, port: str, function: int, several: bool, choice: QemuChoice) -> str:
+    parts = [device.model, _source(device), f"id={identifier(device)}", f"bus={port}"]
     if several:
         parts.append(f"addr=0x0.{function}")
         if function == 0:
             parts.append("multifunction=on")
-    if iommufd:
+    if choice.iommufd:
         parts.append("iommufd=iommufd0")
+    if choice.vf_token is not None and device.guard is not None:
+        parts.append(f"vf-token={choice.vf_token}")
     return ",".join(parts)
 
 
-def _identifier(name: str) -> str:
+def identifier(device: Handed) -> str:
     """A QEMU id: letters, digits and -._ only, a letter first (QEMU: qom, id_wellformed)."""
-    if Address.is_address(name):
-        return "vfio-" + name.replace(":", "-")
-    return f"mdev-{name}"
+    if Address.is_address(device.name):
+        return "vfio-" + device.name.replace(":", "-")
+    return f"mdev-{device.name}"
