@@ -175,7 +175,10 @@ class FakeNvme:
         assert index == 0
         return self
 
-    def map(self) -> FakeNvme:
+    def map(self, _offset: int = 0) -> FakeNvme:
+        return self
+
+    def access(self) -> FakeNvme:
         return self
 
     def pin(self) -> int:

@@ -53,7 +53,7 @@ class Edu:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.registers = EduRegisters(device.region(0).map())
+        self.registers = EduRegisters(device.region(0).access())
         if (device.vendor, device.device) != (VENDOR, DEVICE):
             raise UsageError(f"{device.name} is not an edu device", device=device.name)
         # A driver that was killed may have left a transfer running, and edu has no reset: with

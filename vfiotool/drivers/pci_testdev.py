@@ -42,7 +42,7 @@ class PciTestdev:
         if (device.vendor, device.device) != (VENDOR, DEVICE):
             raise UsageError(f"{device.name} is not a pci-testdev", device=device.name)
         self.device = device
-        self.memory: Registers = device.region(MEMORY_BAR).map()
+        self.memory: Registers = device.region(MEMORY_BAR).access()
         # Ports cannot be mapped: the kernel does each access.
         self.ports: Registers = device.region(PORT_BAR)
 

@@ -12,7 +12,8 @@ here; docs/driver-guide.md writes a driver step by step.
 Opening
     `Device.open(name)` takes a PCI address or a mediated device's UUID, over iommufd or a container
     (`backend=`), and is a context manager: at its end the device is quiet, whatever happened.
-    `find` and `open_space` open several devices in one address space.
+    `find` and `open_space` open several devices in one address space. `vfio-user:PATH` opens a
+    device that a process serves on that socket: no root, no kernel module (docs/model-guide.md).
 
 Registers
     `device.region(n)`, also by name: "bar0" to "bar5", "rom", "config". A `Region` reads and writes
@@ -40,6 +41,7 @@ More
     `read_plane` look at a display.
 """
 
+from vfiotool.vfio import user_message
 from vfiotool.vfio.backend import BACKENDS, Backend, backend_named, open_space
 from vfiotool.vfio.caps import Area, DeviceInfo, IrqInfo, RegionInfo
 from vfiotool.vfio.device import FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Dependent, Device
@@ -59,6 +61,8 @@ from vfiotool.vfio.registers import BoundRegister, Register, RegisterMap
 from vfiotool.vfio.space import AddressSpace, StillMapped
 from vfiotool.vfio.target import Target, find
 from vfiotool.vfio.trace import Trace, differences, load
+from vfiotool.vfio.user_channel import UserChannel, UserFailure
+from vfiotool.vfio.user_message import UserCommand, UserMessage, UserProtocolError
 
 __all__ = [
     "BACKENDS",
@@ -95,6 +99,11 @@ __all__ = [
     "StillMapped",
     "Target",
     "Trace",
+    "UserChannel",
+    "UserCommand",
+    "UserFailure",
+    "UserMessage",
+    "UserProtocolError",
     "backend_named",
     "differences",
     "dma_of",
@@ -106,4 +115,5 @@ __all__ = [
     "primary_plane",
     "probe",
     "read_plane",
+    "user_message",
 ]

@@ -1,8 +1,9 @@
-"""The choice between the kernel's two interfaces, made once for an address space.
+"""The choice between the kernel's two interfaces and vfio-user, made once for an address space.
 
 `iommufd` where the kernel has it and the device has a character device, else `type1` (container and
 group). `noiommu` is taken only when asked for by name: it gives a device the whole memory, needs
-CAP_SYS_RAWIO and taints the kernel.
+CAP_SYS_RAWIO and taints the kernel. `vfio-user` is for a device that a process serves, and for no
+other.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from vfiotool.vfio.iommufd import IommufdSpace
 from vfiotool.vfio.space import CONTAINER_NODE, AddressSpace
 from vfiotool.vfio.target import Target, not_on_vfio
 from vfiotool.vfio.type1 import Type1Space
+from vfiotool.vfio.vfio_user import VfioUserSpace
 
-Backend = Literal["auto", "iommufd", "type1", "noiommu"]
+Backend = Literal["auto", "iommufd", "type1", "noiommu", "vfio-user"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
@@ -38,6 +40,14 @@ def open_space(target: Target, backend: Backend = "auto", host: Host | None = No
     """
     host = host or Host.local()
     backend = backend_named(backend)
+    if (target.bus == "vfio-user") != (backend == "vfio-user") and backend != "auto":
+        raise UsageError(
+            f"{target.name} cannot be opened over {backend}",
+            hint="leave out --backend",
+            device=target.name,
+        )
+    if target.bus == "vfio-user":
+        return VfioUserSpace(host)
     if not host.live:
         raise UsageError(
             f"{host.name} is not the running host: no device can be opened there",

@@ -88,7 +88,8 @@ class Device(OpenDevice):
         if trace is not None:
             trace.device = self.target.name
         try:
-            super().__init__(self.target.name, self.attachment.handle, trace)
+            found = self.attachment
+            super().__init__(self.target.name, found.handle, trace, found.calls)
             self._learn()
         except BaseException:
             space.detach(self.attachment)
@@ -111,7 +112,8 @@ class Device(OpenDevice):
         trace: Trace | None = None,
         vf_token: str | None = None,
     ) -> Device:
-        """Open the device called `name` (PCI address or mdev UUID), in `space` if one is given,
+        """Open the device called `name` (PCI address, mdev UUID, or `vfio-user:` and the path of a
+        socket that a device is served on), in `space` if one is given,
         otherwise in a space of its own over `backend` ("auto", "iommufd", "type1", "noiommu").
         `vf_token` is the UUID that the user-space driver of its PF has set, where there is one;
         only a group takes it, so "auto" is type1 then.
@@ -136,8 +138,7 @@ class Device(OpenDevice):
         regions = [self.ask_region(i) for i in range(min(self.info.num_regions, _REGION_LIMIT))]
         irqs: list[IrqInfo | None] = []
         for index in range(min(self.info.num_irqs, _IRQ_LIMIT)):
-            with self.use() as fd:
-                found = native.irq_info(fd, index)
+            found = self.calls.irq_info(index)
             irqs.append(
                 None if found is None else IrqInfo(index, found[1], names(found[0], IRQ_FLAGS))
             )
@@ -166,7 +167,7 @@ class Device(OpenDevice):
 
     @property
     def backend(self) -> str:
-        """ "type1", "iommufd" or "noiommu"."""
+        """ "type1", "iommufd", "noiommu" or "vfio-user"."""
         return self.space.name
 
     @property
@@ -297,8 +298,7 @@ class Device(OpenDevice):
                 device=self.name,
             )
         with self.reach.resetting():
-            with self.use() as fd:
-                native.device_reset(fd, self.name)
+            self.calls.reset(self.name)
             if self.trace is not None:
                 self.trace.record("reset")
             self.after_reset()

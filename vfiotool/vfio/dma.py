@@ -7,6 +7,7 @@ the IOMMU would not give up is kept until the process ends rather than handed to
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import threading
@@ -58,6 +59,8 @@ class DmaBuffer:
         self._memory: mmap.mmap | memoryview | None = memory
         # Whether it was allocated here, rather than lent.
         self._own = own
+        # Of the file that the memory is of, where devices reach it by that; closed with it.
+        self.file: int | None = None
         self._view = memoryview(memory)
         # None: not known, because the call was interrupted.
         self._mapped: bool | None = False
@@ -134,6 +137,9 @@ class DmaBuffer:
         if memory is None:
             return
         _live.discard(self)
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
         if self._is_foreign():
             return
         try:
@@ -182,21 +188,27 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _memory(size: int, pages: str, shared: bool) -> mmap.mmap:
+def _memory(size: int, pages: str, shared: bool, lent: bool) -> tuple[mmap.mmap, int | None]:
+    """Memory, and where it is `lent` the descriptor of its file, which cannot be shortened."""
     page = PAGE_KINDS[pages]
     huge = page.bit_length() - 1 << _HUGE_SHIFT if pages != "normal" else 0
     try:
-        if not shared:
+        if not (shared or lent):
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGETLB | huge if huge else 0)
-            return mmap.mmap(-1, size, flags=flags)
-        descriptor = os.memfd_create(
-            "vfiotool-dma", os.MFD_CLOEXEC | (_MFD_HUGETLB | huge if huge else 0)
-        )
+            return mmap.mmap(-1, size, flags=flags), None
+        kind = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (_MFD_HUGETLB | huge if huge else 0)
+        descriptor = os.memfd_create("vfiotool-dma", kind)
         try:
             os.ftruncate(descriptor, size)
-            return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
-        finally:
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
+        except BaseException:
             os.close(descriptor)
+            raise
+        if lent:
+            return memory, descriptor
+        os.close(descriptor)
+        return memory, None
     except OSError as error:
         if huge:
             raise Unsupported(
@@ -270,13 +282,16 @@ class Dma:
         _check_request(size, read, write)
         page = PAGE_KINDS[pages]
         size = -(-size // page) * page
-        memory = _memory(size, pages, shared)
+        memory, file = _memory(size, pages, shared, self.space.shares_memory)
         try:
             place = self._place(size, max(align, page), limit_bits, iova)
         except BaseException:
             memory.close()
+            if file is not None:
+                os.close(file)
             raise
         buffer = DmaBuffer(self, memory, size, place)
+        buffer.file = file
         try:
             if not write:
                 _own_pages(memory)
@@ -300,8 +315,9 @@ class Dma:
         made: list[DmaBuffer] = []
         try:
             for _ in range(count):
-                memory = _memory(size, "normal", False)
+                memory, file = _memory(size, "normal", False, self.space.shares_memory)
                 made.append(DmaBuffer(self, memory, size, self._place(size, 0, limit_bits, None)))
+                made[-1].file = file
                 if not write:
                     _own_pages(memory)
                 native.memory_dont_fork(made[-1].address, size)
@@ -353,12 +369,14 @@ class Dma:
     def _map(self, buffers: list[DmaBuffer], read: bool, write: bool) -> None:
         for buffer in buffers:
             buffer._mapped = None
+        files = {one.address: one.file for one in buffers if one.file is not None}
         try:
-            if len(buffers) == 1:
-                self.space.map(*_pages_of(buffers[0]), read=read, write=write)
-            else:
-                rows = [_pages_of(buffer) for buffer in buffers]
-                self.space.map_many(rows, read=read, write=write)
+            with self.space.lending(files):
+                if len(buffers) == 1:
+                    self.space.map(*_pages_of(buffers[0]), read=read, write=write)
+                else:
+                    rows = [_pages_of(buffer) for buffer in buffers]
+                    self.space.map_many(rows, read=read, write=write)
         except StillMapped:
             raise
         except VfiotoolError:

@@ -19,7 +19,7 @@ from vfiotool.vfio.opened import OpenDevice
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
 IRQ_NAMES = {INTX: "intx", MSI: "msi", MSIX: "msix", ERR: "err", REQ: "req"}
-_ACTION_TRIGGER = 1 << 5
+_ACTION_MASK, _ACTION_UNMASK, _ACTION_TRIGGER = 1 << 3, 1 << 4, 1 << 5
 
 
 class Interrupt(native.Eventfd):
@@ -48,7 +48,8 @@ class Interrupt(native.Eventfd):
         # What had fired when each of the tasks began to wait.
         self._tasks: dict[asyncio.Future[int], int] = {}
         device, info = owner.owner.device, owner.info
-        self._arm(device.handle, info.index, vector, "maskable" in info.flags)
+        self._maskable = "maskable" in info.flags
+        self._arm(device.handle, info.index, vector, self._maskable)
 
     def __repr__(self) -> str:
         state = "off" if self.descriptor < 0 else "on"
@@ -153,6 +154,36 @@ class Interrupt(native.Eventfd):
         )
 
 
+class MessageInterrupt(Interrupt):
+    """An interrupt of a device that no kernel is behind: it is asked by messages."""
+
+    def _ask(self, verb: str, action: int) -> None:
+        self._refuse_off()
+        device, index = self.owner.owner.device, self.owner.info.index
+        result = device.calls.irq_action(index, self.vector, 1, action)
+        if result < 0:
+            self._refused(verb, result)
+
+    def _refuse_off(self) -> None:
+        if self.descriptor < 0:
+            raise UsageError(f"{self.description}: is off")
+
+    def trigger(self) -> None:
+        self._ask("trigger", _ACTION_TRIGGER)
+
+    def mask(self) -> None:
+        self._refuse_unmaskable("mask")
+        self._ask("mask", _ACTION_MASK)
+
+    def unmask(self) -> None:
+        self._refuse_unmaskable("unmask")
+        self._ask("unmask", _ACTION_UNMASK)
+
+    def _refuse_unmaskable(self, verb: str) -> None:
+        if not self._maskable:
+            self._refused(verb, -errno.EOPNOTSUPP)
+
+
 class TracedInterrupt(Interrupt):
     """An interrupt that records when it fires; taken when the device was opened with a trace."""
 
@@ -177,6 +208,19 @@ class TracedInterrupt(Interrupt):
         return count
 
 
+class TracedMessageInterrupt(TracedInterrupt, MessageInterrupt):
+    """Both of them."""
+
+
+# By whether accesses are traced and whether interrupts are asked by messages.
+_KINDS: dict[tuple[bool, bool], type[Interrupt]] = {
+    (False, False): Interrupt,
+    (True, False): TracedInterrupt,
+    (False, True): MessageInterrupt,
+    (True, True): TracedMessageInterrupt,
+}
+
+
 class InterruptSet:
     """The interrupts of one index that are on: a sequence of `Interrupt`, by vector."""
 
@@ -187,7 +231,7 @@ class InterruptSet:
         self.closed = False
         self.vectors: list[Interrupt] = []
         self._unmask: native.Eventfd | None = None
-        self._kind = Interrupt if trace is None else TracedInterrupt
+        self._kind = _KINDS[trace is not None, owner.device.calls.messages]
         try:
             for vector in range(count):
                 self.vectors.append(self._kind(self, vector))
@@ -219,8 +263,7 @@ class InterruptSet:
 
     def _assign(self, start: int, descriptors: Sequence[int]) -> None:
         device = self.owner.device
-        with device.use() as fd:
-            result = native.irq_assign(fd, self.info.index, start, descriptors)
+        result = device.calls.irq_assign(self.info.index, start, descriptors)
         operation = f"turn on {len(descriptors)} {self.name} of {device.name}"
         if result > 0:
             raise KernelError(f"{operation}: there are only {result} vectors", device=device.name)
@@ -254,8 +297,8 @@ class InterruptSet:
         self.refuse_closed()
         if self._unmask is None:
             event = native.Eventfd(native.eventfd())
-            with self.owner.device.use() as fd:
-                result = native.irq_unmask_fd(fd, self.info.index, event.descriptor)
+            calls = self.owner.device.calls
+            result = calls.irq_unmask_fd(self.info.index, event.descriptor)
             if result < 0:
                 event._close()
                 raise native.failed(
@@ -273,8 +316,7 @@ class InterruptSet:
         self._assign(0, [interrupt.descriptor for interrupt in self.vectors])
 
     def _off(self) -> int:
-        with self.owner.device.use() as fd:
-            return native.irq_action(fd, self.info.index, 0, 0, _ACTION_TRIGGER)
+        return self.owner.device.calls.irq_action(self.info.index, 0, 0, _ACTION_TRIGGER)
 
     def close(self) -> None:
         """Turn the index off and close its eventfds. Closing twice is nothing."""

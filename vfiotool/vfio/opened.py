@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from vfiotool.errors import UsageError
 from vfiotool.native import library as native
+from vfiotool.vfio.calls import DeviceCalls, KernelCalls
 from vfiotool.vfio.caps import CONFIG_REGION, DeviceInfo, RegionInfo, parse_device, parse_region
 from vfiotool.vfio.reach import Reach
 from vfiotool.vfio.trace import Trace
@@ -26,18 +27,24 @@ def refuse_child(generation: int) -> None:
 class OpenDevice:
     """What `Region`, `Mapping` and `Interrupts` hold of the device that they belong to.
 
-    `handle` is its file: `with device.use() as fd` keeps the descriptor open for a call, whatever
-    other threads close meanwhile.
+    `calls` asks it. `handle` is its file: `with device.use() as fd` keeps the descriptor open for
+    what only the kernel answers, whatever other threads close meanwhile.
     """
 
-    def __init__(self, name: str, handle: native.Handle, trace: Trace | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        handle: native.Handle,
+        trace: Trace | None,
+        calls: DeviceCalls | None = None,
+    ) -> None:
         self.name = name
         self.handle = handle
         self.trace = trace
         self.generation = native.fork_generation()
         self._closed = False
-        with self.use() as fd:
-            self.info: DeviceInfo = parse_device(native.device_info(fd, name))
+        self._calls = calls or KernelCalls(handle)
+        self.info: DeviceInfo = parse_device(self.calls.device_info(name))
         self.reach = Reach(name, self._config_reader() if self.info.is_pci else None)
 
     def _config_reader(self) -> Callable[[int, int], int] | None:
@@ -47,17 +54,15 @@ class OpenDevice:
         position = config.position
 
         def read(offset: int, width: int) -> int:
-            with self.handle as fd:
-                return native.region_read(
-                    fd, position + offset, width, lambda: f"configuration space of {self.name}"
-                )
+            return self._calls.read(
+                position + offset, width, lambda: f"configuration space of {self.name}"
+            )
 
         return read
 
     def ask_region(self, index: int) -> RegionInfo | None:
         """What the kernel tells of the region `index`; None where there is none."""
-        with self.use() as fd:
-            raw = native.region_info(fd, index, self.name)
+        raw = self.calls.region_info(index, self.name)
         return None if raw is None else parse_region(raw, index)
 
     @property
@@ -70,6 +75,12 @@ class OpenDevice:
         refuse_child(self.generation)
         if self._closed:
             raise UsageError(f"{self.name} is closed", device=self.name)
+
+    @property
+    def calls(self) -> DeviceCalls:
+        """What asks the device. Raises UsageError once it is closed, and in a child process."""
+        self.refuse_closed()
+        return self._calls
 
     def use(self) -> native.Handle:
         """The device's file, for `with device.use() as fd`: no other thread closes the descriptor

@@ -105,8 +105,7 @@ class Region:
         if width not in _FORMATS or offset % width:
             raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
         position = self._position(offset, width, write=False)
-        with self.device.use() as fd:
-            value = native.region_read(fd, position, width, lambda: self._what(offset, width))
+        value = self.device.calls.read(position, width, lambda: self._what(offset, width))
         if self.trace is not None:
             self.trace.record(
                 "read", region=self.info.index, offset=offset, width=width, value=value
@@ -120,8 +119,7 @@ class Region:
         if not 0 <= value < 1 << 8 * width:
             raise UsageError(f"{value:#x} does not fit {width} bytes")
         position = self._position(offset, width, write=True)
-        with self.device.use() as fd:
-            native.region_write(fd, position, width, value, lambda: self._what(offset, width))
+        self.device.calls.write(position, width, value, lambda: self._what(offset, width))
         if self.trace is not None:
             self.trace.record(
                 "write", region=self.info.index, offset=offset, width=width, value=value
@@ -156,9 +154,7 @@ class Region:
         position = self._position(offset, length, write=False)
         buffer = bytearray(length)
         if length:
-            what = self._what(offset, length)
-            with self.device.use() as fd:
-                native.region_copy_out(fd, position, buffer, what)
+            self.device.calls.copy_out(position, buffer, self._what(offset, length))
         if self.trace is not None:
             self.trace.record("copy-out", region=self.info.index, offset=offset, length=length)
         return bytes(buffer)
@@ -168,9 +164,7 @@ class Region:
         length = memoryview(data).nbytes
         position = self._position(offset, length, write=True)
         if length:
-            what = self._what(offset, length)
-            with self.device.use() as fd:
-                native.region_copy_in(fd, position, data, what)
+            self.device.calls.copy_in(position, data, self._what(offset, length))
         if self.trace is not None:
             self.trace.record("copy-in", region=self.info.index, offset=offset, length=length)
 
@@ -197,6 +191,12 @@ class Region:
                 raise timed_out(self._what(offset, width), value, timeout_s)
             time.sleep(pause)
             pause = min(2 * pause, 1e-3)
+
+    def access(self) -> Registers:
+        """The fastest way to all of its registers: a mapping where the whole region can be mapped,
+        otherwise the region itself (ports, mediated devices, most models over vfio-user)."""
+        whole = Area(0, self.info.size)
+        return self.map(0, self.info.size) if whole in self.info.areas else self
 
     def map(
         self, offset: int | None = None, size: int | None = None, *, alignment: int = 0
@@ -251,9 +251,9 @@ class Mapping(native.Window):
     def __init__(self, region: Region, area: Area, access: int, alignment: int) -> None:
         self.region = region
         self.description = f"region {region.info.index} of {region.device.name}"
-        position = region.info.position + area.offset
         try:
-            with region.device.use() as fd:
+            with region.device.calls.mappable(region.info.position) as (fd, base):
+                position = base + area.offset
                 super().__init__(fd, position, area.offset, area.size, access, alignment)
         except OSError as error:
             raise native.failed(

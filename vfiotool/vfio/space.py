@@ -24,6 +24,7 @@ from vfiotool.errors import KernelError, NotPermitted, UsageError, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import DEV_VFIO, PROC
 from vfiotool.native import library as native
+from vfiotool.vfio.calls import DeviceCalls
 from vfiotool.vfio.iova import PAGE
 from vfiotool.vfio.opened import OpenDevice, enter_open, leave_open, refuse_child
 from vfiotool.vfio.target import Target
@@ -41,12 +42,14 @@ class StillMapped(KernelError):
 
 @dataclass(slots=True)
 class Attachment:
-    """A device opened in a space: `handle` is its file, `group` its group's descriptor or None."""
+    """A device opened in a space: `handle` is its file, `group` its group's descriptor or None.
+    `calls` asks it where the kernel is not behind it."""
 
     target: Target
     handle: native.Handle
     group: int | None
     device_id: int | None = None
+    calls: DeviceCalls | None = None
 
 
 def file_of(descriptor: int, description: str) -> native.Handle:
@@ -83,6 +86,8 @@ class AddressSpace(native.Mapper, ABC):
     """
 
     name: str
+    # Whether devices reach memory by the file that it is of, and not by its address.
+    shares_memory = False
 
     def __init__(self, host: Host) -> None:
         super().__init__()
@@ -139,6 +144,11 @@ class AddressSpace(native.Mapper, ABC):
     @abstractmethod
     def _detach(self, attachment: Attachment) -> None:
         """Close the device, and its group with the last of its devices."""
+
+    def lending(self, files: dict[int, int]) -> contextlib.AbstractContextManager[None]:
+        """Within the block `map` finds here the descriptor of the file that begins at an address;
+        only where `shares_memory`."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def _map_failed(self, result: int, address: int, iova: int, size: int) -> NoReturn:

@@ -17,6 +17,8 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE |
 # The other buses whose devices VFIO drivers take (drivers/vfio/{platform,fsl-mc,cdx}); those of AP
 # and CCW are mediated devices.
 OTHER_BUSES = ("platform", "amba", "fsl-mc", "cdx")
+# A device that a process serves: this and the path of its socket (`vfio_user.py`).
+SERVED = "vfio-user:"
 # What a device on one of them is called there: no path, no dots alone.
 _BUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}", re.ASCII)
 
@@ -40,14 +42,20 @@ class Target:
 
 
 def find(name: str, host: Host) -> Target:
-    """The device called `name`: a PCI address (`0000:00:02.0`, `00:02.0`), an mdev's UUID, or the
-    name of a device on one of `OTHER_BUSES` (`fff51000.ethernet`).
+    """The device called `name`: a PCI address (`0000:00:02.0`, `00:02.0`), an mdev's UUID, the
+    name of a device on one of `OTHER_BUSES` (`fff51000.ethernet`), or `vfio-user:` and the path of
+    a socket.
 
     Raises UsageError for what is none of them, NotFound where the host has no such PCI or mediated
     device.
     """
     if not isinstance(name, str):
         raise UsageError(f"{name!r} is not the name of a device", hint="0000:05:01.0, or a UUID")
+    if name.startswith(SERVED):
+        path = name.removeprefix(SERVED)
+        if not path:
+            raise UsageError(f"{name!r} names no socket", hint="vfio-user:/run/card.sock")
+        return Target(name, SERVED[:-1], path, None, None, None, None, noiommu=False)
     if Address.is_address(name):
         official = str(Address.parse(name))
         return _target(official, "pci", f"{SYS_PCI_DEVICES}/{official}", host)

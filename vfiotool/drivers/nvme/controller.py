@@ -33,7 +33,7 @@ from vfiotool.drivers.nvme.io import IoQueue
 from vfiotool.drivers.nvme.queue_pair import Completion, Doorbells, QueuePair, Rings
 from vfiotool.drivers.nvme.shared import SharedInFlight
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
-from vfiotool.vfio import Device, DmaBuffer, Interrupt
+from vfiotool.vfio import Device, DmaBuffer, Interrupt, Mapping
 
 ADMIN_ENTRIES = 32
 ADMIN_TIMEOUT_S = 10.0
@@ -71,8 +71,11 @@ class Controller:
                 f"{device.name} has a Controller already", hint="close it, or call its reset()"
             )
         self.device = device
-        self.bar = device.region(0).map()
-        self.registers = nvme_spec.NvmeRegisters(self.bar)
+        region = device.region(0)
+        access = region.access()
+        self.registers = nvme_spec.NvmeRegisters(access)
+        # The doorbells are mapped also where the registers before them cannot be.
+        self.bar = access if isinstance(access, Mapping) else region.map(nvme_spec.DOORBELLS)
         self._capabilities = self.registers.capabilities.fields()
         self._timeout_s = max(1.0, self._capabilities["timeout"] * 0.5)
         self.page_bytes = _PAGE << self._capabilities["page_min"]

@@ -52,4 +52,4 @@ def _first(controller: Controller, nsids: list[int]) -> Namespace | None:
 
 def registers_of(device: Device) -> nvme_spec.NvmeRegisters:
     """The controller's registers, for `device dump`."""
-    return nvme_spec.NvmeRegisters(device.region(0).map())
+    return nvme_spec.NvmeRegisters(device.region(0).access())

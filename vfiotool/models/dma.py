@@ -1,0 +1,229 @@
+"""A client's memory as a model reaches it: shared by descriptor, or by messages.
+
+Memory that its file's seals keep from being shortened is mapped; any other is read and written
+through its descriptor, because a client that shortens a mapped file kills whoever touches it
+(SIGBUS). Every access is checked against what is mapped now, and ends before an unmap is answered.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from dataclasses import dataclass
+
+from vfiotool.errors import VfiotoolError
+from vfiotool.vfio import UserChannel, UserCommand, user_message
+
+PAGE = 4096
+_MOST_BITS = 64
+
+
+class DmaFault(VfiotoolError):
+    """The device reached for memory that it may not: not mapped, not allowed, not there any more,
+    or Bus Master Enable is off."""
+
+    kind = "dma-fault"
+
+
+@dataclass(slots=True)
+class _Piece:
+    iova: int
+    size: int
+    rights: int
+    offset: int
+    file: int
+    memory: mmap.mmap | None
+    skipped: int  # of `memory`, before the piece begins
+
+    def close(self) -> None:
+        if self.memory is not None:
+            self.memory.close()
+        if self.file >= 0:
+            os.close(self.file)
+
+
+def _is_sealed(file: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+
+
+class ClientMemory:
+    """What one client has mapped. `channel` carries messages for what came without a descriptor."""
+
+    def __init__(self, channel: UserChannel, most: int = user_message.MOST_DMA_MAPS) -> None:
+        self._channel = channel
+        self._most = most
+        self._lock = threading.RLock()
+        self._starts: list[int] = []
+        self._pieces: list[_Piece] = []
+
+    def map(self, rights: int, offset: int, iova: int, size: int, descriptors: list[int]) -> int:
+        """0 or an errno. The descriptors are its own from now on."""
+        with contextlib.ExitStack() as stack:
+            for descriptor in descriptors:
+                stack.callback(os.close, descriptor)
+            if (
+                not size
+                or (iova | size | offset) % PAGE
+                or iova + size > 1 << _MOST_BITS
+                or not 0 < rights <= 3
+                or len(descriptors) > 1
+            ):
+                return errno.EINVAL
+            with self._lock:
+                if self._within(iova, size):
+                    return errno.EEXIST
+                if len(self._pieces) >= self._most:
+                    return errno.ENOSPC
+                file = descriptors[0] if descriptors else -1
+                try:
+                    memory, skipped = _mapped(file, offset, size)
+                except (OSError, ValueError, OverflowError):
+                    return errno.EINVAL
+                stack.pop_all()
+                at = bisect.bisect_left(self._starts, iova)
+                self._starts.insert(at, iova)
+                self._pieces.insert(at, _Piece(iova, size, rights, offset, file, memory, skipped))
+        return 0
+
+    def unmap(self, iova: int, size: int, *, everything: bool = False) -> int:
+        """0 or an errno; no access to it is under way when this returns."""
+        with self._lock:
+            if everything:
+                self.clear()
+                return 0
+            at = bisect.bisect_left(self._starts, iova)
+            if at == len(self._starts) or self._starts[at] != iova or self._pieces[at].size != size:
+                return errno.EINVAL if self._within(iova, size) else errno.ENOENT
+            del self._starts[at]
+            self._pieces.pop(at).close()
+        return 0
+
+    def clear(self) -> None:
+        """Forget all; as `unmap`."""
+        with self._lock:
+            for piece in self._pieces:
+                piece.close()
+            self._starts, self._pieces = [], []
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def _within(self, iova: int, size: int) -> list[_Piece]:
+        first = max(bisect.bisect_right(self._starts, iova) - 1, 0)
+        last = bisect.bisect_left(self._starts, iova + size)
+        return [one for one in self._pieces[first:last] if one.iova + one.size > iova]
+
+    def _parts(self, iova: int, count: int, right: int) -> list[tuple[_Piece, int, int]]:
+        """(piece, place in it, bytes) of a run of addresses, in order."""
+        parts = []
+        at, end = iova, iova + count
+        for piece in self._within(iova, count):
+            if piece.iova > at or not piece.rights & right:
+                break
+            length = min(end, piece.iova + piece.size) - at
+            parts.append((piece, at - piece.iova, length))
+            at += length
+        if at != end:
+            raise DmaFault(f"{count} bytes at I/O address {iova:#x}: fault at {at:#x}")
+        return parts
+
+    def read(self, iova: int, count: int) -> bytes:
+        """A copy of memory. Raises DmaFault."""
+        found: list[bytes] = []
+        with self._lock:
+            for piece, place, length in self._parts(iova, count, user_message.DMA_READABLE):
+                if piece.memory is not None:
+                    start = place + piece.skipped
+                    found.append(piece.memory[start : start + length])
+                elif piece.file >= 0:
+                    found.append(self._pread(piece, place, length))
+                else:
+                    found.append(self._ask(piece.iova + place, length))
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
+        """Store into memory. Raises DmaFault; then some of it may have been stored."""
+        at = 0
+        with self._lock:
+            for piece, place, length in self._parts(iova, len(data), user_message.DMA_WRITEABLE):
+                part = bytes(data[at : at + length])
+                if piece.memory is not None:
+                    start = place + piece.skipped
+                    piece.memory[start : start + length] = part
+                elif piece.file >= 0:
+                    self._pwrite(piece, place, part)
+                else:
+                    self._tell(piece.iova + place, part)
+                at += length
+
+    def _pread(self, piece: _Piece, place: int, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            start = piece.offset + place + len(data)
+            try:
+                more = os.pread(piece.file, length - len(data), start)
+            except OSError as error:
+                raise DmaFault(f"I/O address {piece.iova + place:#x}: {error.strerror}") from error
+            if not more:
+                raise DmaFault(f"I/O address {piece.iova + place:#x}: its file was shortened")
+            data += more
+        return data
+
+    def _pwrite(self, piece: _Piece, place: int, part: bytes) -> None:
+        done = 0
+        try:
+            # A write past the end would make a file that was shortened grow again.
+            if os.fstat(piece.file).st_size < piece.offset + place + len(part):
+                raise DmaFault(f"I/O address {piece.iova + place:#x}: its file was shortened")
+            while done < len(part):
+                done += os.pwrite(piece.file, part[done:], piece.offset + place + done)
+        except OSError as error:
+            raise DmaFault(f"I/O address {piece.iova + place:#x}: {error.strerror}") from error
+
+    def _ask(self, iova: int, count: int) -> bytes:
+        found = b""
+        while len(found) < count:
+            step = min(count - len(found), user_message.LARGEST_TRANSFER)
+            payload = user_message.DMA_ACCESS.pack(iova + len(found), step)
+            found += self._message(UserCommand.DMA_READ, payload, step)
+        return found
+
+    def _tell(self, iova: int, data: bytes) -> None:
+        for at in range(0, len(data), user_message.LARGEST_TRANSFER):
+            part = data[at : at + user_message.LARGEST_TRANSFER]
+            payload = user_message.DMA_ACCESS.pack(iova + at, len(part)) + part
+            self._message(UserCommand.DMA_WRITE, payload, 0)
+
+    def _message(self, command: UserCommand, payload: bytes, wanted: int) -> bytes:
+        try:
+            reply = self._channel.call(command, payload)
+        except VfiotoolError as error:
+            raise DmaFault(f"the client does not give its memory: {error}") from error
+        reply.close()
+        data = reply.payload[user_message.DMA_ACCESS.size :]
+        if wanted and len(data) != wanted:
+            raise DmaFault(f"{len(data)} bytes of memory came, not {wanted}")
+        return data
+
+
+def _mapped(file: int, offset: int, size: int) -> tuple[mmap.mmap | None, int]:
+    """The memory of a file that cannot be shortened, and where in it `offset` is; None for one that
+    is to be reached through its descriptor. Raises OSError and ValueError for what does not hold
+    `size` bytes."""
+    if file < 0:
+        return None, 0
+    if os.fstat(file).st_size < offset + size:
+        raise ValueError("the file ends before the mapping does")
+    if not _is_sealed(file):
+        os.pread(file, 1, offset)
+        return None, 0
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
+    return mmap.mmap(file, size + skipped, offset=offset - skipped), skipped

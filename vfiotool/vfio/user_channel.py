@@ -1,0 +1,221 @@
+"""One end of a vfio-user connection: commands sent and answered, by any thread.
+
+Whoever waits for a reply reads the socket, if nobody else does, and hands what is not his to
+whom it belongs: so a call of one thread never waits for a thread that waits for something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from vfiotool.errors import KernelError, TimedOut, VfiotoolError
+from vfiotool.vfio.user_message import (
+    ERROR,
+    NO_REPLY,
+    REPLY,
+    UserMessage,
+    UserProtocolError,
+    format_message,
+    receive,
+)
+
+
+class UserFailure(VfiotoolError):
+    """A command was answered with an error; `number` is its errno, or 0."""
+
+    def __init__(self, command: int, number: int) -> None:
+        super().__init__(f"vfio-user command {command} failed with errno {number}")
+        self.number = number
+
+
+class UserChannel:
+    """A connected socket, which it owns. `limit_s` bounds each wait for the peer: for a reply, for
+    the rest of a message, and for room to send."""
+
+    def __init__(self, connection: socket.socket, limit_s: float = 10.0) -> None:
+        connection.setblocking(True)
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._state = threading.Condition(threading.Lock())
+        self._reading = False
+        self._waiting: dict[int, UserMessage | None] = {}
+        self._commands: deque[UserMessage] = deque()
+        self._next = 0
+        self.failure: VfiotoolError | None = None
+        self.set_limit(limit_s)
+
+    def set_limit(self, limit_s: float) -> None:
+        """Bound waits from now on."""
+        self.limit_s = limit_s
+        whole = int(limit_s)
+        limit = struct.pack("@ll", whole, max(int((limit_s - whole) * 1e6), 0 if whole else 1))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._connection.setsockopt(socket.SOL_SOCKET, option, limit)
+
+    @property
+    def number(self) -> int:
+        """The socket's descriptor, for looking only."""
+        return self._connection.fileno()
+
+    def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
+        with self._sending:
+            if self.failure is not None:
+                raise self._gone()
+            try:
+                if descriptors:
+                    sent = socket.send_fds(self._connection, [data], list(descriptors))
+                else:
+                    sent = self._connection.send(data)
+                while sent < len(data):
+                    sent += self._connection.send(data[sent:])
+            except OSError as error:
+                # Half a message may be out: nothing can follow it.
+                raise self._end(f"send to the peer: {error.strerror}") from error
+
+    def _end(self, reason: str) -> VfiotoolError:
+        with self._state:
+            if self.failure is None:
+                self.failure = KernelError(
+                    f"the vfio-user connection has ended: {reason}", errno_name="ECONNRESET"
+                )
+            self._state.notify_all()
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        return self._gone()
+
+    def _gone(self) -> VfiotoolError:
+        assert self.failure is not None
+        return KernelError(str(self.failure), errno_name="ECONNRESET")
+
+    def call(
+        self, command: int, payload: bytes = b"", descriptors: Sequence[int] = ()
+    ) -> UserMessage:
+        """Send a command and wait for its reply, whose descriptors are the caller's.
+
+        Raises UserFailure for an error of the peer's, TimedOut, and KernelError (ECONNRESET) once
+        the connection has ended.
+        """
+        with self._state:
+            number = self._next
+            while number in self._waiting:
+                number = number + 1 & 0xFFFF
+            self._next = number + 1 & 0xFFFF
+            self._waiting[number] = None
+        try:
+            self._send(format_message(number, command, 0, payload), descriptors)
+            reply = self._await(number)
+        finally:
+            with self._state:
+                late = self._waiting.pop(number, None)
+        if late is not None and late is not reply:
+            late.close()
+        if reply.failed or reply.command != command:
+            reply.close()
+            if reply.command != command:
+                raise self._end(f"command {command} was answered as {reply.command}")
+            raise UserFailure(command, reply.error)
+        return reply
+
+    def _await(self, number: int) -> UserMessage:
+        while True:
+            with self._state:
+                while True:
+                    reply = self._waiting[number]
+                    if reply is not None:
+                        return reply
+                    if self.failure is not None:
+                        raise self._gone()
+                    if not self._reading:
+                        self._reading = True
+                        break
+                    if not self._state.wait(self.limit_s):
+                        raise self._silent()
+            if not self._read():
+                raise self._silent()
+
+    def _silent(self) -> TimedOut:
+        return TimedOut(f"no reply in {self.limit_s:g} s", errno_name="ETIMEDOUT")
+
+    def _read(self) -> bool:
+        """Take one message off the socket, as the only reader; False when none came in time."""
+        message: UserMessage | None = None
+        try:
+            message = receive(self._connection)
+        except BlockingIOError:
+            return False
+        except EOFError:
+            self._end("the peer has closed it")
+        except (OSError, UserProtocolError) as error:
+            self._end(str(error))
+        finally:
+            with self._state:
+                self._reading = False
+                if message is not None:
+                    self._deliver(message)
+                self._state.notify_all()
+        return True
+
+    def _deliver(self, message: UserMessage) -> None:
+        if not message.is_reply:
+            self._commands.append(message)
+        elif message.number in self._waiting and self._waiting[message.number] is None:
+            self._waiting[message.number] = message
+        else:
+            # Nobody waits for it any more, or nobody ever did.
+            message.close()
+
+    def next_command(self) -> UserMessage:
+        """The next command of the peer's, without a limit of time. Raises KernelError
+        (ECONNRESET) once the connection has ended."""
+        while True:
+            with self._state:
+                while True:
+                    if self._commands:
+                        return self._commands.popleft()
+                    if self.failure is not None:
+                        raise self._gone()
+                    if not self._reading:
+                        self._reading = True
+                        break
+                    self._state.wait(self.limit_s)
+            self._read()
+
+    def reply(
+        self, message: UserMessage, payload: bytes = b"", descriptors: Sequence[int] = ()
+    ) -> None:
+        """Answer a command, unless it wants no reply."""
+        if not message.flags & NO_REPLY:
+            data = format_message(message.number, message.command, REPLY, payload)
+            self._send(data, descriptors)
+
+    def fail(self, message: UserMessage, number: int) -> None:
+        """Answer a command with an errno."""
+        if not message.flags & NO_REPLY:
+            data = format_message(message.number, message.command, REPLY | ERROR, b"", number)
+            self._send(data, ())
+
+    def end(self, reason: str) -> None:
+        """End the connection: every call under way and to come fails. `close` must follow."""
+        self._end(reason)
+
+    def close(self) -> None:
+        """End the connection and close its socket and the descriptors of what nobody took."""
+        self._end("it was closed here")
+        with self._state:
+            # Whoever reads is woken by the shutdown; the number is closed when he has left.
+            while self._reading:
+                self._state.wait(0.05)
+            while self._commands:
+                self._commands.popleft().close()
+        self._connection.close()
+
+    def abandon(self) -> None:
+        """In a child of the process that opened it: let go of the descriptor."""
+        with contextlib.suppress(OSError):
+            os.close(self._connection.detach())
