@@ -223,7 +223,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < end
-        time.sleep(1e-3)
+        threading.Event().wait(1e-3)
 
 
 def test_message_interrupts_arrive_one_for_one(card: Card, device: Device) -> None:
