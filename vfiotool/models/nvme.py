@@ -13,12 +13,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vfiotool.models.bar import BarSpec, reads, writes
 from vfiotool.models.device import Model
 from vfiotool.models.dma import ClientMemory, DmaFault
 from vfiotool.models.nvme_commands import INVALID_FIELD, TRANSFER_ERROR, NvmeCommands
+from vfiotool.models.nvme_rings import CompletionRing, HeldAnswer, SubmissionRing
 from vfiotool.vfio import Area, Register, RegisterMap
 
 _DOORBELLS, _MSIX_TABLE, _BAR_BYTES = 0x1000, 0x2000, 0x4000
@@ -45,38 +45,6 @@ class NvmeModelRegisters(RegisterMap):
 
 
 _R = NvmeModelRegisters
-
-
-@dataclass(slots=True)
-class CompletionRing:
-    """A completion queue: `vector` is its interrupt's, -1 for none."""
-
-    base: int
-    entries: int
-    vector: int
-    tail: int = 0
-    phase: int = 1
-
-
-@dataclass(slots=True)
-class SubmissionRing:
-    """A submission queue, and the completion queue that its answers go to."""
-
-    number: int
-    base: int
-    entries: int
-    completions: int
-    head: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class HeldAnswer:
-    """A completion that is due and was kept back (`NvmeModel.hold`)."""
-
-    queue: SubmissionRing
-    cid: int
-    status: int
-    result: int
 
 
 class NvmeModel(NvmeCommands, Model):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from vfiotool.models.nvme import CompletionRing, HeldAnswer, SubmissionRing
+from vfiotool.models.nvme_rings import CompletionRing, HeldAnswer, SubmissionRing
 
 PAGE = 4096
 # (status, result); None as the result: it is answered later.
