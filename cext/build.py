@@ -35,6 +35,7 @@ HEADERS = (
     "virtio/inflight.h",
     "virtio/dirty.h",
     "virtio/block.h",
+    "virtio/limits.h",
     "virtio/worker.h",
     "virtio/direct.h",
 )

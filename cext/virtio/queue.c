@@ -15,6 +15,10 @@ static void free_queue(struct vt_queue *queue)
 	vt_memory_put(queue->memory);
 	vt_memory_put(queue->log_memory);
 	vt_dirty_end(&queue->dirty);
+	if (queue->share) {
+		vt_share_leave(queue->share, &queue->turn);
+		vt_share_put(queue->share);
+	}
 	if (queue->kick_fd >= 0)
 		close(queue->kick_fd);
 	if (queue->call_fd >= 0)
@@ -95,6 +99,8 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 	made->mode = settings->mode;
 	made->kick_fd = made->call_fd = made->error_fd = -1;
 	made->memory = vt_memory_get(settings->memory);
+	if (settings->share)
+		made->share = vt_share_get(settings->share);
 	if (!keep(settings->kick_fd, &made->kick_fd) || !keep(settings->call_fd, &made->call_fd) ||
 	    !keep(settings->error_fd, &made->error_fd)) {
 		free_queue(made);
@@ -141,6 +147,29 @@ int vt_queue_stop(struct vt_queue *queue)
 	queue->ring = NULL;
 	free_queue(queue);
 	return base;
+}
+
+int vt_queue_move(struct vt_queue *queue, struct vt_worker *worker)
+{
+	struct vt_command leave = { .run = run_stop, .queue = queue };
+	struct vt_command enter = { .run = run_start, .queue = queue };
+	struct vt_command back = enter;
+	struct vt_worker *old = queue->worker;
+	int result;
+
+	vt_worker_ask(old, &leave);
+	queue->worker = worker;
+	result = vt_worker_ask(worker, &enter);
+	if (result) {
+		queue->worker = old;
+		vt_worker_ask(old, &back);
+	}
+	return result;
+}
+
+uint64_t vt_queue_served(const struct vt_queue *queue)
+{
+	return __atomic_load_n(&queue->served, __ATOMIC_RELAXED);
 }
 
 static int run_set_memory(struct vt_command *command)

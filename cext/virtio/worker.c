@@ -9,9 +9,14 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
+#define SECOND 1000000000u
+/* What a request costs beside its bytes when queues take turns, and what one turn is worth. */
+#define REQUEST_BYTES 4096u
+#define TURN_BYTES (16u * 2u * REQUEST_BYTES)
 #define FIRST_WINDOW_NS 2000u
 /* Kicks of sleeping queues are looked for after so many rounds over the waking ones. */
 #define ROUNDS 32u
@@ -25,7 +30,7 @@ uint64_t vt_now_ns(void)
 	return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-static void count(uint64_t *counter)
+void vt_count(uint64_t *counter)
 {
 	__atomic_store_n(counter, *counter + 1, __ATOMIC_RELAXED);
 }
@@ -58,22 +63,81 @@ void vt_queue_wake(struct vt_queue *queue)
 	queue->awake = true;
 	queue->next = worker->awake;
 	worker->awake = queue;
+	worker->awake_count++;
+}
+
+static void unlink_queue(struct vt_queue **at, struct vt_queue *queue)
+{
+	for (; *at; at = &(*at)->next)
+		if (*at == queue) {
+			*at = queue->next;
+			return;
+		}
 }
 
 void vt_queue_forget(struct vt_queue *queue)
 {
-	for (struct vt_queue **at = &queue->worker->awake; *at; at = &(*at)->next)
-		if (*at == queue) {
-			*at = queue->next;
-			break;
-		}
-	queue->awake = false;
+	if (queue->awake) {
+		unlink_queue(&queue->worker->awake, queue);
+		queue->worker->awake_count--;
+	} else if (queue->parked) {
+		unlink_queue(&queue->worker->parked, queue);
+	}
+	queue->awake = queue->parked = false;
 }
 
-/* Do one batch of what is available. Return: how many requests there were. */
-static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
+/* Leave a queue alone until its limits let it go on; it is no longer awake. */
+static void park(struct vt_worker *worker, struct vt_queue *queue, uint64_t due)
 {
-	int got = vt_ring_fetch(queue->ring, worker->chains, VT_BATCH, worker->arena, VT_ARENA);
+	struct itimerspec at = { .it_value = { .tv_sec = (time_t)(due / SECOND),
+					       .tv_nsec = (long)(due % SECOND) } };
+
+	queue->parked = true;
+	queue->due = due;
+	queue->next = worker->parked;
+	worker->parked = queue;
+	if (due >= worker->due)
+		return;
+	worker->due = due;
+	timerfd_settime(worker->timer, TFD_TIMER_ABSTIME, &at, NULL);
+}
+
+/* Wake the parked queues whose time has come by `now`. */
+static void unpark(struct vt_worker *worker, uint64_t now)
+{
+	struct vt_queue *parked = worker->parked;
+
+	worker->parked = NULL;
+	worker->due = UINT64_MAX;
+	while (parked) {
+		struct vt_queue *queue = parked;
+
+		parked = queue->next;
+		queue->parked = false;
+		if (queue->due > now)
+			park(worker, queue, queue->due);
+		else
+			vt_queue_wake(queue);
+	}
+}
+
+/* Charge a batch to the queue's limits and to its turn. */
+static void account(struct vt_queue *queue, const struct vt_chain *chains, int got, uint64_t now)
+{
+	uint64_t bytes = 0;
+
+	for (int i = 0; i < got; i++)
+		bytes += (uint64_t)chains[i].readable_bytes + chains[i].writable_bytes;
+	queue->credit -= (int64_t)(bytes + (uint64_t)got * REQUEST_BYTES);
+	__atomic_store_n(&queue->served, queue->served + (uint64_t)got, __ATOMIC_RELAXED);
+	if (queue->share)
+		vt_share_took(queue->share, (uint32_t)got, bytes, now);
+}
+
+/* Do one batch of what is available, of at most `most`. Return: how many requests there were. */
+static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most, uint64_t now)
+{
+	int got = vt_ring_fetch(queue->ring, worker->chains, most, worker->arena, VT_ARENA);
 
 	if (got <= 0) {
 		if (got < 0)
@@ -81,6 +145,7 @@ static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
 		return 0;
 	}
 	vt_ring_notify_off(queue->ring);
+	account(queue, worker->chains, got, now);
 	for (int i = 0; i < got; i++) {
 		const struct vt_chain *chain = &worker->chains[i];
 		int64_t written = vt_blk_request(queue->disk, &queue->mode, chain,
@@ -94,13 +159,13 @@ static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
 			       (uint64_t)written);
 		vt_dirty_used(&queue->dirty, vt_ring_used(queue->ring) & (queue->size - 1));
 		vt_ring_complete(queue->ring, chain->head, (uint32_t)written);
-		count(&worker->figures.requests);
+		vt_count(&worker->figures.requests);
 		if (queue->broken)
 			break;
 	}
-	count(&worker->figures.batches);
+	vt_count(&worker->figures.batches);
 	if (vt_ring_publish(queue->ring)) {
-		count(&worker->figures.signals);
+		vt_count(&worker->figures.signals);
 		vt_signal(queue->call_fd);
 	}
 	if (vt_ring_broken(queue->ring))
@@ -108,24 +173,71 @@ static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue)
 	return (uint32_t)got;
 }
 
+/* What of a queue's waiting requests may be done now: not more than its turn among the waking ones
+ * and its limits allow. Return: their number; 0: none, and `*wait_ns` says how long its limits hold
+ * it, or 0 if it is the others' turn. */
+static uint32_t allowed(struct vt_worker *worker, struct vt_queue *queue, uint64_t now,
+			uint64_t *wait_ns)
+{
+	uint32_t most = VT_BATCH, limit = VT_BATCH;
+	uint32_t weight = queue->share ? vt_share_weight(queue->share) : VT_WEIGHT;
+
+	*wait_ns = 0;
+	if (worker->awake_count > 1) {
+		int64_t turn = (int64_t)((uint64_t)TURN_BYTES * weight / VT_WEIGHT);
+
+		/* What a queue did not use while it had little to do is not saved up. */
+		queue->credit = (queue->credit > turn ? turn : queue->credit) + turn;
+		if (queue->credit <= 0)
+			return 0;
+		if (queue->credit < (int64_t)(VT_BATCH * REQUEST_BYTES))
+			most = 1 + (uint32_t)queue->credit / REQUEST_BYTES;
+	} else {
+		queue->credit = 0;
+	}
+	if (queue->share)
+		limit = vt_share_ask(queue->share, &queue->turn, vt_ring_waiting(queue->ring), now,
+				     wait_ns);
+	return limit < most ? limit : most;
+}
+
+/* Do what a queue with work may do. Return: whether it stays awake. */
+static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t now)
+{
+	uint64_t waited = now - queue->worked_at, wait_ns;
+	uint32_t most = allowed(worker, queue, now, &wait_ns);
+
+	if (!most && wait_ns) {
+		/* No work can come before it is parked, so nothing is gained by a notification. */
+		vt_ring_notify_off(queue->ring);
+		queue->credit = 0;
+		queue->worked_at = now;
+		queue->awake = false;
+		worker->awake_count--;
+		queue->due = now + wait_ns;
+		return false;
+	}
+	if (!most)
+		return true;
+	/* Work that came while we looked was worth looking for. */
+	if (queue->window_ns && waited < queue->window_ns) {
+		queue->window_ns *= 2;
+		if (queue->window_ns > worker->poll_ns)
+			queue->window_ns = worker->poll_ns;
+	}
+	worker->since_events += serve(worker, queue, most, now);
+	queue->worked_at = now;
+	return !queue->broken;
+}
+
 /* Look at a waking queue. Return: whether it stays awake. */
 static bool visit(struct vt_worker *worker, struct vt_queue *queue, uint64_t now)
 {
 	if (queue->broken)
 		return false;
-	if (vt_ring_waiting(queue->ring)) {
-		uint64_t waited = now - queue->worked_at;
-
-		/* Work that came while we looked was worth looking for. */
-		if (queue->window_ns && waited < queue->window_ns) {
-			queue->window_ns *= 2;
-			if (queue->window_ns > worker->poll_ns)
-				queue->window_ns = worker->poll_ns;
-		}
-		serve(worker, queue);
-		queue->worked_at = now;
-		return !queue->broken;
-	}
+	if (vt_ring_waiting(queue->ring))
+		return work_on(worker, queue, now);
+	queue->credit = 0;
 	if (now - queue->worked_at < queue->window_ns)
 		return true;
 	queue->window_ns /= 2;
@@ -146,11 +258,18 @@ static void visit_all(struct vt_worker *worker)
 
 		if (visit(worker, queue, now)) {
 			at = &queue->next;
-		} else {
-			*at = queue->next;
+			continue;
+		}
+		*at = queue->next;
+		if (queue->awake) {
 			queue->awake = false;
+			worker->awake_count--;
+		} else {
+			park(worker, queue, queue->due);
 		}
 	}
+	if (worker->due <= now)
+		unpark(worker, now);
 }
 
 static void run_commands(struct vt_worker *worker)
@@ -191,23 +310,34 @@ static void take_events(struct vt_worker *worker, int timeout_ms)
 	int got;
 
 	if (timeout_ms)
-		count(&worker->figures.sleeps);
+		vt_count(&worker->figures.sleeps);
 	got = epoll_wait(worker->epoll, events, EVENTS, timeout_ms);
 	for (int i = 0; i < got; i++) {
-		struct vt_queue *queue = events[i].data.ptr;
-		int fd = queue ? queue->kick_fd : worker->mailbox;
-		ssize_t size = read_now(fd);
+		bool is_timer = events[i].data.ptr == &worker->timer;
+		struct vt_queue *queue = is_timer ? NULL : events[i].data.ptr;
+		int fd = is_timer ? worker->timer : queue ? queue->kick_fd : worker->mailbox;
+		uint64_t ignored;
+		ssize_t size = is_timer ? read(fd, &ignored, sizeof(ignored)) : read_now(fd);
 
 		/* EAGAIN is normal: somebody else's wake-up, or one that was taken before. */
 		if (queue && (!size || (size < 0 && errno != EAGAIN && errno != EINTR)))
 			vt_queue_breaks(queue, "its kick is not an eventfd");
 		if (!queue) {
-			asked = true;
+			asked = asked || !is_timer;
 			continue;
 		}
-		count(&worker->figures.kicks);
+		vt_count(&worker->figures.kicks);
+		/* What waits for its limits is not hurried by its driver. */
+		if (queue->parked)
+			continue;
 		queue->worked_at = vt_now_ns();
 		vt_queue_wake(queue);
+	}
+	if (worker->due != UINT64_MAX) {
+		uint64_t now = vt_now_ns();
+
+		if (worker->due <= now)
+			unpark(worker, now);
 	}
 	/* After the kicks: a command may free a queue that an event names. */
 	if (asked)
@@ -225,8 +355,11 @@ static void *work(void *argument)
 			continue;
 		}
 		visit_all(worker);
-		if (++rounds % ROUNDS == 0)
+		/* Those that sleep are heard before much is done for those that are awake. */
+		if (++rounds % ROUNDS == 0 || worker->since_events >= VT_BATCH) {
+			worker->since_events = 0;
 			take_events(worker, 0);
+		}
 	}
 	return NULL;
 }
@@ -249,7 +382,7 @@ int vt_worker_ask(struct vt_worker *worker, struct vt_command *command)
 int vt_worker_start(uint32_t poll_us, struct vt_worker **worker)
 {
 	struct vt_worker *made = calloc(1, sizeof(*made));
-	struct epoll_event event = { .events = EPOLLIN };
+	struct epoll_event event = { .events = EPOLLIN }, timed = { .events = EPOLLIN };
 	sigset_t all, before;
 	int result;
 
@@ -261,8 +394,12 @@ int vt_worker_start(uint32_t poll_us, struct vt_worker **worker)
 	pthread_cond_init(&made->answered, NULL);
 	made->epoll = epoll_create1(EPOLL_CLOEXEC);
 	made->mailbox = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (made->epoll < 0 || made->mailbox < 0 ||
-	    epoll_ctl(made->epoll, EPOLL_CTL_ADD, made->mailbox, &event)) {
+	made->timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	made->due = UINT64_MAX;
+	timed.data.ptr = &made->timer;
+	if (made->epoll < 0 || made->mailbox < 0 || made->timer < 0 ||
+	    epoll_ctl(made->epoll, EPOLL_CTL_ADD, made->mailbox, &event) ||
+	    epoll_ctl(made->epoll, EPOLL_CTL_ADD, made->timer, &timed)) {
 		result = -errno;
 	} else {
 		/* Signals are the control's; a fault of memory is told to the thread all the same. */
@@ -280,6 +417,8 @@ int vt_worker_start(uint32_t poll_us, struct vt_worker **worker)
 			close(made->epoll);
 		if (made->mailbox >= 0)
 			close(made->mailbox);
+		if (made->timer >= 0)
+			close(made->timer);
 		free(made);
 		return result;
 	}
@@ -307,10 +446,24 @@ int vt_worker_stop(struct vt_worker *worker)
 	pthread_join(worker->thread, NULL);
 	close(worker->epoll);
 	close(worker->mailbox);
+	close(worker->timer);
 	pthread_cond_destroy(&worker->answered);
 	pthread_mutex_destroy(&worker->lock);
 	free(worker);
 	return 0;
+}
+
+static int run_recheck(struct vt_command *command)
+{
+	unpark(command->argument, UINT64_MAX);
+	return 0;
+}
+
+void vt_worker_recheck(struct vt_worker *worker)
+{
+	struct vt_command command = { .run = run_recheck, .argument = worker };
+
+	vt_worker_ask(worker, &command);
 }
 
 void vt_worker_figures(const struct vt_worker *worker, struct vt_worker_figures *figures)

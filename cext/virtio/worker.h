@@ -1,8 +1,9 @@
 /* Threads that serve virtqueues, without the interpreter's lock.
  *
  * A queue belongs to one worker; control (any other thread) hands it over, takes it back and changes
- * it by commands that return when the worker has done them. A worker sleeps in epoll while its
- * queues are idle. After work it looks at the rings itself for a while, which doubles when work came
+ * it by commands that return when the worker has done them. Queues that have work go round by deficit,
+ * in the proportion of their shares' weights; one whose limits let it do nothing is left alone, its
+ * notifications off, until its time comes. A worker sleeps in epoll while its queues are idle. After work it looks at the rings itself for a while, which doubles when work came
  * within it and halves when none did, up to the worker's limit; 0 never looks.
  */
 #ifndef VT_VIRTIO_WORKER_H
@@ -13,6 +14,7 @@
 
 #include "virtio/block.h"
 #include "virtio/dirty.h"
+#include "virtio/limits.h"
 #include "virtio/memory.h"
 #include "virtio/ring.h"
 
@@ -35,7 +37,11 @@ struct vt_queue_settings {
 	struct vt_memory *log_memory; /* holds the in-flight log, or NULL; a reference is taken */
 	uint64_t log_at;              /* its `user` address there */
 	struct vt_dirty_log dirty;    /* a reference on its memory is taken */
+	struct vt_share *share;       /* its limits, or NULL; a reference is taken */
 };
+
+/* The clock of workers and of their limits: nanoseconds since the machine started. */
+uint64_t vt_now_ns(void);
 
 /* Start a thread. `poll_us` limits how long it looks at idle rings before it sleeps.
  * Return: 0 or a negative errno. */
@@ -43,6 +49,9 @@ int vt_worker_start(uint32_t poll_us, struct vt_worker **worker);
 
 /* End a worker that has no queues. Return: 0, or -EBUSY. */
 int vt_worker_stop(struct vt_worker *worker);
+
+/* Have queues that wait for their limits ask again: after limits were changed. */
+void vt_worker_recheck(struct vt_worker *worker);
 
 void vt_worker_figures(const struct vt_worker *worker, struct vt_worker_figures *figures);
 
@@ -55,6 +64,13 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 
 /* End a queue when its requests have ended. Return: the next available entry (0 to 65535). */
 int vt_queue_stop(struct vt_queue *queue);
+
+/* Have another worker serve a queue from now on. Return: 0; or a negative errno, and the queue is
+ * where it was. */
+int vt_queue_move(struct vt_queue *queue, struct vt_worker *worker);
+
+/* Requests that the queue did since its start. */
+uint64_t vt_queue_served(const struct vt_queue *queue);
 
 /* Put another memory map under a running queue. Return: 0; -EFAULT: the queue is then broken. */
 int vt_queue_set_memory(struct vt_queue *queue, struct vt_memory *memory);

@@ -20,11 +20,17 @@ struct vt_queue {
 	int kick_fd, call_fd, error_fd;
 	struct vt_dirty dirty;
 	const char *broken;
+	struct vt_share *share; /* its limits, or NULL */
+	struct vt_turn turn;
+	int64_t credit;         /* what it may do before others have had their turn, in bytes */
+	uint64_t served;        /* requests */
 	bool awake;             /* the worker looks at it by itself */
+	bool parked;            /* its limits let it do nothing before: */
+	uint64_t due;
 	uint32_t size;
 	uint64_t window_ns;     /* how long, after its last work */
 	uint64_t worked_at;
-	struct vt_queue *next;  /* awake ones */
+	struct vt_queue *next;  /* of the awake ones, or of the parked ones */
 };
 
 struct vt_command {
@@ -37,20 +43,24 @@ struct vt_command {
 
 struct vt_worker {
 	pthread_t thread;
-	int epoll, mailbox;
+	int epoll, mailbox, timer;
 	uint64_t poll_ns;
 	pthread_mutex_t lock;   /* of the commands */
 	pthread_cond_t answered;
 	struct vt_command *commands;
 	uint32_t queues;        /* that it serves; the worker's own */
 	bool ending;
-	struct vt_queue *awake;
+	uint32_t awake_count;
+	uint32_t since_events;  /* requests done since events were taken */
+	struct vt_queue *awake, *parked;
+	uint64_t due;           /* of the parked queue whose time comes first; UINT64_MAX: none */
 	struct vt_worker_figures figures;
 	struct iovec arena[VT_ARENA];
 	struct vt_chain chains[VT_BATCH];
 };
 
-uint64_t vt_now_ns(void);
+/* Add 1 to a counter that other threads read. */
+void vt_count(uint64_t *counter);
 
 /* Add 1 to an eventfd, if there is one. */
 void vt_signal(int fd);

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,6 +174,54 @@ def test_the_file_is_followed_and_what_did_not_change_goes_on(tmp_path: Path) ->
             select.select([], [], [], 0.01)
         assert kept.read(0, 512) == b"k" * 512
         kept.close()
+
+
+def test_limits_change_without_disturbing_an_export(tmp_path: Path) -> None:
+    path, file = tmp_path / "one", tmp_path / "exports.toml"
+
+    def write(limits: str, groups: str = "") -> None:
+        export = EXPORT.format(name="one", path=path, disk='ram = "1M"\n' + limits)
+        file.write_text("version = 1\n" + export + groups)
+
+    write("iops_limit = 1\nburst = 0.001", '[[group]]\nname = "g"\niops_limit = 5')
+    with running("exports", str(file), sockets=(path,)) as process:
+        front = connect(path, process)
+        front.up()
+        assert front.write(0, b"l" * 512) == 0
+        # The next one waits for a second, and the changed limit lets it go.
+        threading.Timer(
+            0.05, lambda: (write("weight = 5"), process.send_signal(signal.SIGHUP))
+        ).start()
+        began = time.monotonic()
+        for _ in range(20):
+            assert front.read(0, 512) == b"l" * 512
+        assert time.monotonic() - began < 15
+        front.close()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("iops_limit = 0", "iops_limit"),
+        ("iops_limit = -5", "iops_limit"),
+        ("iops_limit = 1.5", "iops_limit"),
+        ("iops_limit = true", "iops_limit"),
+        ('bandwidth_limit = "fast"', "bandwidth_limit"),
+        ("burst = 0.1", "no limit that it belongs to"),
+        ("iops_limit = 5\nburst = nan", "burst"),
+        ("iops_limit = 5\nburst = 100", "burst"),
+        ("weight = 0", "weight"),
+        ("weight = 99999999999999999999", "weight"),
+        ('group = "a b"', "group"),
+        ('group = "typo"', "is not defined"),
+        ('blk_file = "/x\\u0000y"', "give one of"),
+    ],
+)
+def test_limits_that_make_no_sense_are_named(lines: str, words: str) -> None:
+    text = "version = 1\n" + EXPORT.format(name="e", path="/run/e", disk='ram = "1M"\n' + lines)
+    text += '[[group]]\nname = "g"\niops_limit = 5\n'
+    with pytest.raises(UsageError, match=words):
+        parse_exports(text, "f.toml")
 
 
 def test_every_fault_of_a_file_is_named() -> None:

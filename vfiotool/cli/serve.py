@@ -19,8 +19,7 @@ from vfiotool.cli.context import area, examples
 from vfiotool.errors import UsageError, VfiotoolError, from_oserror
 
 if TYPE_CHECKING:
-    from vfiotool.virtio.block import DiskSettings
-    from vfiotool.virtio.exports import ExportSettings
+    from vfiotool.virtio.exports import ExportSettings, ExportsFile
     from vfiotool.virtio.server import Server
 
 SocketOption = Annotated[
@@ -57,6 +56,16 @@ PollOption = Annotated[
         help="How long a worker looks at idle rings before it sleeps, at most; 0: not at all.",
     ),
 ]
+IopsOption = Annotated[
+    int | None, typer.Option("--iops-limit", metavar="N", help="Requests a second, at most.")
+]
+BandwidthOption = Annotated[
+    str | None, typer.Option("--bandwidth-limit", metavar="BYTES", help="Bytes a second, at most.")
+]
+BurstOption = Annotated[
+    float | None,
+    typer.Option("--burst", metavar="S", help="Seconds of the limits to save up; default: 0.05."),
+]
 _MOST_THREADS, _LONGEST_POLL_US, _LARGEST_FILE = 64, 1_000_000, 1 << 20
 
 app = area("Serve virtio disks to VMs over vhost-user, with this process as the device.")
@@ -82,6 +91,9 @@ def vhost_user_blk(
     queues: QueuesOption = 1,
     threads: ThreadsOption = 1,
     poll_us: PollOption = 0,
+    iops_limit: IopsOption = None,
+    bandwidth_limit: BandwidthOption = None,
+    burst: BurstOption = None,
     print_capabilities: CapabilitiesOption = False,
 ) -> int:
     """Serve one disk over vhost-user until SIGTERM; the image is raw, its format never probed."""
@@ -90,7 +102,7 @@ def vhost_user_blk(
         output.text(json.dumps({"type": "block", "features": features}) + "\n")
         return 0
     from vfiotool.virtio.block import DiskSettings
-    from vfiotool.virtio.exports import ExportSettings, parse_size
+    from vfiotool.virtio.exports import ExportSettings, parse_rate, parse_size
 
     if (socket_path is None) == (fd is None):
         raise UsageError("give one of --socket-path and --fd")
@@ -108,11 +120,13 @@ def vhost_user_blk(
         block_size=block_size,
         queues=queues,
     )
+    rate = parse_rate(iops_limit, bandwidth_limit, burst, dashes=True)
+    settings = ExportSettings("disk", socket_path or "", disk, rate)
     with _server(threads, poll_us) as server:
         if fd is not None:
-            _adopt(server, disk, fd)
+            _adopt(server, settings, fd)
         else:
-            _add(server, ExportSettings("disk", socket_path or "", disk))
+            _add(server, settings)
         _serve(server)
     return 0
 
@@ -127,8 +141,10 @@ def exports(
 
     Exports that did not change go on undisturbed.
     """
-    present = {export.name: export for export in _read(file)}
+    wanted = _read(file)
+    present = {export.name: export for export in wanted.exports}
     with _server(threads, poll_us) as server:
+        server.limit_groups(wanted.groups)
         for export in present.values():
             _add(server, export)
         signal.signal(signal.SIGHUP, lambda *_: server.soon(lambda: _follow(server, present, file)))
@@ -136,7 +152,7 @@ def exports(
     return 0
 
 
-def _read(file: str) -> tuple[ExportSettings, ...]:
+def _read(file: str) -> ExportsFile:
     from vfiotool.virtio.exports import parse_exports
 
     try:
@@ -152,15 +168,20 @@ def _read(file: str) -> tuple[ExportSettings, ...]:
 def _follow(server: Server, present: dict[str, ExportSettings], file: str) -> None:
     """Make what is served what the file says; a file with a fault changes nothing."""
     try:
-        wanted = {export.name: export for export in _read(file)}
+        read = _read(file)
     except VfiotoolError as error:
         output.warn(f"{file} is not followed: {error.message}")
         return
-    for name in [name for name in present if wanted.get(name) != present[name]]:
-        server.remove(name)
-        del present[name]
+    wanted = {export.name: export for export in read.exports}
+    server.limit_groups(read.groups)
+    for name, old in list(present.items()):
+        if name not in wanted or not wanted[name].is_disk_of(old):
+            server.remove(name)
+            del present[name]
     for name, export in wanted.items():
         if name in present:
+            server.limit(name, export.rate, export.weight, export.group)
+            present[name] = export
             continue
         try:
             _add(server, export)
@@ -184,9 +205,10 @@ def _add(server: Server, export: ExportSettings) -> None:
     from vfiotool.virtio.server import open_export
 
     server.add(open_export(export))
+    server.limit(export.name, export.rate, export.weight, export.group)
 
 
-def _adopt(server: Server, disk: DiskSettings, fd: int) -> None:
+def _adopt(server: Server, settings: ExportSettings, fd: int) -> None:
     from vfiotool.virtio.block import BlockDisk
 
     try:
@@ -194,11 +216,12 @@ def _adopt(server: Server, disk: DiskSettings, fd: int) -> None:
     except OSError as error:
         raise UsageError(f"--fd {fd}: not a connected socket: {error.strerror}") from error
     try:
-        opened = BlockDisk(disk)
+        opened = BlockDisk(settings.disk)
     except BaseException:
         connection.close()
         raise
-    server.adopt("disk", opened, connection)
+    server.adopt(settings.name, opened, connection)
+    server.limit(settings.name, settings.rate, settings.weight, settings.group)
 
 
 def _serve(server: Server) -> None:

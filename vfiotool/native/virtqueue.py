@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.native.library import failed, ffi, lib
+from vfiotool.native.limits import LimitShare
 
 LOG_ALIGNMENT = 64
 
@@ -168,6 +169,10 @@ class Worker:
         lib.vt_worker_figures(self.handle, values)
         return _figures(WorkerFigures, values)
 
+    def recheck(self) -> None:
+        """Have queues that wait for their limits ask again: after limits were changed."""
+        lib.vt_worker_recheck(self.handle)
+
     def close(self) -> None:
         """End the thread. Raises KernelError (EBUSY) while it serves queues."""
         if self.handle != ffi.NULL:
@@ -211,6 +216,7 @@ class ServedQueue:
         error: int | None = None,
         log: tuple[MemoryMap, int] | None = None,
         dirty: WrittenPages | None = None,
+        share: LimitShare | None = None,
     ) -> None:
         settings = ffi.new("struct vt_queue_settings *")
         settings.memory, settings.disk, settings.base = memory.handle, disk.handle, base
@@ -223,6 +229,8 @@ class ServedQueue:
             settings.log_memory, settings.log_at = log[0].handle, log[1]
         if dirty is not None:
             dirty.fill(settings.dirty)
+        if share is not None:
+            settings.share = share.handle
         made = ffi.new("struct vt_queue **")
         _done(lib.vt_queue_start(worker.handle, settings, made), "start a queue")
         self.handle = made[0]
@@ -236,6 +244,18 @@ class ServedQueue:
             raise VfiotoolError("the queue has been stopped already")
         self.worker.queues -= 1
         return int(lib.vt_queue_stop(handle))
+
+    def move(self, worker: Worker) -> None:
+        """Have another worker serve it. Raises KernelError as epoll_ctl does; it stays then."""
+        _done(lib.vt_queue_move(self.handle, worker.handle), "move a queue")
+        self.worker.queues -= 1
+        self.worker = worker
+        worker.queues += 1
+
+    @property
+    def served(self) -> int:
+        """Requests since its start."""
+        return int(lib.vt_queue_served(self.handle))
 
     def set_memory(self, memory: MemoryMap) -> bool:
         """Put another map under it; whether the ring lies in it. It is broken otherwise."""

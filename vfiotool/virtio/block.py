@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntFlag
 
 from vfiotool.errors import Refused, UsageError, from_oserror
+from vfiotool.native.limits import LimitShare
 from vfiotool.native.virtqueue import RawDisk, ServedQueue, Worker
 from vfiotool.virtio.served import QueueStart
 
@@ -23,6 +24,7 @@ SECTOR = 512
 MOST_SEGMENTS = 254
 MOST_RANGES = 16
 _MOST_RANGE_SECTORS = 1 << 21
+_LARGEST = 1 << 62
 _CONFIG = struct.Struct("<QII HBB I BBHI BBH II I II B3x")
 # QEMU's locks on an image (block/file-posix.c): a byte for each permission that is used, and one
 # for each that is not shared. Bits: consistent read 0, write 1, write unchanged 2, resize 3.
@@ -67,6 +69,8 @@ def check(settings: DiskSettings) -> None:
         raise UsageError(f"--queues {settings.queues}: not from 1 to 256")
     if settings.offset < 0 or settings.offset % size:
         raise UsageError(f"--offset {settings.offset}: not a multiple of the block size {size}")
+    if max(settings.offset, settings.size or 0) > _LARGEST:
+        raise UsageError(f"a disk reaches to {_LARGEST} bytes at most, by its offset and size each")
     if settings.size is not None and (settings.size <= 0 or settings.size % size):
         raise UsageError(f"--size {settings.size}: not a multiple of the block size {size}")
     if settings.path is None and settings.size is None:
@@ -76,7 +80,8 @@ def check(settings: DiskSettings) -> None:
 
 
 class BlockDisk:
-    """An open disk that any number of queues serve. Close it when none does any more.
+    """An open disk that any number of queues serve. Close it when none does any more. `share` is
+    what they may do together.
 
     Opening raises UsageError, NotPermitted or KernelError, naming the image, and Refused if another
     program (or another export) has the image locked; nothing stays open then.
@@ -105,6 +110,9 @@ class BlockDisk:
                 read_only=settings.read_only,
                 serial=settings.serial,
             )
+            stack.callback(self.raw.close)
+            self.share = LimitShare()
+            stack.callback(self.share.close)
             self._open = stack.pop_all()
 
     def features(self) -> int:
@@ -165,6 +173,7 @@ class BlockDisk:
             error=start.error,
             log=start.log,
             dirty=start.dirty,
+            share=self.share,
         )
 
     def resize(self) -> bool:
@@ -180,7 +189,6 @@ class BlockDisk:
         return True
 
     def close(self) -> None:
-        self.raw.close()
         self._open.close()
 
 

@@ -13,17 +13,19 @@ import selectors
 import socket
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from vfiotool.errors import Refused, UsageError, VfiotoolError, from_oserror
+from vfiotool.native.limits import UNLIMITED, WEIGHT, Rate
 from vfiotool.native.virtqueue import Worker
 from vfiotool.virtio.backend import Frontend
 from vfiotool.virtio.block import BlockDisk
-from vfiotool.virtio.exports import ExportSettings
+from vfiotool.virtio.exports import ExportSettings, GroupSettings
 from vfiotool.virtio.message import ProtocolError, Receiver
 from vfiotool.virtio.served import ServedDevice
+from vfiotool.virtio.shares import Groups
 
 Report = Callable[[str], None]
 _SEND_TIMEOUT_S = 5.0
@@ -61,6 +63,8 @@ class Export:
         self.listener = listener
         self.path = path
         self.connections: list[_Connection] = []
+        self.rate, self.weight = UNLIMITED, WEIGHT
+        self.group: str | None = None
 
     def may_run(self, frontend: Frontend) -> bool:
         """Whether a front end may start a ring: a device has one user at a time."""
@@ -97,6 +101,7 @@ class Server:
         # Given up for a moment to take, and end, a connection when there are no descriptors left.
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.workers = [Worker(poll_us) for _ in range(threads)]
+        self.groups = Groups()
 
     def __enter__(self) -> Server:
         return self
@@ -109,6 +114,23 @@ class Server:
         assert export.listener is not None
         self._exports[export.name] = export
         self._selector.register(export.listener, selectors.EVENT_READ, lambda: self._accept(export))
+
+    def limit(self, name: str, rate: Rate, weight: int, group: str | None) -> None:
+        """Change what a disk's export may do, at once and without disturbing it."""
+        export = self._exports[name]
+        assert isinstance(export.device, BlockDisk)
+        self.groups.apply(export.device.share, rate, weight, group)
+        export.rate, export.weight, export.group = rate, weight, group
+        self._recheck()
+
+    def limit_groups(self, wanted: Iterable[GroupSettings]) -> None:
+        """Change what groups of exports may do together."""
+        self.groups.follow(wanted)
+        self._recheck()
+
+    def _recheck(self) -> None:
+        for worker in self.workers:
+            worker.recheck()
 
     def remove(self, name: str) -> None:
         """Serve an export no more: its connections end after what they have in flight."""
@@ -156,6 +178,7 @@ class Server:
         for worker in self.workers:
             worker.close()
         self.workers = []
+        self.groups.close()
         self._selector.close()
         self._wake.close()
         self._waker.close()
