@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from tests.fakes.kernel import Driver, FakeKernel
 from vfiotool.change.apply import Outcome, change
@@ -32,6 +33,11 @@ UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
 
 def furnished() -> FakeKernel:
     """The lab's machine `full`, as far as changes go, with two mdev parents."""
+    return _furnished().copy()
+
+
+@cache
+def _furnished() -> FakeKernel:
     kernel = FakeKernel()
     kernel.add_driver("nvme", ["1b36:0010"])
     kernel.add_driver("igb", ["8086:10c9"])

@@ -13,6 +13,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,6 +96,10 @@ class FakeClock(Clock):
             first[1]()
         self.now_s = end
 
+    @property
+    def is_due(self) -> bool:
+        return bool(self._due)
+
     def after(self, seconds: float, act: Callable[[], None]) -> None:
         self._due.append((self.now_s + seconds, act))
 
@@ -125,6 +130,24 @@ class FakeKernel(MemoryTree):
 
     def host(self) -> Host:
         return Host(self, live=True, name="fake host", clock=self.clock)
+
+    def copy(self) -> FakeKernel:
+        """Another kernel in the same state. Nothing may be due or pending in this one."""
+        assert not self.clock.is_due and not self.pending, "what is under way cannot be copied"
+        made = copy(self)
+        made.clock = FakeClock()
+        made.clock.now_s = self.clock.now_s
+        for name in ("_resolved", "files", "links", "modules", "parents", "vf_ids", "held"):
+            setattr(made, name, dict(getattr(self, name)))
+        for name in ("failing", "interfaces", "vf_info"):
+            setattr(made, name, dict(getattr(self, name)))
+        made.children = {path: set(names) for path, names in self.children.items()}
+        made.drivers = {
+            name: replace(driver, refuses=dict(driver.refuses))
+            for name, driver in self.drivers.items()
+        }
+        made.locked, made.pending, made.writes = set(self.locked), [], list(self.writes)
+        return made
 
     # What a host is made of
 
@@ -204,9 +227,18 @@ class FakeKernel(MemoryTree):
         """As a tree does; remembered until a link changes, for the sweeps' sake."""
         found = self._resolved.get((path, follow_last))
         if found is None:
-            found = super().resolve(path, follow_last=follow_last)
-            self._resolved[path, follow_last] = found
+            found = self._resolved[path, follow_last] = self._resolve(path, follow_last)
         return found
+
+    def _resolve(self, path: str, follow_last: bool) -> str:
+        """Siblings share the way to their folder."""
+        folder, _, name = path.rpartition("/")
+        if not folder or name in ("", ".", ".."):
+            return super().resolve(path, follow_last=follow_last)
+        place = f"{self.resolve(folder)}/{name}"
+        if follow_last and place in self.links:
+            return super().resolve(place)
+        return place
 
     def _put(self, path: str, data: bytes) -> None:
         self.files[path] = data

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 << 16
 _HOPS = 40
+# Said thousands of times of a tree in memory.
+_ABSENT = os.strerror(errno.ENOENT)
 
 
 class Tree:
@@ -238,8 +240,9 @@ class MemoryTree(Tree):
             real = self.resolve(path)
             content = self.files.get(real)
             if content is None:
-                number = errno.EISDIR if real in self.children else errno.ENOENT
-                raise OSError(number, os.strerror(number), path)
+                if real in self.children:
+                    raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+                raise OSError(errno.ENOENT, _ABSENT, path)
         if isinstance(content, int):
             raise OSError(content, os.strerror(content), path)
         return content
@@ -247,7 +250,7 @@ class MemoryTree(Tree):
     def listdir(self, path: str) -> list[str]:
         names = self.children.get(self.resolve(path))
         if names is None:
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            raise OSError(errno.ENOENT, _ABSENT, path)
         return list(names)
 
     def readlink(self, path: str) -> str:
@@ -255,7 +258,7 @@ class MemoryTree(Tree):
         if target is None:
             target = self.links.get(self.resolve(path, follow_last=False))
         if target is None:
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            raise OSError(errno.ENOENT, _ABSENT, path)
         return target
 
     def exists(self, path: str) -> bool:
