@@ -1,10 +1,11 @@
 """Runs tests/lab in guests for test_in_guests.py: who needs which guest, and what came out.
 
 Files that share a kernel and a machine share a boot, but for proofs: each of these is long, and has
-one of its own. Boots run side by side as far as there are processors; each file's host test waits
-for its rows. A file that takes the guest down is reported as such and not tried again: that a test
-can do so is a finding. The files after it get a guest of their own. A guest that never came up, as
-happens on a machine with too much to do, is started once more, and the summary says so.
+one of its own. Boots run side by side as far as there are processors, but one by one while `make
+test` has this machine's tests run beside; each file's host test waits for its rows. A file that
+takes the guest down is reported as such and not tried again: that a test can do so is a finding.
+The files after it get a guest of their own. A guest that never came up, as happens on a machine
+with too much to do, is started once more, and the summary says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ FOLDER = ROOT / "tests" / "lab"
 KERNELS = ("6.1", "6.12", "iommufd")
 # Set by `make proofs`.
 PROOFS_WANTED = "VFIOTOOL_PROOFS"
+# Set by `make test`: a file that is gone when this machine's own tests are over.
+BESIDE = "VFIOTOOL_LAB_BESIDE"
 # For all files of one boot together, unless a proof says LIMIT_S: a hanging test fails here and not
 # never.
 BOOT_AND_TESTS_S = 1800.0
@@ -130,7 +134,9 @@ class GuestRuns:
         cpus = len(os.sched_getaffinity(0))
         jobs = int(os.environ.get("VFIOTOOL_LAB_JOBS", "0")) or max(1, min(cpus, 4))
         for number in range(min(jobs, len(groups))):
-            threading.Thread(target=self._work, name=f"guest-{number}", daemon=True).start()
+            threading.Thread(
+                target=self._work, args=(number,), name=f"guest-{number}", daemon=True
+            ).start()
 
     def outcome(self, place: Place, file: str) -> Outcome:
         """Wait for what becomes of `file` in `place`; every path of the work below sets it."""
@@ -138,7 +144,10 @@ class GuestRuns:
         outcome.done.wait()
         return outcome
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
+        # The first guest leaves a processor to the tests that run beside.
+        while number and os.path.exists(os.environ.get(BESIDE, "")):
+            time.sleep(0.5)
         while True:
             try:
                 place, files = self._queue.get_nowait()
