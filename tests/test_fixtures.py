@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.reading import reading_commands, run
-from vfiotool.snapshot.capture import load, open_root
+from vfiotool.snapshot.load import load, open_root
 from vfiotool.snapshot.text import format_snapshot
 
 HOSTS = Path(__file__).resolve().parent.parent / "fixtures" / "hosts"

@@ -19,7 +19,7 @@ from vfiotool.cli.program import load
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.monitor import Event
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 
 HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
 FIXTURES = sorted(path.name for path in HOSTS.iterdir())

@@ -20,7 +20,7 @@ from vfiotool.devices.iommu import (
 )
 from vfiotool.devices.pci import list_addresses, parse_uevent, read_functions
 from vfiotool.host.tree import MemoryTree
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 
 HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"

@@ -241,7 +241,7 @@ def test_filters_and_what_other_tools_write(selector: str, found: str | None) ->
 
 def test_a_driver_and_a_group_name_all_that_they_have() -> None:
     from vfiotool.devices.pci import list_addresses, read_identity
-    from vfiotool.snapshot.capture import open_root
+    from vfiotool.snapshot.load import open_root
 
     root = Path(__file__).resolve().parents[2] / "fixtures" / "hosts" / "vfs-enabled"
     host = open_root(str(root))

@@ -20,7 +20,7 @@ from vfiotool.cli.main import main
 from vfiotool.devices.mdev import read_mdevs
 from vfiotool.devices.pci import list_addresses
 from vfiotool.host.host import Host
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 GOLDENS = Path(__file__).resolve().parent / "goldens"

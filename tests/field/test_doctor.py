@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.field.host import ask, folder
 from vfiotool.host.distribution import read_distribution
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 
 
 def test_17_ibm_z_needs_no_firmware_setup_and_has_a_kvm_of_its_own() -> None:

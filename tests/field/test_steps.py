@@ -8,7 +8,7 @@ import pytest
 
 from tests.field.host import FIELD, ask, folder
 from vfiotool.devices.pci import list_addresses, read_functions
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 from vfiotool.usage.case import CaseReader
 from vfiotool.usage.verdict import Verdict, explain
 

@@ -14,7 +14,7 @@ import pytest
 from tests.cli.reading import reading_commands, run
 from vfiotool.host.host import Host
 from vfiotool.lab.inside.scenes import wait_for
-from vfiotool.snapshot.capture import load, open_root
+from vfiotool.snapshot.load import load, open_root
 from vfiotool.snapshot.text import format_snapshot
 
 MACHINE = "sriov"

@@ -43,7 +43,7 @@ from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.parse import parse_policy
 from vfiotool.policy.plan import Plan, plan_policy
 from vfiotool.policy.saved import parse_saved, plan_to_text, refuse_changed
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = sorted(path.name for path in (ROOT / "fixtures/plans").iterdir())

@@ -14,7 +14,7 @@ from vfiotool.devices.mdev import read_mdevs
 from vfiotool.devices.selector import resolve
 from vfiotool.host.host import Host
 from vfiotool.snapshot.anonymize import anonymized
-from vfiotool.snapshot.capture import tree_of
+from vfiotool.snapshot.load import tree_of
 from vfiotool.snapshot.mask import Mask
 from vfiotool.snapshot.text import NOT_CAPTURED, Snapshot, format_snapshot, parse_snapshot
 

@@ -19,8 +19,9 @@ from vfiotool.errors import UsageError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_PCI_DEVICES
 from vfiotool.host.tree import MemoryTree
-from vfiotool.snapshot.capture import capture, expand, load, open_root, save, unpack
+from vfiotool.snapshot.capture import capture, expand, save
 from vfiotool.snapshot.diff import compare
+from vfiotool.snapshot.load import load, open_root, unpack
 from vfiotool.snapshot.reduce import reduce_pci_ids
 from vfiotool.snapshot.text import (
     MAX_TEXT_BYTES,

@@ -13,7 +13,7 @@ from vfiotool.cli.main import main
 from vfiotool.devices.inventory import Inventory, read_inventory
 from vfiotool.errors import NotFound, Refused, Unsupported
 from vfiotool.host.host import Host
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
 from vfiotool.vm.handed import Handed, handed
 

@@ -23,6 +23,6 @@ def open_host(root: str | None) -> Host:
         return Host.local()
     if os.path.isdir(os.path.join(root, "sys")):
         return Host.at(root)
-    from vfiotool.snapshot.capture import open_root
+    from vfiotool.snapshot.load import open_root
 
     return open_root(root)

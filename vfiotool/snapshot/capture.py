@@ -1,8 +1,8 @@
-"""Capture a host in one file, and open it anywhere as a root.
+"""Capture a host in one file, which `load.py` opens anywhere as a root.
 
 `capture` follows the rules below, which name all that a reading command may want, and then runs
 the commands themselves on a recording host (`snapshot_record.py`): so every one of them gives the
-same from the snapshot as from the host. `open_root` is what `--root` goes through.
+same from the snapshot as from the host.
 """
 
 from __future__ import annotations
@@ -10,24 +10,20 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
-import stat
-import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vfiotool import __version__
 from vfiotool.devices.firmware import IOMMU_TABLES
-from vfiotool.errors import UsageError, from_oserror
+from vfiotool.errors import UsageError
 from vfiotool.host import paths
 from vfiotool.host.host import Host
-from vfiotool.host.tree import MemoryTree, Tree
+from vfiotool.host.tree import Tree
 from vfiotool.snapshot.record import RecordingHost
 from vfiotool.snapshot.reduce import reduce_tables
-from vfiotool.snapshot.text import MAX_TEXT_BYTES, Snapshot, format_snapshot, parse_snapshot
+from vfiotool.snapshot.text import Snapshot, format_snapshot
 
 Probe = Callable[[Host], object]
 
@@ -223,83 +219,3 @@ def save(snapshot: Snapshot, path: str) -> None:
             raise
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def load(path: str) -> Snapshot:
-    """Read a snapshot file, packed or not. Raises UsageError; see `parse_snapshot`."""
-    try:
-        with open(path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UsageError(f"{path} is not a regular file")
-            packed = file.read(MAX_TEXT_BYTES + 1)
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{path}: no such file or directory",
-            hint="--root takes a directory laid out like /, or a file of vfiotool snapshot",
-        ) from error
-    except OSError as error:
-        raise from_oserror(f"read {path}", error) from error
-    data, cut_off = unpack(packed, path)
-    snapshot = parse_snapshot(data, path)
-    if cut_off and snapshot.cut_off is None:
-        return replace(snapshot, cut_off=f"{path} is damaged after the end of its text")
-    return snapshot
-
-
-def unpack(packed: bytes, name: str) -> tuple[bytes, bool]:
-    """The text of a packed or plain file, and whether the packing was cut off or damaged.
-
-    Raises UsageError if it unpacks to more than MAX_TEXT_BYTES.
-    """
-    unpacker: zlib._Decompress | lzma.LZMADecompressor
-    if packed.startswith(b"\x1f\x8b"):
-        unpacker = zlib.decompressobj(wbits=31)
-    elif packed.startswith(b"\xfd7zXZ"):
-        unpacker = lzma.LZMADecompressor(memlimit=256 << 20)
-    else:
-        return packed, False
-    try:
-        data = unpacker.decompress(packed, MAX_TEXT_BYTES + 1)
-    except (zlib.error, lzma.LZMAError):
-        # Not even a first block, or damage within: take what can be had byte by byte.
-        data = _salvage(packed)
-        return data, True
-    if len(data) > MAX_TEXT_BYTES:
-        raise UsageError(f"{name} unpacks to more than {MAX_TEXT_BYTES} bytes")
-    return data, not unpacker.eof or bool(unpacker.unused_data)
-
-
-def _salvage(packed: bytes) -> bytes:
-    if not packed.startswith(b"\x1f\x8b"):
-        return b""
-    unpacker = zlib.decompressobj(wbits=31)
-    data = bytearray()
-    with suppress(zlib.error):
-        for offset in range(0, len(packed), 64):
-            data += unpacker.decompress(packed[offset : offset + 64], MAX_TEXT_BYTES - len(data))
-            if len(data) >= MAX_TEXT_BYTES:
-                break
-    return bytes(data)
-
-
-def tree_of(snapshot: Snapshot, name: str) -> MemoryTree:
-    """The snapshot as a tree that a `Host` can stand on."""
-    return MemoryTree(snapshot.files, snapshot.links, snapshot.directories, name=name)
-
-
-def open_root(path: str) -> Host:
-    """What `--root PATH` names, as a host that is only read.
-
-    A directory laid out like `/`, a fixture's directory (with a `sys.txt`), or a snapshot file.
-    A truncated snapshot is used as far as it goes, with a warning on standard error. Raises
-    UsageError for anything else.
-    """
-    fixture = os.path.join(path, "sys.txt")
-    if os.path.isfile(fixture):
-        path = fixture
-    elif os.path.isdir(path):
-        return Host.at(path)
-    snapshot = load(path)
-    if snapshot.cut_off is not None:
-        sys.stderr.write(f"vfiotool: warning: {snapshot.cut_off}; what came before is used\n")
-    return Host(tree_of(snapshot, path), live=False, name=path)

@@ -8,7 +8,7 @@ from vfiotool.devices.attached import Attached
 from vfiotool.devices.inventory import read_inventory
 from vfiotool.host.host import Host
 from vfiotool.host.paths import MOUNTS, PROC_MOUNTINFO
-from vfiotool.snapshot.capture import tree_of
+from vfiotool.snapshot.load import tree_of
 from vfiotool.snapshot.text import Snapshot
 
 # File systems of the kernel's own, which come and go without anybody's doing.

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from vfiotool.errors import UsageError
-from vfiotool.snapshot.capture import load
+from vfiotool.snapshot.load import load
 from vfiotool.snapshot.text import NOT_CAPTURED, Snapshot, escape
 
 

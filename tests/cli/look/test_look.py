@@ -50,7 +50,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_the_groups_are_the_ones_that_iommu_reads(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vfiotool.snapshot.capture import open_root
+    from vfiotool.snapshot.load import open_root
 
     host = open_root(str(FIXTURES / name))
     expected = [group_as_json(group) for group in read_groups(host)]

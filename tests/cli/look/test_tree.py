@@ -20,7 +20,7 @@ from vfiotool.devices.names import Names
 from vfiotool.devices.pci import list_addresses
 from vfiotool.host.host import Host
 from vfiotool.host.tree import MemoryTree
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 
 HOSTS = Path(__file__).resolve().parents[3] / "fixtures" / "hosts"
 NAMES = sorted(path.name for path in HOSTS.iterdir())
