@@ -83,11 +83,13 @@ class DetailReader:
         self._link_of = Once(link_of, SPACES_KEPT)
         self._attached = Attached(host)
 
+    def functions(self, addresses: Iterable[str]) -> tuple[PciFunction, ...]:
+        """The functions of these addresses, in their order; those that are gone are left out."""
+        return read_functions(self._host, addresses, links=False, indices=self._vf_indices)
+
     def read_all(self, addresses: Iterable[str]) -> Iterator[tuple[PciFunction, Details]]:
-        """Functions with their details, in their order; those that are gone are left out."""
-        for function in read_functions(
-            self._host, addresses, links=False, indices=self._vf_indices
-        ):
+        """`functions` with their details."""
+        for function in self.functions(addresses):
             yield function, self.read(function)
 
     def read(self, function: PciFunction) -> Details:

@@ -14,6 +14,8 @@ from vfiotool.host.tree import Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     # vendor, device, class, driver, role
     Facts = tuple[str | None, str | None, str | None, str | None, str]
     Members = list[tuple[str, Facts]]
@@ -56,9 +58,11 @@ def list_groups(host: Host) -> list[int]:
 class GroupScan:
     """Reads one group after another, parsing what they have in common once."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, given: Mapping[str, Facts] | None = None) -> None:
+        """`given` has the facts of PCI functions that were read already, by address."""
         self._host = host
         self._tree = host.tree
+        self._given = given or {}
         self._facts: dict[object, Facts] = {}
         self._nodes: bool | None = None
 
@@ -78,6 +82,10 @@ class GroupScan:
         known = self._facts
         found: Members = []
         for name in names:
+            given = self._given.get(name)
+            if given is not None:
+                found.append((name, given))
+                continue
             base = f"{SYS_PCI_DEVICES}/{name}"
             # The same for every VF of a function: parsed once.
             key = _read_modalias(tree, base)

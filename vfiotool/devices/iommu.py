@@ -18,9 +18,13 @@ from vfiotool.devices.identity import (
     parse_windows,
     role_of,
 )
-from vfiotool.devices.pci import PciIdentity
+from vfiotool.devices.pci import PciFunction, PciIdentity
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_IOMMU
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfiotool.devices.identity import Facts
 
 __all__ = [
     "NO_DMA_DRIVERS",
@@ -107,10 +111,14 @@ def bridge_in_the_way(class_code: str | None, driver: str | None) -> bool:
 
 
 class GroupReader:
-    """`read_group` for one group after another, parsing what they have in common once."""
+    """`read_group` for one group after another, parsing what they have in common once.
 
-    def __init__(self, host: Host) -> None:
-        self._scan = GroupScan(host)
+    Members that are among `functions` (by address) are not read again.
+    """
+
+    def __init__(self, host: Host, functions: Mapping[str, PciFunction] | None = None) -> None:
+        given = {name: _facts_of(function) for name, function in (functions or {}).items()}
+        self._scan = GroupScan(host, given)
 
     def read(self, group: int) -> IommuGroup | None:
         """One group, or None if there is none of that id (any more)."""
@@ -155,6 +163,11 @@ def iter_groups(host: Host) -> Iterator[IommuGroup]:
         group = _read_group(scan, number)
         if group is not None:
             yield group
+
+
+def _facts_of(function: PciFunction) -> Facts:
+    role = "vfio" if function.on_vfio else role_of(function.driver)
+    return (function.vendor, function.device, function.class_code, function.driver, role)
 
 
 def member_of(identity: PciIdentity) -> GroupMember:

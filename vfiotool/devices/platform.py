@@ -119,7 +119,7 @@ def read_platform(host: Host) -> Platform:
         groups=len(groups),
         noiommu=bool(groups)
         and not units
-        and {host.read(f"{SYS_IOMMU_GROUPS}/{group}/name") for group in groups} == {NOIOMMU},
+        and all(host.read(f"{SYS_IOMMU_GROUPS}/{group}/name") == NOIOMMU for group in groups),
         remapping=interrupt_remapping(host),
         unsafe_interrupts=unsafe_interrupts_allowed(host),
     )

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vfiotool.devices.pci import PciFunction
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_PCI_DEVICES
+
+_NVIDIA = "10de"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Vgpu:
         """The types that it could be, for people."""
         rows = (f"{number} ({name})" for number, name in sorted(self.creatable.items()))
         return ", ".join(rows) or "none"
+
+
+def may_be_vgpu(function: PciFunction) -> bool:
+    """Whether it is worth asking: a VF of NVIDIA's."""
+    return function.physfn is not None and function.vendor == _NVIDIA
 
 
 def type_path(vf: str) -> str:

@@ -12,7 +12,7 @@ from vfiotool.devices.mdev import Mdev, read_mdevs
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.platform import Platform, read_platform
 from vfiotool.devices.reset import lacks_reset
-from vfiotool.devices.vgpu import Vgpu, read_vgpu
+from vfiotool.devices.vgpu import Vgpu, may_be_vgpu, read_vgpu
 from vfiotool.errors import NotFound
 from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
@@ -81,7 +81,7 @@ class CaseReader:
     ) -> None:
         self._host = host
         self._sight = Sight(host)
-        self._group_reader = GroupReader(host)
+        self._group_reader = GroupReader(host, functions)
         self._functions = functions or {}
         self._groups: dict[int, IommuGroup | None] = dict(groups or {})
         self._usages: dict[str, Usage] = {}
@@ -135,7 +135,7 @@ class CaseReader:
             mergers,
             others,
             lacks_reset(self._host, function),
-            read_vgpu(self._host, name) if function.physfn is not None else None,
+            read_vgpu(self._host, name) if may_be_vgpu(function) else None,
         )
 
     def _neighbours(self, names: Iterable[str]) -> dict[str, PciFunction]:

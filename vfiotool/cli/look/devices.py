@@ -73,14 +73,12 @@ def _print_json(host: Host, chosen: Sequence[str]) -> None:
     from vfiotool.devices.names import read_names
     from vfiotool.usage.standing import Standings
 
-    reader, writer, standings = (
-        DetailReader(host),
-        FunctionWriter(read_names(host)),
-        Standings(host),
-    )
+    reader, writer = DetailReader(host), FunctionWriter(read_names(host))
+    functions = reader.functions(chosen)
+    standings = Standings(host, {function.address: function for function in functions})
     rows = (
-        writer.text(function, details, standings.of(function).as_json())
-        for function, details in reader.read_all(chosen)
+        writer.text(function, reader.read(function), standings.of(function).as_json())
+        for function in functions
     )
     output.emit_rows("devices", rows)
 
@@ -93,9 +91,12 @@ def print_devices(host: Host, chosen: Sequence[str]) -> None:
     from vfiotool.devices.names import read_names
     from vfiotool.usage.standing import Standings
 
-    names, standings = read_names(host), Standings(host)
+    names, reader = read_names(host), DetailReader(host)
+    functions = reader.functions(chosen)
+    standings = Standings(host, {function.address: function for function in functions})
     rows: list[list[output.Part]] = []
-    for function, details in DetailReader(host).read_all(chosen):
+    for function in functions:
+        details = reader.read(function)
         known = names.lookup(function.vendor, function.device, class_code=function.class_code)
         parts = (known.vendor, known.device or known.class_name)
         style = "" if function.driver is None else STYLES[role_of(function.driver)]
