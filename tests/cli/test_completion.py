@@ -174,6 +174,49 @@ def test_zsh_completes(on_path: dict[str, str]) -> None:
     assert checked.returncode == 0
 
 
+@needs("zsh")
+def test_zsh_finds_the_script_in_its_folder_and_completes_at_its_prompt(
+    on_path: dict[str, str], tmp_path: Path
+) -> None:
+    """As a package installs it, with a tab on a terminal: the first one already completes."""
+    import pty
+
+    folder = tmp_path / "site-functions"
+    folder.mkdir()
+    (folder / "_vfiotool").write_text(SHELLS["zsh"])
+    environment = {**on_path, "HOME": str(tmp_path), "TERM": "dumb", "PS1": "> "}
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], environment)
+    setup = f"fpath=({folder} $fpath); autoload -Uz compinit; compinit -u -D; echo re''ady\n"
+    seen = b""
+
+    def read_until(word: bytes) -> None:
+        nonlocal seen
+        while word not in seen:
+            try:
+                piece = os.read(master, 65536)
+            except OSError:
+                return
+            if not piece:
+                return
+            seen += piece
+
+    try:
+        os.write(master, setup.encode())
+        read_until(b"\nready")
+        os.write(master, b"vfiotool comple\t")
+        read_until(b"completion")
+        os.write(master, b"fis\t")
+        read_until(b"fish")
+        os.write(master, b"| grep -c complete; exit\n")
+        read_until(b"\0never")
+    finally:
+        os.close(master)
+        os.waitpid(pid, 0)
+    assert b"completion" in seen and b"\n2" in seen.replace(b"\r", b""), seen
+
+
 @needs("fish")
 @pytest.mark.parametrize(
     ("line", "expected"),

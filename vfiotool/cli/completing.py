@@ -47,7 +47,12 @@ _vfiotool() {
     (( ${#open} )) && _describe -V vfiotool open -S ''
     (( ${#found} || ${#open} ))
 }
-compdef _vfiotool vfiotool
+# Loaded from fpath this file is the function's first call; sourced it only declares it.
+if [[ ${funcstack[1]} == _vfiotool ]]; then
+    _vfiotool "$@"
+else
+    compdef _vfiotool vfiotool
+fi
 """
 _FISH = """\
 function _vfiotool
