@@ -119,6 +119,8 @@ int vt_direct_fetch(struct vt_direct *queue, uint32_t *fields, uint32_t most)
 		*fields++ = chain->readable;
 		*fields++ = chain->writable;
 		*fields++ = chain->first;
+		*fields++ = chain->readable_bytes;
+		*fields++ = chain->writable_bytes;
 	}
 	return got;
 }

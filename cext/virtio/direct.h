@@ -19,8 +19,8 @@
 /* Requests of one fetch at most. */
 #define VT_DIRECT_BATCH 64u
 /* Numbers that vt_direct_fetch gives of each request: its head, its readable segments, its writable
- * segments, and the index of the first of them in the table of segments. */
-#define VT_DIRECT_FIELDS 4u
+ * segments, the index of the first of them in the table of segments, and the bytes of each kind. */
+#define VT_DIRECT_FIELDS 6u
 
 struct vt_direct;
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vfiotool.cli import output
+from vfiotool.cli import output, serve_class
 from vfiotool.cli.context import area, examples
 from vfiotool.errors import UsageError, VfiotoolError, from_oserror
 
@@ -150,6 +150,15 @@ def exports(
         signal.signal(signal.SIGHUP, lambda *_: server.soon(lambda: _follow(server, present, file)))
         _serve(server)
     return 0
+
+
+app.command(
+    "vhost-user",
+    epilog=examples(
+        "vfiotool serve vhost-user ./dice.py:Dice --socket-path /run/dice.sock",
+        "vfiotool serve vhost-user mymodule:Sensor --socket-path /run/sensor.sock",
+    ),
+)(serve_class.vhost_user)
 
 
 def _read(file: str) -> ExportsFile:

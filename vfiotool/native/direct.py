@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -17,7 +18,7 @@ from vfiotool.native.library import failed, ffi, lib
 from vfiotool.native.virtqueue import MemoryMap, RingLayout, WrittenPages
 
 _REFUSED = {errno.EINVAL: UsageError, errno.EFAULT: UsageError}
-_FIELDS = 4
+_FIELDS = 6
 
 
 class GuestViews:
@@ -56,18 +57,27 @@ class QueueRequest:
     """One request of a driver: what the device reads, and where it writes.
 
     `readable` and `writable` are views over the guest's memory in the driver's order, which the
-    guest may change at any time: copy what is judged. `complete` ends it, once.
+    guest may change at any time: copy what is judged. There are `read_bytes` to read and `room` for
+    so many bytes. `complete` ends it, once.
     """
 
-    __slots__ = ("_queue", "head", "readable", "writable")
+    __slots__ = ("_queue", "head", "read_bytes", "readable", "room", "writable")
 
     def __init__(
-        self, queue: DirectQueue, head: int, readable: list[memoryview], writable: list[memoryview]
+        self,
+        queue: DirectQueue,
+        head: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        read_bytes: int,
+        room: int,
     ) -> None:
         self._queue: DirectQueue | None = queue
         self.head = head
         self.readable = readable
         self.writable = writable
+        self.read_bytes = read_bytes
+        self.room = room
 
     def __repr__(self) -> str:
         state = "complete" if self.is_complete else "in flight"
@@ -76,16 +86,6 @@ class QueueRequest:
     @property
     def is_complete(self) -> bool:
         return self._queue is None
-
-    @property
-    def read_bytes(self) -> int:
-        """The bytes that the device may read."""
-        return sum(map(len, self.readable))
-
-    @property
-    def room(self) -> int:
-        """The bytes that the device may write."""
-        return sum(map(len, self.writable))
 
     def data(self) -> bytes:
         """All that is readable, copied, as one string of bytes."""
@@ -149,6 +149,8 @@ class DirectQueue:
             raise failed(result, "start a queue", branches=_REFUSED)
         self._handle = made[0]
         self._thread = get_ident()
+        # Called at each completion, unless whoever completes publishes by itself.
+        self.completed: Callable[[], None] | None = None
         self.has_log = log is not None
         self._views = GuestViews(memory)
         self._fields = ffi.new("uint32_t[]", _FIELDS * lib.VT_DIRECT_BATCH)
@@ -182,7 +184,7 @@ class DirectQueue:
         segments = self._segments[: 2 * end].tolist()
         view, found = self._views.view, []
         for at in range(0, _FIELDS * got, _FIELDS):
-            head, readable, writable, first = numbers[at : at + _FIELDS]
+            head, readable, writable, first, read_bytes, room = numbers[at : at + _FIELDS]
             first, middle = 2 * first, 2 * (first + readable)
             end = middle + 2 * writable
             found.append(
@@ -191,6 +193,8 @@ class DirectQueue:
                     head,
                     [view(segments[i], segments[i + 1]) for i in range(first, middle, 2)],
                     [view(segments[i], segments[i + 1]) for i in range(middle, end, 2)],
+                    read_bytes,
+                    room,
                 )
             )
         return found
@@ -210,6 +214,8 @@ class DirectQueue:
                 lib.vt_direct_wrote(handle, address, size)
                 left -= size
         lib.vt_direct_complete(handle, request.head, written)
+        if self.completed is not None:
+            self.completed()
 
     def publish(self) -> None:
         """Make completions visible to the driver, with a signal if it wants one."""

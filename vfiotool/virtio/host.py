@@ -50,6 +50,7 @@ class _LoopQueue:
         self._tasks: set[asyncio.Task[None]] = set()
         self._flight: dict[int, QueueRequest] = {}
         self._due = False
+        self.direct.completed = self.publish_soon
         if self._kick is not None:
             host.loop.add_reader(self._kick, self._kicked)
         # What was made available before we came is announced by nobody.
@@ -77,7 +78,6 @@ class _LoopQueue:
         if self.index in device.taken:
             device.kicked(self.index)
             if self.direct.is_open:
-                self.publish_soon()
                 self.direct.notify(on=True)
             return
         if self._task is not None and device.ordered:
@@ -99,17 +99,19 @@ class _LoopQueue:
 
     def _hand_over(self, requests: list[QueueRequest]) -> None:
         self._flight.update((request.head, request) for request in requests)
+        # What is completed at once is published at once, together.
+        self.direct.completed = None
         try:
             answer = self.host.device.handle(self.index, requests)
         except Exception as error:
+            answer = None
             self._failed(requests, error)
-        else:
-            if answer is not None:
-                task = self.host.loop.create_task(self._answer(answer, requests))
-                self._tasks.add(task)
-                self._task = task
-                return
+        finally:
+            self.direct.completed = self.publish_soon
         self._settle(requests)
+        if answer is not None:
+            self._task = self.host.loop.create_task(self._answer(answer, requests))
+            self._tasks.add(self._task)
 
     async def _answer(self, answer: Any, requests: list[QueueRequest]) -> None:
         try:
@@ -162,8 +164,6 @@ class _LoopQueue:
         requests = self.direct.fetch(most) if self.direct.is_open and not self._broken else []
         if not requests and self.direct.is_open and (why := self.direct.broken()):
             self._break(why)
-        if requests:
-            self.publish_soon()
         return requests
 
     def _break(self, why: str) -> None:

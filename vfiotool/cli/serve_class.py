@@ -1,0 +1,57 @@
+"""`serve vhost-user MODULE:CLASS`: a virtio device that is a class in Python."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vfiotool.cli import output
+from vfiotool.errors import UsageError
+
+if TYPE_CHECKING:
+    from vfiotool.virtio.device import VirtioDevice
+
+
+def vhost_user(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:CLASS", help="A VirtioDevice's class, or FILE.py:CLASS for its file."
+        ),
+    ],
+    socket_path: Annotated[
+        str, typer.Option("--socket-path", metavar="PATH", help="Listen there.")
+    ],
+) -> int:
+    """Serve a virtio device written in Python until SIGTERM; any device type (--help: examples).
+
+    QEMU takes it as vhost-user-test-device-pci,virtio-id=N, or by a device of its own for the type.
+    """
+    from vfiotool.cli.user_class import load_class
+    from vfiotool.virtio.device import VirtioDevice
+
+    found = load_class(name, VirtioDevice)
+    try:
+        device = found()
+    except TypeError as error:
+        raise UsageError(
+            f"{name}: cannot be made without arguments: {error}",
+            hint="give its arguments defaults, or subclass it",
+        ) from error
+    if getattr(device, "id", None) is None:
+        raise UsageError(f"{name}: has no `id`, the virtio device type")
+    asyncio.run(_serve(device, socket_path))
+    return 0
+
+
+async def _serve(device: VirtioDevice, path: str) -> None:
+    from vfiotool.virtio.host import serve
+
+    until = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, until.set)
+    await serve(device, path, until, output.warn)
