@@ -105,6 +105,7 @@ WITHOUT = {
     "lab demo",
     "serve vhost-user-blk",
     "serve exports",
+    "serve vhost-user",
     "completion",
     "help",
     "version",
