@@ -104,6 +104,7 @@ WITHOUT = {
     "lab shell",
     "lab demo",
     "serve vhost-user-blk",
+    "serve vfio-user",
     "serve exports",
     "serve vhost-user",
     "completion",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vfiotool.cli import output, serve_class
+from vfiotool.cli import output, serve_class, serve_model
 from vfiotool.cli.context import area, examples
 from vfiotool.errors import UsageError, VfiotoolError, from_oserror
 
@@ -69,6 +69,13 @@ BurstOption = Annotated[
 _MOST_THREADS, _LONGEST_POLL_US, _LARGEST_FILE = 64, 1_000_000, 1 << 20
 
 app = area("Serve virtio disks to VMs over vhost-user, with this process as the device.")
+app.command(
+    "vfio-user",
+    epilog=examples(
+        "vfiotool serve vfio-user edu --socket-path /run/edu.sock",
+        "vfiotool serve vfio-user ./card.py:Card --socket-path /run/card.sock --fault slow",
+    ),
+)(serve_model.vfio_user)
 
 
 @app.command(

@@ -68,7 +68,8 @@ class Options:
     """What a guest is started with beside machine and kernel.
 
     `extra_drives` are raw files that the guest sees as virtio disks (writes are thrown away),
-    `share` folders that it may write to, `load` modules that it loads at start.
+    `share` folders that it may write to, `load` modules that it loads at start, `served` devices
+    that processes serve over vfio-user.
     """
 
     memory_mib: int | None = None
@@ -81,6 +82,7 @@ class Options:
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     boot_limit_s: float = BOOT_LIMIT_S
+    served: tuple[machines.VfioUserDevice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,16 @@ class Guest:
     """
 
     def __init__(
-        self, machine: str = machines.DEFAULT, kernel: str = kernels.DEFAULT, **options: Any
+        self,
+        machine: str | machines.Machine = machines.DEFAULT,
+        kernel: str = kernels.DEFAULT,
+        **options: Any,
     ) -> None:
-        self.machine = machines.find(machine)
+        self.machine = machines.find(machine) if isinstance(machine, str) else machine
         self.options = Options(**options)
         self.kernel = kernels.prepare(kernel)
-        self.qemu = qemu.find()
+        served = self.options.served or self.machine.served
+        self.qemu = qemu.find_newer() if served else qemu.find()
         self.qemu.require(self.machine)
         self.accelerator = qemu.accelerator(self.qemu, self.kernel.image)
         self.cwd = (self.options.cwd or Path.cwd()).resolve()
@@ -215,6 +221,7 @@ class Guest:
             *("-kernel", str(self.kernel.image), "-initrd", str(initramfs)),
             *("-append", self._kernel_arguments()),
             *machines.arguments(self.machine, disk_files, self.qemu.models),
+            *self._served_arguments(),
             *("-chardev", f"file,id=console,path={_escaped(self.console)}"),
             *("-serial", "chardev:console"),
             *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "qmp,mode=control"),
@@ -236,6 +243,18 @@ class Guest:
                 f"virtio-blk-pci,drive=extra{number},serial=extra{number}",
             ]
         return [*command, *options.qemu_arguments]
+
+    def _served_arguments(self) -> list[str]:
+        """Devices over vfio-user; they reach the guest's memory, which is shared for it."""
+        served = (*self.machine.served, *self.options.served)
+        if not served:
+            return []
+        size = self.options.memory_mib or self.machine.memory_mib
+        result = ["-object", f"memory-backend-memfd,id=shared,size={size}M,share=on"]
+        result += ["-machine", "memory-backend=shared"]
+        for one in served:
+            result += ["-device", one.argument()]
+        return result
 
     def _kernel_arguments(self) -> str:
         words = [KERNEL_ARGUMENTS, IOMMU_ARGUMENTS[self.machine.iommu]]

@@ -6,6 +6,7 @@ devices (channel, 9p shares) are functions of slot 1e on the root bus, a group o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +28,23 @@ class DeviceModel:
 
 
 @dataclass(frozen=True)
+class VfioUserDevice:
+    """A device that a process serves over vfio-user at `socket`; `properties` as a `-device` has
+    them."""
+
+    socket: str
+    properties: tuple[tuple[str, str], ...] = ()
+
+    def argument(self) -> str:
+        # A socket's address can only be told as JSON.
+        told: dict[str, object] = {"driver": "vfio-user-pci"}
+        told["socket"] = {"type": "unix", "path": self.socket}
+        for key, value in self.properties:
+            told[key] = {"on": True, "off": False}.get(value, value)
+        return json.dumps(told)
+
+
+@dataclass(frozen=True)
 class Disk:
     """A sparse raw file that lives as long as the guest; `id` is the QEMU drive."""
 
@@ -38,7 +56,8 @@ class Disk:
 class Machine:
     """A guest's hardware. `load` are modules that the guest loads at start (no udev does),
     `kernel_arguments` further words on its kernel's command line. Without `firmware_hotplug`
-    ports and bridges plug by their own controllers, on pciehp and shpchp."""
+    ports and bridges plug by their own controllers, on pciehp and shpchp. `served` are devices
+    that processes serve over vfio-user."""
 
     name: str
     summary: str
@@ -50,6 +69,7 @@ class Machine:
     memory_mib: int = 1024
     kernel_arguments: tuple[str, ...] = ()
     firmware_hotplug: bool = True
+    served: tuple[VfioUserDevice, ...] = ()
 
 
 def device(model: str, **properties: str) -> DeviceModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -18,8 +19,10 @@ from vfiotool.errors import KernelError, Unsupported
 from vfiotool.lab import machines, needs
 from vfiotool.lab.kernels import packages
 from vfiotool.lab.kernels.cache import cache_root, digest, locked, progress
+from vfiotool.lab.kernels.newer_qemu import newer_qemu
 
 PROGRAM = "qemu-system-x86_64"
+VFIO_USER = "vfio-user-pci"
 KVM_NODE = Path("/dev/kvm")
 KVM_TRIAL_S = 15.0
 
@@ -93,6 +96,19 @@ def find() -> Qemu:
             hint="install QEMU for x86 (10.0 or newer for igb) with your package manager",
         )
     return _not_too_old(_probe((found,), ()))
+
+
+@functools.cache
+def find_newer() -> Qemu:
+    """A QEMU that has vfio-user devices: this machine's if it does, else one fetched for it.
+
+    Raises Unsupported where there is none, KernelError.
+    """
+    with contextlib.suppress(Unsupported):
+        usual = find()
+        if VFIO_USER in usual.models:
+            return usual
+    return _probe(*newer_qemu())
 
 
 def _from_layer(folder: Path) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:

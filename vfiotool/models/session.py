@@ -86,18 +86,18 @@ class Session:
         message.close()
         if message.command != UserCommand.VERSION:
             raise UserProtocolError(f"command {message.command} before the version")
-        major, _, self._peer = wire.parse_version(message)
+        major, minor, self._peer = wire.parse_version(message)
         if major != wire.MAJOR:
             raise UserProtocolError(f"the client speaks version {major} of vfio-user")
         ours = replace(wire.OURS, write_multiple=self._peer.write_multiple, twin_socket=False)
         if not (self._offers_twin and self._peer.twin_socket):
-            self.channel.reply(message, wire.format_version(ours))
+            self.channel.reply(message, wire.format_version(ours, minor))
             return
         mine, theirs = socket.socketpair()
         with theirs:
             self._twin = UserChannel(mine)
             self._memory = ClientMemory(self._twin)
-            told = wire.format_version(replace(ours, twin_socket=True, twin_index=0))
+            told = wire.format_version(replace(ours, twin_socket=True, twin_index=0), minor)
             self.channel.reply(message, told, (theirs.fileno(),))
 
     def _serve(self, message: UserMessage) -> None:

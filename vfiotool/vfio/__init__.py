@@ -59,7 +59,7 @@ from vfiotool.vfio.migration import STATE_NAMES, DirtyLog, Migration, SaveReport
 from vfiotool.vfio.region import Config, Mapping, Region, Registers
 from vfiotool.vfio.registers import BoundRegister, Register, RegisterMap
 from vfiotool.vfio.space import AddressSpace, StillMapped
-from vfiotool.vfio.target import Target, find
+from vfiotool.vfio.target import SERVED, Target, find
 from vfiotool.vfio.trace import Trace, differences, load
 from vfiotool.vfio.user_channel import UserChannel, UserFailure
 from vfiotool.vfio.user_message import UserCommand, UserMessage, UserProtocolError
@@ -70,6 +70,7 @@ __all__ = [
     "FEATURE_PROBE",
     "FEATURE_SET",
     "IRQ_NAMES",
+    "SERVED",
     "STATE_NAMES",
     "AddressSpace",
     "Area",

@@ -197,8 +197,9 @@ class UserCapabilities:
 OURS = UserCapabilities(max_msg_fds=MOST_DESCRIPTORS, write_multiple=True, twin_socket=True)
 
 
-def format_version(capabilities: UserCapabilities) -> bytes:
-    """The payload of VFIO_USER_VERSION, either way."""
+def format_version(capabilities: UserCapabilities, minor: int = MINOR) -> bytes:
+    """The payload of VFIO_USER_VERSION, either way; a server's `minor` is no larger than what the
+    client proposed."""
     told: dict[str, object] = {
         "max_msg_fds": capabilities.max_msg_fds,
         "max_data_xfer_size": capabilities.max_data_xfer_size,
@@ -212,7 +213,7 @@ def format_version(capabilities: UserCapabilities) -> bytes:
             twin["fd_index"] = capabilities.twin_index
         told["twin_socket"] = twin
     text = json.dumps({"capabilities": told}, separators=(",", ":"))
-    return _VERSION.pack(MAJOR, MINOR) + text.encode() + b"\0"
+    return _VERSION.pack(MAJOR, min(minor, MINOR)) + text.encode() + b"\0"
 
 
 def parse_version(message: UserMessage) -> tuple[int, int, UserCapabilities]:

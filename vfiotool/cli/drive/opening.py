@@ -24,8 +24,8 @@ BackendOption = Annotated[
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="auto, iommufd, type1; noiommu only when asked for.",
-        autocompletion=candidates.words("auto", "iommufd", "type1", "noiommu"),
+        help="auto, iommufd, type1; noiommu only when asked for; vfio-user of itself.",
+        autocompletion=candidates.words("auto", "iommufd", "type1", "noiommu", "vfio-user"),
     ),
 ]
 TraceOption = Annotated[
@@ -73,7 +73,7 @@ def opened(
 ) -> Iterator[Device]:
     """The device, opened for the time of the block, with its trace if one is wanted."""
     from vfiotool.devices.selector import resolve
-    from vfiotool.vfio import Device, Trace, backend_named
+    from vfiotool.vfio import SERVED, Device, Trace, backend_named
 
     host = host_of(context)
     if trace == "-" and wants_json(context):
@@ -88,9 +88,11 @@ def opened(
             if file is not sys.stdout:
                 stack.enter_context(file)
             record = Trace(file)
+        # What a process serves is named by its socket, and is no device of the host's.
+        served = name.startswith(SERVED)
         yield stack.enter_context(
             Device.open(
-                resolve(host, name),
+                name if served else resolve(host, name),
                 backend=backend_named(backend),
                 host=host_of(context),
                 trace=record,
