@@ -34,6 +34,7 @@ HEADERS = (
     "virtio/ring.h",
     "virtio/inflight.h",
     "virtio/dirty.h",
+    "virtio/io.h",
     "virtio/block.h",
     "virtio/limits.h",
     "virtio/worker.h",

@@ -1,9 +1,10 @@
 #define _GNU_SOURCE
-#include "virtio/block.h"
+#include "virtio/disk.h"
 
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -36,16 +37,6 @@ struct range {
 
 _Static_assert(sizeof(struct header) == 16 && sizeof(struct range) == 16, "section 5.2.6");
 
-struct vt_disk {
-	int fd;
-	uint8_t *memory; /* of a disk in memory; NULL for a file */
-	uint64_t offset, size;
-	uint64_t mapped; /* bytes at `memory` */
-	bool read_only, discard;
-	char id[VT_BLK_ID_BYTES];
-	struct vt_disk_figures figures;
-};
-
 /* A place in a chain's segments, for reading it as a stream of bytes. */
 struct cursor {
 	const struct iovec *segments;
@@ -53,80 +44,9 @@ struct cursor {
 	size_t inside;
 };
 
-static uint8_t answer(bool done)
-{
-	return (uint8_t)(done ? S_OK : S_IOERR);
-}
-
 static void count(uint64_t *counter, uint64_t by)
 {
 	__atomic_add_fetch(counter, by, __ATOMIC_RELAXED);
-}
-
-int vt_disk_open(const struct vt_disk_settings *settings, struct vt_disk **disk)
-{
-	struct vt_disk *made;
-
-	*disk = NULL;
-	if (!settings->size || settings->size % VT_SECTOR || settings->offset % VT_SECTOR ||
-	    settings->size > (uint64_t)INT64_MAX - settings->offset)
-		return -EINVAL;
-	made = calloc(1, sizeof(*made));
-	if (!made)
-		return -ENOMEM;
-	made->fd = -1;
-	made->offset = settings->offset;
-	made->size = settings->size;
-	made->read_only = settings->read_only;
-	made->discard = settings->discard;
-	memcpy(made->id, settings->id, sizeof(made->id));
-	if (settings->fd >= 0) {
-		made->fd = fcntl(settings->fd, F_DUPFD_CLOEXEC, 0);
-		if (made->fd < 0) {
-			free(made);
-			return -errno;
-		}
-	} else {
-		void *at = mmap(NULL, (size_t)settings->size, PROT_READ | PROT_WRITE,
-				MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-		if (at == MAP_FAILED) {
-			free(made);
-			return -errno;
-		}
-		madvise(at, (size_t)settings->size, MADV_DONTFORK);
-		made->memory = at;
-		made->mapped = settings->size;
-	}
-	*disk = made;
-	return 0;
-}
-
-void vt_disk_close(struct vt_disk *disk)
-{
-	if (!disk)
-		return;
-	if (disk->memory)
-		munmap(disk->memory, (size_t)disk->mapped);
-	else
-		close(disk->fd);
-	free(disk);
-}
-
-void vt_disk_resize(struct vt_disk *disk, uint64_t size)
-{
-	if (disk->memory && size > disk->mapped)
-		size = disk->mapped;
-	__atomic_store_n(&disk->size, size, __ATOMIC_RELEASE);
-}
-
-void vt_disk_figures(const struct vt_disk *disk, struct vt_disk_figures *figures)
-{
-	const uint64_t *from = (const uint64_t *)&disk->figures;
-	uint64_t *to = (uint64_t *)figures;
-
-	for (size_t i = 0; i < sizeof(*figures) / sizeof(uint64_t); i++)
-		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
 }
 
 /* Copy the next `length` bytes out of a chain. Return: whether there were as many. */
@@ -197,186 +117,443 @@ static bool lies_within(const struct vt_disk *disk, uint64_t sector, uint64_t se
 	return sector <= all && sectors <= all - sector;
 }
 
-static void copy(struct vt_disk *disk, uint64_t at, const struct iovec *segments,
-		 uint32_t segment_count, bool write)
+/* Copy between a disk in memory and a chain from a cursor on. */
+static void copy(struct vt_disk *disk, uint64_t at, const struct cursor *cursor, uint64_t length,
+		 bool write)
 {
 	uint8_t *place = disk->memory + at;
+	size_t inside = cursor->inside;
 
-	for (uint32_t i = 0; i < segment_count; i++) {
+	for (uint32_t i = cursor->index; length; i++) {
+		uint8_t *data = (uint8_t *)cursor->segments[i].iov_base + inside;
+		size_t piece = cursor->segments[i].iov_len - inside;
+
+		if (piece > length)
+			piece = (size_t)length;
 		if (write)
-			memcpy(place, segments[i].iov_base, segments[i].iov_len);
+			memcpy(place, data, piece);
 		else
-			memcpy(segments[i].iov_base, place, segments[i].iov_len);
-		place += segments[i].iov_len;
+			memcpy(data, place, piece);
+		place += piece;
+		length -= piece;
+		inside = 0;
 	}
 }
 
-/* Move all of the data; the segments are used up. Return: whether it went. */
-static bool move(struct vt_disk *disk, uint64_t at, struct iovec *segments, uint32_t segment_count,
-		 bool write, bool stable)
-{
-	off_t place = (off_t)(disk->offset + at);
-
-	if (disk->memory) {
-		copy(disk, at, segments, segment_count, write);
-		return true;
-	}
-	while (segment_count) {
-		ssize_t moved = write ? pwritev2(disk->fd, segments, (int)segment_count, place,
-						 stable ? RWF_DSYNC : 0) :
-					preadv(disk->fd, segments, (int)segment_count, place);
-
-		if (moved < 0 && errno == EINTR)
-			continue;
-		if (moved <= 0)
-			return false;
-		place += moved;
-		while (segment_count && (size_t)moved >= segments->iov_len) {
-			moved -= (ssize_t)segments->iov_len;
-			segments++;
-			segment_count--;
-		}
-		if (moved) {
-			segments->iov_base = (uint8_t *)segments->iov_base + moved;
-			segments->iov_len -= (size_t)moved;
-		}
-	}
-	return true;
-}
-
-static bool flush(struct vt_disk *disk)
-{
-	return disk->memory || !fdatasync(disk->fd);
-}
-
-static bool write_zeros(struct vt_disk *disk, uint64_t at, uint64_t length)
-{
-	static const uint8_t zeros[1 << 16];
-
-	while (length) {
-		size_t piece = length < sizeof(zeros) ? (size_t)length : sizeof(zeros);
-		ssize_t moved = pwrite(disk->fd, zeros, piece, (off_t)(disk->offset + at));
-
-		if (moved < 0 && errno == EINTR)
-			continue;
-		if (moved <= 0)
-			return false;
-		at += (uint64_t)moved;
-		length -= (uint64_t)moved;
-	}
-	return true;
-}
-
-/* Make a range zeros (`unmap`: its blocks need not stay allocated), or give its blocks up, after
- * which it may read as anything: zeros, here. */
-static bool clear(struct vt_disk *disk, uint64_t at, uint64_t length, bool unmap)
-{
-	int mode = unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
-
-	if (disk->memory) {
-		memset(disk->memory + at, 0, (size_t)length);
-		return true;
-	}
-	if (!fallocate(disk->fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)(disk->offset + at),
-		       (off_t)length))
-		return true;
-	return (errno == EOPNOTSUPP || errno == ENODEV || errno == EINVAL) &&
-	       write_zeros(disk, at, length);
-}
-
-static uint8_t clear_ranges(struct vt_disk *disk, struct cursor *data, uint64_t bytes, bool discard,
-			    bool stable)
-{
+/* What is left of a request: one job after another, until none is left or one has failed. */
+struct vt_blk_work {
+	struct vt_disk *disk;
+	uint8_t *status;      /* where the answer goes */
+	int64_t written;      /* bytes to report */
+	uint64_t bytes;       /* of data */
+	uint8_t answer;
+	uint32_t type;
+	bool stable;          /* is on the disk when it is answered */
+	bool synced;
+	uint32_t tries;       /* of a job that was interrupted */
+	struct iovec *data;   /* not moved yet */
+	uint32_t data_count;
+	uint64_t at;          /* on the disk, of the next byte */
+	struct iovec own[1];  /* zeros to write */
+	uint32_t range, range_count;
+	bool by_hand;         /* the range is overwritten, since the file cannot be told */
 	struct range ranges[VT_BLK_RANGES];
-	uint64_t number = bytes / sizeof(ranges[0]);
+};
 
-	if (!bytes || bytes % sizeof(ranges[0]) || number > VT_BLK_RANGES ||
-	    !take(data, ranges, (size_t)bytes))
-		return S_IOERR;
+#define TRIES 64u
+static uint8_t zeros[1 << 16];
+
+static bool is_aligned(const struct vt_disk *disk, const struct vt_blk_work *work, uint64_t at)
+{
+	uint64_t all = at;
+
+	for (uint32_t i = 0; i < work->data_count; i++)
+		all |= (uintptr_t)work->data[i].iov_base | work->data[i].iov_len;
+	return !(all & (disk->alignment - 1));
+}
+
+static void transfer_job(const struct vt_blk_work *work, struct vt_io_job *job)
+{
+	const struct vt_disk *disk = work->disk;
+	uint64_t at = disk->offset + work->at;
+	bool direct = disk->direct_fd >= 0 && is_aligned(disk, work, at);
+
+	*job = (struct vt_io_job){
+		.kind = work->type == T_IN ? VT_IO_READ : VT_IO_WRITE,
+		.fd = direct ? disk->direct_fd : disk->fd,
+		.flags = work->stable ? RWF_DSYNC : 0,
+		.segments = work->data,
+		.segment_count = work->data_count,
+		.offset = at,
+	};
+}
+
+static void range_job(struct vt_blk_work *work, struct vt_io_job *job)
+{
+	const struct range *range = &work->ranges[work->range];
+	bool unmap = work->type == T_DISCARD || range->flags & RANGE_UNMAP;
+	uint64_t length = (uint64_t)range->sectors * VT_SECTOR;
+
+	*job = (struct vt_io_job){ .fd = work->disk->fd,
+				   .offset = work->disk->offset + range->sector * VT_SECTOR };
+	if (work->by_hand) {
+		work->own[0] = (struct iovec){ zeros, length < sizeof(zeros) ? (size_t)length :
+									       sizeof(zeros) };
+		job->kind = VT_IO_WRITE;
+		job->segments = work->own;
+		job->segment_count = 1;
+		return;
+	}
+	job->kind = VT_IO_ALLOCATE;
+	job->flags = FALLOC_FL_KEEP_SIZE | (unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
+	job->length = length;
+}
+
+static bool next_piece(struct vt_blk_work *work, struct vt_io_job *job)
+{
+	if (work->answer != S_OK)
+		return false;
+	switch (work->type) {
+	case T_IN:
+	case T_OUT:
+		if (!work->data_count)
+			return false;
+		transfer_job(work, job);
+		return true;
+	case T_DISCARD:
+	case T_WRITE_ZEROES:
+		while (work->range < work->range_count && !work->ranges[work->range].sectors)
+			work->range++;
+		if (work->range < work->range_count) {
+			range_job(work, job);
+			return true;
+		}
+		if (!work->stable)
+			return false;
+		break;
+	default:
+		break;
+	}
+	*job = (struct vt_io_job){ .kind = VT_IO_SYNC, .fd = work->disk->fd };
+	return !work->synced;
+}
+
+/* Return: whether there is another job. */
+static bool next_job(struct vt_blk_work *work, struct vt_io_job *job)
+{
+	if (!next_piece(work, job))
+		return false;
+	job->elsewhere = work->disk->holds;
+	return true;
+}
+
+/* So many bytes were moved. */
+static void moved(struct vt_blk_work *work, size_t bytes)
+{
+	work->at += bytes;
+	while (work->data_count && bytes >= work->data->iov_len) {
+		bytes -= work->data->iov_len;
+		work->data++;
+		work->data_count--;
+	}
+	if (bytes) {
+		work->data->iov_base = (uint8_t *)work->data->iov_base + bytes;
+		work->data->iov_len -= bytes;
+	}
+}
+
+static void range_done(struct vt_blk_work *work, int64_t result)
+{
+	struct range *range = &work->ranges[work->range];
+
+	if (work->by_hand && result > 0) {
+		/* Files on odd file systems may take less than was given: whole sectors count. */
+		range->sector += (uint64_t)result / VT_SECTOR;
+		range->sectors -= (uint32_t)(result / VT_SECTOR);
+		work->by_hand = range->sectors;
+		if (result < (int64_t)VT_SECTOR)
+			work->answer = S_IOERR;
+	} else if (!work->by_hand && !result) {
+		range->sectors = 0;
+	} else if (!work->by_hand &&
+		   (result == -EOPNOTSUPP || result == -ENODEV || result == -EINVAL)) {
+		/* A discard is a hint; zeros are a promise. */
+		if (work->type == T_DISCARD)
+			range->sectors = 0;
+		else
+			work->by_hand = true;
+	} else {
+		work->answer = S_IOERR;
+	}
+}
+
+static void take_result(struct vt_blk_work *work, const struct vt_io_job *job, int64_t result)
+{
+	if ((result == -EINTR || result == -EAGAIN) && work->tries++ < TRIES)
+		return;
+	if (job->kind == VT_IO_SYNC) {
+		work->synced = true;
+		if (result)
+			work->answer = S_IOERR;
+	} else if (work->type == T_DISCARD || work->type == T_WRITE_ZEROES) {
+		range_done(work, result);
+	} else if (result <= 0) {
+		work->answer = S_IOERR;
+	} else {
+		moved(work, (size_t)result);
+	}
+}
+
+static int64_t answered(struct vt_blk_work *work)
+{
+	struct vt_disk_figures *figures = &work->disk->figures;
+
+	if (work->answer != S_OK)
+		count(&figures->failed, 1);
+	else if (work->bytes)
+		count(work->type == T_IN ? &figures->bytes_read : &figures->bytes_written,
+		      work->bytes);
+	*(volatile uint8_t *)work->status = work->answer;
+	return work->written;
+}
+
+/* Do all that is left at once. */
+static int64_t finish(struct vt_blk_work *work)
+{
+	struct vt_io_job job;
+
+	while (next_job(work, &job))
+		take_result(work, &job, vt_io_do(&job));
+	return answered(work);
+}
+
+/* Move what can be moved without waiting for a disk. */
+static void try_now(struct vt_blk_work *work)
+{
+	struct vt_disk *disk = work->disk;
+	bool write = work->type == T_OUT;
+	struct vt_io_job job;
+	int64_t result;
+
+	if ((work->type != T_IN && !write) || work->stable || disk->direct_fd >= 0 ||
+	    disk->holds ||
+	    __atomic_load_n(&disk->no_nowait[write], __ATOMIC_RELAXED) || !next_job(work, &job))
+		return;
+	job.flags |= RWF_NOWAIT;
+	result = vt_io_do(&job);
+	if (result > 0)
+		moved(work, (size_t)result);
+	else if (result == -EOPNOTSUPP || result == -EINVAL)
+		__atomic_store_n(&disk->no_nowait[write], 1, __ATOMIC_RELAXED);
+}
+
+/* Keep a request for as long as its jobs take. Return: it, or NULL. */
+static struct vt_request *kept(const struct vt_blk_work *work, const struct vt_chain *chain,
+			       const struct iovec *segments)
+{
+	size_t count = (size_t)chain->readable + chain->writable, room = sizeof(struct vt_blk_work);
+	struct vt_request *made;
+	struct iovec *copies;
+
+	/* What is never looked at is left out. */
+	if (!work->range_count)
+		room = offsetof(struct vt_blk_work, ranges);
+	room = (room + 15) & ~(size_t)15;
+	made = malloc(sizeof(*made) + room + (count + work->data_count) * sizeof(*segments));
+	if (!made)
+		return NULL;
+	made->work = (struct vt_blk_work *)(void *)(made + 1);
+	copies = (struct iovec *)(void *)((uint8_t *)made->work + room);
+	memcpy(made->work, work, work->range_count ? sizeof(*work) :
+						     offsetof(struct vt_blk_work, ranges));
+	memcpy(copies, segments, count * sizeof(*segments));
+	if (work->data_count)
+		memcpy(copies + count, work->data, work->data_count * sizeof(*segments));
+	made->segments = copies;
+	made->work->data = copies + count;
+	made->chain = *chain;
+	made->chain.first = 0;
+	return made;
+}
+
+void vt_blk_end(struct vt_request *request)
+{
+	free(request);
+}
+
+int64_t vt_blk_continue(struct vt_request *request, struct vt_io *io, int64_t result)
+{
+	struct vt_blk_work *work = request->work;
+	struct vt_io_job job;
+
+	/* The job is the one that next_job named last: nothing has changed since. */
+	if (next_job(work, &job))
+		take_result(work, &job, result);
+	while (next_job(work, &job)) {
+		if (vt_io_begin(io, &job, request))
+			return -EINPROGRESS;
+		take_result(work, &job, vt_io_do(&job));
+	}
+	return answered(work);
+}
+
+/* Begin what is left with the thread's ring, or finish it here. */
+static int64_t begin(struct vt_blk_work *work, const struct vt_chain *chain,
+		     const struct iovec *segments, struct vt_io *io, struct vt_request **request)
+{
+	struct vt_request *made;
+	struct vt_io_job job;
+
+	if (!io || work->disk->quick || !next_job(work, &job))
+		return finish(work);
+	try_now(work);
+	if (!next_job(work, &job))
+		return answered(work);
+	made = kept(work, chain, segments);
+	if (!made)
+		return finish(work);
+	next_job(made->work, &job);
+	if (!vt_io_begin(io, &job, made)) {
+		free(made);
+		return finish(work);
+	}
+	*request = made;
+	return -EINPROGRESS;
+}
+
+/* Make a range of a disk in memory zeros, and give its pages back where they are whole. */
+static void clear(struct vt_disk *disk, uint64_t at, uint64_t length)
+{
+	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+	uintptr_t first = (uintptr_t)disk->memory + at, last = first + length;
+	uintptr_t whole = (first + page - 1) & ~(page - 1), end = last & ~(page - 1);
+
+	if (whole >= end || madvise((void *)whole, end - whole, MADV_DONTNEED)) {
+		memset((void *)first, 0, (size_t)length);
+		return;
+	}
+	memset((void *)first, 0, whole - first);
+	memset((void *)end, 0, last - end);
+}
+
+static void start_ranges(struct vt_blk_work *work, struct cursor *data, uint64_t bytes)
+{
+	uint64_t number = bytes / sizeof(work->ranges[0]);
+
+	work->range = work->range_count = 0;
+	work->by_hand = false;
+	work->answer = S_IOERR;
+	if (work->disk->read_only || !bytes || bytes % sizeof(work->ranges[0]) ||
+	    number > VT_BLK_RANGES || !take(data, work->ranges, (size_t)bytes))
+		return;
 	/* All are judged before any is done. */
 	for (uint64_t i = 0; i < number; i++) {
-		uint32_t flags = le32toh(ranges[i].flags);
+		struct range *range = &work->ranges[i];
 
+		*range = (struct range){ le64toh(range->sector), le32toh(range->sectors),
+					 le32toh(range->flags) };
 		/* Section 5.2.6.2: unknown flags, and unmap in a discard, are unsupported. */
-		if (flags & ~RANGE_UNMAP || (discard && flags))
-			return S_UNSUPP;
-		if (!lies_within(disk, le64toh(ranges[i].sector), le32toh(ranges[i].sectors)))
-			return S_IOERR;
+		if (range->flags & ~RANGE_UNMAP || (work->type == T_DISCARD && range->flags)) {
+			work->answer = S_UNSUPP;
+			return;
+		}
+		if (!lies_within(work->disk, range->sector, range->sectors))
+			return;
 	}
-	for (uint64_t i = 0; i < number; i++) {
-		uint64_t length = (uint64_t)le32toh(ranges[i].sectors) * VT_SECTOR;
-
-		if (length && !clear(disk, le64toh(ranges[i].sector) * VT_SECTOR, length,
-				     discard || le32toh(ranges[i].flags) & RANGE_UNMAP))
-			return S_IOERR;
-	}
-	return answer(!stable || flush(disk));
+	work->answer = S_OK;
+	for (uint64_t i = 0; i < number && work->disk->memory; i++)
+		clear(work->disk, work->ranges[i].sector * VT_SECTOR,
+		      (uint64_t)work->ranges[i].sectors * VT_SECTOR);
+	work->range_count = work->disk->memory ? 0 : (uint32_t)number;
 }
 
-static uint8_t transfer(struct vt_disk *disk, const struct vt_blk_mode *mode, uint64_t sector,
-			const struct cursor *data, uint64_t bytes, bool write)
+/* Check a read or a write, and do it if the disk is in memory. */
+static void start_transfer(struct vt_blk_work *work, uint64_t sector, const struct cursor *data,
+			   uint64_t bytes, struct iovec *cut)
 {
-	struct iovec cut[VT_CHAIN_SEGMENTS];
+	struct vt_disk *disk = work->disk;
+	bool write = work->type == T_OUT;
 
+	work->data_count = 0;
+	work->answer = S_IOERR;
 	if (!bytes || bytes % VT_SECTOR || (write && disk->read_only) ||
 	    !lies_within(disk, sector, bytes / VT_SECTOR))
-		return S_IOERR;
-	if (!move(disk, sector * VT_SECTOR, cut, rest(data, bytes, cut), write,
-		  mode->write_through))
-		return S_IOERR;
-	count(write ? &disk->figures.bytes_written : &disk->figures.bytes_read, bytes);
-	return S_OK;
+		return;
+	work->answer = S_OK;
+	work->at = sector * VT_SECTOR;
+	if (disk->memory) {
+		copy(disk, work->at, data, bytes, write);
+	} else {
+		work->data = cut;
+		work->data_count = rest(data, bytes, cut);
+	}
+	work->bytes = bytes;
 }
 
-int64_t vt_blk_request(struct vt_disk *disk, const struct vt_blk_mode *mode,
-		       const struct vt_chain *chain, const struct iovec *segments)
+static void get_id(const struct vt_disk *disk, const struct iovec *writable, uint32_t segment_count,
+		   uint64_t room)
+{
+	char id[VT_BLK_ID_BYTES];
+
+	memcpy(id, disk->id, sizeof(id));
+	put(writable, segment_count, id, room < sizeof(id) ? (size_t)room : sizeof(id));
+}
+
+int64_t vt_blk_begin(struct vt_disk *disk, const struct vt_blk_mode *mode,
+		     const struct vt_chain *chain, const struct iovec *segments, struct vt_io *io,
+		     struct vt_request **request)
 {
 	const struct iovec *writable = segments + chain->readable;
 	struct cursor readable = { .segments = segments, .count = chain->readable };
 	struct cursor room = { .segments = writable, .count = chain->writable };
 	uint64_t out = chain->readable_bytes, in = chain->writable_bytes;
 	const struct iovec *last = &writable[chain->writable ? chain->writable - 1 : 0];
+	struct iovec cut[VT_CHAIN_SEGMENTS];
+	struct vt_blk_work work;
 	struct header header;
-	uint8_t status = S_UNSUPP;
-	char id[VT_BLK_ID_BYTES];
 
 	if (!in || !take(&readable, &header, sizeof(header)))
 		return -EPROTO;
 	out -= sizeof(header);
 	in -= 1;
-	switch (le32toh(header.type)) {
+	work.disk = disk;
+	work.status = (uint8_t *)last->iov_base + last->iov_len - 1;
+	work.written = (int64_t)in + 1;
+	work.answer = S_UNSUPP;
+	work.type = le32toh(header.type);
+	work.stable = mode->write_through && work.type != T_IN;
+	work.synced = false;
+	work.tries = 0;
+	work.data_count = work.range_count = 0;
+	work.bytes = 0;
+	switch (work.type) {
 	case T_IN:
 		count(&disk->figures.reads, 1);
-		status = transfer(disk, mode, le64toh(header.sector), &room, in, false);
+		start_transfer(&work, le64toh(header.sector), &room, in, cut);
 		break;
 	case T_OUT:
 		count(&disk->figures.writes, 1);
-		status = transfer(disk, mode, le64toh(header.sector), &readable, out, true);
+		start_transfer(&work, le64toh(header.sector), &readable, out, cut);
 		break;
 	case T_FLUSH:
 		count(&disk->figures.flushes, 1);
-		status = answer(flush(disk));
+		work.answer = S_OK;
 		break;
 	case T_GET_ID:
-		memcpy(id, disk->id, sizeof(id));
-		put(writable, chain->writable, id, in < sizeof(id) ? (size_t)in : sizeof(id));
-		status = S_OK;
-		break;
+		get_id(disk, writable, chain->writable, in);
+		work.answer = S_OK;
+		return answered(&work);
 	case T_DISCARD:
 	case T_WRITE_ZEROES:
-		if (le32toh(header.type) == T_DISCARD && !disk->discard)
+		if (work.type == T_DISCARD && !disk->discard)
 			break;
 		count(&disk->figures.discards, 1);
-		status = disk->read_only ? S_IOERR :
-					   clear_ranges(disk, &readable, out,
-							le32toh(header.type) == T_DISCARD,
-							mode->write_through);
+		start_ranges(&work, &readable, out);
 		break;
 	default:
 		break;
 	}
-	if (status != S_OK)
-		count(&disk->figures.failed, 1);
-	((volatile uint8_t *)last->iov_base)[last->iov_len - 1] = status;
-	return (int64_t)in + 1;
+	if (disk->memory || work.answer != S_OK)
+		return answered(&work);
+	return begin(&work, chain, segments, io, request);
 }

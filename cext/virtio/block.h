@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "virtio/io.h"
 #include "virtio/ring.h"
 
 #define VT_SECTOR 512u
@@ -22,6 +23,7 @@ struct vt_disk;
 
 struct vt_disk_settings {
 	int fd;               /* of a raw image or a block device; -1 for memory. Not kept: duplicated */
+	int direct_fd;        /* the same, opened with O_DIRECT, for what is aligned; -1: none. Duplicated */
 	uint64_t offset;      /* of the disk's first byte in the file, a multiple of VT_SECTOR */
 	uint64_t size;        /* bytes, a multiple of VT_SECTOR */
 	bool read_only;
@@ -52,12 +54,33 @@ struct vt_blk_mode {
 	bool write_through;   /* it negotiated no flush: a write that is answered is on the disk */
 };
 
-/* Do one request. `segments` are those of the chain.
+/* A request that waits for its disk. What it moves data to and from, and where its answer goes, has
+ * to stay mapped until it has ended. */
+struct vt_request {
+	void *queue;              /* the caller's: whose it is, and its memory */
+	struct vt_memory *memory;
+	struct vt_chain chain;    /* as it was fetched, with `first` 0 */
+	struct iovec *segments;   /* those of the chain */
+	struct vt_blk_work *work; /* block.c's own */
+};
+
+/* Do one request, or begin it. `segments` are those of the chain; they and the chain are copied if
+ * they are needed for longer. `io` is the calling thread's ring; without one (NULL) everything is
+ * done at once, as what needs no waiting always is.
  *
  * Return: the number of bytes to report as written (the status included); -EPROTO for a chain that
- * has no room for a header and a status, which breaks the ring it came from.
+ * has no room for a header and a status, which breaks the ring it came from; -EINPROGRESS with
+ * `*request`, whose result vt_io_reap gives with the request as its tag.
  */
-int64_t vt_blk_request(struct vt_disk *disk, const struct vt_blk_mode *mode,
-		       const struct vt_chain *chain, const struct iovec *segments);
+int64_t vt_blk_begin(struct vt_disk *disk, const struct vt_blk_mode *mode,
+		     const struct vt_chain *chain, const struct iovec *segments, struct vt_io *io,
+		     struct vt_request **request);
+
+/* Go on with a request, whose job ended with `result`. Return: the bytes to report as written; or
+ * -EINPROGRESS, when another job was begun. */
+int64_t vt_blk_continue(struct vt_request *request, struct vt_io *io, int64_t result);
+
+/* Free a request that has ended. */
+void vt_blk_end(struct vt_request *request);
 
 #endif

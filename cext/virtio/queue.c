@@ -53,7 +53,7 @@ int vt_queue_set_dirty_log(struct vt_queue *queue, const struct vt_dirty_log *di
 static int run_start(struct vt_command *command)
 {
 	struct vt_queue *queue = command->queue;
-	struct epoll_event event = { .events = EPOLLIN, .data.ptr = queue };
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.ptr = queue };
 
 	if (queue->kick_fd >= 0 &&
 	    epoll_ctl(queue->worker->epoll, EPOLL_CTL_ADD, queue->kick_fd, &event))
@@ -129,10 +129,14 @@ static int run_stop(struct vt_command *command)
 {
 	struct vt_queue *queue = command->queue;
 
-	/* Requests end within the visit that fetched them, so none is in flight here. */
-	if (queue->kick_fd >= 0)
+	if (queue->kick_fd >= 0 && !queue->broken)
 		epoll_ctl(queue->worker->epoll, EPOLL_CTL_DEL, queue->kick_fd, NULL);
 	vt_queue_forget(queue);
+	if (queue->pending) {
+		/* Run again by whoever completes the last request. */
+		queue->leaving = command;
+		return VT_LATER;
+	}
 	queue->worker->queues--;
 	return 0;
 }
@@ -149,15 +153,25 @@ int vt_queue_stop(struct vt_queue *queue)
 	return base;
 }
 
+/* A queue that waits for its disk stays: what it began belongs to the worker's ring. */
+static int run_move_away(struct vt_command *command)
+{
+	struct vt_queue *queue = command->queue;
+
+	return queue->pending ? -EBUSY : run_stop(command);
+}
+
 int vt_queue_move(struct vt_queue *queue, struct vt_worker *worker)
 {
-	struct vt_command leave = { .run = run_stop, .queue = queue };
+	struct vt_command leave = { .run = run_move_away, .queue = queue };
 	struct vt_command enter = { .run = run_start, .queue = queue };
 	struct vt_command back = enter;
 	struct vt_worker *old = queue->worker;
 	int result;
 
-	vt_worker_ask(old, &leave);
+	result = vt_worker_ask(old, &leave);
+	if (result)
+		return result;
 	queue->worker = worker;
 	result = vt_worker_ask(worker, &enter);
 	if (result) {

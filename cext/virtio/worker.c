@@ -122,55 +122,17 @@ static void unpark(struct vt_worker *worker, uint64_t now)
 }
 
 /* Charge a batch to the queue's limits and to its turn. */
-static void account(struct vt_queue *queue, const struct vt_chain *chains, int got, uint64_t now)
+static void account(struct vt_queue *queue, const struct vt_chain *chains, uint32_t got,
+		    uint64_t now)
 {
 	uint64_t bytes = 0;
 
-	for (int i = 0; i < got; i++)
+	for (uint32_t i = 0; i < got; i++)
 		bytes += (uint64_t)chains[i].readable_bytes + chains[i].writable_bytes;
-	queue->credit -= (int64_t)(bytes + (uint64_t)got * REQUEST_BYTES);
-	__atomic_store_n(&queue->served, queue->served + (uint64_t)got, __ATOMIC_RELAXED);
+	queue->credit -= (int64_t)(bytes + got * REQUEST_BYTES);
+	__atomic_store_n(&queue->served, queue->served + got, __ATOMIC_RELAXED);
 	if (queue->share)
-		vt_share_took(queue->share, (uint32_t)got, bytes, now);
-}
-
-/* Do one batch of what is available, of at most `most`. Return: how many requests there were. */
-static uint32_t serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most, uint64_t now)
-{
-	int got = vt_ring_fetch(queue->ring, worker->chains, most, worker->arena, VT_ARENA);
-
-	if (got <= 0) {
-		if (got < 0)
-			vt_queue_breaks(queue, vt_ring_broken(queue->ring));
-		return 0;
-	}
-	vt_ring_notify_off(queue->ring);
-	account(queue, worker->chains, got, now);
-	for (int i = 0; i < got; i++) {
-		const struct vt_chain *chain = &worker->chains[i];
-		int64_t written = vt_blk_request(queue->disk, &queue->mode, chain,
-						 worker->arena + chain->first);
-
-		if (written < 0) {
-			vt_queue_breaks(queue, "a request without a header or a status");
-			written = 0;
-		}
-		vt_dirty_chain(&queue->dirty, queue->memory, chain, worker->arena + chain->first,
-			       (uint64_t)written);
-		vt_dirty_used(&queue->dirty, vt_ring_used(queue->ring) & (queue->size - 1));
-		vt_ring_complete(queue->ring, chain->head, (uint32_t)written);
-		vt_count(&worker->figures.requests);
-		if (queue->broken)
-			break;
-	}
-	vt_count(&worker->figures.batches);
-	if (vt_ring_publish(queue->ring)) {
-		vt_count(&worker->figures.signals);
-		vt_signal(queue->call_fd);
-	}
-	if (vt_ring_broken(queue->ring))
-		vt_queue_breaks(queue, vt_ring_broken(queue->ring));
-	return (uint32_t)got;
+		vt_share_took(queue->share, got, bytes, now);
 }
 
 /* What of a queue's waiting requests may be done now: not more than its turn among the waking ones
@@ -205,7 +167,7 @@ static uint32_t allowed(struct vt_worker *worker, struct vt_queue *queue, uint64
 static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t now)
 {
 	uint64_t waited = now - queue->worked_at, wait_ns;
-	uint32_t most = allowed(worker, queue, now, &wait_ns);
+	uint32_t most = allowed(worker, queue, now, &wait_ns), got;
 
 	if (!most && wait_ns) {
 		/* No work can come before it is parked, so nothing is gained by a notification. */
@@ -225,7 +187,9 @@ static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t n
 		if (queue->window_ns > worker->poll_ns)
 			queue->window_ns = worker->poll_ns;
 	}
-	worker->since_events += serve(worker, queue, most, now);
+	got = vt_serve(worker, queue, most);
+	account(queue, worker->chains, got, now);
+	worker->since_events += got;
 	queue->worked_at = now;
 	return !queue->broken;
 }
@@ -272,6 +236,15 @@ static void visit_all(struct vt_worker *worker)
 		unpark(worker, now);
 }
 
+void vt_worker_answer(struct vt_worker *worker, struct vt_command *command, int result)
+{
+	pthread_mutex_lock(&worker->lock);
+	command->result = result;
+	command->done = true;
+	pthread_cond_broadcast(&worker->answered);
+	pthread_mutex_unlock(&worker->lock);
+}
+
 static void run_commands(struct vt_worker *worker)
 {
 	struct vt_command *command;
@@ -284,23 +257,35 @@ static void run_commands(struct vt_worker *worker)
 		struct vt_command *next = command->next;
 		int result = command->run(command);
 
-		pthread_mutex_lock(&worker->lock);
-		command->result = result;
-		command->done = true;
-		pthread_cond_broadcast(&worker->answered);
-		pthread_mutex_unlock(&worker->lock);
+		if (result != VT_LATER)
+			vt_worker_answer(worker, command, result);
 		command = next;
 	}
 }
 
-/* Take an eventfd's count without waiting, whatever its mode: that is shared with the driver, who
- * may make it block and read it before we do. */
-static ssize_t read_now(int fd)
+/* Read one of the worker's own descriptors, none of which blocks. */
+static void empty(int fd)
 {
 	uint64_t ignored;
-	struct iovec there = { &ignored, sizeof(ignored) };
 
-	return preadv2(fd, &there, 1, -1, RWF_NOWAIT);
+	if (read(fd, &ignored, sizeof(ignored)) < 0)
+		return;
+}
+
+/* A queue's eventfd was written. It is not read: each write is an event of its own (EPOLLET), and a
+ * reader would only meet others' (EAGAIN). */
+static void kicked(struct vt_worker *worker, struct vt_queue *queue, uint32_t events)
+{
+	if (events & (EPOLLERR | EPOLLHUP)) {
+		vt_queue_breaks(queue, "its kick cannot be read");
+		return;
+	}
+	vt_count(&worker->figures.kicks);
+	/* What waits for its limits is not hurried by its driver. */
+	if (queue->parked)
+		return;
+	queue->worked_at = vt_now_ns();
+	vt_queue_wake(queue);
 }
 
 static void take_events(struct vt_worker *worker, int timeout_ms)
@@ -313,25 +298,16 @@ static void take_events(struct vt_worker *worker, int timeout_ms)
 		vt_count(&worker->figures.sleeps);
 	got = epoll_wait(worker->epoll, events, EVENTS, timeout_ms);
 	for (int i = 0; i < got; i++) {
-		bool is_timer = events[i].data.ptr == &worker->timer;
-		struct vt_queue *queue = is_timer ? NULL : events[i].data.ptr;
-		int fd = is_timer ? worker->timer : queue ? queue->kick_fd : worker->mailbox;
-		uint64_t ignored;
-		ssize_t size = is_timer ? read(fd, &ignored, sizeof(ignored)) : read_now(fd);
+		void *source = events[i].data.ptr;
 
-		/* EAGAIN is normal: somebody else's wake-up, or one that was taken before. */
-		if (queue && (!size || (size < 0 && errno != EAGAIN && errno != EINTR)))
-			vt_queue_breaks(queue, "its kick is not an eventfd");
-		if (!queue) {
-			asked = asked || !is_timer;
-			continue;
+		if (!source) {
+			empty(worker->mailbox);
+			asked = true;
+		} else if (source == &worker->timer) {
+			empty(worker->timer);
+		} else if (source != &worker->io) {
+			kicked(worker, source, events[i].events);
 		}
-		vt_count(&worker->figures.kicks);
-		/* What waits for its limits is not hurried by its driver. */
-		if (queue->parked)
-			continue;
-		queue->worked_at = vt_now_ns();
-		vt_queue_wake(queue);
 	}
 	if (worker->due != UINT64_MAX) {
 		uint64_t now = vt_now_ns();
@@ -339,9 +315,39 @@ static void take_events(struct vt_worker *worker, int timeout_ms)
 		if (worker->due <= now)
 			unpark(worker, now);
 	}
-	/* After the kicks: a command may free a queue that an event names. */
+	if (worker->io && vt_io_ready(worker->io))
+		vt_serve_finished(worker);
+	/* After the rest: a command may free a queue that an event names. */
 	if (asked)
 		run_commands(worker);
+}
+
+/* Start what was begun, and take what is done. Return: whether the worker may sleep. */
+static bool attend_io(struct vt_worker *worker)
+{
+	bool started;
+
+	if (!worker->io)
+		return true;
+	started = vt_io_submit(worker->io);
+	if (vt_io_ready(worker->io)) {
+		vt_serve_finished(worker);
+		started = vt_io_submit(worker->io) && started;
+	}
+	return started;
+}
+
+/* The thread's own ring, if the kernel gives it one; without it disks are waited for. */
+static void begin_io(struct vt_worker *worker)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.ptr = &worker->io };
+
+	if (vt_io_create(&worker->io))
+		return;
+	if (epoll_ctl(worker->epoll, EPOLL_CTL_ADD, vt_io_descriptor(worker->io), &event)) {
+		vt_io_destroy(worker->io);
+		worker->io = NULL;
+	}
 }
 
 static void *work(void *argument)
@@ -349,9 +355,13 @@ static void *work(void *argument)
 	struct vt_worker *worker = argument;
 	uint32_t rounds = 0;
 
+	begin_io(worker);
 	while (!worker->ending) {
+		/* What the kernel had no room for is tried again soon. */
+		int patience_ms = attend_io(worker) ? -1 : 1;
+
 		if (!worker->awake) {
-			take_events(worker, -1);
+			take_events(worker, patience_ms);
 			continue;
 		}
 		visit_all(worker);
@@ -361,6 +371,7 @@ static void *work(void *argument)
 			take_events(worker, 0);
 		}
 	}
+	vt_io_destroy(worker->io);
 	return NULL;
 }
 

@@ -62,7 +62,7 @@ void vt_worker_figures(const struct vt_worker *worker, struct vt_worker_figures 
 int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *settings,
 		   struct vt_queue **queue);
 
-/* End a queue when its requests have ended. Return: the next available entry (0 to 65535). */
+/* End a queue when its requests have ended, also those that wait for a disk. Return: the next available entry (0 to 65535). */
 int vt_queue_stop(struct vt_queue *queue);
 
 /* Have another worker serve a queue from now on. Return: 0; or a negative errno, and the queue is

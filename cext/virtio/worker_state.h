@@ -1,9 +1,10 @@
-/* The inside of workers and their queues, for worker.c and queue.c alone.
+/* The inside of workers and their queues, for worker.c, serve.c and queue.c alone.
  *
  * All of a queue that runs belongs to its worker's thread. */
 #ifndef VT_VIRTIO_WORKER_STATE_H
 #define VT_VIRTIO_WORKER_STATE_H
 
+#include <errno.h>
 #include <pthread.h>
 
 #include "virtio/worker.h"
@@ -30,6 +31,10 @@ struct vt_queue {
 	uint32_t size;
 	uint64_t window_ns;     /* how long, after its last work */
 	uint64_t worked_at;
+	uint32_t pending;       /* requests that wait for the disk */
+	bool unpublished;       /* some of them have ended just now */
+	struct vt_queue *next_finished;
+	struct vt_command *leaving; /* waits for the last of them */
 	struct vt_queue *next;  /* of the awake ones, or of the parked ones */
 };
 
@@ -54,10 +59,15 @@ struct vt_worker {
 	uint32_t since_events;  /* requests done since events were taken */
 	struct vt_queue *awake, *parked;
 	uint64_t due;           /* of the parked queue whose time comes first; UINT64_MAX: none */
+	struct vt_io *io;       /* NULL where there is no io_uring */
 	struct vt_worker_figures figures;
 	struct iovec arena[VT_ARENA];
 	struct vt_chain chains[VT_BATCH];
 };
+
+/* A command's result: it is answered later, by vt_worker_answer. */
+#define VT_LATER INT32_MIN
+
 
 /* Add 1 to a counter that other threads read. */
 void vt_count(uint64_t *counter);
@@ -67,6 +77,16 @@ void vt_signal(int fd);
 
 /* Have the worker run a command, and wait for its answer. Return: the command's result. */
 int vt_worker_ask(struct vt_worker *worker, struct vt_command *command);
+
+/* Give a command its answer, after which it is no more. */
+void vt_worker_answer(struct vt_worker *worker, struct vt_command *command, int result);
+
+/* Do one batch of what a queue has available, `most` requests of it at most; what has to wait for a
+ * disk is begun. Return: how many requests were taken. */
+uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most);
+
+/* Go on with, or complete, the requests whose disk has answered. */
+void vt_serve_finished(struct vt_worker *worker);
 
 /* For commands: have the worker look at a queue by itself from now on, or no more. */
 void vt_queue_wake(struct vt_queue *queue);

@@ -44,6 +44,9 @@ SizeOption = Annotated[
 SerialOption = Annotated[str, typer.Option("--serial", metavar="TEXT", help="At most 20 bytes.")]
 BlockSizeOption = Annotated[int, typer.Option("--block-size", metavar="BYTES", help="512 to 4096.")]
 QueuesOption = Annotated[int, typer.Option("--queues", metavar="N", help="Virtqueues.")]
+DirectOption = Annotated[
+    bool, typer.Option("--direct", help="Read and write the file past the page cache.")
+]
 CapabilitiesOption = Annotated[
     bool, typer.Option("--print-capabilities", help="Print what this back end can do.")
 ]
@@ -96,6 +99,7 @@ def vhost_user_blk(
     serial: SerialOption = "",
     block_size: BlockSizeOption = 512,
     queues: QueuesOption = 1,
+    direct: DirectOption = False,
     threads: ThreadsOption = 1,
     poll_us: PollOption = 0,
     iops_limit: IopsOption = None,
@@ -126,6 +130,7 @@ def vhost_user_blk(
         serial=serial,
         block_size=block_size,
         queues=queues,
+        direct=direct,
     )
     rate = parse_rate(iops_limit, bandwidth_limit, burst, dashes=True)
     settings = ExportSettings("disk", socket_path or "", disk, rate)

@@ -120,7 +120,8 @@ def log_bytes(queue_size: int) -> int:
 class RawDisk:
     """A disk in memory (`fd` None) or in a raw file from `offset` on; sizes in bytes.
 
-    The descriptor is duplicated. Raises UsageError for sizes that are no multiples of 512.
+    `direct_fd` is the same file opened with O_DIRECT, for requests that are aligned; others go through
+    the page cache. The descriptors are duplicated. Raises UsageError for sizes that are no multiples of 512.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class RawDisk:
         size: int,
         *,
         fd: int | None = None,
+        direct_fd: int | None = None,
         offset: int = 0,
         read_only: bool = False,
         discard: bool = True,
@@ -135,6 +137,7 @@ class RawDisk:
     ) -> None:
         settings = ffi.new("struct vt_disk_settings *")
         settings.fd = -1 if fd is None else fd
+        settings.direct_fd = -1 if direct_fd is None else direct_fd
         settings.offset, settings.size = offset, size
         settings.read_only, settings.discard = read_only, discard
         settings.id = serial.encode()[: lib.VT_BLK_ID_BYTES].ljust(lib.VT_BLK_ID_BYTES, b"\0")

@@ -58,6 +58,8 @@ class DiskSettings:
     serial: str = ""
     block_size: int = SECTOR
     queues: int = 1
+    direct: bool = False
+    """Past the page cache (O_DIRECT), where a request is aligned."""
 
 
 def check(settings: DiskSettings) -> None:
@@ -75,6 +77,8 @@ def check(settings: DiskSettings) -> None:
         raise UsageError(f"--size {settings.size}: not a multiple of the block size {size}")
     if settings.path is None and settings.size is None:
         raise UsageError("a disk in memory has no size", hint="give it: --ram 1G")
+    if settings.direct and settings.path is None:
+        raise UsageError("--direct is of a file, not of a disk in memory")
     if len(settings.serial.encode()) > 20 or not settings.serial.isprintable():
         raise UsageError(f"--serial {settings.serial!r}: not at most 20 printable bytes")
 
@@ -91,12 +95,15 @@ class BlockDisk:
         check(settings)
         self.settings = settings
         with ExitStack() as stack:
-            descriptor, available = None, settings.size or 0
+            descriptor, direct, available = None, None, settings.size or 0
             if settings.path is not None:
                 descriptor = _open(settings)
                 stack.callback(os.close, descriptor)
                 lock(descriptor, settings.path, read_only=settings.read_only)
                 available = _available(descriptor, settings)
+                if settings.direct:
+                    direct = _open_direct(settings)
+                    stack.callback(os.close, direct)
             self.size = settings.size if settings.size is not None else available
             if self.size > available or not self.size:
                 raise UsageError(
@@ -106,6 +113,7 @@ class BlockDisk:
             self.raw = RawDisk(
                 self.size,
                 fd=descriptor,
+                direct_fd=direct,
                 offset=settings.offset,
                 read_only=settings.read_only,
                 serial=settings.serial,
@@ -205,6 +213,20 @@ def _open(settings: DiskSettings) -> int:
         os.close(descriptor)
         raise UsageError(f"{path}: neither a regular file nor a block device")
     return descriptor
+
+
+def _open_direct(settings: DiskSettings) -> int:
+    """The image once more, for direct I/O."""
+    path = settings.path or ""
+    flags = os.O_RDONLY if settings.read_only else os.O_RDWR
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise UsageError(
+                f"--direct: the file system of {path} has no direct I/O", hint="leave it out"
+            ) from error
+        raise from_oserror(f"open {path}", error) from error
 
 
 def _available(descriptor: int, settings: DiskSettings) -> int:

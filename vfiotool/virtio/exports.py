@@ -38,6 +38,7 @@ _KINDS: dict[str, type] = {
     "queues": int,
     "weight": int,
     "group": str,
+    "direct": bool,
 }
 _SIZES = ("ram", "offset", "size")
 _LIMITS = ("iops_limit", "bandwidth_limit", "burst")
@@ -215,6 +216,7 @@ def _parse_export(table: dict[str, Any]) -> ExportSettings:
         serial=table.get("serial", name[:20]),
         block_size=table.get("block_size", 512),
         queues=table.get("queues", 1),
+        direct=table.get("direct", False),
     )
     check(disk)
     if "group" in table and not _NAME.fullmatch(table["group"]):

@@ -1,0 +1,110 @@
+#include "virtio/worker_state.h"
+
+/* Make completions visible, and signal them if the driver wants to be. */
+static void publish(struct vt_worker *worker, struct vt_queue *queue)
+{
+	vt_count(&worker->figures.batches);
+	if (vt_ring_publish(queue->ring)) {
+		vt_count(&worker->figures.signals);
+		vt_signal(queue->call_fd);
+	}
+	if (vt_ring_broken(queue->ring))
+		vt_queue_breaks(queue, vt_ring_broken(queue->ring));
+}
+
+static void complete(struct vt_worker *worker, struct vt_queue *queue,
+		     const struct vt_memory *memory, const struct vt_chain *chain,
+		     const struct iovec *segments, int64_t written)
+{
+	if (written < 0) {
+		vt_queue_breaks(queue, "a request without a header or a status");
+		written = 0;
+	}
+	vt_dirty_chain(&queue->dirty, memory, chain, segments, (uint64_t)written);
+	vt_dirty_used(&queue->dirty, vt_ring_used(queue->ring) & (queue->size - 1));
+	vt_ring_complete(queue->ring, chain->head, (uint32_t)written);
+	vt_count(&worker->figures.requests);
+}
+
+uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most)
+{
+	int got = vt_ring_fetch(queue->ring, worker->chains, most, worker->arena, VT_ARENA);
+	bool completed = false;
+
+	if (got <= 0) {
+		if (got < 0)
+			vt_queue_breaks(queue, vt_ring_broken(queue->ring));
+		return 0;
+	}
+	vt_ring_notify_off(queue->ring);
+	for (int i = 0; i < got && !queue->broken; i++) {
+		const struct vt_chain *chain = &worker->chains[i];
+		const struct iovec *segments = worker->arena + chain->first;
+		struct vt_request *request;
+		int64_t written = vt_blk_begin(queue->disk, &queue->mode, chain, segments,
+					       worker->io, &request);
+
+		if (written == -EINPROGRESS) {
+			request->queue = queue;
+			request->memory = vt_memory_get(queue->memory);
+			queue->pending++;
+			continue;
+		}
+		complete(worker, queue, queue->memory, chain, segments, written);
+		completed = true;
+	}
+	if (completed)
+		publish(worker, queue);
+	return (uint32_t)got;
+}
+
+/* Let a queue go whose last request has ended. */
+static void leave(struct vt_worker *worker, struct vt_queue *queue)
+{
+	struct vt_command *command = queue->leaving;
+
+	if (!command || queue->pending)
+		return;
+	queue->leaving = NULL;
+	vt_worker_answer(worker, command, command->run(command));
+}
+
+void vt_serve_finished(struct vt_worker *worker)
+{
+	struct vt_queue *finished = NULL;
+	uint64_t now = vt_now_ns();
+	int32_t result;
+	void *tag;
+
+	while (vt_io_reap(worker->io, &tag, &result)) {
+		struct vt_request *request = tag;
+		struct vt_queue *queue = request->queue;
+		int64_t written = vt_blk_continue(request, worker->io, result);
+
+		if (written == -EINPROGRESS)
+			continue;
+		complete(worker, queue, request->memory, &request->chain, request->segments,
+			 written);
+		vt_memory_put(request->memory);
+		vt_blk_end(request);
+		queue->pending--;
+		if (!queue->unpublished) {
+			queue->unpublished = true;
+			queue->next_finished = finished;
+			finished = queue;
+		}
+	}
+	while (finished) {
+		struct vt_queue *queue = finished;
+
+		finished = queue->next_finished;
+		queue->unpublished = false;
+		publish(worker, queue);
+		/* More is likely to come: look, instead of being told. */
+		if (queue->window_ns && !queue->parked && !queue->leaving && !queue->broken) {
+			queue->worked_at = now;
+			vt_queue_wake(queue);
+		}
+		leave(worker, queue);
+	}
+}
