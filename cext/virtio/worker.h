@@ -66,7 +66,7 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 int vt_queue_stop(struct vt_queue *queue);
 
 /* Have another worker serve a queue from now on. Return: 0; or a negative errno, and the queue is
- * where it was. */
+ * where it was: -EBUSY while it waits for its disk. */
 int vt_queue_move(struct vt_queue *queue, struct vt_worker *worker);
 
 /* Requests that the queue did since its start. */

@@ -120,8 +120,9 @@ def log_bytes(queue_size: int) -> int:
 class RawDisk:
     """A disk in memory (`fd` None) or in a raw file from `offset` on; sizes in bytes.
 
-    `direct_fd` is the same file opened with O_DIRECT, for requests that are aligned; others go through
-    the page cache. The descriptors are duplicated. Raises UsageError for sizes that are no multiples of 512.
+    `direct_fd` is the same file opened with O_DIRECT, for requests that are aligned; others go
+    through the page cache. The descriptors are duplicated. Raises UsageError for sizes that are no
+    multiples of 512.
     """
 
     def __init__(
