@@ -76,6 +76,8 @@ def test_machine_is_consistent(name: str) -> None:
     for item in machine.devices:
         pairs = dict(item.properties)
         assert pairs.get("bus", "pcie.0") in ids, item
+        ids |= {"sd-bus"} if item.model == "sdhci-pci" else set()
+        ids |= {f"{pairs.get('id')}.0"} if item.model == "qemu-xhci" else set()
         assert pairs.get("drive", "") in {"", *(disk.id for disk in machine.disks)}
         assert pairs.get("netdev", "") in {"", *machine.networks}
         ids.add(pairs.get("id", ""))

@@ -18,6 +18,8 @@ from vfiotool.usage.standing import Standings
 from vfiotool.usage.survey import look, survey
 
 DISK, NIC, GPU, USB = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0", "0000:04:00.0"
+ENGINE = "0000:05:00.0"
+DEVICES = (DISK, NIC, GPU, USB, ENGINE)
 ERRNOS = (
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     *(errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE, errno.ELOOP),
@@ -25,6 +27,7 @@ ERRNOS = (
 TABLES = (
     *(paths.MOUNTS, paths.OPEN_NODES, paths.BLOCK_LOOPS, paths.BLOCK_TARGETS),
     *(paths.NET_LINKS, paths.NET_ROUTES, paths.NET_ADDRESSES, paths.NET_KINDS, paths.NET_CALLER),
+    paths.NET_TRAFFIC,
 )
 Call = tuple[str, str]
 
@@ -74,6 +77,10 @@ def quiet_host() -> SmallHost:
     small.file(paths.NET_LINKS, f"self\t1\tlo\t\t\t\t\t\t\t\nself\t2\teth1\t\t\t\t\t{path}\t\t\n.")
     small.function(GPU, class_code="030000", driver="bochs-drm", group=3)
     small.function(USB, class_code="0c0330", driver="xhci_hcd", group=4)
+    small.function(ENGINE, class_code="0b4000", driver="4xxx", group=5)
+    small.file(
+        paths.PROC_CRYPTO, "name : cbc(aes)\ndriver : qat_aes\nmodule : intel_qat\nrefcnt : 1"
+    )
     small.folders |= {"/sys/class/input", "/sys/class/drm", "/sys/bus/mdev/devices"}
     return small
 
@@ -85,7 +92,7 @@ def verdict(tree: MemoryTree, address: str) -> str:
     return Standings(host).of(function).verdict
 
 
-@pytest.mark.parametrize("address", [DISK, NIC, GPU, USB])
+@pytest.mark.parametrize("address", DEVICES)
 def test_a_host_that_is_seen_whole_has_available_devices(address: str) -> None:
     assert verdict(FailingTree(quiet_host()), address) == "available"
 
@@ -109,7 +116,7 @@ def documented() -> list[str]:
 
 def test_the_page_lists_what_is_looked_at_and_nothing_else() -> None:
     names = documented()
-    asked = {path for address in (DISK, NIC, GPU, USB) for _, path in looks(address)}
+    asked = {path for address in DEVICES for _, path in looks(address)}
     own = [value for value in vars(paths).values() if isinstance(value, str)]
     for path in sorted(asked):
         said = path.removeprefix(paths.OBSERVED).removeprefix("/sys/devices/pci0000:00")
@@ -122,7 +129,7 @@ def test_the_page_lists_what_is_looked_at_and_nothing_else() -> None:
 
 
 def failures() -> Iterator[tuple[str, Call]]:
-    for address in (DISK, NIC, GPU, USB):
+    for address in DEVICES:
         for call in looks(address):
             yield address, call
 
@@ -135,7 +142,7 @@ def test_a_look_that_fails_never_reads_as_unused(address: str, call: Call) -> No
         assert verdict(tree, address) == "blocked", (errno.errorcode[number], call)
 
 
-@pytest.mark.parametrize("address", [DISK, NIC, GPU, USB])
+@pytest.mark.parametrize("address", DEVICES)
 @pytest.mark.parametrize("table", TABLES)
 def test_an_observation_that_is_absent_on_a_running_host_blocks(address: str, table: str) -> None:
     asked = {path for _, path in looks(address)}
@@ -146,7 +153,7 @@ def test_an_observation_that_is_absent_on_a_running_host_blocks(address: str, ta
 
 @pytest.mark.parametrize("table", TABLES)
 def test_an_observation_that_is_cut_short_anywhere_blocks(table: str) -> None:
-    for address in (DISK, NIC, GPU, USB):
+    for address in DEVICES:
         if ("read", table) not in looks(address):
             continue
         whole = quiet_host().files[table]

@@ -12,13 +12,15 @@ point: one that is missing was cut short.
                         name, kind; namespace and index of the interface that it stands on; index
                         of its master; its device's path below /sys; addresses with commas; `xdp`
     net-routes          interface, a route of it (`default via 10.0.0.1 table 100`)
+    net-traffic         interface; `redirected` (tc sends it packets), `filtered` (tc filters see
+                        its own) or a socket that is bound to it (`udp port 67`)
     caller              server address, client address of the SSH session of the caller, if any
     open-nodes          pid, command, node, the device's path below /sys (`?` of a VFIO device
                         that the kernel does not tell, `char/195:0` of one without a path)
     mounts              pid (or `self`, or a namespace's path), a line of its mountinfo
     block-claim/NAME    `claimed`, `free`, or `unknown` and an errno
     block-loops         loop device, `major:minor` of the block device below it
-    block-targets       subsystem of the NVMe target, namespace, path, `major:minor`
+    block-targets       subsystem of the NVMe target, namespace (or `passthru`), path, `major:minor`
     vfio-claim/GROUP    as block-claim, of a VFIO group
     other-tools         tool, file, device, setting (host_claims.py)
     eswitch/ADDRESS     `legacy`, `switchdev`, `none` for a driver without, `unknown` and an errno
@@ -44,6 +46,7 @@ from vfiotool.host.paths import (
     NET_KINDS,
     NET_LINKS,
     NET_ROUTES,
+    NET_TRAFFIC,
     OBSERVED_END,
     OPEN_NODES,
     OTHER_TOOLS,
@@ -108,6 +111,7 @@ _MAKERS: dict[str, Callable[[], str]] = {
     NET_KINDS: observe_net.net_kinds,
     NET_LINKS: observe_net.net_links,
     NET_ROUTES: observe_net.net_routes,
+    NET_TRAFFIC: observe_net.net_traffic,
     NET_CALLER: caller,
     OPEN_NODES: observe_files.open_nodes,
     MOUNTS: observe_files.mounts,

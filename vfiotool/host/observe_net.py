@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _MAIN_TABLE = 254
 # A host that carries the Internet's routes has a million: what matters is that there are some.
 _ROUTES_TOLD = 16
+_SOCKETS_TOLD = 4
 # Pairs of interfaces that name each other and carry nothing of one another's.
 _PAIRS = frozenset({"veth", "vxcan", "netkit"})
 
@@ -52,6 +53,23 @@ def net_routes() -> str:
         table = "" if route.table == _MAIN_TABLE else f" table {route.table}"
         texts[f"{route.target}{via}{table}"] = None
     return "".join(f"{name}\t{text}\n" for name, texts in sorted(told.items()) for text in texts)
+
+
+def net_traffic() -> str:
+    """What tc rules and sockets do with the interfaces of this namespace, addresses or none."""
+    from vfiotool.netlink.route import read_links
+    from vfiotool.netlink.traffic import read_bound_sockets, read_filtered, read_redirected
+
+    names = {link.index: plain(link.name) for link in read_links()}
+    found = [(index, "redirected") for index in sorted(read_redirected())]
+    found += [(index, "filtered") for index in sorted(read_filtered())]
+    told: dict[int, dict[str, None]] = {}
+    for item in read_bound_sockets():
+        texts = told.setdefault(item.index, {})
+        if len(texts) < _SOCKETS_TOLD:
+            texts[f"{item.protocol} port {item.port}" if item.port else item.protocol] = None
+    found += [(index, text) for index, texts in sorted(told.items()) for text in texts]
+    return "".join(f"{names.get(index, f'#{index}')}\t{text}\n" for index, text in found)
 
 
 def net_links() -> str:

@@ -171,11 +171,15 @@ def targets() -> str:
 def _targets() -> list[str]:
     found = []
     for system in sorted(os.listdir(SYS_NVME_TARGETS)):
-        folder = f"{SYS_NVME_TARGETS}/{system}/namespaces"
-        for number in sorted(os.listdir(folder)):
-            base = f"{folder}/{number}"
+        folder = f"{SYS_NVME_TARGETS}/{system}"
+        exports = [f"namespaces/{number}" for number in sorted(os.listdir(f"{folder}/namespaces"))]
+        # A whole controller (drivers/nvme/target/passthru.c), where the kernel can do that.
+        exports += ["passthru"] * os.path.isdir(f"{folder}/passthru")
+        for export in exports:
+            base = f"{folder}/{export}"
             if _text(f"{base}/enable") != "1":
                 continue
+            number = export.rpartition("/")[2]
             path = _text(f"{base}/device_path")
             try:
                 status = os.stat(path)
@@ -183,7 +187,7 @@ def _targets() -> list[str]:
                 why = errno.errorcode.get(error.errno or 0)
                 found.append(f"!\twhat {system} exports as {plain(path)}: {why}\n")
                 continue
-            if stat.S_ISBLK(status.st_mode):
+            if stat.S_ISBLK(status.st_mode) or number == "passthru":
                 where = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
                 found.append(f"{plain(system)}\t{number}\t{plain(path)}\t{where}\n")
     return found

@@ -55,9 +55,9 @@ class Disk:
 @dataclass(frozen=True)
 class Machine:
     """A guest's hardware. `load` are modules that the guest loads at start (no udev does),
-    `kernel_arguments` further words on its kernel's command line. Without `firmware_hotplug`
-    ports and bridges plug by their own controllers, on pciehp and shpchp. `served` are devices
-    that processes serve over vfio-user."""
+    `objects` what devices refer to (QEMU's `-object`), `kernel_arguments` further words on its
+    kernel's command line. Without `firmware_hotplug` ports and bridges plug by their own
+    controllers, on pciehp and shpchp. `served` are devices that processes serve over vfio-user."""
 
     name: str
     summary: str
@@ -67,6 +67,7 @@ class Machine:
     networks: tuple[str, ...] = ()
     load: tuple[str, ...] = ()
     memory_mib: int = 1024
+    objects: tuple[str, ...] = ()
     kernel_arguments: tuple[str, ...] = ()
     firmware_hotplug: bool = True
     served: tuple[VfioUserDevice, ...] = ()
@@ -261,6 +262,33 @@ _ALL = (
         load=("igb", "e1000e"),
     ),
     Machine(
+        "uses",
+        "what hosts use besides disks and networks: USB, CAN, a crypto engine, a card reader, IPMI",
+        (
+            device("kvaser_pci", id="can0", bus="pcie.0", addr="0x1", canbus="bus0"),
+            device("sdhci-pci", id="sdhci0", bus="pcie.0", addr="0x2"),
+            device("sd-card", bus="sd-bus", drive="card"),
+            device("ipmi-bmc-sim", id="bmc0"),
+            device("pci-ipmi-kcs", bmc="bmc0", bus="pcie.0", addr="0x3"),
+            root_port(1),
+            device("qemu-xhci", id="xhci0", bus="rp1"),
+            device("usb-storage", bus="xhci0.0", drive="stick"),
+            device("usb-net", bus="xhci0.0", netdev="net2", mac="52:54:00:00:0a:00"),
+            *IGB,
+            root_port(3),
+            e1000e(0, port=3, network="net1", mac="52:54:00:00:03:00"),
+            *nvme(0, port=4),
+            *nvme(1, port=5),
+            root_port(6),
+            device("virtio-crypto-pci", bus="rp6", cryptodev="engine0"),
+            EMPTY_PORT,
+        ),
+        disks=(Disk("nvme0"), Disk("nvme1"), Disk("stick"), Disk("card")),
+        networks=("net0", "net1", "net2"),
+        load=("nvme", "igb", "e1000e", "xhci_pci", "usb_storage", "sd_mod"),
+        objects=("can-bus,id=bus0", "cryptodev-backend-builtin,id=engine0"),
+    ),
+    Machine(
         "full",
         "edu, pci-testdev, NVMe with VFs, a second NVMe, igb, a shared group, the mdev samples",
         (
@@ -329,6 +357,8 @@ def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[st
         result += ["-drive", f"if=none,id={disk.id},format=raw,cache=unsafe,file={file}"]
     for network in machine.networks:
         result += ["-netdev", f"hubport,id={network},hubid=0"]
+    for thing in machine.objects:
+        result += ["-object", thing]
     for item in machine.devices:
         if not item.optional or item.model in models:
             result += ["-device", item.argument()]

@@ -66,8 +66,15 @@ KINDS = {
         ),
         BlockerKind(
             "packet-socket",
-            "a program takes packets straight from an interface of it",
-            "`/proc/net/packet`; XDP programs by rtnetlink",
+            "a program takes packets straight from an interface of it, or is bound to it",
+            "`/proc/net/packet`; XDP programs by rtnetlink; CAN sockets by `/proc/net/can`; "
+            "sockets with SO_BINDTODEVICE by sock_diag",
+            order=6,
+        ),
+        BlockerKind(
+            "traffic-rule",
+            "tc rules take packets from an interface of it, or send it packets of another",
+            "filters of ingress and clsact, and mirred actions, by rtnetlink",
             order=6,
         ),
         BlockerKind(
@@ -110,6 +117,11 @@ KINDS = {
             "the kernel takes random numbers from it",
             "`/sys/class/misc/hw_random/rng_current`",
             ends_with_driver=True,
+        ),
+        BlockerKind(
+            "crypto-engine",
+            "the kernel encrypts with it: dm-crypt, IPsec, kernel TLS, af_alg",
+            "`/proc/crypto`, by its driver's module",
         ),
         BlockerKind(
             "open-file",

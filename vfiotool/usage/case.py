@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class HostFacts:
     """What the host says for all its devices alike.
 
     `denylist_off`: vfio-pci takes even what it counts as unsafe; `has_vfio_pci` is None where the
-    tree does not tell; `lockdown` the kernel's mode, None where there is none.
+    tree does not tell; `lockdown` the kernel's mode, None where there is none. `privileged`: root
+    looked, who sees all there is; None where the tree is not the running machine.
     """
 
     platform: Platform
@@ -41,6 +43,7 @@ class HostFacts:
     has_vfio_pci: bool | None
     lockdown: str | None
     distribution: Distribution
+    privileged: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,7 @@ def read_host_facts(host: Host) -> HostFacts:
         has_vfio_pci=_has_vfio_pci(host),
         lockdown=None if lockdown is None or lockdown[1] == "none" else lockdown[1],
         distribution=read_distribution(host),
+        privileged=os.geteuid() == 0 if host.live else None,
     )
 
 

@@ -22,7 +22,7 @@ _DM_KINDS = {
 }
 _MAX_LAYERS = 4096
 # The attribute that holds `major:minor`.
-_NUMBER = "dev"
+NUMBER = "dev"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,13 @@ def stack_on(host: Sight, names: Iterable[str]) -> tuple[Layer, ...]:
     """The devices of `names` and all that stands on them: partitions and holders, recursively."""
     paths = host.attached.block
     loops = _loops(host, paths)
+    backed = host.once("disks behind zram", lambda sight: _backed(sight, paths))
     found: dict[str, tuple[str, ...]] = {name: (name,) for name in sorted(names)}
     queue = list(found)
     while queue and len(found) < _MAX_LAYERS:
         name = queue.pop(0)
         above = host.listdir(f"{SYS_BLOCK}/{name}/holders") + loops.get(name, [])
+        above += backed.get(name, [])
         if name in paths and len(found[name]) > 1:
             inside = (
                 other for other, where in paths.items() if where.startswith(paths[name] + "/")
@@ -53,7 +55,7 @@ def stack_on(host: Sight, names: Iterable[str]) -> tuple[Layer, ...]:
                 found[upper] = (*found[name], upper)
                 queue.append(upper)
     return tuple(
-        Layer(name, host.read(f"{SYS_BLOCK}/{name}/{_NUMBER}"), chain)
+        Layer(name, host.read(f"{SYS_BLOCK}/{name}/{NUMBER}"), chain)
         for name, chain in found.items()
     )
 
@@ -78,13 +80,28 @@ def _loops(host: Sight, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def _backed(host: Sight, names: Iterable[str]) -> dict[str, list[str]]:
+    """Block device -> the zram devices that write their pages back to it, no holders either.
+
+    Source: Documentation/admin-guide/blockdev/zram.rst, writeback. It claims what is below, so
+    that a path that leads nowhere any more is told by the claim.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        node = host.read(f"{SYS_BLOCK}/{name}/backing_dev") if name[:4] == "zram" else None
+        lower = None if node is None else block_name(host, node)
+        if lower is not None:
+            found.setdefault(lower, []).append(name)
+    return found
+
+
 def by_number(host: Sight) -> dict[str, str]:
     """All block devices by `major:minor`."""
     return host.once("block devices by number", _by_number)
 
 
 def _by_number(host: Sight) -> dict[str, str]:
-    numbers = ((host.read(f"{SYS_BLOCK}/{name}/{_NUMBER}"), name) for name in host.attached.block)
+    numbers = ((host.read(f"{SYS_BLOCK}/{name}/{NUMBER}"), name) for name in host.attached.block)
     return {number: name for number, name in numbers if number}
 
 
@@ -109,6 +126,8 @@ def describe(host: Sight, name: str) -> str:
         return f"{name} (MD {level})"
     if host.exists(f"{base}/loop/backing_file"):
         return f"{name} (loop device)"
+    if host.exists(f"{base}/backing_dev"):
+        return f"{name} (zram, which writes pages back to it)"
     return f"{name} (bcache)" if host.isdir(f"{base}/bcache") else name
 
 
@@ -127,6 +146,8 @@ def take_down(host: Sight, name: str) -> str | None:
         return f"{command or 'dmsetup remove'} {shlex.quote(label)}"
     if host.exists(f"{base}/loop/backing_file"):
         return f"losetup --detach {DEV}/{name}"
+    if host.exists(f"{base}/backing_dev"):
+        return f"zramctl --reset {DEV}/{name}"
     if host.isdir(f"{base}/md"):
         return f"mdadm --stop {DEV}/{name}"
     return f"echo 1 > {base}/bcache/stop" if host.isdir(f"{base}/bcache") else None

@@ -22,16 +22,16 @@ from vfiotool.host.paths import (
     NET_KINDS,
     NET_ROUTES,
     PROC,
-    PROC_PACKET,
     PROC_PPPOE,
     PROC_ROUTE,
     PROC_ROUTE6,
     SYS_NET,
 )
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.far_disks import vital_over_network
 from vfiotool.usage.links import SELF, Graph, Interface, in_namespace, namespace_text, read_graph
-from vfiotool.usage.mounts import vital_mounts
 from vfiotool.usage.sight import Sight
+from vfiotool.usage.traffic import traffic_usage
 
 # include/uapi/linux/route.h, ipv6_route.h
 _RTF_UP = 0x1
@@ -40,7 +40,6 @@ _RTF_REJECT = 0x200
 _RTF_ANYCAST = 0x00100000
 _RTF_LOCAL = 0x80000000
 _MAX_UPPERS = 1024
-_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "fuse.glusterfs"}
 
 
 class Placed(Protocol):
@@ -75,7 +74,7 @@ def network_usage(host: Sight, function: Placed) -> Usage:
         ]
         found += routes
         found += _pppoe(host, function.address, carriers)
-        found += _listeners(host, function.address, carriers)
+        found += traffic_usage(host, function.address, carriers)
     found += _other_namespaces(graph, function, carriers)
     return Usage(tuple(found))
 
@@ -155,15 +154,7 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
     addresses = _addresses(host)
     caller = _caller(host)
     routes = read_routes(host)
-    over_network = next(
-        (
-            f"{mount.point} is mounted over the network ({mount.type} from {mount.source}), "
-            "perhaps by this interface: the host runs from it"
-            for mount in vital_mounts(host)
-            if mount.type in _NETWORK_FILE_SYSTEMS
-        ),
-        None,
-    )
+    over_network = vital_over_network(host)
     found = []
     for name, chain in sorted(carriers.items()):
         cidrs = [cidr for cidr in addresses.get(name, []) if not _is_automatic(cidr)]
@@ -346,27 +337,3 @@ def _interfaces_of(graph: Graph, function: Placed) -> list[Interface]:
 
 def _evidence(where: str) -> str:
     return where if where.startswith("/") else f"{PROC}/{where}/ns/net"
-
-
-def _listeners(host: Sight, address: str, carriers: Mapping[str, tuple[str, ...]]) -> list[Blocker]:
-    """Programs that take packets straight from an interface: packet sockets, XDP programs."""
-    graph = read_graph(host)
-    names = {item.index: item.name for item in graph.own.values()}
-    bound = set()
-    # sk RefCnt Type Proto Iface R Rmem User Inode (net/packet/af_packet.c, packet_seq_show)
-    for line in (host.read(PROC_PACKET) or "").splitlines()[1:]:
-        words = line.split()
-        if len(words) >= 5 and words[4].isdecimal():
-            bound.add(names.get(int(words[4])))
-    found = []
-    for name in sorted(carriers):
-        if name in bound:
-            detail = f"a program has a packet socket on {name}"
-            evidence = f"{PROC_PACKET} has the index of {name}"
-            found.append(Blocker("packet-socket", address, name, detail, evidence))
-        elif name in graph.own and graph.own[name].has_xdp:
-            detail = f"an XDP program sees the packets of {name} first"
-            evidence = f"ip link show {name}"
-            remedy = f"ip link set {shlex.quote(name)} xdp off"
-            found.append(Blocker("packet-socket", address, name, detail, evidence, remedy))
-    return found

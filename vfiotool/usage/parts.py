@@ -14,10 +14,13 @@ from collections.abc import Callable, Collection
 from vfiotool.devices.attached import owners
 from vfiotool.devices.pci import PciFunction
 from vfiotool.host.paths import (
+    PROC_CRYPTO,
     SYS_DMA,
     SYS_HWRNG,
     SYS_INPUT,
+    SYS_MODULE,
     SYS_NETCONSOLE,
+    SYS_PCI_DRIVERS,
     SYS_WATCHDOG,
 )
 from vfiotool.usage.blocker import Blocker, Usage
@@ -26,6 +29,8 @@ from vfiotool.usage.sight import Sight
 # include/uapi/linux/input-event-codes.h: event types, and keys that only a keyboard has.
 _EV_KEY = 1
 _KEY_ENTER, _KEY_A = 28, 30
+# include/linux/pci_ids.h: encryption controllers, and co-processors, as QAT calls itself.
+_CRYPTO_CLASSES = ("10", "0b40")
 
 
 def parts_usage(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> Usage:
@@ -35,6 +40,7 @@ def parts_usage(sight: Sight, function: PciFunction, interfaces: Collection[str]
         *_class_devices(sight, function, "watchdog", SYS_WATCHDOG, _watchdog),
         *_class_devices(sight, function, "dma-engine", SYS_DMA, _channel),
         *_random(sight, function),
+        *_crypto(sight, function),
         *_netconsoles(sight, function, interfaces),
     ]
     return Usage(tuple(found))
@@ -114,6 +120,51 @@ def _random(sight: Sight, function: PciFunction) -> list[Blocker]:
             evidence = f"{SYS_HWRNG} is {current}"
             return [Blocker("random-source", function.address, current, detail, evidence)]
     return []
+
+
+def _crypto(sight: Sight, function: PciFunction) -> list[Blocker]:
+    """What the kernel encrypts with a crypto engine (dm-crypt, IPsec, TLS, af_alg).
+
+    /proc/crypto tells an algorithm's module and not which of several engines does the work, so
+    each of them counts. An algorithm that nobody uses has one reference.
+    """
+    modules = _engine_modules(sight, function)
+    found: dict[str, None] = {}
+    for entry in (sight.read(PROC_CRYPTO) or "").split("\n\n") if modules else ():
+        lines = (line.partition(":") for line in entry.splitlines())
+        keys = {name.strip(): value.strip() for name, _, value in lines}
+        module, references = keys.get("module", ""), keys.get("refcnt", "")
+        if not references.isdecimal() or int(references) < 2:
+            continue
+        # What drives the engine may share the algorithms' module with others (intel_qat).
+        if module in modules or any(
+            sight.exists(f"{SYS_MODULE}/{module}/holders/{name}") for name in modules
+        ):
+            found[keys.get("driver", "")] = None
+    return [
+        Blocker(
+            "crypto-engine",
+            function.address,
+            name,
+            f"the kernel encrypts with it, or with another of its kind ({name})",
+            f"{PROC_CRYPTO}: refcnt of {name} is above 1",
+        )
+        for name in found
+    ]
+
+
+def _engine_modules(sight: Sight, function: PciFunction) -> frozenset[str]:
+    """The modules that drive a crypto engine, empty for other functions."""
+    found = set()
+    for name in sight.listdir(function.path):
+        if name.startswith("virtio"):
+            driver = sight.linkname(f"{function.path}/{name}/driver")
+            found |= {driver} if driver == "virtio_crypto" else set()
+    code = function.class_code or ""
+    if code.startswith(_CRYPTO_CLASSES) and function.driver is not None:
+        module = sight.linkname(f"{SYS_PCI_DRIVERS}/{function.driver}/module")
+        found |= {module or function.driver}
+    return frozenset(name for name in found if name)
 
 
 def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> list[Blocker]:

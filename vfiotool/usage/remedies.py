@@ -47,6 +47,9 @@ def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     if warnings or ends:
         ends += _another_way(function, blockers, case.neighbours)
         return Advice((), warnings, tuple(dict.fromkeys(ends)))
+    if _root_sees_more(case.facts, blockers):
+        note = "what root can see alone was not looked at; nothing else can be said before"
+        return Advice((f"sudo vfiotool why {function.address}",), (), (note,))
     notes = tuple(dict.fromkeys(_what_the_steps_end(blockers)))
     first = _platform_steps(blockers, case.facts)
     if first:
@@ -62,6 +65,11 @@ def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
         steps.append(_bind_command(function.address, blockers, whole_group=bool(along)))
     steps += [f"vfiotool vm check {function.address}", f"vfiotool vm qemu {function.address}"]
     return Advice(tuple(dict.fromkeys(steps)), (), notes)
+
+
+def _root_sees_more(facts: HostFacts, blockers: Iterable[Blocker]) -> bool:
+    """Whether something was not seen, and somebody else than root looked."""
+    return facts.privileged is False and any(blocker.kind == "unseen" for blocker in blockers)
 
 
 def _what_the_steps_end(blockers: Iterable[Blocker]) -> Iterable[str]:
@@ -85,6 +93,8 @@ def _advise_mdev(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     made again.
     """
     uuid = case.name
+    if _root_sees_more(case.facts, blockers):
+        return Advice((f"sudo vfiotool why {uuid}",))
     steps = [*_ending_steps(blockers)]
     mdev = case.mdev
     driverless = any(blocker.kind == "no-driver" for blocker in blockers)
@@ -132,6 +142,8 @@ def _dead_ends(case: Case, function: PciFunction, blockers: tuple[Blocker, ...])
                 "card, another slot may be behind one"
             )
         elif blocker.kind == "unseen":
+            if _root_sees_more(case.facts, blockers):
+                continue
             yield (
                 f"no step until it can be told whether {blocker.device} is in use: root sees more, "
                 "and the running machine more than a file of it"

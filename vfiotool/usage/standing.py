@@ -41,6 +41,8 @@ class Standings:
         groups: Mapping[int, IommuGroup] | None = None,
     ) -> None:
         self._cases = CaseReader(host, functions, groups)
+        # How many devices nothing stands against but that somebody else than root looked.
+        self.unseen = 0
 
     def of(self, function: PciFunction) -> Standing:
         """A function's standing."""
@@ -52,4 +54,6 @@ class Standings:
 
     def _judge(self, case: Case) -> Standing:
         found = judge(case)
+        unprivileged = case.facts.privileged is False
+        self.unseen += unprivileged and bool(found) and {b.kind for b in found} == {"unseen"}
         return Standing(word_of(case, found), found)

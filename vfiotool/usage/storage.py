@@ -17,6 +17,7 @@ from vfiotool.host.paths import (
 )
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.layers import (
+    NUMBER,
     Layer,
     block_name,
     chain_text,
@@ -37,6 +38,7 @@ def storage_usage(host: Sight, address: str, path: str, *, virtio: bool = True) 
     `virtio`: it may have virtio devices, whose mounts name no block device.
     """
     shared = shared_folders(host, address, path) if virtio else []
+    shared += _passed_through(host, address, path)
     own = host.attached.blocks(path)
     if not own:
         return Usage(tuple(shared))
@@ -121,6 +123,21 @@ def _exports(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
     return found
 
 
+def _passed_through(host: Sight, address: str, path: str) -> list[Blocker]:
+    """A whole controller that the NVMe target exports: none of its disks is opened for that."""
+    own = {host.read(f"{path}/nvme/{name}/{NUMBER}"): name for name in host.listdir(f"{path}/nvme")}
+    found = []
+    for fields in host.observed(BLOCK_TARGETS) if own else ():
+        if len(fields) == 4 and fields[1] == "passthru" and fields[3] in own:
+            system, controller = fields[0], own[fields[3]]
+            base = f"{SYS_NVME_TARGETS}/{system}/passthru"
+            detail = f"the controller {controller} is exported as {system}"
+            evidence = f"{base}/device_path is {fields[2]}"
+            remedy = f"echo 0 > {shlex.quote(base)}/enable"
+            found.append(Blocker("storage-member", address, system, detail, evidence, remedy))
+    return found
+
+
 _Export = tuple[str, str, str, "Layer | None"]
 
 
@@ -137,6 +154,7 @@ def _nvme_targets(
                 numbers.get(where),
             )
             for system, number, _, where in lines
+            if number != "passthru"
         ]
     found: list[_Export] = []
     for system in host.listdir(SYS_NVME_TARGETS):

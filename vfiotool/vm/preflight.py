@@ -128,7 +128,7 @@ def judge_handing(
 
 def _blocked(device: Handed, blocker: Blocker, opens: bool) -> PreflightFinding:
     detail = blocker.detail
-    if opens and KINDS[blocker.kind].holds:
+    if opens and KINDS[blocker.kind].holds and blocker.kind != "unseen":
         command = f"ps -fp {_pid(blocker.evidence)}"
         return finding(device.name, "held", BLOCKER, detail, blocker.evidence, command)
     if blocker.device != device.name:

@@ -85,7 +85,7 @@ def _print_json(host: Host, chosen: Sequence[str]) -> None:
 
 def print_devices(host: Host, chosen: Sequence[str]) -> None:
     """One line a function: where and what it is, its verdict, who has it, what hangs on it."""
-    from vfiotool.cli.look.roles import STYLES, VERDICTS
+    from vfiotool.cli.look.roles import STYLES, VERDICTS, say_unseen
     from vfiotool.devices.details import DetailReader
     from vfiotool.devices.iommu import role_of
     from vfiotool.devices.names import read_names
@@ -122,3 +122,4 @@ def print_devices(host: Host, chosen: Sequence[str]) -> None:
             for row in rows:
                 del row[column]
     output.table(header, rows)
+    say_unseen(standings, "devices")

@@ -9,7 +9,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import SELECTORS, area, examples, host_of, wants_json
-from vfiotool.cli.look.roles import ROLES, STYLES, VERDICTS
+from vfiotool.cli.look.roles import ROLES, STYLES, VERDICTS, say_unseen
 from vfiotool.devices.identity import list_groups
 from vfiotool.devices.iommu import GroupMember, GroupWriter, IommuGroup, iter_groups, read_group
 from vfiotool.devices.pci import Address
@@ -163,6 +163,7 @@ def print_text(host: Host, groups: Iterator[IommuGroup]) -> None:
                 (f"{_what(member):<32}", STYLES[member.role]),
                 f"  {parts}{title}",
             )
+    say_unseen(standings, "groups")
 
 
 def _what(member: GroupMember) -> str:

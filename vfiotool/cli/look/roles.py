@@ -5,6 +5,10 @@ from __future__ import annotations
 from vfiotool.cli import output
 from vfiotool.devices.iommu import IommuGroup
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfiotool.usage.standing import Standings
+
 # The words for `host` name what stands in the way of passthrough.
 ROLES = {
     "vfio": "ready for user space",
@@ -15,6 +19,15 @@ ROLES = {
 }
 VERDICTS = {"ready": "green", "available": "cyan", "blocked": "yellow"}
 STYLES = {"vfio": "green", "unbound": "", "bridge": "dim", "host": "yellow", "mdev": "cyan"}
+
+
+def say_unseen(standings: Standings, command: str) -> None:
+    """Once a listing: that some verdicts are for want of sight, and who sees more."""
+    if standings.unseen:
+        output.warn(
+            f"{standings.unseen} of these are blocked only because who uses them cannot be seen "
+            f"without root: sudo vfiotool {command}"
+        )
 
 
 def print_group(group: IommuGroup | None, of: str | None = None) -> None:

@@ -11,7 +11,7 @@ import typer
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import area, examples, host_of, wants_json
 from vfiotool.cli.look.node import Node, short, summary_of
-from vfiotool.cli.look.roles import VERDICTS
+from vfiotool.cli.look.roles import VERDICTS, say_unseen
 from vfiotool.devices.details import DetailReader
 from vfiotool.devices.inventory import Inventory, read_inventory
 from vfiotool.devices.iommu import role_of
@@ -63,13 +63,16 @@ def tree(
     if svg == "-" and wants_json(context):
         raise UsageError("--json and the picture cannot both go to standard output")
     chosen = host_of(context)
-    roots = build(chosen, read_inventory(chosen), read_names(chosen))
+    inventory = read_inventory(chosen)
+    standings = Standings(chosen, inventory.by_address, inventory.by_group)
+    roots = build(chosen, inventory, read_names(chosen), standings)
     if svg is not None:
         _save_svg(chosen, roots, svg)
     if wants_json(context):
         output.emit({"roots": [root.as_json() for root in roots]})
     elif svg is None:
         output.trees(_as_rich(root) for root in roots)
+        say_unseen(standings, "tree")
     return 0
 
 
@@ -84,9 +87,11 @@ def _save_svg(host: Host, roots: list[Node], path: str) -> None:
         raise output.cannot("write", path, error) from error
 
 
-def build(host: Host, inventory: Inventory, names: Names) -> list[Node]:
+def build(
+    host: Host, inventory: Inventory, names: Names, standings: Standings | None = None
+) -> list[Node]:
     """The roots of the tree in bus order, and last, if there are any, devices of no bus."""
-    standings = Standings(host, inventory.by_address, inventory.by_group)
+    standings = standings or Standings(host, inventory.by_address, inventory.by_group)
     builder = _Builder(inventory, names, standings, DetailReader(host))
     for function in inventory.functions:
         builder.add_function(function)

@@ -54,7 +54,9 @@ def print_verdict(verdict: Verdict) -> None:
     answer = _ANSWERS[verdict.word]
     if verdict.word == "available" and any(note.startswith("not seen") for note in verdict.notes):
         answer = ("can be passed through, if what was not seen does not use it", "bold yellow")
-    if verdict.word == "blocked" and not verdict.next:
+    if verdict.word == "blocked" and {b.kind for b in verdict.blockers} == {"unseen"}:
+        answer = ("cannot be told: what may use it was not looked at", "bold yellow")
+    elif verdict.word == "blocked" and not verdict.next:
         answer = ("cannot be passed through", "bold red")
     output.write((verdict.address, "bold"), " ", answer, f"  ({verdict.word})")
     for blocker in verdict.blockers:

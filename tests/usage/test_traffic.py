@@ -1,0 +1,230 @@
+"""Uses of an interface without an address, of a crypto engine, and of far disks."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+
+from tests.fakes.small_host import SmallHost
+from vfiotool.host import paths
+from vfiotool.netlink.codec import nested, string
+from vfiotool.netlink.traffic import (
+    BoundSocket,
+    parse_hooked,
+    parse_redirects,
+    parse_socket,
+    read_bound_sockets,
+)
+from vfiotool.usage.case import read_case
+from vfiotool.usage.survey import survey
+from vfiotool.usage.verdict import explain
+
+NIC, DISK, ENGINE = "0000:02:00.0", "0000:01:00.0", "0000:05:00.0"
+RX_ALL = """
+receive list 'rx_all':
+  device   can_id   can_mask  function  userdata   matches  ident
+   can0     000    00000000  ffff      ffff         0  raw
+"""
+
+
+def network(name: str = "eth1") -> SmallHost:
+    small = SmallHost()
+    small.network(NIC, name)
+    return small
+
+
+def found(small: SmallHost, address: str = NIC) -> list[tuple[str, str, str]]:
+    entries = survey(small.host(), address).blockers
+    return [(entry.kind, entry.subject, entry.detail) for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("fact", "kind", "words"),
+    [
+        ("redirected", "traffic-rule", "a tc rule of another interface sends packets to eth1"),
+        ("filtered", "traffic-rule", "tc filters take packets of eth1"),
+        ("udp port 67", "packet-socket", "a socket bound to eth1 (udp port 67)"),
+    ],
+)
+def test_what_tc_and_sockets_do_is_a_use(fact: str, kind: str, words: str) -> None:
+    small = network()
+    small.file(paths.NET_TRAFFIC, f"eth1\t{fact}\nother\tredirected\n.")
+    ((got, subject, detail),) = found(small)
+    assert (got, subject) == (kind, "eth1")
+    assert words in detail
+
+
+def test_traffic_of_other_interfaces_is_no_use() -> None:
+    small = network()
+    small.file(paths.NET_TRAFFIC, "eth0\tredirected\neth0\tudp port 67\n.")
+    assert found(small) == []
+
+
+def test_both_a_rule_and_a_socket_are_named() -> None:
+    small = network()
+    small.file(paths.NET_TRAFFIC, "eth1\tfiltered\neth1\ttcp port 80\n.")
+    assert [kind for kind, _, _ in found(small)] == ["packet-socket", "traffic-rule"]
+
+
+def test_a_program_on_a_can_bus_is_a_use() -> None:
+    small = network("can0")
+    small.file(f"{paths.PROC_CAN}/rcvlist_all", RX_ALL)
+    small.file(f"{paths.PROC_CAN}/stats", RX_ALL)
+    ((kind, subject, detail),) = found(small)
+    assert (kind, subject) == ("packet-socket", "can0")
+    assert "CAN frames" in detail
+    assert not found(network("can1"))
+
+
+def engine(driver: str, references: int, module: str = "intel_qat") -> SmallHost:
+    small = SmallHost()
+    small.function(ENGINE, class_code="0b4000", driver=driver)
+    small.link(f"/sys/bus/pci/drivers/{driver}/module", "/sys/module/qat_4xxx")
+    small.folders.add("/sys/module/intel_qat/holders/qat_4xxx")
+    small.file(
+        paths.PROC_CRYPTO,
+        f"name : cbc(aes)\ndriver : qat_aes_cbc\nmodule : {module}\nrefcnt : {references}\n\n"
+        "name : cbc(aes)\ndriver : cbc-aes-aesni\nmodule : aesni_intel\nrefcnt : 9",
+    )
+    return small
+
+
+@pytest.mark.parametrize(
+    ("references", "module", "kinds"),
+    [
+        (1, "intel_qat", []),
+        (2, "intel_qat", ["crypto-engine"]),
+        (2, "qat_4xxx", ["crypto-engine"]),
+        (2, "kernel", []),
+    ],
+)
+def test_a_crypto_engine_is_used_while_an_algorithm_of_its_driver_is(
+    references: int, module: str, kinds: list[str]
+) -> None:
+    assert [kind for kind, _, _ in found(engine("4xxx", references, module), ENGINE)] == kinds
+
+
+def test_an_algorithm_in_use_is_no_use_of_another_class_of_device() -> None:
+    small = engine("4xxx", 2)
+    small.function("0000:06:00.0", class_code="00ff00", driver="4xxx")
+    assert found(small, "0000:06:00.0") == []
+
+
+def test_a_zram_device_that_writes_back_is_part_of_the_disks_chain() -> None:
+    small = SmallHost()
+    small.nvme(DISK, "nvme0n1", "259:0")
+    small.block("zram0", "/sys/devices/virtual/block/zram0", "252:0")
+    small.file("/sys/devices/virtual/block/zram0/backing_dev", "/dev/nvme0n1")
+    small.file("/proc/swaps", "Filename Type Size Used Priority\n/dev/zram0 partition 1 0 100")
+    entries = survey(small.host(), DISK).blockers
+    assert [(entry.kind, entry.subject) for entry in entries] == [
+        ("swap", "/dev/zram0"),
+        ("storage-member", "zram0"),
+    ]
+    assert entries[1].remedy == "zramctl --reset /dev/zram0"
+
+
+def test_a_controller_that_is_exported_whole_is_a_use_though_it_has_no_disk() -> None:
+    small = SmallHost()
+    path = small.function(DISK, class_code="010802", driver="nvme")
+    small.file(f"{path}/nvme/nvme0/dev", "241:0")
+    line = "through\tpassthru\t/srv/node\t{}\n."
+    small.file(paths.BLOCK_TARGETS, line.format("241:0"))
+    ((kind, subject, _),) = found(small, DISK)
+    assert (kind, subject) == ("storage-member", "through")
+    small.file(paths.BLOCK_TARGETS, line.format("241:1"))
+    assert "storage-member" not in [kind for kind, _, _ in found(small, DISK)]
+
+
+def far_host(disk: str, path: str, transport: str = "tcp") -> SmallHost:
+    """A host whose /var stands on `disk`, and whose card has an address."""
+    small = network()
+    small.addresses(("eth1", "10.0.0.1/24"))
+    small.block(disk, path, "259:7")
+    small.block("dm-0", "/sys/devices/virtual/block/dm-0", "253:0")
+    small.link(f"/sys/devices/virtual/block/dm-0/slaves/{disk}", path)
+    small.file("/sys/class/nvme/nvme3/transport", transport)
+    small.mounts("self\t30 1 253:0 / /var rw - ext4 /dev/dm-0 rw")
+    return small
+
+
+@pytest.mark.parametrize(
+    ("disk", "path", "transport", "words"),
+    [
+        ("sdx", "/sys/devices/platform/host7/session1/target7:0:0/block/sdx", "", "iSCSI"),
+        ("nbd0", "/sys/devices/virtual/block/nbd0", "", "nbd"),
+        ("nvme3n1", "/sys/devices/virtual/nvme-fabrics/ctl/nvme3/nvme3n1", "tcp", "NVMe over TCP"),
+        ("nvme3n1", "/sys/devices/virtual/nvme-fabrics/ctl/nvme3/nvme3n1", "rdma", "over RDMA"),
+        ("nvme3n1", "/sys/devices/virtual/nvme-fabrics/ctl/nvme3/nvme3n1", "loop", None),
+        ("sdx", "/sys/devices/pci0000:00/0000:00:1f.2/ata1/host0/block/sdx", "", None),
+    ],
+)
+def test_no_address_is_ended_where_the_host_runs_from_a_far_disk(
+    disk: str, path: str, transport: str, words: str | None
+) -> None:
+    verdict = explain(read_case(far_host(disk, path, transport).host(), NIC))
+    if words is None:
+        assert verdict.warnings == ()
+    else:
+        assert words in verdict.warnings[0]
+        assert verdict.next == ()
+
+
+def test_a_far_disk_under_native_multipath_is_known_by_its_path() -> None:
+    small = far_host("nvme2n1", "/sys/devices/virtual/nvme-subsystem/nvme-subsys2/nvme2n1")
+    hidden = "/sys/devices/virtual/nvme-fabrics/ctl/nvme3/nvme2c3n1"
+    small.block("nvme2c3n1", hidden, "")
+    verdict = explain(read_case(small.host(), NIC))
+    assert "NVMe over TCP" in verdict.warnings[0]
+
+
+def test_actions_that_no_filter_has_redirect_nothing() -> None:
+    def message(bound: int) -> bytes:
+        parameters = struct.pack("=IIiiiiI", 1, 0, 4, 1, bound, 1, 7)
+        action = nested(1, string(1, "mirred"), nested(2, nested(2, parameters, flag=False)))
+        return bytes(4) + nested(1, action, flag=False)
+
+    assert list(parse_redirects(message(1))) == [7]
+    assert list(parse_redirects(message(0))) == []
+    assert list(parse_redirects(message(1)[:30])) == []
+
+
+def test_only_disciplines_with_hooks_are_asked_for_filters() -> None:
+    def message(kind: str) -> bytes:
+        return struct.pack("=B3xiIII", 0, 5, 0, 0, 0) + string(1, kind)
+
+    assert list(parse_hooked(message("clsact"))) == [5]
+    assert list(parse_hooked(message("ingress"))) == [5]
+    assert list(parse_hooked(message("fq_codel"))) == []
+    assert list(parse_hooked(b"")) == []
+
+
+def test_a_socket_is_told_by_the_interface_that_it_is_bound_to() -> None:
+    def message(index: int) -> bytes:
+        return (
+            struct.pack("=4B", 2, 10, 0, 0)
+            + struct.pack(">H", 67)
+            + bytes(34)
+            + struct.pack("=I", index)
+            + bytes(28)
+        )
+
+    assert list(parse_socket("udp", message(3))) == [BoundSocket(3, "udp", 67)]
+    assert list(parse_socket("udp", message(0))) == []
+    assert list(parse_socket("udp", message(3)[:43])) == []
+
+
+def test_a_socket_of_this_machine_that_is_bound_is_found() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as service:
+        try:
+            service.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        except PermissionError:
+            pytest.skip("binding to an interface needs CAP_NET_RAW here")
+        service.bind(("127.0.0.1", 0))
+        port = service.getsockname()[1]
+        sockets = list(read_bound_sockets())
+    if not sockets:
+        pytest.skip("this kernel has no socket diagnosis")
+    assert BoundSocket(socket.if_nametoindex("lo"), "udp", port) in sockets

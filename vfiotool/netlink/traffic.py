@@ -1,0 +1,127 @@
+"""What takes an interface's packets or sends it some without an address: tc rules, bound sockets.
+
+Source: include/uapi/linux/rtnetlink.h, pkt_cls.h, pkt_sched.h, tc_act/tc_mirred.h, inet_diag.h;
+net/sched/act_api.c, tc_dump_action; net/ipv4/inet_diag.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from vfiotool.errors import KernelError
+from vfiotool.netlink.codec import (
+    NETLINK_ROUTE,
+    Message,
+    Socket,
+    as_text,
+    iterate_attributes,
+    nested,
+    parse_attributes,
+    string,
+)
+
+_RTM_GETQDISC, _RTM_GETTFILTER, _RTM_GETACTION = 38, 46, 50
+_TCMSG = struct.Struct("=B3xiIII")
+_TCAMSG = bytes(4)
+_TCA_KIND, _TCA_ACT_TAB, _TCA_ACT_KIND, _TCA_ACT_OPTIONS = 1, 1, 1, 2
+_TCA_MIRRED_PARMS = 2
+# tc_gen (index, capab, action, refcnt, bindcnt), eaction, ifindex
+_MIRRED = struct.Struct("=IIiiiiI")
+# pkt_sched.h: TC_H_CLSACT with TC_H_MIN_INGRESS and TC_H_MIN_EGRESS
+_HOOKS = (0xFFFFFFF2, 0xFFFFFFF3)
+_QDISCS_WITH_HOOKS = ("ingress", "clsact")
+
+NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_DIAG_REQUEST = struct.Struct("=BBBxI48x")
+_DIAG_PORT = struct.Struct(">H")
+_DIAG_IF = struct.Struct("=I")
+_PORT_AT, _IF_AT = 4, 40
+_AF_INET, _AF_INET6 = 2, 10
+_TCP_LISTEN = 1 << 10
+_ALL_STATES = 0xFFFFFFFF
+_SOCKETS = (("tcp", 6, _TCP_LISTEN), ("udp", 17, _ALL_STATES), ("raw", 255, _ALL_STATES))
+# The kernel was built without it, or has no module for it: then it has no such rule either.
+_NOT_THERE = frozenset({"EOPNOTSUPP", "ENOENT", "EINVAL"})
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSocket:
+    """A listening TCP, a UDP or a raw socket that is bound to an interface (SO_BINDTODEVICE)."""
+
+    index: int
+    protocol: str
+    port: int
+
+
+def read_redirected() -> frozenset[int]:
+    """The interfaces that tc rules of others send packets to (mirred). Raises KernelError."""
+    kind = string(_TCA_ACT_KIND, "mirred")
+    payload = _TCAMSG + nested(_TCA_ACT_TAB, nested(1, kind), flag=False)
+    answers = _dump(NETLINK_ROUTE, _RTM_GETACTION, payload, "list tc actions")
+    return frozenset(index for message in answers for index in parse_redirects(message.payload))
+
+
+def parse_redirects(payload: bytes) -> Iterator[int]:
+    """The targets of one RTM_NEWACTION of mirred actions that a filter is bound to."""
+    table = parse_attributes(payload[len(_TCAMSG) :]).get(_TCA_ACT_TAB, b"")
+    for _, action in iterate_attributes(table):
+        options = parse_attributes(parse_attributes(action).get(_TCA_ACT_OPTIONS, b""))
+        parameters = options.get(_TCA_MIRRED_PARMS, b"")
+        if len(parameters) >= _MIRRED.size:
+            *_, bound, _, index = _MIRRED.unpack_from(parameters)
+            if bound > 0:
+                yield index
+
+
+def read_filtered() -> frozenset[int]:
+    """The interfaces whose packets tc filters see as they come or go. Raises KernelError."""
+    head = _TCMSG.pack(0, 0, 0, 0, 0)
+    answers = _dump(NETLINK_ROUTE, _RTM_GETQDISC, head, "list queueing disciplines")
+    hooked = {index for message in answers for index in parse_hooked(message.payload)}
+    return frozenset(index for index in hooked if any(_has_filter(index, hook) for hook in _HOOKS))
+
+
+def parse_hooked(payload: bytes) -> Iterable[int]:
+    """The interface of one RTM_NEWQDISC that filters can be attached to, or nothing."""
+    if len(payload) < _TCMSG.size:
+        return ()
+    kind = as_text(parse_attributes(payload[_TCMSG.size :]).get(_TCA_KIND))
+    return (_TCMSG.unpack_from(payload)[1],) if kind in _QDISCS_WITH_HOOKS else ()
+
+
+def _has_filter(index: int, hook: int) -> bool:
+    head = _TCMSG.pack(0, index, 0, hook, 0)
+    return bool(_dump(NETLINK_ROUTE, _RTM_GETTFILTER, head, "list tc filters"))
+
+
+def read_bound_sockets() -> Iterator[BoundSocket]:
+    """Sockets of this network namespace that are bound to an interface. Raises KernelError."""
+    for protocol, number, states in _SOCKETS:
+        for family in (_AF_INET, _AF_INET6):
+            request = _DIAG_REQUEST.pack(family, number, 0, states)
+            for message in _dump(
+                NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request, f"list {protocol} sockets"
+            ):
+                yield from parse_socket(protocol, message.payload)
+
+
+def parse_socket(protocol: str, payload: bytes) -> Iterable[BoundSocket]:
+    """One inet_diag_msg, if its socket is bound to an interface."""
+    if len(payload) < _IF_AT + _DIAG_IF.size:
+        return ()
+    (index,) = _DIAG_IF.unpack_from(payload, _IF_AT)
+    (port,) = _DIAG_PORT.unpack_from(payload, _PORT_AT)
+    return (BoundSocket(index, protocol, port),) if index else ()
+
+
+def _dump(protocol: int, kind: int, payload: bytes, what: str) -> list[Message]:
+    with Socket(protocol) as channel:
+        try:
+            return channel.dump(kind, payload, what)
+        except KernelError as error:
+            if error.errno_name in _NOT_THERE:
+                return []
+            raise

@@ -1,0 +1,95 @@
+"""Uses of an interface that need no address: sockets and programs on it, tc rules.
+
+Source: net/packet/af_packet.c, net/can/proc.c; what tc and bound sockets do is an observation
+(host/observe.py).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+from vfiotool.host.paths import NET_TRAFFIC, PROC_CAN, PROC_PACKET
+from vfiotool.usage.blocker import Blocker
+from vfiotool.usage.links import read_graph
+from vfiotool.usage.sight import Sight
+
+
+def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Blocker]:
+    """What takes packets straight from the interfaces `carriers`, or sends them some."""
+    taps = host.once("packet sockets", _packet_sockets)
+    can = host.once("can sockets", _can_receivers)
+    traffic = host.once("traffic", _traffic)
+    graph = read_graph(host)
+    found = []
+    for name in sorted(carriers):
+        facts = traffic.get(name, [])
+        sockets = [fact for fact in facts if fact not in _RULES]
+        if name in taps:
+            detail = f"a program has a packet socket on {name}"
+            evidence = f"{PROC_PACKET} has the index of {name}"
+            found.append(Blocker("packet-socket", address, name, detail, evidence))
+        elif name in can:
+            detail = f"a program receives the CAN frames of {name}"
+            evidence = f"{PROC_CAN}/{can[name]} names {name}"
+            found.append(Blocker("packet-socket", address, name, detail, evidence))
+        elif sockets:
+            detail = f"a program has a socket bound to {name} ({', '.join(sockets)})"
+            evidence = f"ss --all --numeric dev {name}"
+            found.append(Blocker("packet-socket", address, name, detail, evidence))
+        elif name in graph.own and graph.own[name].has_xdp:
+            detail = f"an XDP program sees the packets of {name} first"
+            evidence = f"ip link show {name}"
+            remedy = f"ip link set {shlex.quote(name)} xdp off"
+            found.append(Blocker("packet-socket", address, name, detail, evidence, remedy))
+        found += _rules(address, name, facts)
+    return found
+
+
+_RULES = ("filtered", "redirected")
+
+
+def _rules(address: str, name: str, facts: Iterable[str]) -> list[Blocker]:
+    found = []
+    if "redirected" in facts:
+        detail = f"a tc rule of another interface sends packets to {name} (mirred)"
+        evidence = "tc actions list action mirred"
+        found.append(Blocker("traffic-rule", address, name, detail, evidence))
+    elif "filtered" in facts:
+        detail = f"tc filters take packets of {name}"
+        evidence = f"tc filter show dev {name} ingress, egress"
+        quoted = shlex.quote(name)
+        remedy = f"tc filter del dev {quoted} ingress; tc filter del dev {quoted} egress"
+        found.append(Blocker("traffic-rule", address, name, detail, evidence, remedy))
+    return found
+
+
+def _packet_sockets(host: Sight) -> frozenset[str]:
+    names = {item.index: item.name for item in read_graph(host).own.values()}
+    found = set()
+    # sk RefCnt Type Proto Iface R Rmem User Inode (net/packet/af_packet.c, packet_seq_show)
+    for line in (host.read(PROC_PACKET) or "").splitlines()[1:]:
+        words = line.split()
+        if len(words) >= 5 and words[4].isdecimal():
+            found.add(names.get(int(words[4]), ""))
+    return frozenset(found)
+
+
+def _can_receivers(host: Sight) -> dict[str, str]:
+    """Interface -> the list of receivers that names it (net/can/proc.c, can_print_rcvlist)."""
+    found: dict[str, str] = {}
+    for table in host.listdir(PROC_CAN):
+        if table.startswith("rcvlist_"):
+            for line in (host.read(f"{PROC_CAN}/{table}") or "").splitlines():
+                words = line.split()
+                if len(words) >= 6 and words[0] != "device":
+                    found.setdefault(words[0], table)
+    return found
+
+
+def _traffic(host: Sight) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for fields in host.observed(NET_TRAFFIC):
+        if len(fields) == 2:
+            found.setdefault(fields[0], []).append(fields[1])
+    return found
