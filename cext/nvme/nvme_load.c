@@ -141,14 +141,18 @@ static int drive(struct load *load)
 	const struct vt_nvme_job *job = load->job;
 	uint64_t now = ticks();
 	uint64_t end = job->runtime_ns ? now + to_ticks(job->runtime_ns) : UINT64_MAX;
-	uint64_t silence = to_ticks(VT_NVME_SILENCE_NS);
+	uint64_t silence = to_ticks(VT_NVME_SILENCE_NS), heard = now;
 	int ending = 0, result;
 
 	send(load, now);
 	while (q->in_flight) {
-		if (!await(q, now + silence) && (halted(q) != HALTED))
+		/* Asked to end again and again it still waits for what is in flight, but not longer. */
+		if (!await(q, heard + silence) &&
+		    (halted(q) != HALTED || barred(q) || ticks() >= heard + silence))
 			return barred(q) ? -EACCES : -ETIMEDOUT;
 		now = ticks();
+		if (waiting(q))
+			heard = now;
 		result = gather(load, now);
 		if (result)
 			return result;
@@ -221,6 +225,6 @@ int vt_nvme_run(struct vt_nvme_queue *q, const struct vt_nvme_job *job,
 	free(load.patterns);
 	free(load.idle);
 	if (result == -EPROTO || result == -ETIMEDOUT || result == -EACCES)
-		q->stopped = 1; /* and busy: commands are out that the stack does not know of */
+		__atomic_store_n(&q->stopped, 1, __ATOMIC_RELEASE); /* and busy: commands are out that the stack does not know of */
 	return vt_nvme_leave(q, result);
 }

@@ -131,12 +131,21 @@ void vt_nvme_free(struct vt_nvme_queue *q)
 	free(q);
 }
 
+static int leaving(const struct vt_nvme_queue *q)
+{
+	return __atomic_load_n(&q->stopping, __ATOMIC_RELAXED) ||
+	       __atomic_load_n(&q->stopped, __ATOMIC_RELAXED);
+}
+
 int vt_nvme_enter(struct vt_nvme_queue *q)
 {
 	int result = 0;
 
+	/* Who stops the queue pair must not have to find the moment between two of our calls. */
+	if (leaving(q))
+		return -ESHUTDOWN;
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
-		return q->stopped ? -ESHUTDOWN : -EBUSY;
+		return leaving(q) ? -ESHUTDOWN : -EBUSY;
 	/* In a child the rings are not mapped: MADV_DONTFORK. */
 	if (q->generation != fork_generation)
 		result = -ESTALE;
@@ -152,17 +161,18 @@ int vt_nvme_leave(struct vt_nvme_queue *q, int result)
 	if (q->gate)
 		vt_gate_leave(q->gate);
 	/* After a load that left commands out it stays busy for ever: see vt_nvme_stop. */
-	if (!q->stopped)
+	if (!__atomic_load_n(&q->stopped, __ATOMIC_RELAXED))
 		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
 	return result;
 }
 
 int vt_nvme_stop(struct vt_nvme_queue *q)
 {
+	__atomic_store_n(&q->stopping, 1, __ATOMIC_RELAXED);
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
-		return q->stopped ? 0 : -EBUSY;
+		return __atomic_load_n(&q->stopped, __ATOMIC_ACQUIRE) ? 0 : -EBUSY;
 	/* It stays busy for ever: that is what turns every later call away. */
-	q->stopped = 1;
+	__atomic_store_n(&q->stopped, 1, __ATOMIC_RELEASE);
 	return 0;
 }
 
@@ -302,11 +312,6 @@ int vt_nvme_submit_raw(struct vt_nvme_queue *q, const void *bytes, uint64_t tag)
 	return vt_nvme_leave(q, 1);
 }
 
-static uint64_t deadline_after(uint64_t timeout_ns)
-{
-	return ticks() + to_ticks(timeout_ns);
-}
-
 /* Takes what is there, up to `room`: how many commands ended. `put` stores each. At most a whole
  * ring in one go: a controller that overruns it would keep us here. */
 #define TAKE_ALL(q, room, held, put)                                                             \
@@ -319,62 +324,76 @@ static uint64_t deadline_after(uint64_t timeout_ns)
 		++*(held);                                                                       \
 	}
 
-/* Whether a poll that has taken `count` so far goes on; waits for the next completion if so. */
-static int goes_on(struct vt_nvme_queue *q, uint32_t count, uint32_t least, uint64_t deadline)
+/* A poll: its end in time (0: it does not wait) and in places filled. */
+struct poll {
+	uint64_t deadline;
+	uint32_t before, enough;
+};
+
+static int begin_poll(struct vt_nvme_queue *q, struct poll *poll, uint32_t room, uint32_t least,
+		      uint64_t timeout_ns, const uint32_t *held)
 {
-	return count < least && q->in_flight && deadline && await(q, deadline);
+	uint64_t now = ticks();
+	int result = vt_nvme_enter(q);
+
+	if (result)
+		return result;
+	if (*held > room)
+		return vt_nvme_leave(q, -EINVAL);
+	poll->deadline = timeout_ns ? now + to_ticks(timeout_ns) : 0;
+	poll->before = *held;
+	poll->enough = least > room - *held ? room : *held + least;
+	return 0;
 }
 
-static int end_poll(struct vt_nvme_queue *q, uint32_t count)
+/* Whether a poll with `held` places filled goes on; waits for the next completion if so. */
+static int goes_on(struct vt_nvme_queue *q, const struct poll *poll, uint32_t held)
+{
+	return held < poll->enough && q->in_flight && poll->deadline && await(q, poll->deadline);
+}
+
+static int end_poll(struct vt_nvme_queue *q, const struct poll *poll, uint32_t held)
 {
 	tell_head(q);
 	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
-	return vt_nvme_leave(q, (int)count);
+	return vt_nvme_leave(q, (int)(held - poll->before));
 }
 
 int vt_nvme_poll(struct vt_nvme_queue *q, struct vt_nvme_done *all, uint32_t room, uint32_t least,
 		 uint64_t timeout_ns, uint32_t *held)
 {
-	uint64_t deadline = timeout_ns ? deadline_after(timeout_ns) : 0, started, now;
-	uint32_t before = *held;
+	uint64_t started, now;
 	struct vt_nvme_done done;
+	struct poll poll;
 	uint16_t index;
-	int result = vt_nvme_enter(q);
+	int result = begin_poll(q, &poll, room, least, timeout_ns, held);
 
 	if (result)
 		return result;
-	if (before > room)
-		return vt_nvme_leave(q, -EINVAL);
-	if (least > room - before)
-		least = room - before;
 	do {
 		now = ticks();
 		TAKE_ALL(q, room, held, (done.latency_ns = to_ns(now - started), all[*held] = done))
-	} while (goes_on(q, *held - before, least, deadline));
-	return end_poll(q, *held - before);
+	} while (goes_on(q, &poll, *held));
+	return end_poll(q, &poll, *held);
 }
 
 int vt_nvme_poll_tags(struct vt_nvme_queue *q, uint64_t *tags, uint32_t room, uint32_t least,
 		      uint64_t timeout_ns, uint32_t *held, uint32_t *status)
 {
-	uint64_t deadline = timeout_ns ? deadline_after(timeout_ns) : 0, started;
-	uint32_t before = *held;
+	uint64_t started;
 	struct vt_nvme_done done;
+	struct poll poll;
 	uint16_t index;
-	int result = vt_nvme_enter(q);
+	int result = begin_poll(q, &poll, room, least, timeout_ns, held);
 
 	*status = 0;
 	if (result)
 		return result;
-	if (before > room)
-		return vt_nvme_leave(q, -EINVAL);
-	if (least > room - before)
-		least = room - before;
 	do {
 		TAKE_ALL(q, room, held,
 			 (tags[*held] = done.tag, *status = *status ? *status : done.status))
-	} while (goes_on(q, *held - before, least, deadline));
-	return end_poll(q, *held - before);
+	} while (goes_on(q, &poll, *held));
+	return end_poll(q, &poll, *held);
 }
 
 int vt_nvme_restart(struct vt_nvme_queue *q, struct vt_nvme_done *all, uint32_t room,
@@ -400,9 +419,11 @@ int vt_nvme_restart(struct vt_nvme_queue *q, struct vt_nvme_done *all, uint32_t 
 	memset(q->commands, 0, (size_t)q->sq_entries * COMMAND_BYTES);
 	memset((void *)(uintptr_t)q->completions, 0,
 	       (size_t)q->cq_entries * sizeof(struct completion));
-	q->tail = q->head = q->untold = q->in_flight = 0;
+	q->tail = q->head = q->untold = 0;
+	__atomic_store_n(&q->in_flight, 0, __ATOMIC_RELAXED);
 	q->phase = 1;
-	q->stopped = 0;
+	__atomic_store_n(&q->stopping, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&q->stopped, 0, __ATOMIC_RELAXED);
 	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
 	__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
 	return (int)(*held - before);
@@ -418,15 +439,17 @@ int vt_nvme_identifier(const struct vt_nvme_queue *q, uint64_t tag)
 
 void vt_nvme_count(const struct vt_nvme_queue *q, struct vt_nvme_counters *counters)
 {
+#define READ(counter) __atomic_load_n(&q->counter, __ATOMIC_RELAXED)
 	*counters = (struct vt_nvme_counters){
-		.submitted = q->submitted,
-		.completed = q->completed,
-		.failed = q->failed,
-		.strays = q->strays,
-		.last_stray = q->last_stray,
-		.tail_writes = q->tail_bell.writes,
-		.head_writes = q->head_bell.writes,
-		.in_flight = q->in_flight,
+		.submitted = READ(submitted),
+		.completed = READ(completed),
+		.failed = READ(failed),
+		.strays = READ(strays),
+		.last_stray = READ(last_stray),
+		.tail_writes = READ(tail_bell.writes),
+		.head_writes = READ(head_bell.writes),
+		.in_flight = READ(in_flight),
 		.depth = q->depth,
 	};
+#undef READ
 }

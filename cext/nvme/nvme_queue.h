@@ -1,9 +1,9 @@
 /* NVMe queue pairs: the hot path of a driver, over plain memory and two doorbells.
  *
  * A queue pair belongs to one thread at a time: a call that finds another one inside returns
- * -EBUSY; and one while the gate of the doorbells is shut, -EACCES. Nothing here allocates DMA memory or talks to the kernel; the addresses of the rings
- * and of the doorbells come from the caller, who keeps them mapped until vt_nvme_stop has
- * returned 0. NVM Express Base Specification 2.0: section 3.3.1 (queues), 4.2 (submission and
+ * -EBUSY; and one while the gate of the doorbells is shut, -EACCES. Nothing here allocates DMA
+ * memory or talks to the kernel; the addresses of the rings and of the doorbells come from the
+ * caller, who keeps them mapped until vt_nvme_stop has returned 0. NVM Express Base Specification 2.0: section 3.3.1 (queues), 4.2 (submission and
  * completion entries), 4.1.1 (PRP lists), 5.8 (Doorbell Buffer Config).
  */
 #ifndef VT_NVME_QUEUE_H
@@ -67,8 +67,9 @@ struct vt_nvme_counters {
 
 /* 0 with `queue` set; -EINVAL for a layout that cannot be; -ENOMEM. */
 int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queue);
-/* No call after this one touches rings or doorbells: they return -ESHUTDOWN. -EBUSY while another
- * thread is inside: vt_nvme_halt first, then again. */
+/* No call that begins after this one touches rings or doorbells: they return -ESHUTDOWN. -EBUSY
+ * while another thread is still inside: a poll then ends as soon as it sees this, a load as
+ * vt_nvme_halt and vt_nvme_abandon say; then again, until 0. */
 int vt_nvme_stop(struct vt_nvme_queue *queue);
 void vt_nvme_free(struct vt_nvme_queue *queue);
 /* Ends a running vt_nvme_poll or vt_nvme_run soon; with vt_nvme_abandon the only call allowed from

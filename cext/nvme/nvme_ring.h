@@ -77,6 +77,7 @@ struct vt_nvme_queue {
 	struct vt_gate *gate; /* before the doorbells; may be absent */
 	uint64_t generation;
 	int busy, halted;
+	int stopping; /* asked for: nobody comes in any more, and who is inside leaves */
 	int stopped;
 };
 
@@ -135,10 +136,16 @@ static inline void rest(void)
 #endif
 }
 
-static inline int halted(struct vt_nvme_queue *q)
+/* Whether another thread wants us to end, and how. */
+static inline int halted(const struct vt_nvme_queue *q)
 {
-	return __atomic_load_n(&q->halted, __ATOMIC_RELAXED);
+	int asked = __atomic_load_n(&q->halted, __ATOMIC_RELAXED);
+
+	return asked || !__atomic_load_n(&q->stopping, __ATOMIC_RELAXED) ? asked : HALTED;
 }
+
+/* Counters are read by other threads at any time (vt_nvme_count), each by itself. */
+#define ADD(counter, by) __atomic_store_n(&(counter), (counter) + (by), __ATOMIC_RELAXED)
 
 /* Whether somebody waits for us to leave the doorbells alone. */
 static inline int barred(const struct vt_nvme_queue *q)
@@ -163,7 +170,7 @@ static inline void ring(struct doorbell *bell, uint32_t value)
 		vt_write_barrier();
 	}
 	*bell->reg = htole32(value);
-	bell->writes++;
+	ADD(bell->writes, 1);
 }
 
 static inline void advance_tail(struct vt_nvme_queue *q)
@@ -179,8 +186,8 @@ static inline void take_index(struct vt_nvme_queue *q, uint16_t index, uint64_t 
 	slot->tag = tag;
 	slot->started = now;
 	slot->active = 1;
-	q->in_flight++;
-	q->submitted++;
+	ADD(q->in_flight, 1);
+	ADD(q->submitted, 1);
 	advance_tail(q);
 }
 
@@ -211,8 +218,9 @@ static inline int take(struct vt_nvme_queue *q, struct vt_nvme_done *done, uint6
 	*index = (uint16_t)(done->cid & (q->cid_step - 1));
 	slot = &q->slots[*index];
 	if (*index >= q->depth || sq_id != q->id || !slot->active || slot->cid != done->cid) {
-		q->strays++;
-		q->last_stray = (uint32_t)done->status << 16 | done->cid;
+		ADD(q->strays, 1);
+		__atomic_store_n(&q->last_stray, (uint32_t)done->status << 16 | done->cid,
+				 __ATOMIC_RELAXED);
 		return -EPROTO;
 	}
 	slot->active = 0;
@@ -220,9 +228,9 @@ static inline int take(struct vt_nvme_queue *q, struct vt_nvme_done *done, uint6
 	done->tag = slot->tag;
 	done->number = q->completed;
 	*started = slot->started;
-	q->in_flight--;
-	q->completed++;
-	q->failed += done->status != 0;
+	ADD(q->in_flight, -1u);
+	ADD(q->completed, 1);
+	ADD(q->failed, done->status != 0);
 	return 0;
 }
 

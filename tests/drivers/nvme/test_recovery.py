@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,8 +138,50 @@ def test_threads_that_wait_are_told_of_a_reset_and_go_on_after_it(fake: Any) -> 
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
-    assert wrong == [] and all("reset" in one for one in ended)
+    assert wrong == []
+    assert [one for one in ended if "reset" not in one] == []
     assert own.read(disk, 0, 8) == data[:4096]
+
+
+def test_a_reset_gets_its_turn_from_a_thread_that_calls_without_a_pause(fake: Any) -> None:
+    controller = Controller(fake)
+    disk, queue = controller.namespace(1), controller.create_queue(16)
+    stop, said = threading.Event(), set()
+
+    def calls() -> None:
+        while not stop.is_set():
+            try:
+                queue.read(disk, 0, 1)
+            except KernelError as error:
+                said.add(error.message)
+
+    thread = threading.Thread(target=calls)
+    thread.start()
+    try:
+        for _ in range(20):
+            controller.reset()
+    finally:
+        stop.set()
+        thread.join(20)
+    assert {one for one in said if "reset" not in one} == set()
+    assert len(queue.read(disk, 0, 1)) == 512
+
+
+def test_what_was_read_before_a_reset_ended_is_not_told_after_it(fake: Any) -> None:
+    controller = Controller(fake)
+    health = controller.health
+    configuration = controller.registers.configuration
+
+    def in_a_reset() -> int:
+        health.tell(None)  # it ends between this read and what is made of it
+        return 0
+
+    register = SimpleNamespace(read=in_a_reset)
+    health.registers = SimpleNamespace(  # type: ignore[assignment]
+        status=register, configuration=configuration
+    )
+    assert health.look() is None and health.failure is None
+    health.refuse()
 
 
 def test_coroutines_are_told_of_a_reset_in_their_loop(fake: Any) -> None:

@@ -154,7 +154,8 @@ class AsyncQueue:
         self._waiting.add(future)
         self._start_poller()
         try:
-            done = await asyncio.wait_for(future, _finite(deadline))
+            async with asyncio.timeout(_finite(deadline)):
+                done = await future
         except TimeoutError:
             raise commands.timed_out(what, deadline) from None
         finally:
@@ -175,7 +176,8 @@ class AsyncQueue:
         self._for_room.append(turn)
         self._start_poller()
         try:
-            await asyncio.wait_for(turn, _finite(deadline))
+            async with asyncio.timeout(_finite(deadline)):
+                await turn
         except TimeoutError:
             raise self.queue.commands.timed_out(what, deadline) from None
         except asyncio.CancelledError:
@@ -243,5 +245,7 @@ class AsyncQueue:
 
 
 def _finite(deadline: Deadline) -> float | None:
+    # For asyncio.timeout: wait_for (Python 3.11) returns a result that comes together with a
+    # cancellation, and the cancellation is lost.
     left = deadline.left()
     return None if left == float("inf") else left

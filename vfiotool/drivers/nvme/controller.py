@@ -43,6 +43,7 @@ TRANSFER_LIMIT = 2 << 20
 # The steps of a controller's end; with a controller that answers nothing they add up to 14 s.
 _DRAIN_S, _DELETE_S, _SHUTDOWN_S, _DISABLE_S = 1.0, 3.0, 5.0, 5.0
 _SHUTDOWN_LIMIT_S = 60.0
+_LEAVE_S = 0.2
 _PAGE = 4096
 _OFFLINE_HINT = (
     "a VF comes up once its PF has given it queues and interrupts and brought it online: "
@@ -403,6 +404,7 @@ class Controller:
             queue.pair.stop(abandon=self.health.failure is not None)
             if self.queues.pop(number, None) is None:
                 return
+            self._turn_out(queue, Deadline(_LEAVE_S))
             try:
                 for opcode in (nvme_spec.DELETE_SQ, nvme_spec.DELETE_CQ):
                     self.admin(nvme_spec.command(opcode, dwords=(number,)), timeout_s)
@@ -410,6 +412,13 @@ class Controller:
                 self._undead.append(queue)
                 raise
             self._bury(queue)
+
+    def _turn_out(self, queue: IoQueue, deadline: Deadline) -> None:
+        """Until the thread that was using a stopped queue has seen that and left. One that holds
+        it without a call, as an AsyncQueue does, is not waited for longer than the deadline."""
+        told = UsageError(f"queue {queue.number} is closed")
+        with contextlib.suppress(UsageError), queue.commands.taken_over(deadline, told):
+            pass
 
     def _bury(self, queue: IoQueue) -> None:
         """Give back the memory of a queue that the controller does not know any more."""
@@ -430,18 +439,19 @@ class Controller:
         if self._closed:
             raise UsageError(f"the controller {self.device.name} is closed")
         with self._making, contextlib.ExitStack() as stack:
-            self.health.failure = "it is being reset"
+            self.health.tell("it is being reset")
             every = [self._commands, *(queue.commands for queue in self.queues.values())]
             for commands in every:
                 commands.pair.stop(abandon=True)
-            for commands in every:
-                stack.enter_context(commands.taken_over(Deadline(_DRAIN_S)))
             try:
+                leave, told = Deadline(_DRAIN_S), self.health.error("it is being reset")
+                for commands in every:
+                    stack.enter_context(commands.taken_over(leave, told))
                 self._restart(every)
-                self.health.failure = None
+                self.health.tell(None)
                 self._come_back(resubmit=resubmit)
             except VfiotoolError as error:
-                self.health.failure = f"its reset failed: {error.message}"
+                self.health.tell(f"its reset failed: {error.message}")
                 raise
 
     def _restart(self, every: list[InFlight]) -> None:
@@ -489,9 +499,11 @@ class Controller:
             self.health.closed = True
         problem: KernelError | None = None
         stopped = status == ALL_ONES
+        leave = Deadline(_LEAVE_S)
         for queue in self.queues.values():
             queue.closed = True
             queue.pair.stop(abandon=True)
+            self._turn_out(queue, leave)
         if hasattr(self, "_admin"):
             self._admin.stop(abandon=True)
         if reachable:

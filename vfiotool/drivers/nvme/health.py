@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 
 from vfiotool.drivers.nvme.deadline import Deadline
@@ -26,46 +27,59 @@ class Health:
         self.failure: str | None = None
         self.closed = False
         self._looked = 0.0
+        self._told = 0
+        self._lock = threading.Lock()
+
+    def tell(self, failure: str | None) -> None:
+        """What a reset makes of it: what others read from the registers before is out of date."""
+        with self._lock:
+            self._told += 1
+            self.failure = failure
 
     def refuse(self) -> None:
         """Raises UsageError once the controller is closed, KernelError once it is known not to
         work: a command would be tried in vain."""
         if self.closed:
             raise UsageError(f"the controller {self.name} is closed")
-        if self.failure is not None:
-            raise self.error()
+        if (failure := self.failure) is not None:
+            raise self.error(failure)
 
-    def error(self, what: str = "") -> KernelError:
+    def error(self, failure: str, what: str = "") -> KernelError:
         """The error that tells `failure`; `what` was being waited for."""
+        # Not `self.failure`: a reset in another thread may have cleared that meanwhile.
         waiting = f"{what}: " if what else ""
         return KernelError(
-            f"{self.name}: {waiting}{self.failure}",
+            f"{self.name}: {waiting}{failure}",
             hint=RESET_HINT,
             device=self.name,
-            errno_name="ENODEV" if self.failure and "gone" in self.failure else "EIO",
+            errno_name="ENODEV" if "gone" in failure else "EIO",
         )
 
     def look(self) -> str | None:
         """Read CSTS and CC (Base Specification 2.0, 3.1.3.5, 3.1.3.6) and name what is wrong."""
+        told, found = self._told, None
         status = self.registers.status.read()
         if status == ALL_ONES:
-            self.failure = "it has gone: its registers read all ones"
+            found = "it has gone: its registers read all ones"
         elif status >> 1 & 1:
-            self.failure = "it reports a fatal status (CSTS.CFS=1)"
+            found = "it reports a fatal status (CSTS.CFS=1)"
         elif not status & 1:
             enabled = self.registers.configuration.read() & 1
-            self.failure = (
+            found = (
                 "it is not ready (CSTS.RDY=0)"
                 if enabled
                 else "it was disabled by a reset (CC.EN=0)"
             )
-        return self.failure
+        with self._lock:
+            if found is not None and told == self._told:
+                self.failure = found
+            return self.failure
 
     def check(self) -> None:
         """A look at the registers now. Raises KernelError where the controller does not work."""
         self.refuse()
-        if self.look() is not None:
-            raise self.error()
+        if (failure := self.look()) is not None:
+            raise self.error(failure)
 
     def watch(self, deadline: Deadline, what: str = "") -> None:
         """To be called while something is waited for: now and then a look at the registers.
@@ -76,15 +90,15 @@ class Health:
         if now - deadline.began < _PATIENCE_S or now - self._looked < _LOOK_S:
             return
         self._looked = now
-        if self.look() is not None:
-            raise self.error(what)
+        if (failure := self.look()) is not None:
+            raise self.error(failure, what)
 
     def timed_out(self, what: str, deadline: Deadline, strays: int = 0) -> KernelError:
         """The error of a command that did not end in time, with what the registers say."""
         with contextlib.suppress(VfiotoolError):
-            if self.look() is not None:
+            if (failure := self.look()) is not None:
                 return KernelError(
-                    f"{self.name}: {what} did not end in {deadline}: {self.failure}",
+                    f"{self.name}: {what} did not end in {deadline}: {failure}",
                     hint=RESET_HINT,
                     device=self.name,
                     errno_name="ETIMEDOUT",

@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from threading import Condition, get_ident
 
@@ -18,7 +19,7 @@ from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.health import Health
 from vfiotool.drivers.nvme.queue_pair import SLICE_S, Completion, QueuePair
 from vfiotool.drivers.nvme.status import ABORTED_BY_HOST, failed_with
-from vfiotool.errors import KernelError, UsageError
+from vfiotool.errors import KernelError, UsageError, VfiotoolError
 from vfiotool.vfio import DmaBuffer, Interrupt
 
 # Tags from here on are ours; what is sent through the QueuePair itself keeps to those below.
@@ -59,6 +60,8 @@ class InFlight:
         self.turn: Condition | None = None
         self._numbers = itertools.count(OURS)
         self._holder: dict[str, int] = {}
+        # Who takes the queue over, and what others are told meanwhile.
+        self._claim: tuple[int, VfiotoolError] | None = None
 
     @property
     def what(self) -> str:
@@ -78,7 +81,14 @@ class InFlight:
         """For the time of a whole call the queue is this thread's. Raises UsageError, at once, if
         it is another's."""
         me = get_ident()
+        # A thread that calls again and again must not keep out the one that takes the queue over.
+        claim = self._claim
+        if claim is not None and claim[0] != me:
+            raise copy(claim[1])
         if self.taken_by(me) != me:
+            claim = self._claim
+            if claim is not None:
+                raise copy(claim[1])
             raise UsageError(
                 f"another thread is using {self.what}",
                 hint="a queue for each thread, or one SharedQueue for all",
@@ -89,19 +99,27 @@ class InFlight:
             self.left_by(me)
 
     @contextmanager
-    def taken_over(self, deadline: Deadline) -> Iterator[None]:
-        """For whoever stopped the queue pair: nobody else is at the commands meanwhile. Raises
-        UsageError if the thread that was using them does not leave in time."""
+    def taken_over(self, deadline: Deadline, told: VfiotoolError) -> Iterator[None]:
+        """For whoever stopped the queue pair: nobody else is at the commands meanwhile, who tries
+        is `told`. Raises UsageError if the thread that was using them does not leave in time."""
         if self.turn is not None:
             with self.turn:
                 yield
                 self.turn.notify_all()
             return
-        while self._holder.get("thread", get_ident()) != get_ident():
-            if deadline.passed:
-                raise UsageError(f"another thread does not leave {self.what}")
-            deadline.pause()
-        yield
+        me = get_ident()
+        held_before = self._holder.get("thread") == me
+        self._claim = (me, told)
+        try:
+            while self.taken_by(me) != me:
+                if deadline.passed:
+                    raise UsageError(f"another thread does not leave {self.what}")
+                deadline.pause()
+            yield
+        finally:
+            self._claim = None
+            if not held_before:
+                self.left_by(me)
 
     def start(
         self,

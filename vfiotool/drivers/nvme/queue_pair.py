@@ -317,8 +317,10 @@ class QueuePair:
         """Never touch rings and doorbells again, or until `restart`; ends what another thread is
         waiting for, a load at once with `abandon`."""
         self._stopping = True
+        # From the first try on nobody comes in any more: what is waited for is one call's end.
         while lib.vt_nvme_stop(self._queue) < 0:
-            (self.abandon if abandon else self.halt)()
+            if abandon:
+                self.abandon()
             time.sleep(1e-4)
 
     def restart(self) -> None:
