@@ -12,17 +12,24 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vfiotool.change.audit import AuditTrail
 from vfiotool.change.folder import Folder, safe_name
 from vfiotool.change.locks import held, try_lock
 from vfiotool.change.sealed import is_sealed, seal, unseal
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.names import DRIVER, OVERRIDE, require
-from vfiotool.change.steps.registry import held_values, step_from_json, step_to_json
+from vfiotool.change.steps.registry import (
+    held_values,
+    step_from_json,
+    step_to_json,
+    steps_as_json,
+)
 from vfiotool.change.steps.state import Binding, Identity
 from vfiotool.errors import KernelError, NotPermitted, Refused, UsageError, from_oserror
 from vfiotool.host.host import Host
@@ -208,8 +215,11 @@ class Origin:
 class Transaction:
     """An open journal file, locked by this process. `close` it with its outcome."""
 
-    def __init__(self, folder: Folder, number: int, descriptor: int) -> None:
+    def __init__(
+        self, folder: Folder, number: int, descriptor: int, audit: AuditTrail | None = None
+    ) -> None:
         self.number = number
+        self._audit = audit
         self._folder = folder
         self._descriptor = descriptor
         self._length = os.fstat(descriptor).st_size
@@ -231,6 +241,8 @@ class Transaction:
                 f"write the journal in {self._folder.path}", error, hint="make room there"
             ) from error
         self._length += len(line)
+        if kind == "stuck" and self._audit is not None:
+            self._audit.ended(self.number, "stuck", str(values.get("message") or "") or None)
 
     def end(self, outcome: str, error: str | None = None) -> None:
         """Close with `committed` or `rolled-back`. Raises KernelError, and is then still open."""
@@ -238,6 +250,8 @@ class Transaction:
         name = f"{self.number:06d}"
         self._folder.rename(name + _OPEN, name + _DONE)
         self.release()
+        if self._audit is not None:
+            self._audit.ended(self.number, outcome, error)
 
     def release(self) -> None:
         """Close it as it is: `recover` will find it."""
@@ -265,11 +279,17 @@ class Journal:
     make it.
     """
 
-    def __init__(self, host: Host, run_folder: str = RUN_FOLDER) -> None:
+    def __init__(
+        self, host: Host, run_folder: str = RUN_FOLDER, audit: AuditTrail | None = None
+    ) -> None:
         self.run_folder = run_folder
+        boot = host.boot_id() or "unknown"
+        # A journal elsewhere is no record of this machine's.
+        own = host.live and host.tree.root == "" and run_folder == RUN_FOLDER
+        self.audit = AuditTrail(boot) if audit is None and own else audit
         self._root = Folder(run_folder)
         self.locks = self._root.sub("locks")
-        self._boot = self._root.sub(f"boot-{host.boot_id() or 'unknown'}")
+        self._boot = self._root.sub(f"boot-{boot}")
         self._origins = self._boot.sub("origins")
         self.pending = self._boot.sub("pending")
 
@@ -295,7 +315,7 @@ class Journal:
         try:
             with held(self.locks, ["journal"], 30.0):
                 number = self._next_number()
-                transaction = Transaction(self._boot, number, descriptor)
+                transaction = Transaction(self._boot, number, descriptor, self.audit)
                 transaction.note(
                     "begin",
                     number=number,
@@ -311,6 +331,9 @@ class Journal:
             self._boot.remove(scratch)
             os.close(descriptor)
             raise
+        if self.audit is not None:
+            rows = steps_as_json(steps)
+            self.audit.begun(transaction.number, title, rows, sys.argv, undoes)
         return transaction
 
     def _next_number(self) -> int:
@@ -389,7 +412,9 @@ class Journal:
                 continue
             if locked:
                 _cut_torn_line(descriptor, data)
-            transaction = Transaction(self._boot, number, descriptor) if locked else None
+            transaction = None
+            if locked:
+                transaction = Transaction(self._boot, number, descriptor, self.audit)
             found.append((record, transaction))
         return found
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import typer
 
+from vfiotool.change.audit import Audited, Caller, read_audit
 from vfiotool.change.confirm import revert_unconfirmed
 from vfiotool.change.guard import Allowance
 from vfiotool.change.journal import RUN_FOLDER, Journal, Record
@@ -27,6 +29,7 @@ from vfiotool.cli.change.changing import (
     progress_line,
 )
 from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.errors import UsageError
 from vfiotool.host.tree import read_only_root
 
 app = area()
@@ -72,12 +75,31 @@ def revert(
     return 0
 
 
-@app.command("history", epilog=examples("vfiotool history", "vfiotool history --json"))
-def history(context: typer.Context) -> int:
+@app.command(
+    "history",
+    epilog=examples(
+        "vfiotool history",
+        "vfiotool history --since yesterday",
+        "vfiotool history --since 2026-11-01 --json",
+    ),
+)
+def history(
+    context: typer.Context,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHEN",
+            help="From the audit trail, earlier boots too, with who made each change: today, "
+            "yesterday, 90m, 12h, 7d, 2026-11-30, 2026-11-30T08:00. Needs no root.",
+        ),
+    ] = None,
+) -> int:
     """List the changes since the last boot, with what became of each."""
     host = host_of(context)
     if not host.live:
         raise read_only_root(host.name)
+    if since is not None:
+        return _show_audit(context, read_audit(moment_of(since, time.time())))
     # Looking at what was done makes no folder; where there is none nothing was.
     records = Journal(host).history() if os.path.isdir(RUN_FOLDER) else []
     undone = {record.undoes for record in records if record.outcome == "committed"}
@@ -100,6 +122,58 @@ def history(context: typer.Context) -> int:
             ]
         )
     output.table(("CHANGE", "TIME", "RESULT", "COMMAND", "ERROR"), rows)
+    return 0
+
+
+def moment_of(text: str, now: float) -> float:
+    """What --since means, in seconds since 1970. Raises UsageError for what is no moment."""
+    match = re.fullmatch(r"(\d{1,6})([mhd])", text, re.ASCII)
+    if match is not None:
+        return now - int(match[1]) * {"m": 60, "h": 3600, "d": 86400}[match[2]]
+    today = datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0)
+    if text in ("today", "yesterday"):
+        return (today - timedelta(days=text == "yesterday")).timestamp()
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"--since {text[:40]!r} is not a moment",
+            hint="today, yesterday, 90m, 12h, 7d, 2026-11-30 or 2026-11-30T08:00",
+        ) from error
+
+
+def _show_audit(context: typer.Context, found: tuple[Audited, ...]) -> int:
+    undone = {(one.boot, one.undoes) for one in found if one.outcome == "committed"}
+    if wants_json(context):
+        rows = [
+            {
+                "number": one.number,
+                "at": one.at,
+                "title": one.title,
+                "outcome": one.outcome or "open",
+                "error": one.error,
+                "undoes": one.undoes,
+                "undone": (one.boot, one.number) in undone,
+                "steps": list(one.steps),
+                "boot": one.boot,
+                "by": dict(one.by),
+                "command": list(one.command),
+            }
+            for one in found
+        ]
+        output.emit({"history": rows})
+        return 0
+    if not found:
+        output.say("vfiotool: no change is recorded since then")
+        return 0
+    lines: list[list[output.Part]] = []
+    for one in found:
+        outcome = one.outcome or "open"
+        reverted = ", undone" if (one.boot, one.number) in undone else ""
+        by = Caller(one.by["uid"], one.by["user"], one.by["login"], one.by["sudo"]).words
+        result = (outcome + reverted, _OUTCOMES.get(outcome, ""))
+        lines.append([str(one.number), local_time(one.at), result, by, one.title, one.error or ""])
+    output.table(("CHANGE", "TIME", "RESULT", "BY", "COMMAND", "ERROR"), lines)
     return 0
 
 
