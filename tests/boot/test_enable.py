@@ -519,15 +519,24 @@ def test_import_errors_have_their_codes(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_the_script_takes_nothing_from_its_callers_environment(tmp_path: Path) -> None:
-    first, _, rest = (ROOT / "bin" / "vfiotool").read_text().partition("\n")
-    script = tmp_path / "vfiotool"
-    script.write_text(first.replace("python", sys.executable, 1) + "\n" + rest)
-    script.chmod(0o755)
-    (tmp_path / "sitecustomize.py").write_text("print('run as root')\n")
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_installed_script_takes_nothing_from_its_callers_environment(
+    tmp_path: Path, linked: bool
+) -> None:
+    script = Path(sys.prefix, "bin", "vfiotool")
+    # What pip makes of it is what runs: it rewrites a first line that names Python.
+    assert script.read_text() == (ROOT / "bin" / "vfiotool").read_text(), "run ./bootstrap"
+    if linked:
+        (tmp_path / "link").symlink_to(script)
+        script = tmp_path / "link"
+    for name in ("sitecustomize", "vfiotool", "json"):
+        (tmp_path / f"{name}.py").write_text("print('run as root')\n")
+    for name in ("python", "python3", "readlink"):
+        (tmp_path / name).write_text("#!/bin/sh\necho run as root\n")
+        (tmp_path / name).chmod(0o755)
     done = subprocess.run(
         [str(script), "--version"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
