@@ -130,6 +130,15 @@ def test_a_qemu_without_a_machines_devices_is_refused_before_anything_starts(
     assert "has no intel-iommu, edu, pci-testdev, which machine basic needs" in str(caught.value)
 
 
+def test_a_qemu_without_what_every_guest_has_is_refused_for_all_machines(tmp_path: Path) -> None:
+    """Red Hat's is built without file systems over 9p."""
+    install(tmp_path / "bin", without=frozenset({"virtio-9p-pci"}))
+    found = qemu.find()
+    for machine in machines.MACHINES.values():
+        with pytest.raises(Unsupported, match="has no virtio-9p-pci, which machine"):
+            found.require(machine)
+
+
 def test_what_a_qemu_can_is_asked_again_when_it_was_replaced(tmp_path: Path) -> None:
     install(tmp_path / "bin", "8.2.0")
     assert qemu.find().version == "8.2.0"

@@ -92,6 +92,11 @@ def root_port(number: int, **properties: str) -> DeviceModel:
 
 EDU = device("edu", bus="pcie.0", addr="0x1")
 TESTDEV = device("pci-testdev", bus="pcie.0", addr="0x2", membar="4096")
+# What every guest has beside its machine's devices: the channel, and file systems over 9p (which
+# Red Hat builds no QEMU with). A guest's own arguments place them.
+LAB_DEVICES = tuple(
+    DeviceModel(model) for model in ("virtio-serial-pci", "virtserialport", "virtio-9p-pci")
+)
 # Hotplug tests add their device here with QMP's device_add.
 EMPTY_PORT = root_port(9)
 
@@ -337,8 +342,9 @@ def iommu_arguments(iommu: Iommu) -> list[str]:
 
 
 def models_used() -> frozenset[str]:
-    """The device models that the machines are made of."""
+    """The device models that guests are made of."""
     found = {item.model for machine in MACHINES.values() for item in machine.devices}
+    found |= {item.model for item in LAB_DEVICES}
     iommus: tuple[Iommu, ...] = ("intel", "virtio")
     return frozenset(found | {item.model for kind in iommus for item in iommu_devices(kind)})
 

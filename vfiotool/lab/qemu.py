@@ -61,8 +61,8 @@ class Qemu:
         return None if lost is None else f"{device.model},{lost}"
 
     def require(self, machine: machines.Machine) -> None:
-        """Raise Unsupported that names what `machine` cannot be without and this QEMU lacks."""
-        needed = (*machines.iommu_devices(machine.iommu), *machine.devices)
+        """Raise Unsupported that names what a guest of `machine` needs and this QEMU lacks."""
+        needed = (*machines.iommu_devices(machine.iommu), *machine.devices, *machines.LAB_DEVICES)
         lost = dict.fromkeys(self.lacks(item) for item in needed if not item.optional)
         lost.pop(None, None)
         if lost:
