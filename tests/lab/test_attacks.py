@@ -1,8 +1,16 @@
 """Attacks from outside that once went through: state files, names and callers that mean harm.
 
-Those on devices in use are in test_uses.py and test_blockers_unseen.py, the boot display's in
-test_blockers_display.py, another device at the address in tests/guests/test_replaced.py, and a
-foreign cache of the lab, which no guest has, in tests/guests/test_cache.py.
+The others are, by what they are about:
+
+- a disk, interface or VF that comes into use before or in the middle of a change, of `undo`, of
+  `recover` either way, of the watcher of --confirm-within; a second signal; an `apply` that was
+  stopped; settings of VFs in use: test_uses.py (their number: here), and a sample of all at once in
+  test_uses_sweep.py;
+- containers' links on a card, an observation that cannot fork, a node outside /dev, a disk whose
+  node has gone: test_blockers_unseen.py;
+- the boot display, with and without a driver: test_blockers_display.py;
+- another device at the address of a half-done change: tests/guests/test_replaced.py;
+- a cache of the lab that others can write to, which no guest has: tests/guests/test_cache.py.
 """
 
 from __future__ import annotations
@@ -20,9 +28,24 @@ import pytest
 from tests.change.changing import binding
 from tests.change.test_damage import HOSTILE, edited
 from tests.lab.commands import Ran, driver_of, modprobe, override_of, vfiotool
-from tests.lab.test_uses import EDU, TESTDEV, killed, put_back
+from tests.lab.test_uses import (
+    EDU,
+    NIC,
+    TESTDEV,
+    VF,
+    end,
+    held,
+    killed,
+    put_back,
+    run,
+    vf,
+    vfiotool_confirm_state,
+    wait_for,
+)
 from vfiotool.change.journal import RUN_FOLDER
 from vfiotool.change.sealed import seal, unseal
+
+__all__ = ["vf"]  # A fixture.
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
@@ -113,6 +136,29 @@ def test_a_hostile_journal_under_a_right_checksum_leads_nowhere() -> None:
             (path,) = records()
             whole = path.read_bytes()
     assert not Path("/tmp/evil").exists()
+
+
+def test_few_descriptors_are_no_free_device() -> None:
+    """An interface lives in another namespace, and the tool may open too little to see it."""
+    (name,) = os.listdir(f"{PCI}/devices/{NIC}/net")
+    libc = "import ctypes; assert ctypes.CDLL(None).unshare(0x40000000) == 0"
+    script = f"{libc}\nprint('ready', flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as container:
+        assert container.stdout is not None and container.stdout.readline() == "ready\n"
+        inside = ("nsenter", "-t", str(container.pid), "-n")
+        subprocess.run(["ip", "link", "set", name, "netns", str(container.pid)], check=True)
+        address = (*inside, "ip", "addr", "add", "10.3.3.1/24", "dev", name)
+        subprocess.run(address, check=True)
+        for limit in range(6, 22, 3):
+            command = ["prlimit", f"--nofile={limit}", TOOL, "bind", NIC]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode not in (0, 70), (limit, done)
+            assert driver_of(NIC) == "igb", limit
+        shown = subprocess.run([*inside, "ip", "-br", "addr"], capture_output=True, text=True)
+        assert "10.3.3.1" in shown.stdout
+        container.communicate("")
 
 
 def damages() -> list[bytes]:
@@ -221,3 +267,46 @@ def test_a_host_whose_names_are_no_text_is_listed_and_a_foreign_plan_refused(
     for value in ({"name": 1, "text": 2}, *HOSTILE[:12]):
         plan.write_text(json.dumps({"kind": "vfiotool-plan", "policy": value, "steps": []}))
         assert vfiotool("status", str(plan)).code == 2, value
+
+
+def test_another_number_of_vfs_is_refused_while_a_vm_has_one(vf: str, tmp_path: Path) -> None:
+    """The kernel destroys all VFs to make another number of them."""
+    assert vfiotool("bind", VF).code == 0
+    child = held(VF)
+    policy = tmp_path / "p.toml"
+    policy.write_text(
+        f'version = 1\n[[sriov]]\nmatch = {{ address = "{NIC}" }}\nvfs = 3\nautoprobe = false\n'
+    )
+    try:
+        for words in (("vf", "set", NIC, "0"), ("vf", "set", NIC, "2"), ("apply", str(policy))):
+            done = vfiotool(*words)
+            assert done.code == 4, done
+            assert f"{VF} open-file" in done.err
+            assert f"pid {child.pid}" in done.err
+        assert len(list(Path(f"{PCI}/devices/{NIC}").glob("virtfn*"))) == 1
+        assert driver_of(VF) == "vfio-pci"
+    finally:
+        end(child)
+    assert vfiotool("vf", "set", NIC, "0").code == 0
+
+
+def test_a_vf_that_comes_into_use_keeps_its_number_from_being_rolled_back(
+    vf: str, tmp_path: Path
+) -> None:
+    """The count is changed, a VF is addressed, and then what comes next fails."""
+    policy = tmp_path / "p.toml"
+    policy.write_text(
+        f'version = 1\n[[sriov]]\nmatch = {{ address = "{NIC}" }}\nvfs = 2\n'
+        f'[[device]]\nmatch = {{ address = "{EDU}" }}\n'
+    )
+    held_back = vfiotool("bind", EDU, "--driver", "none")
+    assert held_back.code == 0, held_back
+    applied = vfiotool("apply", str(policy), "--confirm-within", "40")
+    assert applied.code == 0, applied
+    wait_for(lambda: list(Path(f"{PCI}/devices/{VF}").glob("net/*")))
+    (found,) = Path(f"{PCI}/devices/{VF}").glob("net/*")
+    run("ip", "addr", "add", "10.9.9.1/24", "dev", found.name)
+    wait_for(lambda: "rolling it back failed" in vfiotool_confirm_state(), 240)
+    assert "10.9.9.1" in run("ip", "-br", "addr", "show", "dev", found.name)
+    assert f"route:{found.name}" in vfiotool("undo").err
+    assert vfiotool("confirm").code == 0
