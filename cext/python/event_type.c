@@ -29,7 +29,7 @@ typedef struct {
 	PyObject_HEAD
 	int fd;
 	int open;
-	int closing; /* close was called while others waited */
+	int closing;    /* close was called while others waited */
 	uint64_t fired; /* all that was ever taken from the eventfd */
 	struct waiter *waiters;
 	int watched; /* an event loop looks at the descriptor */
@@ -219,7 +219,8 @@ static PyObject *wait_for(Event *self, PyObject *const *arguments, Py_ssize_t co
 	    refuse_unusable(self))
 		return NULL;
 	if (!endless)
-		left_ns = timeout > LONGEST_S ? (int64_t)(LONGEST_S * 1e9) : (int64_t)(timeout * 1e9);
+		left_ns = timeout > LONGEST_S ? (int64_t)(LONGEST_S * 1e9) :
+						(int64_t)(timeout * 1e9);
 	spin_ns = spin > 10 ? 10000000000u : (uint64_t)(spin * 1e9);
 	/* Often it has fired already: then this is the only call into the kernel. */
 	result = vt_eventfd_take(self->fd, &signals);

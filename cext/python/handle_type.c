@@ -163,8 +163,9 @@ static PyGetSetDef handle_attributes[] = {
 };
 
 static PyType_Slot handle_slots[] = {
-	{ Py_tp_doc, (void *)"Handle(descriptor)\n--\n\n"
-			     "A descriptor that is never closed under a call: `with handle as fd`." },
+	{ Py_tp_doc,
+	  (void *)"Handle(descriptor)\n--\n\n"
+		  "A descriptor that is never closed under a call: `with handle as fd`." },
 	{ Py_tp_init, (void *)handle_init },
 	{ Py_tp_dealloc, (void *)handle_dealloc },
 	{ Py_tp_methods, handle_methods },

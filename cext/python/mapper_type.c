@@ -63,8 +63,8 @@ static int take_numbers(PyObject *const *objects, Py_ssize_t given, Py_ssize_t w
 			uint64_t *numbers, const char *what)
 {
 	if (given != wanted) {
-		PyErr_Format(PyExc_TypeError, "%s takes %zd positional arguments (%zd given)",
-			     what, wanted, given);
+		PyErr_Format(PyExc_TypeError, "%s takes %zd positional arguments (%zd given)", what,
+			     wanted, given);
 		return -1;
 	}
 	for (Py_ssize_t i = 0; i < wanted; i++)
@@ -121,9 +121,9 @@ static int take_row(PyObject *row, Py_ssize_t width, uint64_t *numbers)
 	return failed ? -1 : 0;
 }
 
-/* An array of 64-bit numbers, such as array("Q") or numpy's uint64. Copied: another thread may change
- * it while the lock is released, and what was mapped is to be taken away again, not what it says
- * then. */
+/* An array of 64-bit numbers, such as array("Q") or numpy's uint64. Copied: another thread may
+ * change it while the lock is released, and what was mapped is to be taken away again, not what it
+ * says then. */
 static int copy_buffer(PyObject *object, Py_ssize_t width, struct rows *rows)
 {
 	const char *format;
@@ -189,8 +189,8 @@ static int take_rows(PyObject *object, Py_ssize_t width, struct rows *rows)
 	return failed;
 }
 
-/* The descriptor, open until vt_handle_give; or -EBADF: there is no address space, it was closed, or
- * this is a child of its process. */
+/* The descriptor, open until vt_handle_give; or -EBADF: there is no address space, it was closed,
+ * or this is a child of its process. */
 static int take(const Mapper *self)
 {
 	return self->generation == vt_fork_generation ? vt_handle_take(self->handle) : -EBADF;
@@ -276,8 +276,9 @@ static PyObject *map_many_failed(Mapper *self, int result, int back, const uint6
 {
 	rows += (size_t)done * 3;
 	if (back < 0)
-		return PyObject_CallMethod((PyObject *)self, "_roll_back_failed", "iiKK", result, back,
-					   (unsigned long long)rows[1], (unsigned long long)rows[2]);
+		return PyObject_CallMethod((PyObject *)self, "_roll_back_failed", "iiKK", result,
+					   back, (unsigned long long)rows[1],
+					   (unsigned long long)rows[2]);
 	return map_failed(self, result, rows);
 }
 
@@ -300,8 +301,8 @@ static PyObject *map_many(Mapper *self, PyObject *const *arguments, Py_ssize_t c
 	if (rows.count && fd >= 0) {
 		Py_BEGIN_ALLOW_THREADS
 		result = self->is_iommufd ?
-				 vt_iommufd_map_many(fd, self->ioas, rows.numbers, rows.count, flags,
-						     &done) :
+				 vt_iommufd_map_many(fd, self->ioas, rows.numbers, rows.count,
+						     flags, &done) :
 				 vt_type1_map_many(fd, rows.numbers, rows.count, flags, &done);
 		if (result < 0)
 			back = roll_back(self, fd, rows.numbers, done);
@@ -367,7 +368,8 @@ static PyObject *unmap_many(Mapper *self, PyObject *argument)
 	return PyLong_FromUnsignedLongLong(total);
 }
 
-/* The bytes that were mapped, or a negative errno: VFIO_DMA_UNMAP_FLAG_ALL is not in every kernel. */
+/* The bytes that were mapped, or a negative errno: VFIO_DMA_UNMAP_FLAG_ALL is not in every kernel.
+ */
 static PyObject *unmap_all(Mapper *self, PyObject *unused)
 {
 	PyObject *handle = self->handle;
@@ -385,8 +387,8 @@ static PyObject *unmap_all(Mapper *self, PyObject *unused)
 	return result < 0 ? PyLong_FromLong(result) : PyLong_FromUnsignedLongLong(size);
 }
 
-/* _aim(handle, ioas): of a container if `ioas` is None, of an iommufd otherwise. Once for all: a call
- * under way in another thread gives back what it took. */
+/* _aim(handle, ioas): of a container if `ioas` is None, of an iommufd otherwise. Once for all: a
+ * call under way in another thread gives back what it took. */
 static PyObject *aim(Mapper *self, PyObject *arguments)
 {
 	PyObject *handle, *ioas;

@@ -60,36 +60,36 @@ static int take_count(Py_ssize_t given, Py_ssize_t wanted, const char *what)
 	return -1;
 }
 
-#define READ_METHOD(bits)                                                                        \
-	static PyObject *read##bits(Window *self, PyObject *argument)                            \
-	{                                                                                        \
-		uint64_t offset;                                                                 \
-		int overflow;                                                                    \
-                                                                                                 \
-		if (take_number(argument, &offset, &overflow))                                   \
-			return NULL;                                                             \
-		if (!vt_window_allows(&self->window, offset, bits / 8, VT_WINDOW_READ))          \
-			return refuse_access(self, offset, 1, bits / 8, VT_WINDOW_READ);         \
-		return PyLong_FromUnsignedLongLong(vt_load##bits(&self->window, offset));        \
+#define READ_METHOD(bits)                                                                          \
+	static PyObject *read##bits(Window *self, PyObject *argument)                              \
+	{                                                                                          \
+		uint64_t offset;                                                                   \
+		int overflow;                                                                      \
+                                                                                                   \
+		if (take_number(argument, &offset, &overflow))                                     \
+			return NULL;                                                               \
+		if (!vt_window_allows(&self->window, offset, bits / 8, VT_WINDOW_READ))            \
+			return refuse_access(self, offset, 1, bits / 8, VT_WINDOW_READ);           \
+		return PyLong_FromUnsignedLongLong(vt_load##bits(&self->window, offset));          \
 	}
 
-#define WRITE_METHOD(bits)                                                                       \
-	static PyObject *write##bits(Window *self, PyObject *const *arguments, Py_ssize_t count) \
-	{                                                                                        \
-		uint64_t offset, value;                                                          \
-		int overflow;                                                                    \
-                                                                                                 \
-		if (take_count(count, 2, "write" #bits) ||                                       \
-		    take_number(arguments[0], &offset, &overflow))                               \
-			return NULL;                                                             \
-		if (!vt_window_allows(&self->window, offset, bits / 8, VT_WINDOW_WRITE))         \
-			return refuse_access(self, offset, 1, bits / 8, VT_WINDOW_WRITE);        \
-		if (take_number(arguments[1], &value, &overflow))                                \
-			return NULL;                                                             \
-		if (overflow || value != (uint##bits##_t)value)                                  \
-			return refuse(self, VT_BAD_VALUE, offset, bits / 8);                        \
-		vt_store##bits(&self->window, offset, (uint##bits##_t)value);                    \
-		Py_RETURN_NONE;                                                                  \
+#define WRITE_METHOD(bits)                                                                         \
+	static PyObject *write##bits(Window *self, PyObject *const *arguments, Py_ssize_t count)   \
+	{                                                                                          \
+		uint64_t offset, value;                                                            \
+		int overflow;                                                                      \
+                                                                                                   \
+		if (take_count(count, 2, "write" #bits) ||                                         \
+		    take_number(arguments[0], &offset, &overflow))                                 \
+			return NULL;                                                               \
+		if (!vt_window_allows(&self->window, offset, bits / 8, VT_WINDOW_WRITE))           \
+			return refuse_access(self, offset, 1, bits / 8, VT_WINDOW_WRITE);          \
+		if (take_number(arguments[1], &value, &overflow))                                  \
+			return NULL;                                                               \
+		if (overflow || value != (uint##bits##_t)value)                                    \
+			return refuse(self, VT_BAD_VALUE, offset, bits / 8);                       \
+		vt_store##bits(&self->window, offset, (uint##bits##_t)value);                      \
+		Py_RETURN_NONE;                                                                    \
 	}
 
 READ_METHOD(8)
@@ -164,8 +164,8 @@ static PyObject *poll_until(Window *self, PyObject *arguments)
 	if (!PyArg_ParseTuple(arguments, "KIKKK", &offset, &width, &mask, &wanted, &timeout_ns) ||
 	    !valid_width(width))
 		return NULL;
-	/* In slices, so that a signal (Ctrl-C) is noticed. The window stays mapped while the lock is
-	 * released: whoever blocks or closes it waits at the gate. */
+	/* In slices, so that a signal (Ctrl-C) is noticed. The window stays mapped while the lock
+	 * is released: whoever blocks or closes it waits at the gate. */
 	for (;;) {
 		uint64_t slice = timeout_ns < POLL_SLICE_NS ? timeout_ns : POLL_SLICE_NS;
 
@@ -198,8 +198,8 @@ static PyObject *address(Window *self, PyObject *arguments)
 	reason = vt_window_check(&self->window, offset, length, 1, access ? access : 1);
 	if (reason)
 		return refuse(self, reason, offset, 1);
-	return PyLong_FromUnsignedLongLong(
-		(uintptr_t)self->window.base + (offset - self->window.start));
+	return PyLong_FromUnsignedLongLong((uintptr_t)self->window.base +
+					   (offset - self->window.start));
 }
 
 /* Until no thread is beyond the gate, which is shut; the lock is released meanwhile. */
@@ -338,15 +338,17 @@ static void window_dealloc(Window *self)
 }
 
 #define METHOD(name, flags, text) { #name, (PyCFunction)(void (*)(void))name, flags, text }
-#define READS(bits)                                                                              \
-	METHOD(read##bits, METH_O,                                                               \
-	       "read" #bits "($self, offset, /)\n--\n\n"                                         \
-	       "The register of " #bits " bits at `offset` bytes from the region's start, in one\n" \
+#define READS(bits)                                                                                \
+	METHOD(read##bits, METH_O,                                                                 \
+	       "read" #bits "($self, offset, /)\n--\n\n"                                           \
+	       "The register of " #bits                                                            \
+	       " bits at `offset` bytes from the region's start, in one\n"                         \
 	       "load, followed by a read barrier. Raises UsageError for what cannot be accessed.")
-#define WRITES(bits)                                                                             \
-	METHOD(write##bits, METH_FASTCALL,                                                       \
-	       "write" #bits "($self, offset, value, /)\n--\n\n"                                 \
-	       "Store the register of " #bits " bits at `offset` bytes from the region's start, in\n" \
+#define WRITES(bits)                                                                               \
+	METHOD(write##bits, METH_FASTCALL,                                                         \
+	       "write" #bits "($self, offset, value, /)\n--\n\n"                                   \
+	       "Store the register of " #bits                                                      \
+	       " bits at `offset` bytes from the region's start, in\n"                             \
 	       "one store, preceded by a write barrier. Raises UsageError for what cannot be\n"    \
 	       "accessed and for a value that does not fit.")
 
@@ -399,7 +401,8 @@ static PyGetSetDef window_attributes[] = {
 };
 
 static PyType_Slot window_slots[] = {
-	{ Py_tp_doc, (void *)"A mapped part of a region: accesses of exact width, bounds checked." },
+	{ Py_tp_doc,
+	  (void *)"A mapped part of a region: accesses of exact width, bounds checked." },
 	{ Py_tp_init, (void *)window_init },
 	{ Py_tp_dealloc, (void *)window_dealloc },
 	{ Py_tp_methods, window_methods },

@@ -22,8 +22,8 @@ int vt_iommufd_destroy(int iommufd, uint32_t id)
 	return vt_ioctl(iommufd, VT_IOMMU_DESTROY, &request);
 }
 
-int vt_iommufd_ranges(int iommufd, uint32_t ioas, uint64_t *ranges, uint32_t room,
-		      uint32_t *count, uint64_t *alignment)
+int vt_iommufd_ranges(int iommufd, uint32_t ioas, uint64_t *ranges, uint32_t room, uint32_t *count,
+		      uint64_t *alignment)
 {
 	struct vt_ioas_iova_ranges request = {
 		.size = sizeof(request),

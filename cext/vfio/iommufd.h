@@ -13,14 +13,14 @@ int vt_iommufd_ioas_alloc(int iommufd, uint32_t *ioas);
 int vt_iommufd_destroy(int iommufd, uint32_t id);
 /* Fills at most `room` pairs (start, last) of 64-bit numbers into `ranges`; `count` comes back as
  * how many there are. -EMSGSIZE if there are more than `room`. */
-int vt_iommufd_ranges(int iommufd, uint32_t ioas, uint64_t *ranges, uint32_t room,
-		      uint32_t *count, uint64_t *alignment);
+int vt_iommufd_ranges(int iommufd, uint32_t ioas, uint64_t *ranges, uint32_t room, uint32_t *count,
+		      uint64_t *alignment);
 /* A page table for device `devid` over `ioas` that records what devices write. */
 int vt_iommufd_dirty_hwpt(int iommufd, uint32_t devid, uint32_t ioas, uint32_t *hwpt);
 /* Begins (`start` 1) or ends the recording by page table `hwpt`. */
 int vt_iommufd_dirty_track(int iommufd, uint32_t hwpt, int start);
-/* One bit a page of `page_size` bytes of the range into `bitmap`, in whole 64-bit words; the record is
- * cleared. */
+/* One bit a page of `page_size` bytes of the range into `bitmap`, in whole 64-bit words; the record
+ * is cleared. */
 int vt_iommufd_dirty_bitmap(int iommufd, uint32_t hwpt, uint64_t iova, uint64_t size,
 			    uint64_t page_size, void *bitmap);
 

@@ -11,8 +11,8 @@
 
 #define VT_IRQ_MAX 4096u
 
-static int set_eventfds(int device, uint32_t index, uint32_t start, uint32_t count,
-			uint32_t action, const int32_t *fds)
+static int set_eventfds(int device, uint32_t index, uint32_t start, uint32_t count, uint32_t action,
+			const int32_t *fds)
 {
 	struct vt_irq_set *set;
 	size_t data = sizeof(*fds) * (size_t)count;

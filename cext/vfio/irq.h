@@ -1,5 +1,5 @@
-/* Interrupts: assignment to eventfds. VFIO_DEVICE_SET_IRQS in <linux/vfio.h>. Each function returns 0
- * or -errno. */
+/* Interrupts: assignment to eventfds. VFIO_DEVICE_SET_IRQS in <linux/vfio.h>. Each function returns
+ * 0 or -errno. */
 #ifndef VT_IRQ_H
 #define VT_IRQ_H
 

@@ -62,8 +62,7 @@ int vt_iommufd_map(int iommufd, uint32_t ioas, uint64_t address, uint64_t iova, 
 {
 	struct vt_ioas_map request = {
 		.size = sizeof(request),
-		.flags = VT_IOAS_MAP_FIXED_IOVA |
-			 (flags & VT_DMA_READ ? VT_IOAS_MAP_READABLE : 0) |
+		.flags = VT_IOAS_MAP_FIXED_IOVA | (flags & VT_DMA_READ ? VT_IOAS_MAP_READABLE : 0) |
 			 (flags & VT_DMA_WRITE ? VT_IOAS_MAP_WRITEABLE : 0),
 		.ioas_id = ioas,
 		.user_va = address,
@@ -92,8 +91,8 @@ int vt_iommufd_map_many(int iommufd, uint32_t ioas, const uint64_t *triples, uin
 			uint32_t flags, uint32_t *done)
 {
 	for (*done = 0; *done < count; ++*done, triples += 3) {
-		int result =
-			vt_iommufd_map(iommufd, ioas, triples[0], triples[1], triples[2], flags);
+		int result = vt_iommufd_map(iommufd, ioas, triples[0], triples[1], triples[2],
+					    flags);
 
 		if (result < 0)
 			return result;

@@ -42,7 +42,8 @@ int vt_window_map(struct vt_window *window, int fd, uint64_t position, uint64_t 
 	if (alignment < page)
 		alignment = page;
 	/* The kernel can use large pages where virtual and physical address agree modulo their
-	 * size; the region offset agrees with the physical address, so `position` gives the phase. */
+	 * size; the region offset agrees with the physical address, so `position` gives the phase.
+	 */
 	phase = position & (alignment - 1);
 	room = size + (alignment == page ? 0 : 2 * alignment);
 	if (room < size)
@@ -110,72 +111,74 @@ enum vt_refusal vt_window_check(const struct vt_window *window, uint64_t offset,
 	return VT_OK;
 }
 
-/* Eight registers a round: one load and one store each, of exactly this width (volatile: never merged),
- * and the counting once for all. A loop of one register a round takes one cycle or two for the same
- * work, as its few instructions happen to lie in the processor's fetch windows. */
+/* Eight registers a round: one load and one store each, of exactly this width (volatile: never
+ * merged), and the counting once for all. A loop of one register a round takes one cycle or two for
+ * the same work, as its few instructions happen to lie in the processor's fetch windows. */
 #define ROUND 8
 
-#define COPY_LOOPS(bits, swap_in, swap_out)							\
-	static inline void in##bits(const volatile uint##bits##_t *from, char *to)		\
-	{											\
-		uint##bits##_t value = swap_in(*from);						\
-												\
-		memcpy(to, &value, sizeof(value));						\
-	}											\
-												\
-	static inline void out##bits(volatile uint##bits##_t *to, const char *from)		\
-	{											\
-		uint##bits##_t value;								\
-												\
-		memcpy(&value, from, sizeof(value));						\
-		*to = swap_out(value);								\
-	}											\
-												\
-	static void read_many##bits(const struct vt_window *window, uint64_t offset, uint32_t step, \
-				    void *out, uint64_t count)					\
-	{											\
-		const volatile uint##bits##_t *from =						\
-			(const volatile uint##bits##_t *)(window->base +			\
-							  (offset - window->start));		\
-		const uint64_t width = sizeof(*from);						\
-		char *to = out;									\
-												\
-		for (; count >= ROUND; count -= ROUND, to += ROUND * width, from += ROUND * step) { \
-			in##bits(from, to);							\
-			in##bits(from + step, to + width);					\
-			in##bits(from + 2 * step, to + 2 * width);				\
-			in##bits(from + 3 * step, to + 3 * width);				\
-			in##bits(from + 4 * step, to + 4 * width);				\
-			in##bits(from + 5 * step, to + 5 * width);				\
-			in##bits(from + 6 * step, to + 6 * width);				\
-			in##bits(from + 7 * step, to + 7 * width);				\
-		}										\
-		for (; count; count--, to += width, from += step)				\
-			in##bits(from, to);							\
-		vt_read_barrier();								\
-	}											\
-												\
-	static void write_many##bits(const struct vt_window *window, uint64_t offset,		\
-				     uint32_t step, const void *in, uint64_t count)		\
-	{											\
-		volatile uint##bits##_t *to =							\
-			(volatile uint##bits##_t *)(window->base + (offset - window->start));	\
-		const uint64_t width = sizeof(*to);						\
-		const char *from = in;								\
-												\
-		vt_write_barrier();								\
-		for (; count >= ROUND; count -= ROUND, from += ROUND * width, to += ROUND * step) { \
-			out##bits(to, from);							\
-			out##bits(to + step, from + width);					\
-			out##bits(to + 2 * step, from + 2 * width);				\
-			out##bits(to + 3 * step, from + 3 * width);				\
-			out##bits(to + 4 * step, from + 4 * width);				\
-			out##bits(to + 5 * step, from + 5 * width);				\
-			out##bits(to + 6 * step, from + 6 * width);				\
-			out##bits(to + 7 * step, from + 7 * width);				\
-		}										\
-		for (; count; count--, from += width, to += step)				\
-			out##bits(to, from);							\
+#define COPY_LOOPS(bits, swap_in, swap_out)                                                        \
+	static inline void in##bits(const volatile uint##bits##_t *from, char *to)                 \
+	{                                                                                          \
+		uint##bits##_t value = swap_in(*from);                                             \
+                                                                                                   \
+		memcpy(to, &value, sizeof(value));                                                 \
+	}                                                                                          \
+                                                                                                   \
+	static inline void out##bits(volatile uint##bits##_t *to, const char *from)                \
+	{                                                                                          \
+		uint##bits##_t value;                                                              \
+                                                                                                   \
+		memcpy(&value, from, sizeof(value));                                               \
+		*to = swap_out(value);                                                             \
+	}                                                                                          \
+                                                                                                   \
+	static void read_many##bits(const struct vt_window *window, uint64_t offset,               \
+				    uint32_t step, void *out, uint64_t count)                      \
+	{                                                                                          \
+		const volatile uint##bits##_t *from =                                              \
+			(const volatile uint##bits##_t *)(window->base +                           \
+							  (offset - window->start));               \
+		const uint64_t width = sizeof(*from);                                              \
+		char *to = out;                                                                    \
+                                                                                                   \
+		for (; count >= ROUND;                                                             \
+		     count -= ROUND, to += ROUND * width, from += ROUND * step) {                  \
+			in##bits(from, to);                                                        \
+			in##bits(from + step, to + width);                                         \
+			in##bits(from + 2 * step, to + 2 * width);                                 \
+			in##bits(from + 3 * step, to + 3 * width);                                 \
+			in##bits(from + 4 * step, to + 4 * width);                                 \
+			in##bits(from + 5 * step, to + 5 * width);                                 \
+			in##bits(from + 6 * step, to + 6 * width);                                 \
+			in##bits(from + 7 * step, to + 7 * width);                                 \
+		}                                                                                  \
+		for (; count; count--, to += width, from += step)                                  \
+			in##bits(from, to);                                                        \
+		vt_read_barrier();                                                                 \
+	}                                                                                          \
+                                                                                                   \
+	static void write_many##bits(const struct vt_window *window, uint64_t offset,              \
+				     uint32_t step, const void *in, uint64_t count)                \
+	{                                                                                          \
+		volatile uint##bits##_t *to =                                                      \
+			(volatile uint##bits##_t *)(window->base + (offset - window->start));      \
+		const uint64_t width = sizeof(*to);                                                \
+		const char *from = in;                                                             \
+                                                                                                   \
+		vt_write_barrier();                                                                \
+		for (; count >= ROUND;                                                             \
+		     count -= ROUND, from += ROUND * width, to += ROUND * step) {                  \
+			out##bits(to, from);                                                       \
+			out##bits(to + step, from + width);                                        \
+			out##bits(to + 2 * step, from + 2 * width);                                \
+			out##bits(to + 3 * step, from + 3 * width);                                \
+			out##bits(to + 4 * step, from + 4 * width);                                \
+			out##bits(to + 5 * step, from + 5 * width);                                \
+			out##bits(to + 6 * step, from + 6 * width);                                \
+			out##bits(to + 7 * step, from + 7 * width);                                \
+		}                                                                                  \
+		for (; count; count--, from += width, to += step)                                  \
+			out##bits(to, from);                                                       \
 	}
 
 COPY_LOOPS(8, , )

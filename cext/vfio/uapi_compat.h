@@ -14,7 +14,8 @@
 
 #define VT_VFIO_IO(number) _IO(';', 100 + (number))
 #define VT_IOMMUFD_IO(number) _IO(';', 0x80 + (number))
-#define VT_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), #type " has changed size")
+#define VT_ASSERT_SIZE(type, bytes)                                                                \
+	_Static_assert(sizeof(type) == (bytes), #type " has changed size")
 
 /* Container (/dev/vfio/vfio). */
 #define VT_VFIO_GET_API_VERSION VT_VFIO_IO(0)

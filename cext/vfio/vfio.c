@@ -36,8 +36,8 @@ int vt_container_set_iommu(int container, int type)
 
 int vt_type1_info(int container, void *buffer, uint32_t size)
 {
-	return vt_info(container, VT_VFIO_IOMMU_GET_INFO, sizeof(struct vt_type1_info), 0, 0, buffer,
-		       size);
+	return vt_info(container, VT_VFIO_IOMMU_GET_INFO, sizeof(struct vt_type1_info), 0, 0,
+		       buffer, size);
 }
 
 int vt_group_status(int group, uint32_t *flags)

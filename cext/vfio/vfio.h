@@ -21,7 +21,8 @@ int vt_group_status(int group, uint32_t *flags);
 /* Puts the group into the container, and takes it out (-EBUSY while a device of it is open). */
 int vt_group_set_container(int group, int container);
 int vt_group_unset_container(int group);
-/* A descriptor of the device. `name` is what the bus calls the device, for a VF with a token followed by " vf_token=UUID". */
+/* A descriptor of the device. `name` is what the bus calls the device, for a VF with a token
+ * followed by " vf_token=UUID". */
 int vt_group_device(int group, const char *name);
 
 /* The argsz protocol of vt_info: struct vfio_device_info and vfio_region_info with their
@@ -35,8 +36,8 @@ int vt_device_reset(int device);
 /* struct vfio_pci_hot_reset_info into `buffer`; -ENOSPC if it has more devices than fit, and then
  * their number all the same. */
 int vt_hot_reset_info(int device, void *buffer, uint32_t size);
-/* Resets slot or bus; `group_fds` are the groups of all functions that it reaches (none for iommufd,
- * where they are those bound to the same one). */
+/* Resets slot or bus; `group_fds` are the groups of all functions that it reaches (none for
+ * iommufd, where they are those bound to the same one). */
 int vt_hot_reset(int device, const int32_t *group_fds, uint32_t count);
 /* `flags` is the feature's number with VFIO_DEVICE_FEATURE_GET, _SET or _PROBE; `data` goes in
  * and comes back (`length` bytes, at most 4096). */
