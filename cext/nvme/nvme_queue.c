@@ -6,13 +6,7 @@
 #include <string.h>
 
 #include "nvme/nvme_ring.h"
-
-static uint64_t fork_generation;
-
-static void count_fork(void)
-{
-	fork_generation++;
-}
+#include "vfio/fork.h"
 
 uint64_t vt_nvme_ns_a_tick_32;
 
@@ -43,7 +37,7 @@ static void calibrate(void)
 	if (last <= first)
 		last = first + 1;
 	vt_nvme_ns_a_tick_32 = (uint64_t)(((unsigned __int128)(end - clock) << 32) / (last - first));
-	pthread_atfork(NULL, NULL, count_fork);
+	vt_watch_forks();
 }
 
 static volatile uint32_t *word_at(uint64_t address)
@@ -117,7 +111,7 @@ int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queu
 	q->untold_limit = layout->lazy ? layout->cq_entries - layout->sq_entries : 0;
 	if (!q->untold_limit)
 		q->untold_limit = 1;
-	q->generation = fork_generation;
+	q->generation = vt_fork_generation;
 	*queue = q;
 	return 0;
 }
@@ -147,7 +141,7 @@ int vt_nvme_enter(struct vt_nvme_queue *q)
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return leaving(q) ? -ESHUTDOWN : -EBUSY;
 	/* In a child the rings are not mapped: MADV_DONTFORK. */
-	if (q->generation != fork_generation)
+	if (q->generation != vt_fork_generation)
 		result = -ESTALE;
 	else if (q->gate && !vt_gate_enter(q->gate))
 		result = -EACCES;

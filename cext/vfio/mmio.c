@@ -3,7 +3,6 @@
 #include "vfio/mmio.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -12,21 +11,6 @@
 
 #define SPIN_NS 20000u
 #define NAP_MAX_NS 100000u
-
-uint64_t vt_fork_generation;
-
-static void count_fork(void)
-{
-	vt_fork_generation++;
-}
-
-void vt_watch_forks(void)
-{
-	static int watching;
-
-	if (!watching)
-		watching = pthread_atfork(NULL, NULL, count_fork) == 0;
-}
 
 int vt_window_map(struct vt_window *window, int fd, uint64_t position, uint64_t start,
 		  uint64_t size, uint32_t access, uint64_t alignment)

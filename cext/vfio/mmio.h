@@ -10,6 +10,7 @@
 #include <endian.h>
 #include <stdint.h>
 
+#include "vfio/fork.h"
 #include "vfio/gate.h"
 
 /* Why an access was refused; also what vt_window_check returns. */
@@ -37,10 +38,6 @@ struct vt_window {
 	void *reserved;
 	struct vt_gate gate; /* for loops that run without the interpreter's lock */
 };
-
-/* Counts the forks between this process and the one that loaded the library. */
-extern uint64_t vt_fork_generation;
-void vt_watch_forks(void);
 
 /* Maps `size` bytes of `fd` at `position` as the window that begins at region offset `start`, at
  * an address that is a multiple of `alignment` (0: the page). Hidden from children. 0 or -errno. */

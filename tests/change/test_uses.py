@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.change.changing import BEHIND, BESIDE, NIC, NVME, UUID, furnished, run_folder
+from tests.change.side_by_side import side_by_side
 from tests.change.test_faults import HEAD, NAMES, POLICIES, VFS, furnished_with_vfs
 from tests.change.test_faults import run_policy as apply
 from tests.fakes.kernel import FakeKernel, Fault
@@ -106,7 +108,10 @@ def swap_on(kernel: FakeKernel, device: str) -> str | None:
     return device
 
 
-USES = (open_node, give_address, swap_on)
+Use = Callable[[FakeKernel, str], str | None]
+USES: tuple[Use, ...] = (open_node, give_address, swap_on)
+# After how many writes, which device, and how it comes into use.
+Case = tuple[int, str, Use]
 
 
 @dataclass
@@ -202,7 +207,7 @@ def writes_of(name: str, way: str) -> int:
         return len(case.kernel.writes) - before
 
 
-def outcomes(name: str, way: str, limit: int) -> Iterator[str]:
+def outcomes(name: str, way: str, limit: int) -> list[str]:
     total = writes_of(name, way)
     with run_folder() as folder:
         case = ready(name, way, folder)
@@ -213,14 +218,16 @@ def outcomes(name: str, way: str, limit: int) -> Iterator[str]:
             assert way == "roll-back"
         devices = tuple(dict.fromkeys((*devices, *devices_of(case.kernel))))
     cases = [(at, device, use) for at in range(first, total) for device in devices for use in USES]
-    for at, device, use in cases[:: max(1, len(cases) // limit)]:
-        with run_folder() as folder:
-            yield _one(ready(name, way, folder), at, device, use, f"{name}, {way}")
+    return side_by_side(partial(_run_case, name, way), cases[:: max(1, len(cases) // limit)])
 
 
-def _one(
-    case: Way, at: int, device: str, use: Callable[[FakeKernel, str], str | None], label: str
-) -> str:
+def _run_case(name: str, way: str, case: Case) -> str:
+    at, device, use = case
+    with run_folder() as folder:
+        return _one(ready(name, way, folder), at, device, use, f"{name}, {way}")
+
+
+def _one(case: Way, at: int, device: str, use: Use, label: str) -> str:
     kernel = case.kernel
     seen: list[object] = []
 

@@ -19,7 +19,7 @@ CEXT = TESTS.parent / "cext"
 sys.path.insert(0, str(CEXT.parent))
 from cext.build import build_with_fault_injection, build_with_sanitizers  # noqa: E402
 
-SOURCES = ("ioctl", "vfio", "dma", "iommufd", "irq", "mapping", "interrupt", "mmio")
+SOURCES = ("ioctl", "vfio", "dma", "iommufd", "irq", "mapping", "interrupt", "mmio", "fork")
 WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 CEXT = Path(__file__).resolve().parents[3] / "cext"
-NAMES = ("nvme/nvme_queue.c", "nvme/nvme_load.c", "tests/nvme_queue_test.c")
+NAMES = ("vfio/fork.c", "nvme/nvme_queue.c", "nvme/nvme_load.c", "tests/nvme_queue_test.c")
 WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["address,undefined", "thread"]
 

@@ -6,11 +6,11 @@ shows under the device lock (`driver_override`, `sriov_numvfs`) are read with a 
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.devices.pci import read_identity
+from vfiotool.devices.serial import read_serial_number
 from vfiotool.errors import NotFound, Stuck
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
@@ -30,11 +30,6 @@ ANY = "*"
 # An override that no driver matches, so that no probe takes a parked device (as driverctl does).
 PARKED = "none"
 
-# PCIe Base Specification 7.9.3, Device Serial Number extended capability.
-_CAP_SERIAL = 0x0003
-_EXTENDED_AT = 0x100
-_SERIAL = struct.Struct("<IQ")
-_MAX_CAPABILITIES = 960
 # PCI Local Bus 3.0, appendix H.
 _CAP_MSIX = 0x11
 
@@ -151,28 +146,8 @@ def read_pci_identity(host: Host, address: str) -> Identity:
         device=found.device,
         subsystem_vendor=found.subsystem_vendor,
         subsystem_device=found.subsystem_device,
-        serial=read_serial(host, address),
+        serial=read_serial_number(host, address),
     )
-
-
-def read_serial(host: Host, address: str) -> str | None:
-    """The 64-bit device serial number as 16 hexadecimal digits, or None if there is none."""
-    path = f"{SYS_PCI_DEVICES}/{address}/config"
-    at = _EXTENDED_AT
-    for _ in range(_MAX_CAPABILITIES):
-        if at < _EXTENDED_AT:
-            return None
-        try:
-            found = host.read_at(path, at, _SERIAL.size)
-        except OSError:
-            return None
-        if len(found) < _SERIAL.size:
-            return None
-        header, serial = _SERIAL.unpack(found)
-        if header & 0xFFFF == _CAP_SERIAL:
-            return f"{serial:016x}"
-        at = header >> 20
-    return None
 
 
 def read_msix_count(host: Host, address: str) -> int | None:
