@@ -107,6 +107,7 @@ WITHOUT = {
     "serve vfio-user",
     "serve exports",
     "serve vhost-user",
+    "serve vhost-user-net",
     "completion",
     "help",
     "version",

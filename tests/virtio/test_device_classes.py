@@ -241,12 +241,17 @@ def test_a_console_is_a_terminal_of_the_host(path: Path) -> None:
 def _start(*options: str, name: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "vfiotool", "serve", "vhost-user", name, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    wait_for(process, options[1])
+    return process
+
+
+def wait_for(process: subprocess.Popen[bytes], path: str) -> None:
+    """Wait until a server listens, or has ended."""
     while process.poll() is None:
         with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
-            probe.connect(options[1])
-            break
+            probe.connect(path)
+            return
         os.sched_yield()
-    return process
 
 
 def test_the_command_serves_a_file_of_ones_own_until_sigterm(tmp_path: Path) -> None:

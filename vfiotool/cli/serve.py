@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vfiotool.cli import output, serve_class, serve_model
+from vfiotool.cli import output, serve_class, serve_model, serve_net
 from vfiotool.cli.context import area, examples
 from vfiotool.errors import UsageError, VfiotoolError, from_oserror
 
@@ -171,6 +171,13 @@ app.command(
         "vfiotool serve vhost-user mymodule:Sensor --socket-path /run/sensor.sock",
     ),
 )(serve_class.vhost_user)
+app.command(
+    "vhost-user-net",
+    epilog=examples(
+        "vfiotool serve vhost-user-net --socket-path /run/vm1.net --socket-path /run/vm2.net",
+        "vfiotool serve vhost-user-net --socket-path /run/vm1.net --tap tap0 --rate-limit 100M",
+    ),
+)(serve_net.vhost_user_net)
 
 
 def _read(file: str) -> ExportsFile:

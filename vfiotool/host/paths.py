@@ -64,6 +64,7 @@ DEV = "/dev"
 DEV_VFIO = "/dev/vfio"
 DEV_IOMMU = "/dev/iommu"
 DEV_LOG = "/dev/log"
+DEV_TUN = "/dev/net/tun"
 DEV_VDUSE = "/dev/vduse"
 DEV_SHM = "/dev/shm"
 # Not files of the kernel's: what a live host tells only through netlink, other processes' tables

@@ -77,8 +77,12 @@ class _LoopQueue:
         device = self.host.device
         if self.index in device.taken:
             device.kicked(self.index)
-            if self.direct.is_open:
+            if self.direct.is_open and not self._broken:
+                left = self.direct.waiting
                 self.direct.notify(on=True)
+                if self.direct.waiting != left:
+                    # They came before the wish for kicks was seen: nobody announces them.
+                    self.host.loop.call_soon(self._turn)
             return
         if self._task is not None and device.ordered:
             # Its end takes the next turn.
@@ -161,8 +165,14 @@ class _LoopQueue:
             self.direct.publish()
 
     def take(self, most: int) -> list[QueueRequest]:
-        requests = self.direct.fetch(most) if self.direct.is_open and not self._broken else []
-        if not requests and self.direct.is_open and (why := self.direct.broken()):
+        if not self.direct.is_open or self._broken:
+            return []
+        requests = self.direct.fetch(most)
+        if not requests and self.direct.notify(on=True):
+            # With an event index a kick comes for what follows the last one that was taken, so it
+            # is asked for whenever there was nothing to take.
+            requests = self.direct.fetch(most)
+        if not requests and (why := self.direct.broken()):
             self._break(why)
         return requests
 
