@@ -12,6 +12,7 @@ import pytest
 
 from tests.change.changing import EDU, NVME, binding, do, furnished, run_folder
 from tests.fakes.kernel import FakeKernel, Fault
+from vfiotool.change import confirm as confirming
 from vfiotool.change.confirm import attach, confirm, revert_unconfirmed
 from vfiotool.change.journal import Journal, started_at
 from vfiotool.change.recover import recover
@@ -160,3 +161,12 @@ def test_another_device_at_the_address_is_nothing_to_undo(
     (result,) = recover(kernel.host(), journal, finish=finish)
     assert result.result == "undone"
     assert len(kernel.writes) == writes
+
+
+def test_arming_waits_for_its_own_child_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's child that has ended keeps its exit status."""
+    monkeypatch.setattr(confirming, "_watch", lambda *_: None)
+    other = subprocess.Popen(["false"])
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    confirming._arm_process("/nonexistent", "token", 1.0)
+    assert other.wait() == 1

@@ -51,6 +51,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"))
     parser.add_argument("--map", type=Path, default=Path("mutants.map"))
     parser.add_argument("--skip", nargs="*", default=LONG, help="test files that take too long")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of tests a mutant")
     parser.add_argument("--again", action="store_true", help="judge the survivors anew")
     return parser.parse_args(arguments)
 
@@ -118,6 +119,7 @@ def inside(options: argparse.Namespace) -> int:
         [mutant for mutant in mutants if mutant.name in wanted],
         reached,
         output,
+        options.budget,
         found,
     )
     arguments = ["-q", "-s", "-m", "not lab", "-p", "no:cacheprovider", "--no-header"]

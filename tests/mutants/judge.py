@@ -8,9 +8,9 @@ needs a process of its own (`by_itself`).
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import gc
+import inspect
 import json
 import mmap
 import os
@@ -32,9 +32,8 @@ import pytest
 
 from tests.mutants.mutant import Mutant
 
-# What the tests of one mutant may take, measured without one; and how much longer before it counts
-# as noticed because it hangs. The machine may be busy.
-BUDGET_S = 40.0
+# How much longer than measured the tests of a mutant may take before it counts as noticed because
+# it hangs. The machine may be busy.
 SLOWER = 12
 LEAST_S = 40.0
 
@@ -62,6 +61,7 @@ class Judge:
         mutants: list[Mutant],
         reached: bytes,
         output: int,
+        budget_s: float,
         found: Callable[[Mutant, bool, str], None],
     ) -> None:
         self.root = root
@@ -69,6 +69,7 @@ class Judge:
         self.mutants = mutants
         self.known = [Reached(**json.loads(line)) for line in reached.splitlines()]
         self.output = output
+        self.budget_s = budget_s
         self.found = found
 
     @pytest.hookimpl(tryfirst=True)
@@ -103,8 +104,10 @@ class Judge:
         patches = _patches(self.root / mutant.file, source, mutant)
         if patches is None:
             return by_itself(self.root, mutant)
-        chosen, left_out, budget = [], 0, BUDGET_S
-        for one in reached:
+        chosen, left_out, budget = [], 0, self.budget_s
+        # Those of its own package first: nearly always one of them notices.
+        own = f"tests/{Path(mutant.file).parts[1]}/"
+        for one in sorted(reached, key=lambda one: not one.test.startswith(own)):
             if one.test in items and mutant.line in one.lines.get(mutant.file, ()):
                 if one.seconds > budget:
                     left_out += 1
@@ -121,7 +124,7 @@ class Judge:
                     report(item.nodeid)
                     os._exit(1)
 
-        limit = LEAST_S + SLOWER * (BUDGET_S - budget)
+        limit = LEAST_S + SLOWER * (self.budget_s - budget)
         code, said = _in_fork(run, limit, session)
         if code == 0:
             return False, f"{len(chosen)} tests, {left_out} too long"
@@ -225,57 +228,42 @@ def void(_: object) -> None:
 def _patches(
     path: Path, source: bytes, mutant: Mutant
 ) -> list[tuple[FunctionType, CodeType]] | None:
-    """The living functions that hold the mutant's line and the code that each gets; None if the
-    mutant is in no function or its function has no match."""
-    place = _outermost(ast.parse(source), mutant.line)
-    if place is None:
-        return None
-    old = _functions(compile(source, str(path), "exec"))
-    new = _functions(compile(mutant.applied(source), str(path), "exec"))
+    """The living functions whose code is another with the mutant, and the code that each gets.
+
+    Those inside functions too: some were made when their module was imported. None if the mutant
+    is in no function, or changes which there are.
+    """
+    old = list(_functions(compile(source, str(path), "exec")))
+    new = list(_functions(compile(mutant.applied(source), str(path), "exec")))
     if [code.co_qualname for code in old] != [code.co_qualname for code in new]:
         return None
-    first = [code.co_firstlineno for code in old]
+    changed = {
+        (before.co_qualname, before.co_firstlineno): after
+        for before, after in zip(old, new, strict=True)
+        if before.replace(co_filename="", co_firstlineno=1)
+        != after.replace(co_filename="", co_firstlineno=1)
+    }
     pairs = []
     for function in gc.get_objects():
         if isinstance(function, FunctionType) and function.__code__.co_filename == str(path):
-            line = function.__code__.co_firstlineno
-            if line != place or line not in first:
-                continue
-            code = new[first.index(line)]
-            if code.co_freevars == function.__code__.co_freevars:
-                pairs.append((function, code))
+            code = function.__code__
+            after = changed.get((code.co_qualname, code.co_firstlineno))
+            if after is not None and after.co_freevars == code.co_freevars:
+                pairs.append((function, after))
     return pairs or None
 
 
-def _outermost(tree: ast.Module, line: int) -> int | None:
-    """The first line, decorators included, of the outermost function that holds `line`."""
-    pending: list[ast.stmt] = list(tree.body)
-    for node in pending:
-        if isinstance(node, ast.ClassDef):
-            pending += node.body
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            begin = min([node.lineno, *(one.lineno for one in node.decorator_list)])
-            assert node.end_lineno is not None
-            # Defaults and decorators are worked out when the module is imported.
-            if node.body[0].lineno <= line <= node.end_lineno:
-                return begin
-    return None
-
-
-def _functions(code: CodeType) -> list[CodeType]:
-    """The functions of a module and of its classes, not those inside functions."""
-    return list(_walk(code))
-
-
-def _walk(code: CodeType) -> Iterator[CodeType]:
+def _functions(code: CodeType) -> Iterator[CodeType]:
+    """All functions of a module, those inside classes and functions too; no comprehensions."""
     for constant in code.co_consts:
-        if not isinstance(constant, CodeType) or constant.co_name.startswith("<"):
-            continue
-        # A class's body keeps no fast locals.
-        if constant.co_flags & 0x02:
-            yield constant
-        else:
-            yield from _walk(constant)
+        if isinstance(constant, CodeType):
+            # A class's body keeps no fast locals.
+            if constant.co_flags & inspect.CO_OPTIMIZED and constant.co_name not in _INLINE:
+                yield constant
+            yield from _functions(constant)
+
+
+_INLINE = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 
 
 def by_itself(root: Path, mutant: Mutant) -> tuple[bool, str]:

@@ -138,6 +138,42 @@ def test_a_controller_that_is_exported_whole_is_a_use_though_it_has_no_disk() ->
     assert "storage-member" not in [kind for kind, _, _ in found(small, DISK)]
 
 
+def shares(*mounts: str) -> SmallHost:
+    """A machine with a shared folder `root` over virtio-9p and these mounts."""
+    small = SmallHost()
+    path = small.function(DISK, class_code="000200", driver="virtio-pci")
+    small.file(f"{path}/virtio0/mount_tag", "root")
+    small.link(f"{path}/virtio0/driver", "/sys/bus/virtio/drivers/9pnet_virtio")
+    small.mounts(*mounts)
+    return small
+
+
+OVERLAY = "self\t22 1 0:25 / / rw - overlay overlay rw,lowerdir=/lower,upperdir=/u,workdir=/w"
+
+
+def test_a_shared_folder_may_be_what_a_root_overlay_stands_on() -> None:
+    """The initramfs mounted it, and no table shows it since the root was switched."""
+    verdict = explain(read_case(shares(OVERLAY).host(), DISK))
+    assert ("mounted", "/") in [(entry.kind, entry.subject) for entry in verdict.blockers]
+    assert "/ may be on" in verdict.warnings[0]
+    assert verdict.next == ()
+
+
+@pytest.mark.parametrize(
+    "mounts",
+    [
+        (),
+        ("self\t22 1 8:1 / / rw - ext4 /dev/sda1 rw", OVERLAY.replace(" / rw", " /merged rw")),
+        (OVERLAY, "self\t23 22 0:30 / /lower rw - 9p other rw"),
+        (OVERLAY.replace("=/lower", "=l/ABC"),),
+    ],
+)
+def test_an_overlay_over_what_is_seen_says_nothing_of_a_shared_folder(
+    mounts: tuple[str, ...],
+) -> None:
+    assert found(shares(*mounts), DISK) == []
+
+
 def far_host(disk: str, path: str, transport: str = "tcp") -> SmallHost:
     """A host whose /var stands on `disk`, and whose card has an address."""
     small = network()

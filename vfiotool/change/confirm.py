@@ -283,8 +283,10 @@ def _arm_timer(token: str, seconds: float) -> None:
 
 def _arm_process(run_folder: str, token: str, seconds: float) -> None:
     """A grandchild in a session of its own, which holds none of our descriptors."""
-    if os.fork():
-        os.wait()
+    child = os.fork()
+    if child:
+        # Its own child alone: the caller may have others.
+        os.waitpid(child, 0)
         return
     try:
         os.setsid()

@@ -117,7 +117,8 @@ def _effect(facts: DoctorFacts) -> Finding:
     evidence = f"{SYS_IOMMU}: {units}; {SYS_IOMMU_GROUPS}: {platform.groups}"
     if platform.works:
         count = f"{len(platform.units)} IOMMU" if platform.units else "the IOMMU is"
-        summary = f"{count} in use, {platform.groups} groups"
+        groups = "1 group" if platform.groups == 1 else f"{platform.groups} groups"
+        summary = f"{count} in use, {groups}"
         return Finding("iommu-effect", "ok", summary, evidence)
     if platform.groups:
         summary = "there are groups, but no IOMMU behind them"

@@ -36,13 +36,17 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of a mountinfo. `pid` is `self`, or a process of another mount namespace."""
+    """One line of a mountinfo. `pid` is `self`, or a process of another mount namespace.
+
+    `lower` is the first lower folder of an overlay, as it was named when that was mounted.
+    """
 
     pid: str
     number: str
     point: str
     type: str
     source: str
+    lower: str = ""
 
 
 def read_mounts(host: Sight) -> tuple[Mount, ...]:
@@ -65,7 +69,12 @@ def parse_mount(pid: str, line: str) -> Mount | None:
     head, tail = left.split(), right.split()
     if not separator or len(head) < 5 or len(tail) < 2:
         return None
-    return Mount(pid, head[2], unescape(head[4]), tail[0], unescape(tail[1]))
+    lower = ""
+    if tail[0] == "overlay":
+        options = tail[2].split(",") if len(tail) > 2 else []
+        named = [text for text in options if text.startswith(("lowerdir=", "lowerdir+="))]
+        lower = unescape(named[0].partition("=")[2].partition(":")[0]) if named else ""
+    return Mount(pid, head[2], unescape(head[4]), tail[0], unescape(tail[1]), lower)
 
 
 def unescape(text: str) -> str:
@@ -187,26 +196,60 @@ def swapped(
 
 
 def _mount_of(path: str, mounts: tuple[Mount, ...]) -> Mount | None:
-    """The mount of this namespace that a file lies on: the longest mount point above it."""
-    above = [
-        mount
-        for mount in mounts
-        if mount.pid == "self" and path.startswith(mount.point.rstrip("/") + "/")
-    ]
+    """The mount of this namespace that a file lies on."""
+    return _covering(path, (mount for mount in mounts if mount.pid == "self"))
+
+
+def _covering(path: str, mounts: Iterable[Mount]) -> Mount | None:
+    """The mount that a path of their namespace leads into: the longest mount point above it."""
+    above = [mount for mount in mounts if path.startswith(mount.point.rstrip("/") + "/")]
     return max(above, key=lambda mount: len(mount.point), default=None)
 
 
 def shared_folders(host: Sight, address: str, path: str) -> list[Blocker]:
-    """Mounts of virtio-9p and virtiofs, whose source is a tag and not a block device."""
-    found = []
+    """Mounts of virtio-9p and virtiofs, whose source is a tag and not a block device.
+
+    Where an overlay stands on a file system that no table shows any more, any that is mounted
+    nowhere else may be that: nothing claims it as a disk is claimed.
+    """
+    found: list[Blocker] = []
     for name in host.listdir(path):
         base = f"{path}/{name}"
         if not name.startswith("virtio"):
             continue
         tag = (host.read(f"{base}/mount_tag") or "").rstrip("\0")
         driver = host.linkname(f"{base}/driver")
+        before = len(found)
         for mount in read_mounts(host) if tag or driver == "virtiofs" else ():
             by_tag = mount.type == "9p" and tag and mount.source == tag
             if by_tag or (mount.type == "virtiofs" and driver == "virtiofs"):
                 found.append(_mount_blocker(address, Layer(name, None, (name,)), mount))
+        unmounted = len(found) == before and (tag or driver == "virtiofs")
+        over = _over_hidden(host) if unmounted else None
+        if over is not None:
+            found.append(_below_overlay(address, name, over))
     return found
+
+
+def _over_hidden(host: Sight) -> Mount | None:
+    """An overlay whose lower file system is mounted out of sight, as an initramfs leaves it: the
+    path of its lower folder leads into the overlay itself now."""
+    mounts = read_mounts(host)
+    for mount in mounts:
+        # Docker's are relative to a folder of its own, on a disk that is mounted in sight.
+        if mount.lower.startswith("/"):
+            same = [other for other in mounts if other.pid == mount.pid]
+            covering = _covering(f"{mount.lower}/", same)
+            if covering is None or covering.number == mount.number:
+                return mount
+    return None
+
+
+def _below_overlay(address: str, name: str, over: Mount) -> Blocker:
+    detail = f"{name} may be below the overlay on {over.point}, whose lower file system no table "
+    detail += "of mounts shows"
+    evidence = f"{PROC}/{over.pid}/mountinfo: {over.point} with lowerdir={over.lower}"
+    vital = None
+    if over.point in _VITAL:
+        vital = f"{over.point} may be on {address}: it cannot be passed through while that is so"
+    return Blocker("mounted", address, over.point, detail, evidence, None, vital)

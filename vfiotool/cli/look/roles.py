@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # The words for `host` name what stands in the way of passthrough.
 ROLES = {
-    "vfio": "ready for user space",
+    "vfio": "on a VFIO driver",
     "unbound": "no driver",
     "bridge": "not in the way",
     "host": "on a host driver",
