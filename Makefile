@@ -5,7 +5,7 @@ LAB_KERNELS := 6.1 6.12 iommufd
 # As Debian calls them: the releases that a bare machine is tried with.
 BARE := bookworm trixie
 
-.PHONY: help venv demo check test test-host proofs bare soak lab lint lock bench dist clean
+.PHONY: help venv demo check test test-host proofs bare soak lab lint lock bench dist deb site clean
 
 help:
 	@echo "make demo       show the whole way of a device, in a guest with a virtual IOMMU"
@@ -21,6 +21,8 @@ help:
 	@echo "make venv       .venv, with vfiotool in .venv/bin (what ./bootstrap does)"
 	@echo "make lab        fetch and build the lab's QEMU and kernels ($(LAB_KERNELS))"
 	@echo "make dist       source archive and wheel, in dist/"
+	@echo "make deb        the Debian package, built and tried in a chroot, in dist/ (root)"
+	@echo "make site       the documentation as a web site, in build/site"
 	@echo "make lock       requirements.lock anew, from the newest versions"
 	@echo "make clean      remove .venv and all that was built"
 
@@ -97,6 +99,13 @@ dist: venv
 	rm -rf dist
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
 	$(PY) -c 'from setuptools.build_meta import build_sdist; print("dist/" + build_sdist("dist"))'
+
+deb:
+	tests/package/run
+
+site: venv
+	$(PY) -m pip install -q "mkdocs>=1.6,<2"
+	$(PY) -m mkdocs build --strict --quiet --site-dir build/site
 
 clean:
 	rm -rf .venv build dist vfiotool.egg-info vfiotool/native/*.so
