@@ -12,7 +12,8 @@ from tests.fakes.small_host import SmallHost
 from vfiotool.cli.main import main
 from vfiotool.devices.inventory import read_inventory
 from vfiotool.errors import UsageError
-from vfiotool.snapshot.capture import capture, open_root, save
+from vfiotool.snapshot.capture import capture, save
+from vfiotool.snapshot.load import open_root
 from vfiotool.vm import preflight
 from vfiotool.vm.finding import PreflightFinding, WantedGuest, parse_memory, words_of
 from vfiotool.vm.handed import handed, handed_socket, handed_vdpa

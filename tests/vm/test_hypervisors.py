@@ -20,7 +20,7 @@ from vfiotool.errors import Unsupported, UsageError, VfiotoolError
 from vfiotool.lab.qemu import Qemu, find
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.importers.yaml_subset import parse_yaml
-from vfiotool.snapshot.capture import open_root
+from vfiotool.snapshot.load import open_root
 from vfiotool.vm import cloud_hypervisor, incus, kubevirt, libvirt, proxmox, qemu, yaml_text
 from vfiotool.vm.handed import Handed, handed, handed_socket
 from vfiotool.vm.releases import oldest, parse_release, require_release
