@@ -23,6 +23,7 @@ struct vt_disk;
 
 struct vt_disk_settings {
 	int fd;               /* of a raw image or a block device; -1 for memory. Not kept: duplicated */
+	bool mapped;          /* `fd` is memory that cannot shrink (a sealed memfd): used as such */
 	int direct_fd;        /* the same, opened with O_DIRECT, for what is aligned; -1: none. Duplicated */
 	uint64_t offset;      /* of the disk's first byte in the file, a multiple of VT_SECTOR */
 	uint64_t size;        /* bytes, a multiple of VT_SECTOR */

@@ -66,10 +66,11 @@ static int open_file(struct vt_disk *disk, const struct vt_disk_settings *settin
 	return disk->direct_fd < 0 ? -errno : 0;
 }
 
-static int open_memory(struct vt_disk *disk)
+static int open_memory(struct vt_disk *disk, int fd)
 {
-	void *at = mmap(NULL, (size_t)disk->size, PROT_READ | PROT_WRITE,
-			MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int shared = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+	void *at = mmap(NULL, (size_t)disk->size, PROT_READ | PROT_WRITE, shared | MAP_NORESERVE,
+			fd, 0);
 
 	if (at == MAP_FAILED)
 		return -errno;
@@ -99,7 +100,8 @@ int vt_disk_open(const struct vt_disk_settings *settings, struct vt_disk **disk)
 	made->read_only = settings->read_only;
 	made->discard = settings->discard;
 	memcpy(made->id, settings->id, sizeof(made->id));
-	result = settings->fd >= 0 ? open_file(made, settings) : open_memory(made);
+	result = settings->fd >= 0 && !settings->mapped ? open_file(made, settings) :
+							  open_memory(made, settings->fd);
 	if (result) {
 		vt_disk_close(made);
 		return result;

@@ -97,6 +97,7 @@ SCHEMA_OF = {
     "nvme flush": "nvme-done",
     "lab machines": "lab-machines",
     "lab kernels": "lab-kernels",
+    "serve status": "serve-status",
 }
 # These print what is no JSON: a guest's output, a script, help.
 WITHOUT = {
@@ -106,6 +107,8 @@ WITHOUT = {
     "serve vhost-user-blk",
     "serve vfio-user",
     "serve exports",
+    "serve limit",
+    "serve resize",
     "serve vhost-user",
     "serve vhost-user-net",
     "completion",

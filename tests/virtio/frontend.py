@@ -156,8 +156,14 @@ class Frontend:
 
     # Rings
 
+    @property
+    def words(self) -> memoryview:
+        """The memory as words, each loaded and stored by one access: struct.pack_into clears the
+        bytes before it sets them, and the device would see that."""
+        return memoryview(self.memory).cast("H")
+
     def u16(self, at: int) -> int:
-        return int(struct.unpack_from("<H", self.memory, at)[0])
+        return int(self.words[at // 2])
 
     def put(self, ring: Ring, head: int, chain: Sequence[tuple[int, int, bool]]) -> None:
         """Lay a chain of (offset, length, written by the device) down from `head` on."""
@@ -169,9 +175,9 @@ class Frontend:
             self.memory[place : place + 16] = entry
 
     def add(self, ring: Ring, head: int, *, kick: bool = True) -> None:
-        struct.pack_into("<H", self.memory, ring.at + 0x1004 + 2 * (ring.added % SIZE), head)
+        self.words[(ring.at + 0x1004) // 2 + ring.added % SIZE] = head
         ring.added = (ring.added + 1) & 0xFFFF
-        struct.pack_into("<H", self.memory, ring.at + 0x1002, ring.added)
+        self.words[(ring.at + 0x1002) // 2] = ring.added
         if kick:
             os.eventfd_write(ring.kick, 1)
 
@@ -179,7 +185,7 @@ class Frontend:
         """The next `count` used entries: (head, bytes written)."""
         found = []
         while len(found) < count:
-            struct.pack_into("<H", self.memory, ring.at + 0x1004 + 2 * SIZE, ring.seen)
+            self.words[(ring.at + 0x1004) // 2 + SIZE] = ring.seen
             with self._fence:
                 pass
             if self.u16(ring.at + 0x2002) == ring.seen:

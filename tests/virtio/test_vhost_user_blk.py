@@ -351,7 +351,7 @@ def test_memory_that_shrinks_breaks_its_own_queue_only(path: Path, tmp_path: Pat
             assert other.write(0, b"z" * 512) == 0
             assert other.read(0, 512) == b"z" * 512
             deadline = time.monotonic() + 20
-            while not server._exports["disk0"].connections[0].frontend.broken():
+            while not server.exports["disk0"].connections[0].frontend.broken():
                 assert time.monotonic() < deadline
         server.stop()
         thread.join()

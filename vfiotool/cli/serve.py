@@ -7,7 +7,6 @@ of `--socket-path` and `--fd`, `--print-capabilities`, SIGTERM ends it with exit
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 from typing import TYPE_CHECKING, Annotated
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vfiotool.cli import output, serve_class, serve_model, serve_net
-from vfiotool.cli.context import area, examples
-from vfiotool.errors import UsageError, VfiotoolError, from_oserror
+from vfiotool.cli.context import area, examples, wants_json
+from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from vfiotool.virtio.exports import ExportSettings, ExportsFile
+    from vfiotool.virtio.exports import ExportSettings
     from vfiotool.virtio.server import Server
 
 SocketOption = Annotated[
@@ -69,7 +68,11 @@ BurstOption = Annotated[
     float | None,
     typer.Option("--burst", metavar="S", help="Seconds of the limits to save up; default: 0.05."),
 ]
-_MOST_THREADS, _LONGEST_POLL_US, _LARGEST_FILE = 64, 1_000_000, 1 << 20
+ControlOption = Annotated[
+    str | None,
+    typer.Option("--control-path", metavar="PATH", help="The server's control socket."),
+]
+_MOST_THREADS, _LONGEST_POLL_US = 64, 1_000_000
 
 app = area("Serve virtio disks to VMs over vhost-user, with this process as the device.")
 app.command(
@@ -143,24 +146,43 @@ def vhost_user_blk(
     return 0
 
 
-@app.command("exports", epilog=examples("vfiotool serve exports /etc/vfiotool/exports.toml"))
+@app.command(
+    "exports",
+    epilog=examples(
+        "vfiotool serve exports /etc/vfiotool/exports.toml",
+        "vfiotool serve exports /etc/vfiotool/exports.toml --take-over",
+    ),
+)
 def exports(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The exports file, in TOML.")],
     threads: ThreadsOption = 1,
     poll_us: PollOption = 0,
+    control_path: ControlOption = None,
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over", help="Replace the running server of FILE; its VMs see a short delay."
+        ),
+    ] = False,
 ) -> int:
     """Serve every disk of a file until SIGTERM; SIGHUP reads the file again.
 
     Exports that did not change go on undisturbed.
     """
-    wanted = _read(file)
-    present = {export.name: export for export in wanted.exports}
+    from vfiotool.virtio.control import control_path as usual_path
+    from vfiotool.virtio.daemon import Daemon
+
     with _server(threads, poll_us) as server:
-        server.limit_groups(wanted.groups)
-        for export in present.values():
-            _add(server, export)
-        signal.signal(signal.SIGHUP, lambda *_: server.soon(lambda: _follow(server, present, file)))
-        _serve(server)
+        daemon = Daemon(server, file, control_path or usual_path(file))
+        signal.signal(signal.SIGHUP, lambda *_: server.soon(daemon.follow))
+        try:
+            if take_over:
+                daemon.take_over()
+            else:
+                daemon.start()
+            _serve(server)
+        finally:
+            daemon.close()
     return 0
 
 
@@ -180,43 +202,69 @@ app.command(
 )(serve_net.vhost_user_net)
 
 
-def _read(file: str) -> ExportsFile:
-    from vfiotool.virtio.exports import parse_exports
+@app.command(
+    "status",
+    epilog=examples("vfiotool serve status", "vfiotool serve status /etc/vfiotool/exports.toml"),
+)
+def status(
+    context: typer.Context,
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="An exports file; default: all servers.")
+    ] = None,
+    control_path: ControlOption = None,
+) -> int:
+    """Show what running servers serve: exports, clients, limits and counters."""
+    from vfiotool.cli import serving
 
-    try:
-        # Non-blocking, so that a FIFO is not waited for.
-        opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(opened, "rb") as source:
-            text = source.read(_LARGEST_FILE).decode("utf-8", "replace")
-    except OSError as error:
-        raise from_oserror(f"read {file}", error) from error
-    return parse_exports(text, file)
+    return serving.show(file, control_path, as_json=wants_json(context))
 
 
-def _follow(server: Server, present: dict[str, ExportSettings], file: str) -> None:
-    """Make what is served what the file says; a file with a fault changes nothing."""
-    try:
-        read = _read(file)
-    except VfiotoolError as error:
-        output.warn(f"{file} is not followed: {error.message}")
-        return
-    wanted = {export.name: export for export in read.exports}
-    server.limit_groups(read.groups)
-    for name, old in list(present.items()):
-        if name not in wanted or not wanted[name].is_disk_of(old):
-            server.remove(name)
-            del present[name]
-    for name, export in wanted.items():
-        if name in present:
-            server.limit(name, export.rate, export.weight, export.group)
-            present[name] = export
-            continue
-        try:
-            _add(server, export)
-        except VfiotoolError as error:
-            output.warn(f"{name} is not served: {error.message}")
-        else:
-            present[name] = export
+@app.command(
+    "limit",
+    epilog=examples(
+        "vfiotool serve limit /etc/vfiotool/exports.toml vm1 --iops-limit 5000 --weight 200",
+        "vfiotool serve limit /etc/vfiotool/exports.toml --group tenant-a --bandwidth-limit 1G",
+    ),
+)
+def limit(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The server's exports file.")],
+    export: Annotated[
+        str | None, typer.Argument(metavar="EXPORT", help="The export to limit.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", metavar="NAME", help="Limit a group instead.")
+    ] = None,
+    iops_limit: IopsOption = None,
+    bandwidth_limit: BandwidthOption = None,
+    burst: BurstOption = None,
+    weight: Annotated[
+        int, typer.Option("--weight", metavar="N", help="Against others: 1 to 10000.")
+    ] = 100,
+    control_path: ControlOption = None,
+) -> int:
+    """Change a running export's limits, until its file is read again; none given: no limit."""
+    from vfiotool.cli import serving
+
+    if (export is None) == (group is None):
+        raise UsageError("give one of EXPORT and --group")
+    asked: dict[str, object] = {"iops_limit": iops_limit, "bandwidth_limit": bandwidth_limit}
+    asked |= {"burst": burst, "weight": weight, "export": export, "group": group}
+    serving.ask_server(file, control_path, {"ask": "limit", **asked})
+    return 0
+
+
+@app.command("resize", epilog=examples("vfiotool serve resize /etc/vfiotool/exports.toml vm1"))
+def resize(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The server's exports file.")],
+    export: Annotated[str, typer.Argument(metavar="EXPORT", help="The export to look at.")],
+    control_path: ControlOption = None,
+) -> int:
+    """Take an export's image as large as it is now, and tell its VM."""
+    from vfiotool.cli import serving
+
+    answer = serving.ask_server(file, control_path, {"ask": "resize", "export": export})
+    output.write("resized" if answer.get("changed") else "unchanged")
+    return 0
 
 
 def _server(threads: int, poll_us: int) -> Server:

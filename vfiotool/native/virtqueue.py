@@ -118,7 +118,8 @@ def log_bytes(queue_size: int) -> int:
 
 
 class RawDisk:
-    """A disk in memory (`fd` None) or in a raw file from `offset` on; sizes in bytes.
+    """A disk in memory (`fd` None, or a sealed memfd and `mapped`) or in a raw file from `offset`
+    on; sizes in bytes.
 
     `direct_fd` is the same file opened with O_DIRECT, for requests that are aligned; others go
     through the page cache. The descriptors are duplicated. Raises UsageError for sizes that are no
@@ -130,6 +131,7 @@ class RawDisk:
         size: int,
         *,
         fd: int | None = None,
+        mapped: bool = False,
         direct_fd: int | None = None,
         offset: int = 0,
         read_only: bool = False,
@@ -138,6 +140,7 @@ class RawDisk:
     ) -> None:
         settings = ffi.new("struct vt_disk_settings *")
         settings.fd = -1 if fd is None else fd
+        settings.mapped = mapped
         settings.direct_fd = -1 if direct_fd is None else direct_fd
         settings.offset, settings.size = offset, size
         settings.read_only, settings.discard = read_only, discard

@@ -93,6 +93,7 @@ class Vring:
     error: int | None = None
     kicked: bool = False
     enabled: bool = False
+    paused: bool = False
     queue: RunningQueue | None = None
 
 
@@ -120,8 +121,11 @@ class Frontend:
         self.memory: MemoryMap | None = None
         self.log: MemoryMap | None = None
         self.log_area: InflightArea | None = None
+        # The descriptor is kept for a process that takes this one's place.
+        self.log_fd: int | None = None
         self.dirty: MemoryMap | None = None
-        self.dirty_bytes = 0
+        self.dirty_bytes = self.dirty_offset = 0
+        self.dirty_fd: int | None = None
         self.channel: socket.socket | None = None
 
     @property
@@ -185,9 +189,7 @@ class Frontend:
             self.memory.close()
             self.memory = None
         self._drop_log()
-        if self.dirty is not None:
-            self.dirty.close()
-            self.dirty = None
+        self._set_dirty(None, 0, 0, None)
         if self.channel is not None:
             self.channel.close()
             self.channel = None
@@ -286,7 +288,51 @@ class Frontend:
     def _drop_log(self) -> None:
         if self.log is not None:
             self.log.close()
-        self.log, self.log_area = None, None
+        if self.log_fd is not None:
+            os.close(self.log_fd)
+        self.log, self.log_area, self.log_fd = None, None, None
+
+    def set_log(self, area: InflightArea, descriptor: int) -> None:
+        """Keep the in-flight logs there from now on; the descriptor is ours once this returns."""
+        fresh = MemoryMap([MemoryRegion(0, 0, area.size, area.offset, descriptor)])
+        self._drop_log()
+        self.log, self.log_area, self.log_fd = fresh, area, descriptor
+
+    def set_dirty_log(self, size: int, offset: int, descriptor: int) -> None:
+        """Log written pages there from now on; the descriptor is ours once this returns."""
+        fresh = MemoryMap([MemoryRegion(0, 0, size, offset, descriptor)])
+        self._set_dirty(fresh, size, offset, descriptor)
+
+    def _set_dirty(
+        self, fresh: MemoryMap | None, size: int, offset: int, descriptor: int | None
+    ) -> None:
+        old, old_fd = self.dirty, self.dirty_fd
+        self.dirty, self.dirty_bytes, self.dirty_offset = fresh, size, offset
+        self.dirty_fd = descriptor
+        self._log_again()
+        if old is not None:
+            old.close()
+        if old_fd is not None:
+            os.close(old_fd)
+
+    # A process that takes this one's place
+
+    def set_memory(self, regions: list[MemoryRegion]) -> None:
+        """Map these regions; their descriptors are ours once this returns."""
+        self._publish(regions)
+
+    def pause(self) -> None:
+        """Stop the queues that run, after what they fetched, and remember which."""
+        for vring in self.vrings:
+            vring.paused = vring.queue is not None
+            self._stop(vring)
+
+    def resume(self) -> None:
+        """Start those that `pause` stopped. Raises what starting them does."""
+        for index, vring in enumerate(self.vrings):
+            if vring.paused:
+                vring.paused = False
+                self._run(index)
 
     # Messages
 
@@ -344,11 +390,8 @@ class Frontend:
 
     def _set_log_base(self, message: VhostMessage) -> tuple[bytes, None]:
         size, offset = parse_log(message.payload)
-        fresh = MemoryMap([MemoryRegion(0, 0, size, offset, message.descriptors[0])])
-        old, self.dirty, self.dirty_bytes = self.dirty, fresh, size
-        self._log_again()
-        if old is not None:
-            old.close()
+        self.set_dirty_log(size, offset, message.descriptors[0])
+        message.descriptors.clear()
         return format_u64(0), None
 
     def _set_vring_num(self, message: VhostMessage) -> None:
@@ -477,10 +520,8 @@ class Frontend:
             raise ProtocolError(f"an in-flight area of {area.size} bytes is too small")
         if any(vring.queue is not None for vring in self.vrings):
             raise ProtocolError("the in-flight area is changed while rings run")
-        descriptor = message.descriptors[0]
-        fresh = MemoryMap([MemoryRegion(0, 0, area.size, area.offset, descriptor)])
-        self._drop_log()
-        self.log, self.log_area = fresh, area
+        self.set_log(area, message.descriptors[0])
+        message.descriptors.clear()
 
     @staticmethod
     def _is_size(size: int) -> bool:

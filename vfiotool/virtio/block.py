@@ -12,12 +12,12 @@ import os
 import stat
 import struct
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntFlag
 
 from vfiotool.errors import Refused, UsageError, from_oserror
 from vfiotool.native.limits import LimitShare
-from vfiotool.native.virtqueue import RawDisk, ServedQueue, Worker
+from vfiotool.native.virtqueue import DiskFigures, RawDisk, ServedQueue, Worker
 from vfiotool.virtio.served import QueueStart
 
 SECTOR = 512
@@ -32,6 +32,8 @@ _LOCK_USED, _LOCK_UNSHARED = 100, 200
 _READER, _WRITER, _NOT_SHARED = (0,), (0, 1), (1, 3)
 _FLOCK = struct.Struct("hhqqi4x")
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
+# F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW (linux/fcntl.h).
+_F_ADD_SEALS, _F_GET_SEALS, _SEALS = 1033, 1034, 7
 
 
 class BlockFeature(IntFlag):
@@ -91,19 +93,37 @@ class BlockDisk:
     program (or another export) has the image locked; nothing stays open then.
     """
 
-    def __init__(self, settings: DiskSettings) -> None:
-        check(settings)
+    def __init__(
+        self, settings: DiskSettings, image: int | None = None, *, lasting: bool = False
+    ) -> None:
+        """`image` is the image as another process opened and locked it; it is ours after that.
+        `lasting` has a disk in memory lie where another process can take it over."""
         self.settings = settings
+        self.carried: DiskFigures | None = None
         with ExitStack() as stack:
+            if image is not None:
+                stack.callback(os.close, image)
+            check(settings)
             descriptor, direct, available = None, None, settings.size or 0
             if settings.path is not None:
-                descriptor = _open(settings)
-                stack.callback(os.close, descriptor)
+                if image is None:
+                    descriptor = _open(settings)
+                    stack.callback(os.close, descriptor)
+                else:
+                    descriptor = image
+                    _check_image(descriptor, settings)
                 lock(descriptor, settings.path, read_only=settings.read_only)
                 available = _available(descriptor, settings)
                 if settings.direct:
                     direct = _open_direct(settings)
                     stack.callback(os.close, direct)
+                    _check_image(direct, settings, descriptor)
+            elif image is not None:
+                descriptor = image
+                _check_memory(descriptor, available)
+            elif lasting:
+                descriptor = _memory(available)
+                stack.callback(os.close, descriptor)
             self.size = settings.size if settings.size is not None else available
             if self.size > available or not self.size:
                 raise UsageError(
@@ -113,6 +133,7 @@ class BlockDisk:
             self.raw = RawDisk(
                 self.size,
                 fd=descriptor,
+                mapped=settings.path is None and descriptor is not None,
                 direct_fd=direct,
                 offset=settings.offset,
                 read_only=settings.read_only,
@@ -121,7 +142,16 @@ class BlockDisk:
             stack.callback(self.raw.close)
             self.share = LimitShare()
             stack.callback(self.share.close)
+            self.image = descriptor
             self._open = stack.pop_all()
+
+    def figures(self) -> DiskFigures:
+        """Counters since the disk was opened, by whichever process it was."""
+        here = self.raw.figures()
+        if self.carried is None:
+            return here
+        sums = {f.name: getattr(here, f.name) + getattr(self.carried, f.name) for f in fields(here)}
+        return DiskFigures(**sums)
 
     def features(self) -> int:
         found = BlockFeature.SEG_MAX | BlockFeature.BLK_SIZE | BlockFeature.FLUSH
@@ -188,7 +218,8 @@ class BlockDisk:
         """Take a changed image's size; whether it changed. A disk cut out by `size` stays."""
         if self.settings.path is None or self.settings.size is not None:
             return False
-        size = os.stat(self.settings.path).st_size - self.settings.offset
+        assert self.image is not None
+        size = os.lseek(self.image, 0, os.SEEK_END) - self.settings.offset
         size -= size % self.settings.block_size
         if size == self.size or size <= 0:
             return False
@@ -215,6 +246,28 @@ def _open(settings: DiskSettings) -> int:
     return descriptor
 
 
+def _memory(size: int) -> int:
+    """Memory of zeros that keeps its size."""
+    made = os.memfd_create("vfiotool-disk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(made, size)
+        fcntl.fcntl(made, _F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(made)
+        raise from_oserror(f"make a disk of {size} bytes in memory", error) from error
+    return made
+
+
+def _check_memory(descriptor: int, size: int) -> None:
+    """Raise Refused unless a descriptor that came from elsewhere is what `_memory` makes."""
+    try:
+        seals = fcntl.fcntl(descriptor, _F_GET_SEALS)
+    except OSError as error:
+        raise Refused("a disk in memory that is not one") from error
+    if seals & _SEALS != _SEALS or os.fstat(descriptor).st_size != size:
+        raise Refused("a disk in memory that is not one, or of another size")
+
+
 def _open_direct(settings: DiskSettings) -> int:
     """The image once more, for direct I/O."""
     path = settings.path or ""
@@ -227,6 +280,20 @@ def _open_direct(settings: DiskSettings) -> int:
                 f"--direct: the file system of {path} has no direct I/O", hint="leave it out"
             ) from error
         raise from_oserror(f"open {path}", error) from error
+
+
+def _check_image(descriptor: int, settings: DiskSettings, image: int | None = None) -> None:
+    """Raise Refused unless a descriptor is of the image (at its path, if `image` is None) and
+    opened as it is needed."""
+    try:
+        there = os.stat(settings.path or "") if image is None else os.fstat(image)
+        found = os.fstat(descriptor)
+    except OSError as error:
+        raise from_oserror(f"look at {settings.path}", error) from error
+    mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    same = (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)
+    if not same or mode != (os.O_RDONLY if settings.read_only else os.O_RDWR):
+        raise Refused(f"{settings.path}: the image was replaced since it was opened")
 
 
 def _available(descriptor: int, settings: DiskSettings) -> int:

@@ -115,6 +115,13 @@ def parse_rate(
     return Rate(requests, size, round(burst * 1_000_000_000))
 
 
+def parse_weight(value: object) -> int:
+    """A weight as it is written. Raises UsageError."""
+    if type(value) is not int or not 1 <= value <= _LARGEST_WEIGHT:
+        raise UsageError(f"weight {str(value)[:40]}: not from 1 to {_LARGEST_WEIGHT}")
+    return value
+
+
 _Parsed = TypeVar("_Parsed", ExportSettings, GroupSettings)
 
 
@@ -224,8 +231,6 @@ def _parse_export(table: dict[str, Any]) -> ExportSettings:
     for key in ("socket_path", "blk_file"):
         if "\0" in table.get(key, ""):
             raise UsageError(f"{key} {table[key][:64]!r}: a path has no zero bytes")
-    weight = table.get("weight", WEIGHT)
-    if not 1 <= weight <= _LARGEST_WEIGHT:
-        raise UsageError(f"weight {weight}: not from 1 to {_LARGEST_WEIGHT}")
+    weight = parse_weight(table.get("weight", WEIGHT))
     rate = parse_rate(*(table.get(key) for key in _LIMITS))
     return ExportSettings(name, table["socket_path"], disk, rate, weight, table.get("group"))

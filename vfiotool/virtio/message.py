@@ -167,6 +167,15 @@ class Receiver:
         self._data = b""
         self._descriptors: list[int] = []
 
+    @property
+    def pending(self) -> tuple[bytes, list[int]]:
+        """What has come of a message that is not whole yet."""
+        return self._data, self._descriptors
+
+    @pending.setter
+    def pending(self, value: tuple[bytes, list[int]]) -> None:
+        self._data, self._descriptors = value
+
     def close(self) -> None:
         """Close the descriptors of a message that never became whole."""
         while self._descriptors:

@@ -38,7 +38,7 @@ def _to_stderr(text: str) -> None:
 
 
 @dataclass
-class _Connection:
+class Connection:
     socket: socket.socket
     receiver: Receiver
     frontend: Frontend
@@ -62,7 +62,7 @@ class Export:
         self.device = device
         self.listener = listener
         self.path = path
-        self.connections: list[_Connection] = []
+        self.connections: list[Connection] = []
         self.rate, self.weight = UNLIMITED, WEIGHT
         self.group: str | None = None
 
@@ -74,9 +74,10 @@ class Export:
         )
 
 
-def open_export(settings: ExportSettings) -> Export:
-    """The export's disk and socket. Raises what BlockDisk and `listen` do; nothing stays then."""
-    disk = BlockDisk(settings.disk)
+def open_export(settings: ExportSettings, *, lasting: bool = False) -> Export:
+    """The export's disk and socket; `lasting` as BlockDisk has it. Raises what BlockDisk and
+    `listen` do; nothing stays then."""
+    disk = BlockDisk(settings.disk, lasting=lasting)
     try:
         listener = listen(settings.socket_path)
     except BaseException:
@@ -89,10 +90,12 @@ class Server:
     """Exports and the workers that serve them. Use as a context manager."""
 
     def __init__(self, *, threads: int = 1, poll_us: int = 0, report: Report = _to_stderr) -> None:
-        self._report = report
+        self.report = report
         self._selector = selectors.DefaultSelector()
-        self._exports: dict[str, Export] = {}
+        self.exports: dict[str, Export] = {}
         self._ending = False
+        # Another process has what was served here: its sockets stay.
+        self.handed_over = False
         self._actions: list[Callable[[], None]] = []
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
@@ -112,12 +115,12 @@ class Server:
     def add(self, export: Export) -> None:
         """Serve an export from now on."""
         assert export.listener is not None
-        self._exports[export.name] = export
+        self.exports[export.name] = export
         self._selector.register(export.listener, selectors.EVENT_READ, lambda: self._accept(export))
 
     def limit(self, name: str, rate: Rate, weight: int, group: str | None) -> None:
         """Change what a disk's export may do, at once and without disturbing it."""
-        export = self._exports[name]
+        export = self.exports[name]
         assert isinstance(export.device, BlockDisk)
         self.groups.apply(export.device.share, rate, weight, group)
         export.rate, export.weight, export.group = rate, weight, group
@@ -132,15 +135,15 @@ class Server:
         for worker in self.workers:
             worker.recheck()
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, unlink: bool = True) -> None:
         """Serve an export no more: its connections end after what they have in flight."""
-        export = self._exports.pop(name)
+        export = self.exports.pop(name)
         for connection in list(export.connections):
             self._disconnect(export, connection)
         if export.listener is not None:
             self._selector.unregister(export.listener)
             export.listener.close()
-        if export.path is not None:
+        if export.path is not None and unlink:
             with suppress(OSError):
                 os.unlink(export.path)
         export.device.close()
@@ -148,12 +151,19 @@ class Server:
     def adopt(self, name: str, device: ServedDevice, connection: socket.socket) -> None:
         """Serve a device over a connection that is there already (`--fd`); it ends with it."""
         export = Export(name, device, None)
-        self._exports[name] = export
+        self.exports[name] = export
         self._connect(export, connection)
+
+    def watch(self, source: socket.socket, action: Callable[[], None]) -> None:
+        """Have `run` call `action` whenever there is something to read."""
+        self._selector.register(source, selectors.EVENT_READ, action)
+
+    def unwatch(self, source: socket.socket) -> None:
+        self._selector.unregister(source)
 
     def run(self) -> None:
         """Serve until `stop` is called, or the last export with no listener has lost its client."""
-        while not self._ending and self._exports:
+        while not self._ending and self.exports:
             for key, _ in self._selector.select():
                 key.data()
 
@@ -174,8 +184,8 @@ class Server:
 
     def close(self) -> None:
         """End every connection after what it has in flight, then the workers and the disks."""
-        for name in list(self._exports):
-            self.remove(name)
+        for name in list(self.exports):
+            self.remove(name, unlink=not self.handed_over)
         for worker in self.workers:
             worker.close()
         self.workers = []
@@ -187,7 +197,7 @@ class Server:
 
     def resize(self, name: str) -> bool:
         """Take an export's image as large as it is now, and tell its driver."""
-        export = self._exports[name]
+        export = self.exports[name]
         if not export.device.resize():
             return False
         for connection in export.connections:
@@ -210,14 +220,14 @@ class Server:
             # Otherwise it went again before it was taken, which is nobody's fault.
             return
         if len(export.connections) >= _MOST_CONNECTIONS:
-            self._report(f"{export.name}: more than {_MOST_CONNECTIONS} connections")
+            self.report(f"{export.name}: more than {_MOST_CONNECTIONS} connections")
             connection.close()
             return
         self._connect(export, connection)
 
     def _turn_away(self, export: Export) -> None:
         """End a connection that there is no descriptor for; it would be ready for ever."""
-        self._report(f"{export.name}: no descriptor is left for a connection")
+        self.report(f"{export.name}: no descriptor is left for a connection")
         os.close(self._spare)
         with suppress(OSError):
             assert export.listener is not None
@@ -227,11 +237,29 @@ class Server:
     def _connect(self, export: Export, connection: socket.socket) -> None:
         connection.settimeout(_SEND_TIMEOUT_S)
         frontend = Frontend(export.device, self.workers, export.may_run)
-        made = _Connection(connection, Receiver(connection), frontend)
+        self.attach(export, Connection(connection, Receiver(connection), frontend))
+
+    def resume(self, frontends: Iterable[Frontend]) -> None:
+        """Start the queues that were paused; what cannot be started ends its own connection."""
+        paused = list(frontends)
+        for export in list(self.exports.values()):
+            for connection in list(export.connections):
+                if connection.frontend not in paused:
+                    continue
+                try:
+                    connection.frontend.resume()
+                except VfiotoolError as error:
+                    self.report(f"{export.name}: connection ended: {error.message}")
+                    self._end(export, connection)
+
+    def attach(self, export: Export, made: Connection) -> None:
+        """Take messages of a connection from now on."""
+        connection = made.socket
+        connection.settimeout(_SEND_TIMEOUT_S)
         export.connections.append(made)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(export, made))
 
-    def _serve(self, export: Export, connection: _Connection) -> None:
+    def _serve(self, export: Export, connection: Connection) -> None:
         if connection.closed:
             # Its event came together with the one that ended it.
             return
@@ -256,21 +284,21 @@ class Server:
         except Exception as error:
             # Also a fault of ours: it is this tenant's alone.
             text = error.message if isinstance(error, VfiotoolError) else repr(error)
-            self._report(f"{export.name}: connection ended: {text}")
+            self.report(f"{export.name}: connection ended: {text}")
             self._end(export, connection)
 
-    def _end(self, export: Export, connection: _Connection) -> None:
+    def _end(self, export: Export, connection: Connection) -> None:
         self._disconnect(export, connection)
-        if export.listener is None and export.name in self._exports:
+        if export.listener is None and export.name in self.exports:
             export.device.close()
-            del self._exports[export.name]
+            del self.exports[export.name]
 
-    def _disconnect(self, export: Export, connection: _Connection) -> None:
+    def _disconnect(self, export: Export, connection: Connection) -> None:
         connection.closed = True
         export.connections.remove(connection)
         self._selector.unregister(connection.socket)
         for why in connection.frontend.broken():
-            self._report(f"{export.name}: {why}")
+            self.report(f"{export.name}: {why}")
         connection.frontend.close()
         connection.receiver.close()
         connection.socket.close()
