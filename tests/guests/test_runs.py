@@ -92,7 +92,7 @@ def test_short_files_share_a_guest_and_each_proof_has_its_own(machine: Machine) 
 
 
 def test_a_proof_says_how_long_it_may_take(machine: Machine) -> None:
-    run([*SHORT, LONG[0], "tests/lab/test_uses_sweep.py"])
+    run([*SHORT, LONG[1], "tests/lab/test_uses_sweep.py"])
     usual = runs.BOOT_AND_TESTS_S
     assert machine.limits[:2] == [usual, usual] and machine.limits[2] > usual
 

@@ -33,6 +33,7 @@ from vfiotool.host.host import Host
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
 PROOF = "long"
+LIMIT_S = 5400.0
 
 EDU, TESTDEV, NVME, DISK = "0000:00:01.0", "0000:00:02.0", "0000:01:00.0", "0000:03:00.0"
 PROCESSES, EACH = 50, 20

@@ -43,6 +43,7 @@ from vfiotool.policy.plan import plan_policy
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
 PROOF = "long"
+LIMIT_S = 5400.0
 
 POLICY = """
 version = 1
