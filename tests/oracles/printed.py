@@ -96,6 +96,7 @@ SCHEMA_OF = {
     "nvme verify": "nvme-done",
     "nvme flush": "nvme-done",
     "lab machines": "lab-machines",
+    "lab twin": "lab-twin",
     "lab kernels": "lab-kernels",
     "serve status": "serve-status",
 }

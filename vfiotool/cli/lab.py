@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vfiotool.cli import candidates, output
+from vfiotool.cli import candidates, lab_twin, output
 from vfiotool.cli.context import area, examples, wants_json
 from vfiotool.errors import UsageError
 from vfiotool.lab import machines
@@ -60,6 +60,15 @@ AppendOption = Annotated[
 
 
 app = area("Rehearse in QEMU guests with a virtual IOMMU, on real kernels.")
+app.command(
+    "twin",
+    context_settings={"allow_interspersed_args": False},
+    epilog=examples(
+        "vfiotool lab twin --plan host.vfiosnap",
+        "vfiotool lab twin host.vfiosnap",
+        "vfiotool lab twin host.vfiosnap -- vfiotool why 0000:01:00.0",
+    ),
+)(lab_twin.twin)
 
 
 @app.command(

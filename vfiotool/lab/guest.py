@@ -36,7 +36,7 @@ KERNEL_ARGUMENTS = (
     "no_timer_check tsc=reliable rcupdate.rcu_expedited=1 random.trust_cpu=on 8250.nr_uarts=1 "
     "nowatchdog apparmor=0 selinux=0"
 )
-IOMMU_ARGUMENTS = {"intel": "intel_iommu=on", "virtio": "", "none": ""}
+IOMMU_ARGUMENTS = {"intel": "intel_iommu=on", "amd": "", "virtio": "", "none": ""}
 
 
 class GuestLost(VfiotoolError):

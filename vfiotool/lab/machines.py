@@ -12,7 +12,7 @@ from typing import Literal
 
 from vfiotool.errors import NotFound
 
-Iommu = Literal["intel", "virtio", "none"]
+Iommu = Literal["intel", "amd", "virtio", "none"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Machine:
     """A guest's hardware. `load` are modules that the guest loads at start (no udev does),
     `objects` what devices refer to (QEMU's `-object`), `kernel_arguments` further words on its
     kernel's command line. Without `firmware_hotplug` ports and bridges plug by their own
-    controllers, on pciehp and shpchp. `served` are devices that processes serve over vfio-user."""
+    controllers, on pciehp and shpchp. `served` are devices that processes serve over vfio-user.
+    `iommu_bits` is the width of Intel's IOMMU, 39 or 48."""
 
     name: str
     summary: str
@@ -71,6 +72,7 @@ class Machine:
     kernel_arguments: tuple[str, ...] = ()
     firmware_hotplug: bool = True
     served: tuple[VfioUserDevice, ...] = ()
+    iommu_bits: int | None = None
 
 
 def device(model: str, **properties: str) -> DeviceModel:
@@ -324,19 +326,22 @@ def find(name: str) -> Machine:
     return MACHINES[name]
 
 
-def iommu_devices(iommu: Iommu) -> tuple[DeviceModel, ...]:
+def iommu_devices(iommu: Iommu, bits: int | None = None) -> tuple[DeviceModel, ...]:
     """The IOMMU as a device, if there is one."""
     if iommu == "intel":
-        return (DeviceModel("intel-iommu", (("intremap", "on"), ("caching-mode", "on"))),)
+        width = {} if bits is None else {"aw-bits": str(bits)}
+        return (device("intel-iommu", intremap="on", **{"caching-mode": "on"}, **width),)
+    if iommu == "amd":
+        return (device("amd-iommu", intremap="on", **{"dma-remap": "on"}),)
     if iommu == "virtio":
         return (device("virtio-iommu-pci", bus="pcie.0", addr="0x1d"),)
     return ()
 
 
-def iommu_arguments(iommu: Iommu) -> list[str]:
+def iommu_arguments(iommu: Iommu, bits: int | None = None) -> list[str]:
     """QEMU's machine and IOMMU. Interrupt remapping needs the split interrupt controller."""
-    result = ["-machine", "q35,kernel-irqchip=split" if iommu == "intel" else "q35"]
-    for item in iommu_devices(iommu):
+    result = ["-machine", "q35,kernel-irqchip=split" if iommu in ("intel", "amd") else "q35"]
+    for item in iommu_devices(iommu, bits):
         result += ["-device", item.argument()]
     return result
 
@@ -355,7 +360,7 @@ def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[st
     `disk_files` gives the file of each disk by its id; `models` are the device models that this
     QEMU has: an optional device that it lacks is left out.
     """
-    result = ["-nodefaults", "-vga", "none", *iommu_arguments(machine.iommu)]
+    result = ["-nodefaults", "-vga", "none", *iommu_arguments(machine.iommu, machine.iommu_bits)]
     if not machine.firmware_hotplug:
         result += ["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]
     for disk in machine.disks:

@@ -1,0 +1,45 @@
+"""Twins that run: their groups are held against the host's, and devices are handed over in them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.guests.runs import need_lab
+from vfiotool.cli.lab_twin import _asked_here as asked_here
+from vfiotool.cli.lab_twin import compare_with, is_explained, stand_ins_of
+from vfiotool.lab.twin_facts import read_twin_host
+from vfiotool.lab.twin_plan import plan_twin
+from vfiotool.lab.twin_run import running_twin
+
+pytestmark = pytest.mark.lab
+
+HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
+KERNEL = "6.12"
+VFIOTOOL = str(Path(sys.prefix) / "bin/vfiotool")
+
+
+@pytest.mark.parametrize("name", ["shared-group", "storage-in-use"])
+def test_a_twin_has_the_host_s_groups_and_verdicts(name: str) -> None:
+    need_lab(KERNEL)
+    snapshot = str(HOSTS / name)
+    host = read_twin_host(snapshot)
+    devices = asked_here(snapshot, "devices")
+    plan = plan_twin(host, stand_ins_of(devices))
+    with running_twin(host, plan, KERNEL) as guest:
+        found = compare_with(guest, snapshot, plan)
+        assert [one.line() for one in found if not is_explained(one, plan)] == []
+        done = guest.exec([VFIOTOOL, "devices", "--json"], timeout_s=120)
+        theirs = {one["address"]: one for one in json.loads(done.stdout)["devices"]}
+        for one in devices["devices"]:
+            if one["address"] in {replay.original.address for replay in plan.replays}:
+                twin = theirs[plan.addresses[one["address"]]]
+                # True ids, and the same answer to the same question.
+                same = ("vendor", "device", "class", "verdict")
+                assert [twin[key] for key in same] == [one[key] for key in same]
+        if name == "storage-in-use":
+            refused = guest.exec([VFIOTOOL, "bind", "0000:01:00.0"], timeout_s=60, merge=True)
+            assert refused.exit_code == 4 and "mounted" in refused.text

@@ -1,0 +1,230 @@
+"""From a snapshot to its twin's machine, without a guest: every fixture host, and hosts made up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vfiotool.cli.main import main
+from vfiotool.lab.machines import DeviceModel
+from vfiotool.lab.twin_compare import compare_groups
+from vfiotool.lab.twin_facts import TwinFunction, TwinHost, read_twin_host
+from vfiotool.lab.twin_plan import TwinPlan, plan_twin
+from vfiotool.lab.twin_run import setup_script, twin_machine
+from vfiotool.models.replay import ReplayModel, bars_of
+
+HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
+NAMES = sorted(path.name for path in HOSTS.iterdir())
+ENDPOINT = bytes(64)
+
+
+def bridge_config(kind: int, *, acs: bool | None = None) -> bytes:
+    config = bytearray(4096)
+    config[0x06], config[0x0E], config[0x34] = 0x10, 1, 0x40
+    config[0x40:0x44] = bytes((0x10, 0, kind << 4 | 2, 0))
+    if acs is not None:
+        config[0x100:0x108] = bytes((0x0D, 0, 1, 0, 0x5F, 0, 0x1D if acs else 0, 0))
+    return bytes(config)
+
+
+def function(
+    address: str,
+    *parents: str,
+    port: str | None = None,
+    class_code: int = 0x020000,
+    root: str = "0000:00",
+    acs: bool | None = None,
+    **more: Any,
+) -> TwinFunction:
+    found = TwinFunction(
+        address=address, root=root, parents=parents, port=port, class_code=class_code,
+        vendor=0x8086, device=0x1234, config=ENDPOINT, resources=(), group="1", numa_node=0,
+        driver=None, is_vf=False, vfs=0, acs_on=acs,
+    )  # fmt: skip
+    return replace(found, **more)
+
+
+def planned(*functions: TwinFunction, iommu: Any = "intel", bits: int | None = 48) -> TwinPlan:
+    return plan_twin(TwinHost("made up", functions, iommu, bits, ()))
+
+
+def models(plan: TwinPlan) -> list[str]:
+    return [item.model if isinstance(item, DeviceModel) else "replay" for item in plan.items]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_fixture_host_has_a_twin_with_all_its_functions_or_says_why_not(name: str) -> None:
+    host = read_twin_host(str(HOSTS / name))
+    plan = plan_twin(host)
+    for one in host.functions:
+        said = any(one.address in line for line in plan.differences)
+        assert one.address in plan.addresses or said, one.address
+    assert len(set(plan.addresses.values())) == len(plan.addresses)
+    # These hosts are lab guests: nothing has to move but what is in another domain.
+    moved = [old for old, new in plan.addresses.items() if old != new]
+    assert all(
+        any(old in line and "domain 0" in line for line in plan.differences) for old in moved
+    )
+    for one in plan.replays:
+        card = ReplayModel(one.original.config, one.original.resources)
+        assert (card.config.data[:4], card.config.command) == (one.original.config[:4], 0)
+        sizes = {spec.index: spec.size for spec in bars_of(one.original.resources)}
+        assert {n: card.region_size(n) for n in sizes} == sizes
+        card.close()
+    machine = twin_machine(plan, {one.original.address: "/s" for one in plan.replays})
+    assert len(machine.devices) + len(machine.served) == len(plan.items)
+    ids = [dict(item.properties).get("id") for item in machine.devices]
+    buses = {dict(item.properties)["bus"] for item in machine.devices}
+    assert buses <= {"pcie.0", *filter(None, ids)}
+    script = setup_script(host, plan)
+    for one in host.functions:
+        if one.driver == "vfio-pci" and one.address in plan.addresses:
+            assert f"on {plan.addresses[one.address]} vfio-pci" in script
+
+
+def test_switches_bridges_and_functions_keep_their_places() -> None:
+    plan = planned(
+        function("0000:00:00.0", class_code=0x060000),
+        function("0000:00:01.0", port="root port", class_code=0x060400, acs=True),
+        function("0000:01:00.0", "0000:00:01.0", port="upstream", class_code=0x060400),
+        function("0000:02:00.0", "0000:00:01.0", "0000:01:00.0", port="downstream", acs=False),
+        function("0000:02:01.0", "0000:00:01.0", "0000:01:00.0", port="downstream", acs=True),
+        function("0000:03:00.0", "0000:00:01.0", "0000:01:00.0", "0000:02:00.0"),
+        function("0000:03:00.1", "0000:00:01.0", "0000:01:00.0", "0000:02:00.0"),
+        function("0000:04:00.0", "0000:00:01.0", "0000:01:00.0", "0000:02:01.0"),
+        function("0000:00:1c.0", port="pci"),
+        function("0000:05:03.0", "0000:00:1c.0"),
+    )
+    assert models(plan) == [
+        "pcie-root-port", "x3130-upstream", "xio3130-downstream", "replay", "replay",
+        "xio3130-downstream", "replay", "pci-bridge", "replay",
+    ]  # fmt: skip
+    assert plan.addresses["0000:04:00.0"] == "0000:04:00.0"
+    assert plan.addresses["0000:05:03.0"] == "0000:05:03.0"
+    first = dict(plan.replays[0].properties)
+    assert (first["addr"], first["multifunction"]) == ("0x0.0x0", "on")
+    assert any("0000:02:01.0" in line and "ACS" in line for line in plan.differences)
+    assert plan.acs_off == () and plan.kernel_arguments == ()
+
+
+def test_a_port_without_isolation_has_it_turned_off_in_the_twin() -> None:
+    plan = planned(
+        function("0000:00:00.0", class_code=0x060000),
+        function("0000:00:01.1", port="root port", acs=None),
+        function("0000:00:03.1", port="root port", acs=True),
+    )
+    assert plan.addresses["0000:00:01.1"] == "0000:00:01.0", "without function 0 it becomes it"
+    assert plan.kernel_arguments == ("pci=disable_acs_redir=0000:00:01.0",)
+
+
+def test_buses_are_numbered_as_firmware_does_and_old_addresses_are_mapped() -> None:
+    """An AMD desktop: its buses are numbered otherwise, and nothing is at 1f."""
+    plan = planned(
+        function("0000:00:00.0", class_code=0x060000, vendor=0x1022),
+        function("0000:00:01.2", port="root port", acs=True),
+        function("0000:20:00.0", "0000:00:01.2"),
+        function("0000:00:03.1", port="root port", acs=True),
+        function("0000:2b:00.0", "0000:00:03.1"),
+        function("0000:2b:00.1", "0000:00:03.1", class_code=0x040300),
+        function("0000:00:1e.0", class_code=0x0C0330),
+        iommu="amd",
+        bits=None,
+    )
+    assert plan.addresses["0000:20:00.0"] == "0000:01:00.0"
+    assert plan.addresses["0000:2b:00.1"] == "0000:02:00.1"
+    moved = plan.addresses["0000:00:1e.0"]
+    assert moved == "0000:00:02.0" and any("slot 02" in line for line in plan.differences)
+    assert any("host bridge is QEMU's" in line for line in plan.differences)
+    assert plan.iommu == "amd"
+
+
+def test_other_domains_and_root_buses_move_and_are_named() -> None:
+    plan = planned(
+        function("0000:00:00.0", class_code=0x060000),
+        function("0000:00:02.0"),
+        function("0000:80:02.0", root="0000:80"),
+        function("10000:e0:06.0", root="10000:e0"),
+    )
+    assert plan.addresses["0000:80:02.0"] == "0000:00:01.0"
+    assert plan.addresses["10000:e0:06.0"] == "0000:00:03.0"
+    assert sum("root bus" in line and "domain 0" in line for line in plan.differences) == 2
+
+
+def test_what_cannot_be_is_said() -> None:
+    plan = planned(
+        function("0000:00:00.0", class_code=0x060000),
+        function("0000:00:02.0", vfs=7),
+        function("0000:00:02.1", is_vf=True),
+        function("0000:00:03.0", config=b""),
+        bits=46,
+    )
+    text = "\n".join(plan.differences)
+    for words in (
+        "7 virtual functions", "0000:00:02.1: a virtual function", "not in the snapshot",
+        "39 or 48, not 46",
+    ):  # fmt: skip
+        assert words in text
+    assert plan.iommu_bits == 39 and "0000:00:03.0" not in plan.addresses
+
+
+def test_disks_and_cards_in_use_get_stand_ins() -> None:
+    host = TwinHost(
+        "made up",
+        (
+            function("0000:00:00.0", class_code=0x060000),
+            function("0000:00:02.0", class_code=0x010802, driver="nvme"),
+            function("0000:00:03.0", driver="ixgbe"),
+            function("0000:00:04.0", driver="ixgbe"),
+        ),
+        "intel",
+        39,
+        (),
+    )
+    plan = plan_twin(host, {"0000:00:02.0": "nvme", "0000:00:03.0": "network"})
+    assert models(plan) == ["nvme", "e1000e", "replay"]
+    assert len(plan.disks) == len(plan.networks) == 1
+    script = setup_script(host, plan)
+    assert "mkfs.ext4" in script and "ip route add default" in script
+    assert "on 0000:00:04.0 uio_pci_generic" in script
+
+
+def test_a_full_root_bus_leaves_out_what_has_no_room() -> None:
+    crowd = [function(f"0000:00:{slot:02x}.0") for slot in range(1, 0x1E)]
+    plan = planned(*crowd, function("0000:00:1e.0"))
+    assert any("the root bus is full" in line for line in plan.differences)
+    assert "0000:00:1e.0" not in plan.addresses
+
+
+def _group(number: int, *devices: tuple[str, str], viable: bool = True) -> dict[str, Any]:
+    rows = [{"address": address, "role": role} for address, role in devices]
+    return {"id": number, "viable": viable, "devices": rows}
+
+
+def test_groups_are_compared_by_the_original_s_addresses() -> None:
+    original = [_group(1, ("0000:20:00.0", "host"), ("0000:20:00.1", "host"), viable=False)]
+    addresses = {"0000:20:00.0": "0000:01:00.0", "0000:20:00.1": "0000:01:00.1"}
+    same = [_group(7, ("0000:01:00.0", "host"), ("0000:01:00.1", "host"), viable=False)]
+    assert compare_groups(original, same, addresses) == []
+    apart = [
+        _group(7, ("0000:01:00.0", "unbound")),
+        _group(8, ("0000:01:00.1", "host"), viable=False),
+    ]
+    found = {(one.device, one.what) for one in compare_groups(original, apart, addresses)}
+    assert found == {
+        ("0000:20:00.0", "group members"), ("0000:20:00.0", "viable"), ("0000:20:00.0", "role"),
+        ("0000:20:00.1", "group members"),
+    }  # fmt: skip
+    (lost, _) = compare_groups(original, [same[0] | {"devices": []}], addresses)
+    assert lost.twin == "none" and "on the host" in lost.line()
+
+
+def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "twin", "--plan", str(HOSTS / "storage-in-use")]) == 0
+    told = capsys.readouterr().out
+    assert "0000:01:00.0  0000:01:00.0  nvme" in told and "stands in for 1b36:0010" in told
+    assert main(["lab", "twin", "--json", "--plan", str(HOSTS / "vfs-enabled")]) == 0
+    assert "virtual function" in json.loads(capsys.readouterr().out)["unlike"][0]

@@ -1,0 +1,184 @@
+"""`lab twin SNAPSHOT`: a host's twin as a guest, compared with the host, or to run a command in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vfiotool.cli import candidates, output
+from vfiotool.cli.context import wants_json
+from vfiotool.errors import KernelError
+from vfiotool.lab.kernels import catalogue as kernels
+
+if TYPE_CHECKING:
+    from vfiotool.lab.guest import Guest
+    from vfiotool.lab.twin_compare import TwinDifference
+    from vfiotool.lab.twin_plan import StandIn, TwinPlan
+
+SnapshotArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SNAPSHOT",
+        help="A snapshot file, or a folder laid out like /.",
+        autocompletion=candidates.files,
+    ),
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Say what the twin would be, and start nothing.")
+]
+KernelOption = Annotated[
+    str,
+    typer.Option(
+        "--kernel",
+        metavar="NAME",
+        help="A name that `lab kernels` lists, or a bzImage.",
+        autocompletion=candidates.kernels,
+    ),
+]
+TimeoutOption = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.1, help="End the command after this time.")
+]
+_DISK, _NETWORK = "0108", "0200"
+_ASK_LIMIT_S = 120.0
+
+
+def twin(
+    context: typer.Context,
+    snapshot: SnapshotArgument,
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND…", help="What to run in the twin.")
+    ] = None,
+    plan: PlanOption = False,
+    kernel: KernelOption = kernels.DEFAULT,
+    timeout: TimeoutOption = 600.0,
+) -> int:
+    """Boot a guest made like the host in SNAPSHOT; compare its groups, or run COMMAND in it.
+
+    Endpoints are played from their configuration spaces, ports and switches are QEMU's. What the
+    twin cannot have is said. Exit code 1: the groups differ from the host's.
+    """
+    from vfiotool.lab.twin_facts import read_twin_host
+    from vfiotool.lab.twin_plan import plan_twin
+    from vfiotool.lab.twin_run import running_twin
+
+    host = read_twin_host(snapshot)
+    made = plan_twin(host, stand_ins_of(_asked_here(snapshot, "devices")))
+    if plan:
+        _show_plan(context, made)
+        return 0
+    for line in made.differences:
+        output.say(f"twin: {line}")
+    with running_twin(host, made, kernel) as guest:
+        if command:
+            return _run(guest, command, timeout)
+        found = compare_with(guest, snapshot, made)
+    told = [one for one in found if not is_explained(one, made)]
+    _show_comparison(context, made, found, told)
+    return 1 if told else 0
+
+
+def _run(guest: Guest, command: list[str], timeout: float) -> int:
+    from vfiotool.lab.channel import Kind
+
+    def forward(kind: Kind, data: bytes) -> None:
+        output.forward(data, error=kind is not Kind.OUTPUT)
+
+    return guest.exec(command, timeout_s=timeout, sink=forward).exit_code
+
+
+def stand_ins_of(devices: dict[str, Any]) -> dict[str, StandIn]:
+    """Which endpoints a driver has to work on: disks and network cards that the host uses, by what
+    `devices --json` says of it."""
+    found: dict[str, StandIn] = {}
+    for one in devices["devices"]:
+        if one["verdict"] != "blocked":
+            continue
+        if one["class"].startswith(_DISK) and one["disks"]:
+            found[one["address"]] = "nvme"
+        elif one["class"].startswith(_NETWORK) and one["interfaces"]:
+            found[one["address"]] = "network"
+    return found
+
+
+def compare_with(guest: Guest, snapshot: str, plan: TwinPlan) -> list[TwinDifference]:
+    """Where the twin's groups differ from the host's."""
+    from vfiotool.lab.twin_compare import compare_groups
+
+    done = guest.exec([*_program(), "groups", "--json"], timeout_s=_ASK_LIMIT_S)
+    if done.exit_code not in (0, 1):
+        raise KernelError(f"groups failed in the twin: {done.stderr.decode(errors='replace')}")
+    theirs = json.loads(done.stdout)["groups"]
+    ours = _asked_here(snapshot, "groups")["groups"]
+    return compare_groups(ours, theirs, plan.addresses)
+
+
+def is_explained(found: TwinDifference, plan: TwinPlan) -> bool:
+    """Whether the plan said already that this device, or one of its group, differs."""
+    about = {word for word in found.original.replace(",", " ").split() if ":" in word}
+    return any(address in line for address in (found.device, *about) for line in plan.differences)
+
+
+def _program() -> list[str]:
+    return [str(Path(sys.prefix) / "bin/python"), "-m", "vfiotool"]
+
+
+def _asked_here(snapshot: str, command: str) -> dict[str, Any]:
+    """What a reading command says of the snapshot, as JSON."""
+    words = [sys.executable, "-m", "vfiotool", "--root", snapshot, command, "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=False)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        raise KernelError(f"{command} of {snapshot} failed: {done.stderr.strip()[:300]}") from error
+    return found
+
+
+def _show_plan(context: typer.Context, plan: TwinPlan) -> None:
+    if wants_json(context):
+        _emit(plan, [], [])
+        return
+    rows = [[old, new, plan.stand_ins.get(old, "")] for old, new in plan.addresses.items()]
+    output.table(("HOST", "TWIN", "STAND-IN"), rows)
+    for line in plan.differences:
+        output.write(f"differs: {line}")
+
+
+def _emit(plan: TwinPlan, found: list[TwinDifference], told: list[TwinDifference]) -> None:
+    rows = [
+        {
+            "device": one.device,
+            "what": one.what,
+            "host": one.original,
+            "twin": one.twin,
+            "explained": one not in told,
+        }
+        for one in found
+    ]
+    output.emit(
+        {
+            "addresses": dict(plan.addresses),
+            "stand_ins": dict(plan.stand_ins),
+            "unlike": list(plan.differences),
+            "differences": rows,
+        }
+    )
+
+
+def _show_comparison(
+    context: typer.Context,
+    plan: TwinPlan,
+    found: list[TwinDifference],
+    told: list[TwinDifference],
+) -> None:
+    if wants_json(context):
+        _emit(plan, found, told)
+        return
+    for one in found:
+        output.write(("explained: " if one not in told else "differs: ") + one.line())
+    alike = len(plan.addresses) - len({one.device for one in found})
+    output.write(f"{alike} of {len(plan.addresses)} functions have the same group as on the host")

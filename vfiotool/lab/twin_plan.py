@@ -1,0 +1,294 @@
+"""From a host's facts to the machine that is its twin. Pure: facts in, a description out.
+
+QEMU's q35 brings the root complex, and its chipset the functions of slot 1f; everything else is
+made here: ports, switches and bridges by QEMU's models, endpoints as replays of their configuration
+spaces, or as stand-ins of QEMU's where a real driver has to work on them. What differs from the
+original is said, line by line. The firmware numbers buses depth first, so that addresses in the
+twin are known before it runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vfiotool.lab.machines import DeviceModel, Disk, Iommu
+from vfiotool.lab.twin_facts import TwinFunction, TwinHost
+
+StandIn = Literal["nvme", "network"]
+# Slots of the root bus that are not free: the root complex, the lab's own devices, the chipset.
+LAB_SLOT, CHIPSET_SLOT = 0x1E, 0x1F
+_TAKEN = (0x00, LAB_SLOT, CHIPSET_SLOT)
+# What q35's chipset has in slot 1f: function -> class and subclass.
+_CHIPSET = {0: 0x0601, 2: 0x0106, 3: 0x0C05}
+_HOST_BRIDGE, _NVME, _NETWORK = 0x0600, 0x0108, 0x0200
+_LAB_VENDOR = 0x1AF4
+_VIRTIO_IOMMU = 0x1AF41057
+# QEMU's IOMMUs have 39 or 48 bits.
+_WIDE_BITS = 48
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An endpoint that is served from the configuration space of `original`, with the properties
+    that its `-device` has."""
+
+    original: TwinFunction
+    properties: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class TwinPlan:
+    """A twin. `items` are its devices in the order that QEMU has to be told of them; `addresses`
+    maps the original's to the twin's; `differences` are sentences. `acs_off` are the twin's ports
+    whose isolation is turned off."""
+
+    iommu: Iommu
+    iommu_bits: int | None
+    items: tuple[DeviceModel | Replay, ...]
+    addresses: Mapping[str, str]
+    differences: tuple[str, ...]
+    acs_off: tuple[str, ...]
+    disks: tuple[Disk, ...]
+    networks: tuple[str, ...]
+    stand_ins: Mapping[str, StandIn]
+
+    @property
+    def replays(self) -> list[Replay]:
+        return [item for item in self.items if isinstance(item, Replay)]
+
+    @property
+    def kernel_arguments(self) -> tuple[str, ...]:
+        """Further words for the guest's kernel."""
+        words = []
+        if self.acs_off:
+            words.append("pci=disable_acs_redir=" + ";".join(self.acs_off))
+        return tuple(words)
+
+
+@dataclass
+class _Making:
+    """What is known while the plan is made."""
+
+    host: TwinHost
+    stand_ins: Mapping[str, StandIn]
+    children: dict[str, list[TwinFunction]]
+    items: list[DeviceModel | Replay] = field(default_factory=list)
+    addresses: dict[str, str] = field(default_factory=dict)
+    differences: list[str] = field(default_factory=list)
+    acs_off: list[str] = field(default_factory=list)
+    disks: list[Disk] = field(default_factory=list)
+    networks: list[str] = field(default_factory=list)
+    used: dict[str, StandIn] = field(default_factory=dict)
+    next_bus: int = 1
+    chassis: int = 1
+
+
+def plan_twin(host: TwinHost, stand_ins: Mapping[str, StandIn] | None = None) -> TwinPlan:
+    """The twin of `host`. `stand_ins` are the endpoints that a driver has to work on: each becomes
+    a disk or a network card of QEMU's, with ids of its own."""
+    children: dict[str, list[TwinFunction]] = defaultdict(list)
+    for one in host.functions:
+        children[one.parents[-1] if one.parents else one.root].append(one)
+    making = _Making(host, stand_ins or {}, dict(children))
+    roots = sorted({one.root for one in host.functions})
+    for slot, functions in sorted(_root_slots(making, roots).items()):
+        _place_slot(making, "pcie.0", 0, slot, functions)
+    if host.reserved:
+        groups = ", ".join(host.reserved)
+        making.differences.append(
+            f"groups {groups}: direct reserved regions are the firmware's, a guest's has none"
+        )
+    return TwinPlan(
+        host.iommu,
+        _bits(making),
+        tuple(making.items),
+        making.addresses,
+        tuple(making.differences),
+        tuple(making.acs_off),
+        tuple(making.disks),
+        tuple(making.networks),
+        making.used,
+    )
+
+
+def _bits(making: _Making) -> int | None:
+    bits = making.host.iommu_bits
+    if making.host.iommu != "intel" or bits is None:
+        return None
+    chosen = 39 if bits < _WIDE_BITS else _WIDE_BITS
+    if chosen != bits:
+        making.differences.append(f"the IOMMU reaches {chosen} bits: QEMU has 39 or 48, not {bits}")
+    return chosen
+
+
+def _root_slots(making: _Making, roots: list[str]) -> dict[int, list[TwinFunction]]:
+    """What is in each slot of the twin's root bus: the first root's devices in their own slots,
+    where those are free, and all others where there is room."""
+    found: dict[int, list[TwinFunction]] = {}
+    homeless: list[list[TwinFunction]] = []
+    for root in roots:
+        first = root == roots[0]
+        if not first:
+            making.differences.append(
+                f"root bus {root}: its devices are on the twin's first root bus, in domain 0"
+            )
+        for slot, functions in sorted(_by_slot(making.children.get(root, [])).items()):
+            rest = [one for one in functions if not _is_given(making, one, slot, first=first)]
+            if not rest:
+                continue
+            if first and _is_free(making, slot, rest):
+                found[slot] = rest
+            else:
+                homeless.append(rest)
+    for rest in homeless:
+        free = [
+            slot for slot in range(1, LAB_SLOT) if slot not in found and _is_free(making, slot, [])
+        ]
+        names = ", ".join(one.address for one in rest)
+        if not free:
+            making.differences.append(f"{names}: left out, the root bus is full")
+            continue
+        found[free[0]] = rest
+        making.differences.append(f"{names}: in slot {free[0]:02x} of the twin's root bus")
+    return found
+
+
+def _by_slot(functions: list[TwinFunction]) -> dict[int, list[TwinFunction]]:
+    slots: dict[int, list[TwinFunction]] = defaultdict(list)
+    for one in functions:
+        slots[one.slot].append(one)
+    return slots
+
+
+def _is_given(making: _Making, one: TwinFunction, slot: int, *, first: bool) -> bool:
+    """Whether QEMU or the lab brings this one anyway; then its address is the twin's too."""
+    kind = one.class_code >> 8
+    if kind == _HOST_BRIDGE:
+        if slot == 0 and one.function == 0 and first:
+            making.addresses[one.address] = "0000:00:00.0"
+            if one.ids != "8086:29c0":
+                making.differences.append(
+                    f"{one.address}: the host bridge is QEMU's (8086:29c0), not {one.ids}"
+                )
+            return True
+        making.differences.append(f"{one.address}: a host bridge besides the first is left out")
+        return True
+    if first and slot == CHIPSET_SLOT and _CHIPSET.get(one.function) == kind:
+        making.addresses[one.address] = f"0000:00:1f.{one.function}"
+        if one.vendor != 0x8086:
+            making.differences.append(f"{one.address}: the chipset's function is QEMU's")
+        return True
+    if first and slot == LAB_SLOT and one.vendor == _LAB_VENDOR:
+        # A snapshot of a lab guest: the twin has the lab's own devices there.
+        making.addresses[one.address] = one.address
+        return True
+    if one.vendor << 16 | one.device == _VIRTIO_IOMMU:
+        making.addresses[one.address] = "0000:00:1d.0"
+        return True
+    return False
+
+
+def _is_free(making: _Making, slot: int, rest: list[TwinFunction]) -> bool:
+    if slot == CHIPSET_SLOT:
+        return all(one.function not in _CHIPSET for one in rest)
+    if slot == 0x1D and making.host.iommu == "virtio":
+        return False
+    return slot not in _TAKEN
+
+
+def _place_slot(
+    making: _Making, bus: str, number: int, slot: int, functions: list[TwinFunction]
+) -> None:
+    """The functions of one slot, on the QEMU bus `bus` whose number will be `number`."""
+    wanted = [one for one in functions if not _left_out(making, one)]
+    if not wanted:
+        return
+    several = len(wanted) > 1 or wanted[0].function != 0
+    have_first = any(one.function == 0 for one in wanted)
+    for one in sorted(wanted, key=lambda one: one.function):
+        function = one.function
+        if not have_first and one is wanted[0] and slot != CHIPSET_SLOT:
+            function = 0
+            making.differences.append(f"{one.address}: function 0, as the original's is left out")
+        here = f"0000:{number:02x}:{slot:02x}.{function}"
+        making.addresses[one.address] = here
+        if not one.address.startswith("0000:"):
+            making.differences.append(f"{one.address}: QEMU has domain 0 alone, it is {here} there")
+        properties = [("bus", bus), ("addr", f"{slot:#x}.{function:#x}")]
+        if several:
+            properties.append(("multifunction", "on"))
+        if one.port is not None:
+            _place_bridge(making, one, here, tuple(properties))
+        else:
+            _place_endpoint(making, one, tuple(properties))
+
+
+def _left_out(making: _Making, one: TwinFunction) -> bool:
+    if one.is_vf:
+        making.differences.append(f"{one.address}: a virtual function; replayed cards make none")
+        return True
+    if one.port is None and len(one.config) < 64:
+        making.differences.append(f"{one.address}: its configuration space is not in the snapshot")
+        return True
+    return False
+
+
+def _place_bridge(
+    making: _Making, one: TwinFunction, here: str, properties: tuple[tuple[str, str], ...]
+) -> None:
+    name = f"b{making.chassis}"
+    model = {
+        "root port": "pcie-root-port",
+        "upstream": "x3130-upstream",
+        "downstream": "xio3130-downstream",
+        "pcie to pci": "pcie-pci-bridge",
+    }.get(one.port or "", "pci-bridge")
+    more: list[tuple[str, str]] = [("id", name)]
+    if model in ("pcie-root-port", "xio3130-downstream", "pci-bridge"):
+        more.append(("chassis_nr" if model == "pci-bridge" else "chassis", str(making.chassis)))
+    making.chassis += 1
+    making.items.append(DeviceModel(model, (*more, *properties)))
+    if model == "pcie-root-port" and not one.acs_on:
+        making.acs_off.append(here)
+    if model == "xio3130-downstream" and one.acs_on:
+        making.differences.append(
+            f"{one.address}: QEMU's switch ports have no ACS, the original isolates what is below"
+        )
+    number = making.next_bus
+    making.next_bus += 1
+    for slot, functions in sorted(_by_slot(making.children.get(one.address, [])).items()):
+        _place_slot(making, name, number, slot, functions)
+
+
+def _place_endpoint(
+    making: _Making, one: TwinFunction, properties: tuple[tuple[str, str], ...]
+) -> None:
+    kind = making.stand_ins.get(one.address)
+    if kind == "nvme":
+        drive = f"twin{len(making.disks)}"
+        making.disks.append(Disk(drive))
+        serial = one.address.replace(":", "-")
+        making.items.append(
+            DeviceModel("nvme", (("drive", drive), ("serial", serial), *properties))
+        )
+    elif kind == "network":
+        name = f"twin{len(making.networks)}"
+        making.networks.append(name)
+        mac = f"52:54:00:7a:00:{len(making.networks):02x}"
+        more = (("netdev", name), ("mac", mac), ("romfile", ""))
+        making.items.append(DeviceModel("e1000e", (*more, *properties)))
+    else:
+        making.items.append(Replay(one, properties))
+        if one.vfs:
+            making.differences.append(
+                f"{one.address}: its {one.vfs} virtual functions cannot be made in the twin"
+            )
+        return
+    making.used[one.address] = kind
+    making.differences.append(
+        f"{one.address}: QEMU's {making.items[-1].model} stands in for {one.ids}, so that a driver"  # type: ignore[union-attr]
+        " works on it"
+    )
