@@ -15,7 +15,7 @@ from vfiotool.lab.twin_compare import compare_groups
 from vfiotool.lab.twin_facts import TwinFunction, TwinHost, read_twin_host
 from vfiotool.lab.twin_plan import TwinPlan, plan_twin
 from vfiotool.lab.twin_run import setup_script, twin_machine
-from vfiotool.models.replay import ReplayModel, bars_of
+from vfiotool.models import ReplayModel, bars_of
 
 HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
 NAMES = sorted(path.name for path in HOSTS.iterdir())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vfiotool.lab.machines import Iommu
-from vfiotool.models.replay import Resource, parse_resources
+from vfiotool.models import Resource, parse_resources
 from vfiotool.snapshot.load import open_root
 
 _DEVICES = "/sys/bus/pci/devices"

@@ -14,8 +14,7 @@ from vfiotool.lab.kernels import catalogue as kernels
 from vfiotool.lab.machines import DeviceModel, Machine, VfioUserDevice
 from vfiotool.lab.twin_facts import TwinHost
 from vfiotool.lab.twin_plan import TwinPlan
-from vfiotool.models import ModelServer
-from vfiotool.models.replay import ReplayModel
+from vfiotool.models import ModelServer, ReplayModel
 
 # What holds a card as its host driver does on the original: it takes any, and moves no data.
 _PLACEHOLDER = "uio_pci_generic"

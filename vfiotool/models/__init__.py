@@ -18,6 +18,7 @@ from vfiotool.models.config import ModelConfig
 from vfiotool.models.device import Model
 from vfiotool.models.dma import DmaFault
 from vfiotool.models.faults import Faults
+from vfiotool.models.replay import ReplayModel, Resource, bars_of, parse_resources
 from vfiotool.models.server import ModelServer
 
 __all__ = [
@@ -27,6 +28,10 @@ __all__ = [
     "Model",
     "ModelConfig",
     "ModelServer",
+    "ReplayModel",
+    "Resource",
+    "bars_of",
+    "parse_resources",
     "reads",
     "writes",
 ]
