@@ -170,3 +170,23 @@ def test_arming_waits_for_its_own_child_alone(monkeypatch: pytest.MonkeyPatch) -
     os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
     confirming._arm_process("/nonexistent", "token", 1.0)
     assert other.wait() == 1
+
+
+def test_a_maker_that_works_is_left_to_end_by_itself(kernel: FakeKernel, journal: Journal) -> None:
+    read_processes(kernel)
+    host = kernel.host()
+    maker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        since = started_at(host, maker.pid)
+        entry = {"pid": maker.pid, "since": since, "after": 0, "transaction": None, "failed": None}
+        journal.pending.replace("token", seal(entry))
+
+        def end() -> None:
+            maker.kill()
+            maker.wait()
+
+        kernel.clock.after(1, end)
+        assert revert_unconfirmed(host, journal, "token", 5) == "nothing to do"
+    finally:
+        maker.kill()
+    assert maker.wait() == -signal.SIGKILL

@@ -210,3 +210,19 @@ def test_a_garbled_policy_never_crashes_the_reader(seed: int, cuts: int) -> None
 def test_a_policy_without_end_in_depth_is_a_fault(text: str) -> None:
     with pytest.raises(PolicyError, match="nested too deeply"):
         parse_policy(f"version = 1\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "device = [1, 2]",
+        'device = ["0000:01:00.0"]',
+        "device = 7",
+        "[device]\nmatch = 1",
+        '[[sriov]]\nmatch = { address = "0000:01:00.0" }\nvfs = 2\nvf = [1]',
+        '[[sriov]]\nmatch = { address = "0000:01:00.0" }\nvfs = 2\nvf = { index = 0 }',
+    ],
+)
+def test_what_is_to_be_tables_and_is_none_is_a_fault_of_the_policy(text: str) -> None:
+    with pytest.raises(PolicyError, match=r"must be (a list of )?tables"):
+        parse_policy(f"version = 1\n{text}\n")
