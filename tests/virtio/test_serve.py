@@ -270,6 +270,12 @@ iops = 4
 
 def test_sizes_have_binary_units() -> None:
     assert parse_size("4k", "x") == 4096 and parse_size("1GiB", "x") == 1 << 30
+    assert [parse_size(text, "x") for text in ("512", "0", "1M", "2g")] == [
+        512,
+        0,
+        1 << 20,
+        2 << 30,
+    ]
     for text in ("", "-1", "1.5G", "1e9", "9" * 40):
         with pytest.raises(UsageError):
             parse_size(text, "x")

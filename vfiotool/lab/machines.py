@@ -46,10 +46,13 @@ class VfioUserDevice:
 
 @dataclass(frozen=True)
 class Disk:
-    """A sparse raw file that lives as long as the guest; `id` is the QEMU drive."""
+    """A sparse raw file that lives as long as the guest; `id` is the QEMU drive, `options` more of
+    its `-drive`, which names the file under `file_option`."""
 
     id: str
     size_mib: int = 64
+    options: tuple[str, ...] = ()
+    file_option: str = "file"
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,60 @@ def e1000e(number: int, *, port: int, network: str, mac: str) -> DeviceModel:
     )
 
 
+def namespace(controller: str, nsid: int, drive: str, **properties: str) -> DeviceModel:
+    return device("nvme-ns", bus=controller, nsid=str(nsid), drive=drive, **properties)
+
+
+def _odd(number: int, port: int, **properties: str) -> tuple[DeviceModel, ...]:
+    """An NVMe controller on a port of its own, without namespaces unless `drive` is given."""
+    name = f"odd{number}"
+    return (
+        root_port(port),
+        device("nvme", id=name, serial=f"lab-{name}", bus=f"rp{port}", **properties),
+    )
+
+
+ODD_NVME = (
+    *_odd(1, 1),
+    namespace("odd1", 1, "meta", ms="8"),
+    namespace("odd1", 2, "plain"),
+    namespace("odd1", 3, "guarded", ms="8", pi="1"),
+    *_odd(2, 2, mqes="31", mdts="1"),
+    namespace("odd2", 1, "large", logical_block_size="4096", physical_block_size="4096"),
+    *_odd(3, 3),
+    *_odd(4, 4),
+    namespace(
+        "odd4",
+        1,
+        "zoned",
+        **{
+            "zoned": "on",
+            "zoned.zone_size": "1M",
+            "zoned.max_open": "4",
+            "zoned.max_active": "4",
+        },
+    ),
+    namespace("odd4", 2, "beside"),
+    *_odd(5, 5, max_ioqpairs="2", msix_qsize="3"),
+    namespace("odd5", 1, "few1"),
+    namespace("odd5", 2, "few2"),
+    namespace("odd5", 3, "few3", detached="on"),
+    *_odd(6, 6, drive="slow"),
+    *_odd(7, 7, drive="bad"),
+)
+
+
+# Reads of block 2048 and writes of block 4096 fail, each for ever.
+FAILING = (
+    "file.driver=blkdebug",
+    "file.image.driver=file",
+    "file.inject-error.0.event=read_aio",
+    "file.inject-error.0.sector=2048",
+    "file.inject-error.0.errno=5",
+    "file.inject-error.1.event=write_aio",
+    "file.inject-error.1.sector=4096",
+    "file.inject-error.1.errno=28",
+)
 _ALL = (
     Machine("basic", "edu, pci-testdev and an empty hotplug port", (EDU, TESTDEV, EMPTY_PORT)),
     Machine(
@@ -296,6 +353,19 @@ _ALL = (
         objects=("can-bus,id=bus0", "cryptodev-backend-builtin,id=engine0"),
     ),
     Machine(
+        "odd-nvme",
+        "NVMe that is odd: metadata, 4 KiB blocks, none, zoned, few queues, slow, failing",
+        (EDU, *ODD_NVME, EMPTY_PORT),
+        disks=(
+            *(Disk(name, 32) for name in ("meta", "plain", "guarded", "zoned", "beside")),
+            *(Disk(name, 32) for name in ("few1", "few2", "few3", "hot")),
+            Disk("large", 64),
+            Disk("slow", 64, ("throttling.iops-total=400",)),
+            Disk("bad", 64, FAILING, "file.image.filename"),
+        ),
+        load=("nvme",),
+    ),
+    Machine(
         "full",
         "edu, pci-testdev, NVMe with VFs, a second NVMe, igb, a shared group, the mdev samples",
         (
@@ -365,7 +435,8 @@ def arguments(machine: Machine, disk_files: dict[str, str], models: frozenset[st
         result += ["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]
     for disk in machine.disks:
         file = disk_files[disk.id].replace(",", ",,")
-        result += ["-drive", f"if=none,id={disk.id},format=raw,cache=unsafe,file={file}"]
+        words = (f"id={disk.id}", f"{disk.file_option}={file}", *disk.options)
+        result += ["-drive", f"if=none,format=raw,cache=unsafe,{','.join(words)}"]
     for network in machine.networks:
         result += ["-netdev", f"hubport,id={network},hubid=0"]
     for thing in machine.objects:

@@ -12,7 +12,6 @@ import pytest
 
 from tests.fakes.kernel import FakeClock
 from tests.fakes.nvme import FakeNvme
-from vfiotool.cli.drive.nvme import size
 from vfiotool.drivers.nvme import bench as nvme_bench
 from vfiotool.drivers.nvme import controller as nvme
 from vfiotool.drivers.nvme import spec as nvme_spec
@@ -273,17 +272,13 @@ def test_percentiles_and_merging() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "number"), [("512", 512), ("4k", 4096), ("1M", 1 << 20), ("2g", 2 << 30), ("0", 0)]
-)
-def test_sizes_are_read_as_people_write_them(text: str, number: int) -> None:
-    assert size(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "k", "-1", "4kk", "4 x", "1.5k", "4kib"])
-def test_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(UsageError):
-        size(text)
+def test_data_that_lies_in_pieces_is_refused_in_words(fake: Any) -> None:
+    controller = Controller(fake)
+    disk, queue = controller.namespace(1), controller.create_queue()
+    with pytest.raises(UsageError, match="not lie in one piece"):
+        queue.write(disk, 0, memoryview(bytes(2048))[::2])
+    queue.write(disk, 0, memoryview(bytes(range(256)) * 4).cast("B", (2, 512)))
+    assert queue.read(disk, 0, 2) == bytes(range(256)) * 4
 
 
 def test_structures_survive_any_bytes() -> None:

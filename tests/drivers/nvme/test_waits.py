@@ -342,6 +342,20 @@ def test_the_loads_own_error_is_the_one_that_is_told(
     assert fake.buffers == {}
 
 
+def test_a_load_that_a_reset_takes_the_doorbells_from_tells_the_reset(
+    fake: Any, controller: Controller, disk: Namespace
+) -> None:
+    def reset_by_somebody() -> None:
+        fake.reset()
+        fake.block(True)
+
+    threading.Timer(0.2, reset_by_somebody).start()
+    job = nvme_bench.Job(runtime_s=60, depth=8, queues=2)
+    with pytest.raises(KernelError, match=r"disabled by a reset \(CC\.EN=0\)"):
+        nvme_bench.run(controller, disk, job)
+    fake.block(False)
+
+
 def test_the_default_queue_is_no_larger_than_the_controller_takes(fake: Any) -> None:
     fake.entries = 32
     controller = Controller(fake)

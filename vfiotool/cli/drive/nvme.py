@@ -18,18 +18,11 @@ from vfiotool.errors import Refused, Unsupported, UsageError
 if TYPE_CHECKING:
     from vfiotool.drivers.nvme import Controller, Job, LoadReport
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+ShadowOption = Annotated[
+    bool, typer.Option("--shadow-doorbells", help="Use them where the controller has them.")
+]
 
 app = area("Identify, read, write, manage and measure an NVMe disk from user space.")
-
-
-def size(text: str) -> int:
-    """A number of bytes: 512, 4k, 1M. Raises UsageError."""
-    digits = text.strip().rstrip("kKmMgGtT")
-    unit = text.strip()[len(digits) :].lower()
-    if not digits.isdecimal() or unit not in _UNITS:
-        raise UsageError(f"{text[:80]!r} is not a size: write it as 512, 4k or 1M")
-    return int(digits) * _UNITS[unit]
 
 
 @app.command("identify", epilog=examples("vfiotool nvme identify 0000:05:01.0"))
@@ -218,9 +211,7 @@ def bench(
         int, typer.Option("--rwmixread", metavar="PERCENT", help="Reads in rw, randrw.")
     ] = 50,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random blocks.")] = 1,
-    shadow: Annotated[
-        bool, typer.Option("--shadow-doorbells", help="Use them where the controller has them.")
-    ] = False,
+    shadow: ShadowOption = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Let a load that writes destroy what is there.")
     ] = False,
@@ -229,16 +220,17 @@ def bench(
 ) -> None:
     """Measure a namespace in the manner of fio. What writes needs --overwrite."""
     from vfiotool.drivers.nvme import bench as nvme_bench
+    from vfiotool.virtio.exports import parse_size
 
     job = nvme_bench.Job(
         pattern=_pattern(rw),
-        size_bytes=size(bs),
+        size_bytes=parse_size(bs, "--bs"),
         depth=iodepth,
         queues=queues,
         batch=batch,
         runtime_s=0.0 if number else runtime,
         limit=number,
-        span_bytes=size(span),
+        span_bytes=parse_size(span, "--size"),
         read_percent=rwmixread,
         seed=seed,
     )

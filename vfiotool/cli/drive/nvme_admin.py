@@ -229,7 +229,10 @@ def format_namespace(
     context: typer.Context,
     device: DeviceArgument,
     nsid: NamespaceOption = 1,
-    lbaf: Annotated[int, typer.Option("--lbaf", metavar="N", help="The format.")] = 0,
+    lbaf: Annotated[
+        int | None,
+        typer.Option("--lbaf", metavar="N", help="The format; default: the one in use."),
+    ] = None,
     ses: Annotated[
         int, typer.Option("--ses", metavar="0-2", help="1 erases data, 2 cryptographically.")
     ] = 0,

@@ -144,15 +144,19 @@ def format_namespace(
     controller: Controller,
     nsid: int,
     *,
-    lbaf: int = 0,
+    lbaf: int | None = None,
     erase: int = 0,
     protection: int = 0,
     protection_first: bool = False,
     extended: bool = False,
     timeout_s: float | None = SLOW_S,
 ) -> None:
-    """Format a namespace (5.14): ALL DATA IS LOST. `lbaf` is one of its formats, `erase` 1 for
-    user data, 2 cryptographically; the rest is how metadata and protection are kept."""
+    """Format a namespace (5.14): ALL DATA IS LOST. `lbaf` is one of its formats (None: the
+    one in use), `erase` 1 for user data, 2 cryptographically; the rest is how metadata and
+    protection are kept."""
+    if lbaf is None:
+        flags = controller.identify(nvme_spec.CNS_NAMESPACE, nsid)[26]
+        lbaf = flags & 0xF | (flags >> 5 & 3) << 4
     dword = (
         lbaf & 0xF
         | int(extended) << 4

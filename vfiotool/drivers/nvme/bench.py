@@ -155,7 +155,7 @@ def _side_by_side(
         try:
             return queue.pair.run(one, watch)
         except UsageError:
-            controller.health.refuse()  # a reset in another thread says more than "closed"
+            controller.health.explain()  # a reset in another thread says more than "closed"
             raise
 
     if len(queues) == 1:

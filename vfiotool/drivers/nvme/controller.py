@@ -113,12 +113,11 @@ class Controller:
 
     def _disable(self, timeout_s: float | None = None) -> None:
         """Section 3.5.1, step 1 of initialization; also what ends all DMA."""
-        if self.registers.status.read() == ALL_ONES:
-            raise KernelError(f"{self.device.name} has gone: its registers read all ones")
+        self.health.refuse_gone()
         configuration = self.registers.configuration
         if configuration.field("enable"):
             configuration.modify(enable=0)
-        self.registers.status.poll_field("ready", 0, timeout_s or self._timeout_s)
+        self.health.await_status("ready", 0, timeout_s or self._timeout_s)
 
     def _make_admin(self) -> None:
         if not any(self._capabilities.values()):
@@ -551,8 +550,10 @@ class Controller:
         wait_s = _SHUTDOWN_S if mute else min(max(told, _SHUTDOWN_S), _SHUTDOWN_LIMIT_S)
         configuration.modify(shutdown=1)
         try:
-            self.registers.status.poll_field("shutdown", 2, wait_s)
-        except KernelError:
+            self.health.await_status("shutdown", 2, wait_s)
+        except KernelError as error:
+            if error.errno_name == "ENODEV":
+                return None
             return KernelError(
                 f"{self.device.name} did not finish its shutdown within {wait_s:g} s: what its "
                 "write cache held may be lost",

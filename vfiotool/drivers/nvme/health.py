@@ -15,6 +15,7 @@ RESET_HINT = "Controller.reset(), or close the device and: vfiotool device reset
 # A wait that has lasted so long looks at the status register, and then again and again.
 _PATIENCE_S = 1.0
 _LOOK_S = 0.5
+_SLICE_S = 0.25
 
 
 class Health:
@@ -81,6 +82,19 @@ class Health:
         if (failure := self.look()) is not None:
             raise self.error(failure)
 
+    def explain(self) -> None:
+        """After the doorbells could not be reached: raises KernelError if that is a reset, which
+        is known as soon as the registers can be read again (a second at most)."""
+        deadline = Deadline(_PATIENCE_S)
+        while not deadline.passed:
+            try:
+                self.check()
+                return
+            except UsageError:
+                if self.closed:
+                    raise
+                deadline.pause()
+
     def watch(self, deadline: Deadline, what: str = "") -> None:
         """To be called while something is waited for: now and then a look at the registers.
         Raises KernelError as soon as waiting is in vain, UsageError when the controller was
@@ -92,6 +106,26 @@ class Health:
         self._looked = now
         if (failure := self.look()) is not None:
             raise self.error(failure, what)
+
+    def refuse_gone(self) -> None:
+        """Raises KernelError (ENODEV) where the device does not answer reads any more."""
+        if self.registers.status.read() == ALL_ONES:
+            raise KernelError(
+                f"{self.name} has gone: its registers read all ones", errno_name="ENODEV"
+            )
+
+    def await_status(self, field: str, value: int, timeout_s: float) -> None:
+        """Until a field of the status register has a value. Raises KernelError (ETIMEDOUT), and at
+        once (ENODEV) when the device goes meanwhile: all ones would be waited for in vain."""
+        deadline = Deadline(timeout_s)
+        while True:
+            try:
+                self.registers.status.poll_field(field, value, min(_SLICE_S, deadline.left()))
+                return
+            except KernelError:
+                self.refuse_gone()
+                if deadline.passed:
+                    raise
 
     def timed_out(self, what: str, deadline: Deadline, strays: int = 0) -> KernelError:
         """The error of a command that did not end in time, with what the registers say."""

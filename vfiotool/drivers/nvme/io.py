@@ -195,7 +195,12 @@ class IoQueue:
     ) -> None:
         """Store whole blocks from `lba` on; they may still be in the device's cache (`flush`)."""
         disk.refuse_metadata()
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        if not view.c_contiguous:
+            raise UsageError(
+                "the data does not lie in one piece", hint="copy it: memoryview(data).tobytes()"
+            )
+        view = view.cast("B")
         if len(view) % disk.block_bytes:
             raise UsageError(f"{len(view)} bytes are not whole blocks of {disk.block_bytes}")
         self._check_range(disk, lba, len(view) // disk.block_bytes)

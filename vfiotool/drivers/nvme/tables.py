@@ -110,7 +110,8 @@ def id_ns(raw: bytes) -> dict[str, Any]:
     """Identify Namespace in full, with its formats: `lbafs` are metadata bytes, the power of two
     of a block's bytes, and the relative performance."""
     found = decode(ID_NS, raw)
-    count = min(found["nlbaf"], 63) + 1
+    # Those of unique capabilities follow the others (NULBAF); 64 in all.
+    count = min(found["nlbaf"] + found["nulbaf"], 63) + 1
     formats = (struct.unpack_from("<HBB", raw, 128 + 4 * n) for n in range(count))
     found["lbafs"] = [{"ms": ms, "ds": ds, "rp": rp & 3} for ms, ds, rp in formats]
     flbas = found["flbas"]
