@@ -28,7 +28,7 @@ from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device
 
 MACHINE = "odd-nvme"
-KERNELS = ("6.1", "6.12", "iommufd")
+KERNELS = ("6.12",)
 META, LARGE, NONE, ZONED, FEW, SLOW, BAD = (f"0000:0{number}:00.0" for number in range(1, 8))
 
 
