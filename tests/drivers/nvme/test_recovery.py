@@ -182,6 +182,7 @@ def test_what_was_read_before_a_reset_ended_is_not_told_after_it(fake: Any) -> N
     )
     assert health.look() is None and health.failure is None
     health.refuse()
+    health.registers = controller.registers
 
 
 def test_coroutines_are_told_of_a_reset_in_their_loop(fake: Any) -> None:
