@@ -1,0 +1,236 @@
+"""Front ends that break the rules: every class of fault that took other servers down, at random.
+
+`attack` is one connection's worth; it returns how many messages and rings it sent. Only what is
+sent to our own server is kept here, as rules by which it is made, not as inputs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+
+from tests.virtio.frontend import (
+    DATA,
+    GUEST,
+    INDIRECT,
+    NEXT,
+    SIZE,
+    T_IN,
+    T_OUT,
+    USER,
+    WRITE,
+    Closed,
+    Frontend,
+)
+from vfiotool.virtio.message import VhostRequest
+
+MEMORY = 2 << 20
+ODD = (0, 1, 2, 15, 16, 511, 4096, 0xFFFF, 1 << 20, (1 << 31) - 1, (1 << 32) - 1, 1 << 32)
+ODD_64 = (*ODD, 1 << 48, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
+
+
+class Attacker:
+    """One hostile connection."""
+
+    def __init__(self, path: str, rng: random.Random) -> None:
+        self.front = Frontend(path, queues=2, memory=MEMORY)
+        self.front.socket.settimeout(5.0)
+        self.rng = rng
+        self.sent = 0
+
+    def close(self) -> None:
+        self.front.close()
+
+    def send(self, request: int, payload: bytes = b"", fds: int = 0, flags: int = 1) -> None:
+        self.front.send(request, payload, [self.front.fd] * fds, flags)
+        self.sent += 1
+
+    def number(self) -> int:
+        return self.rng.choice((*ODD_64, GUEST, USER, GUEST + MEMORY, self.rng.getrandbits(64)))
+
+    def up(self) -> None:
+        self.front.up()
+        self.sent += 20
+
+    # Rings: what is laid down is made available and kicked; the answer is not waited for.
+
+    def entry(self, at: int, address: int, length: int, flags: int, next_: int) -> None:
+        entry = struct.pack(
+            "<QIHH", address & ((1 << 64) - 1), length & 0xFFFFFFFF, flags, next_ & 0xFFFF
+        )
+        self.front.memory[at : at + 16] = entry
+
+    def offer(self, head: int) -> None:
+        self.front.add(self.front.rings[0], head & 0xFFFF)
+        self.sent += 1
+
+    def chain(self) -> None:
+        """A chain of which each part may be wrong."""
+        rng, at = self.rng, DATA
+        kind = rng.choice((T_IN, T_OUT, 4, 8, 11, 13, rng.getrandbits(32)))
+        self.front.memory[at : at + 16] = struct.pack(
+            "<IIQ", kind & 0xFFFFFFFF, 0, self.number() if rng.random() < 0.5 else 0
+        )
+        count, head = rng.randrange(1, 6), rng.randrange(SIZE)
+        for number in range(count):
+            address = GUEST + rng.choice((at, at + 32, MEMORY - 8, 0, 0x1000))
+            length = rng.choice((16, 512, 1, 4096, 0, MEMORY, (1 << 32) - 1))
+            flags = rng.choice((NEXT, NEXT, NEXT | WRITE, WRITE, INDIRECT, 0xFFFF, 0))
+            if rng.random() < 0.15:
+                address = self.number()
+            next_ = rng.choice((head + number + 1, head, number, 0xFFFF, SIZE))
+            self.entry(16 * ((head + number) % SIZE), address, length, flags, next_)
+        self.offer(head)
+
+    def table(self) -> None:
+        """An indirect table: nested, going round, too long, cut off, or nowhere."""
+        rng, at = self.rng, DATA + 0x1000
+        for number in range(8):
+            flags = rng.choice((NEXT, NEXT | WRITE, INDIRECT, INDIRECT | NEXT, 0))
+            address = GUEST + rng.choice((DATA, at, MEMORY - 4))
+            self.entry(at + 16 * number, address, rng.choice(ODD), flags, rng.randrange(10))
+        head = rng.randrange(SIZE)
+        length = rng.choice((16, 128, 129, 1 << 20, (1 << 32) - 16, 0))
+        place = rng.choice((GUEST + at, GUEST + MEMORY - 16, self.number()))
+        self.entry(16 * head, place, length, INDIRECT | rng.choice((0, 0, NEXT, WRITE)), head)
+        self.offer(head)
+
+    def indices(self) -> None:
+        """Heads that are not there or come twice, and an index that jumps."""
+        ring, rng = self.front.rings[0], self.rng
+        head = rng.choice((0, 0, SIZE - 1, SIZE, 0xFFFF))
+        for _ in range(rng.randrange(1, 4)):
+            self.offer(head)
+        if rng.random() < 0.4:
+            ring.added = rng.getrandbits(16)
+            self.front.words[(ring.at + 0x1002) // 2] = ring.added
+            os.eventfd_write(ring.kick, 1)
+            self.sent += 1
+
+    def garbage(self) -> None:
+        self.front.memory[0:0x4000] = self.rng.randbytes(0x4000)
+        os.eventfd_write(self.front.rings[self.rng.randrange(2)].kick, 1)
+        self.sent += 1
+
+    def shrink(self) -> None:
+        """The memory goes while it is in use."""
+        self.chain()
+        os.ftruncate(self.front.fd, self.rng.choice((0, 4096, 0x3000, MEMORY // 2)))
+        os.eventfd_write(self.front.rings[0].kick, 1)
+        # This end may not look at it any more either.
+        os.ftruncate(self.front.fd, MEMORY)
+        self.sent += 1
+
+    # Messages
+
+    def memory_table(self) -> None:
+        rng, count = self.rng, self.rng.choice((0, 1, 2, 8, 9, 0xFFFFFFFF))
+        regions = b"".join(
+            struct.pack("<QQQQ", *(rng.choice((self.number(), 0, MEMORY)) for _ in range(4)))
+            for _ in range(min(count, 8))
+        )
+        self.send(
+            VhostRequest.SET_MEM_TABLE,
+            struct.pack("<II", count, 0) + regions,
+            rng.choice((min(count, 8), 0, 1, 8)),
+            rng.choice((1, 9)),
+        )
+
+    def slot(self) -> None:
+        values = struct.pack("<5Q", 0, *(self.number() for _ in range(4)))
+        request = self.rng.choice((VhostRequest.ADD_MEM_REG, VhostRequest.REM_MEM_REG))
+        self.send(request, values, self.rng.randrange(3), 9)
+
+    def inflight(self) -> None:
+        """An area of odd counts, or of odd content."""
+        rng = self.rng
+        for index in range(2):
+            self.send(VhostRequest.GET_VRING_BASE, struct.pack("<II", index, 0))
+        self.front.memory[DATA : DATA + 0x2000] = rng.randbytes(0x2000)
+        if rng.random() < 0.5:
+            head = struct.pack("<QHHHH", 0, 1, SIZE, rng.getrandbits(16), rng.getrandbits(16))
+            self.front.memory[DATA : DATA + 16] = head
+        size, offset = rng.choice((0x1000, 0x2000, self.number())), rng.choice((DATA, 0))
+        area = (size, rng.choice((offset, self.number())), rng.choice((1, 2, 0, 0xFFFF)), SIZE)
+        self.send(VhostRequest.SET_INFLIGHT_FD, struct.pack("<QQHH4x", *area), 1, 9)
+        with suppress(AssertionError):
+            self.front.start(rng.randrange(2))
+
+    def log(self) -> None:
+        payload = struct.pack("<QQ", self.number(), self.number())
+        self.send(VhostRequest.SET_LOG_BASE, payload, 1)
+
+    def config(self) -> None:
+        head = struct.pack("<III", *(self.rng.choice(ODD[:-1]) for _ in range(3)))
+        room = bytes(self.rng.choice((0, 60, 256, 300)))
+        request = self.rng.choice((VhostRequest.GET_CONFIG, VhostRequest.SET_CONFIG))
+        self.send(request, head + room)
+
+    def vring(self) -> None:
+        rng = self.rng
+        request = rng.choice(
+            (
+                VhostRequest.SET_VRING_NUM,
+                VhostRequest.SET_VRING_BASE,
+                VhostRequest.SET_VRING_ENABLE,
+                VhostRequest.GET_VRING_BASE,
+                VhostRequest.SET_VRING_KICK,
+                VhostRequest.SET_VRING_CALL,
+                VhostRequest.SET_VRING_ERR,
+            )
+        )
+        payload = struct.pack("<II", rng.choice((0, 1, 2, 255, 1 << 31)), rng.choice(ODD[:-1]))
+        self.send(request, payload, rng.choice((0, 0, 1, 8)), rng.choice((1, 9)))
+
+    def addresses(self) -> None:
+        values = [self.number() for _ in range(4)]
+        payload = struct.pack("<IIQQQQ", self.rng.randrange(3), self.rng.randrange(2), *values)
+        self.send(VhostRequest.SET_VRING_ADDR, payload, 0, 9)
+
+    def noise(self) -> None:
+        rng = self.rng
+        request = rng.choice((*VhostRequest, rng.randrange(64), rng.getrandbits(32)))
+        payload = rng.randbytes(rng.choice((0, 8, 40, rng.randrange(300), 4096)))
+        flags = rng.choice((1, 9, 0, 5, 2, rng.getrandbits(32)))
+        self.send(int(request), payload, rng.choice((0, 0, 1, 8)), flags)
+
+    def torn(self) -> None:
+        """Half a message, and then the end."""
+        self.front.socket.sendall(self.rng.randbytes(self.rng.randrange(1, 30)))
+        self.sent += 1
+        raise Closed
+
+
+RINGS = (Attacker.chain, Attacker.table, Attacker.indices, Attacker.garbage, Attacker.shrink)
+MESSAGES: tuple[Callable[[Attacker], None], ...] = (
+    Attacker.memory_table,
+    Attacker.slot,
+    Attacker.inflight,
+    Attacker.log,
+    Attacker.config,
+    Attacker.vring,
+    Attacker.addresses,
+    Attacker.noise,
+    Attacker.torn,
+)
+
+
+def attack(path: str, rng: random.Random) -> int:
+    """One connection that goes wrong; returns how many messages and rings were sent."""
+    attacker = Attacker(path, rng)
+    try:
+        with suppress(Closed, TimeoutError, AssertionError, OSError):
+            if rng.random() < 0.8:
+                attacker.up()
+                for _ in range(rng.randrange(8)):
+                    rng.choice(RINGS)(attacker)
+            for _ in range(rng.randrange(1, 10)):
+                rng.choice(MESSAGES)(attacker)
+                if rng.random() < 0.5:
+                    rng.choice(RINGS)(attacker)
+    finally:
+        attacker.close()
+    return attacker.sent
