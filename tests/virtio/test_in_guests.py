@@ -54,6 +54,22 @@ done
 )
 
 
+# As long as the host disturbs the server.
+FOR_LONG = (
+    FIND
+    + """
+until [ "$(cut -d. -f1 /proc/uptime)" -ge SECONDS ]; do
+    fio --name=v --filename=$DISK --size=32m --bs=4k --rw=randwrite --ioengine=libaio \
+        --iodepth=16 --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --minimal \
+        >/run/fio.out || { cat /run/fio.out; exit 1; }
+    echo turn
+done
+dmesg | grep -i -E 'I/O error|timeout|hung' && exit 1
+exit 0
+"""
+)
+
+
 def with_disk(path: Path) -> tuple[str, ...]:
     """QEMU's options for a disk over a socket; memory has to be shared for it."""
     return (
@@ -68,8 +84,9 @@ def with_disk(path: Path) -> tuple[str, ...]:
     )
 
 
-def serve(file: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "vfiotool", "serve", "exports", str(file)])
+def serve(file: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "vfiotool", "serve", "exports", str(file), *options]
+    return subprocess.Popen(command)
 
 
 @pytest.fixture
@@ -152,3 +169,54 @@ def test_a_guest_sees_a_delay_only_while_the_server_is_killed(exports: Path) -> 
         server.wait(timeout=20)
     assert done and done[0].exit_code == 0, done and done[0].text + done[0].stderr.decode()
     assert kills >= 3
+
+
+def killed(server: subprocess.Popen[bytes], exports: Path) -> subprocess.Popen[bytes]:
+    """Another server after one that was killed in whatever it was doing."""
+    server.kill()
+    server.wait()
+    return serve(exports)
+
+
+def updated(server: subprocess.Popen[bytes], exports: Path) -> subprocess.Popen[bytes]:
+    """Another server in the place of one that runs."""
+    successor = serve(exports, "--take-over")
+    assert server.wait(timeout=60) == 0
+    return successor
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("disturb", [killed, updated])
+def test_two_guests_see_delays_only_while_their_server_is_replaced_twenty_times(
+    exports: Path,
+    disturb: Callable[[subprocess.Popen[bytes], Path], subprocess.Popen[bytes]],
+) -> None:
+    server = serve(exports)
+    done: dict[str, Completed] = {}
+    script = FOR_LONG.replace("SECONDS", "150")
+
+    def run(name: str) -> None:
+        in_guest(exports, name, script, lambda got: done.update({name: got}))
+
+    for name in ("first", "second"):
+        wait_for(exports.parent / f"{name}.sock", server)
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    times = 0
+    try:
+        # The first ones meet the firmware and the guests' boot, the others a file system's load.
+        while times < 20:
+            threads[0].join(4.0)
+            assert any(thread.is_alive() for thread in threads), done
+            server = disturb(server, exports)
+            times += 1
+    finally:
+        for thread in threads:
+            thread.join()
+        server.terminate()
+        assert server.wait(timeout=20) == 0
+    for name in ("first", "second"):
+        assert done[name].exit_code == 0, done[name].text + done[name].stderr.decode()
+        assert "turn" in done[name].text
+        print(name, done[name].text.count("turn"), "turns of 32 MiB verified")
