@@ -112,6 +112,7 @@ WITHOUT = {
     "serve resize",
     "serve vhost-user",
     "serve vhost-user-net",
+    "metrics",
     "completion",
     "help",
     "version",

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "nvme": ("drive.nvme", "Drive", "Use an NVMe disk from user space."),
     "serve": ("serve", "Serve", "Serve virtio disks to VMs over vhost-user."),
     "lab": ("lab", "Lab", "Rehearse in QEMU guests with a virtual IOMMU."),
+    "metrics": ("metrics", "Tools", "Print devices and servers for Prometheus."),
     "completion": ("tools", "Tools", "Print the completion script of a shell."),
     "help": ("tools", "Tools", "Show the help of a command."),
     "version": ("tools", "Tools", "Print the version."),
