@@ -95,7 +95,8 @@ def main() -> None:
 def stand_in(kind: type[Any], fd: int, trace: Trace | None) -> Any:
     """A mapping of ordinary memory, as a device's region would give it."""
     info = SimpleNamespace(index=0, position=0)
-    device = SimpleNamespace(use=lambda: nullcontext(fd), name="memory", reach=Reach("", None))
+    calls = SimpleNamespace(mappable=lambda position: nullcontext((fd, position)))
+    device = SimpleNamespace(calls=calls, name="memory", reach=Reach("", None))
     region = SimpleNamespace(info=info, device=device, index=0, trace=trace)
     return kind(region, Area(0, 4 * WORDS), WINDOW_READ | WINDOW_WRITE, 0)
 

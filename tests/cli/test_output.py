@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.change.side_by_side import in_threads
 from tests.cli.terminal import on_terminal
 from vfiotool.cli import output
 from vfiotool.cli.commands import COMMANDS
@@ -71,9 +73,15 @@ def test_where_the_encoding_has_no_more_all_is_ascii(line: str, env: dict[str, s
     assert done.stdout.isascii() and done.stderr.isascii()
 
 
+@cache
+def pages_in_ascii() -> dict[str, subprocess.CompletedProcess[bytes]]:
+    pages = in_threads(lambda name: run(name, "--help", PYTHONIOENCODING="ascii"), COMMANDS)
+    return dict(zip(COMMANDS, pages, strict=True))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_page_can_be_read_in_ascii(name: str) -> None:
-    done = run(name, "--help", PYTHONIOENCODING="ascii")
+    done = pages_in_ascii()[name]
     assert done.returncode == 0, done.stderr
     assert b"Usage: vfiotool" in done.stdout
 

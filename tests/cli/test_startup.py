@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.change.side_by_side import in_threads
 from vfiotool.cli.commands import COMMANDS
 
 ROOT = str(Path(__file__).resolve().parents[2] / "fixtures" / "hosts" / "shared-group")
@@ -81,6 +83,12 @@ def test_only_the_module_of_the_command_typed_is_imported(line: str, own: set[st
         assert not {"vfiotool.usage", "vfiotool.devices.config"} & modules
 
 
+@cache
+def imported_for_help() -> dict[str, set[str]]:
+    found = in_threads(lambda name: imported(name, "--help"), COMMANDS)
+    return dict(zip(COMMANDS, found, strict=True))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_needs_no_rich(name: str) -> None:
-    assert "rich" not in imported(name, "--help")
+    assert "rich" not in imported_for_help()[name]

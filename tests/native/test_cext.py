@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.change.side_by_side import in_threads
 from vfiotool.native import library as native
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -76,13 +77,14 @@ def test_what_python_sees_of_c_holds_under_the_sanitizers() -> None:
     assert where.count(str(folder)) == 2
     names = ("test_mmio", "test_events", "test_mapper", "test_handle", "test_interrupts")
     names += ("test_dma", "test_reach", "test_stress")
-    names = tuple(f"vfio/{name}.py" for name in names)
-    names += ("drivers/nvme/test_controller.py", "virtio/test_vhost_user_blk.py")
-    files = [str(TESTS / name) for name in names]
+    windows = [str(TESTS / f"vfio/{name}.py") for name in names]
+    names = ("drivers/nvme/test_controller.py", "virtio/test_vhost_user_blk.py")
+    queues = [str(TESTS / name) for name in names]
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-o", "addopts="]
     # Without pytest's own path, which would put the unsanitized package before this one.
     options += ["-o", "pythonpath=", "-m", "not proof"]
-    assert " passed" in run("-m", "pytest", *options, *files)
+    said = in_threads(lambda files: run("-m", "pytest", *options, *files), [windows, queues])
+    assert all(" passed" in text for text in said)
 
 
 def test_every_symbol_that_python_sees_begins_with_vt() -> None:
