@@ -1,7 +1,7 @@
 """All figures in turn: `make bench`. Prints what each bench prints; asserts nothing.
 
 python -m tests.bench [NAME…]     only these: start mmio groups plan irq dma watch rebind nvme
-                               vhost_blk
+                               vfio_user vhost_blk
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "watch": [in_guest(bench("watch"), bind=False)],
     "rebind": [bench("rebind")],
     "nvme": [bench("nvme")],
+    "vfio_user": [bench("vfio_user")],
     "vhost_blk": [bench("vhost_blk")],
 }
 

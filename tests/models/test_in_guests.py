@@ -81,7 +81,8 @@ def test_edu_moves_bytes_and_signals_through_a_guest_s_iommu() -> None:
     model = EduModel()
     said = ran(model, EDU)
     assert "1234:11E8" in said and "0 differ" in said and "1 MSI, cause 0x42" in said, said
-    assert "FAIL" not in said and model.signals.fired == {}
+    # Each wait of the demo ended by an MSI of the model's, through QEMU and the guest's remapping.
+    assert "FAIL" not in said and model.signals.fired[1, 0] >= 4
 
 
 def test_a_guest_s_nvme_driver_keeps_a_file_system_on_the_model() -> None:
