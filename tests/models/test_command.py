@@ -80,8 +80,8 @@ def test_a_model_in_a_file_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["nothing"], 2, "is not a model"),
-        (["no.such.module:X"], 2, "cannot be imported"),
+        (["nothing"], 2, "is not MODULE:CLASS"),
+        (["no.such.module:X"], 3, "no module"),
         (["vfiotool.models.edu:Nothing"], 3, "has no class"),
         (["vfiotool.models.edu:BarSpec"], 2, "not a subclass"),
         (["./no/file.py:X"], 3, "no file"),

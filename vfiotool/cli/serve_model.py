@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vfiotool.cli import candidates, output
-from vfiotool.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
     from vfiotool.models import Model
@@ -27,7 +23,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODULE:CLASS",
-        help="A model: FILE.py:CLASS, a module's, or one of edu, nvme, pci_testdev.",
+        help="A Model's class, FILE.py:CLASS, or one of edu, nvme, pci_testdev.",
         autocompletion=candidates.words(*SHIPPED),
     ),
 ]
@@ -67,32 +63,9 @@ def vfio_user(model: ModelArgument, socket_path: PathOption, fault: FaultOption 
 
 
 def load_model(text: str) -> type[Model]:
-    """The class that `MODULE:CLASS` names. Raises UsageError for what is no model, NotFound."""
+    """The class that `MODULE:CLASS`, `FILE.py:CLASS` or a shipped model's name stands for. Raises
+    UsageError and NotFound as `load_class` does."""
+    from vfiotool.cli.user_class import load_class
     from vfiotool.models import Model
 
-    module, colon, name = SHIPPED.get(text.replace("-", "_"), text).rpartition(":")
-    if not colon or not module or not name:
-        raise UsageError(
-            f"{text[:80]!r} is not a model",
-            hint=f"MODULE:CLASS, FILE.py:CLASS, or one of {', '.join(SHIPPED)}",
-        )
-    found = getattr(_module(module), name, None)
-    if found is None:
-        raise NotFound(f"{module} has no class {name[:80]}")
-    if not (isinstance(found, type) and issubclass(found, Model)):
-        raise UsageError(f"{text} is not a subclass of vfiotool.models.Model")
-    return found
-
-
-def _module(name: str) -> object:
-    try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        if spec is None or spec.loader is None or not Path(name).is_file():
-            raise NotFound(f"there is no file {name}")
-        made = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(made)
-        return made
-    except (ImportError, SyntaxError, ValueError, TypeError) as error:
-        raise UsageError(f"{name[:80]} cannot be imported: {error}") from error
+    return load_class(SHIPPED.get(text.replace("-", "_"), text), Model)
