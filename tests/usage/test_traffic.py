@@ -159,6 +159,14 @@ def test_a_shared_folder_may_be_what_a_root_overlay_stands_on() -> None:
     assert verdict.next == ()
 
 
+def test_a_shared_folder_that_is_mounted_elsewhere_may_be_below_the_root_all_the_same() -> None:
+    moved = "self\t23 22 0:30 / /run/host rw - 9p root rw"
+    verdict = explain(read_case(shares(OVERLAY, moved).host(), DISK))
+    subjects = [entry.subject for entry in verdict.blockers if entry.kind == "mounted"]
+    assert subjects == ["/run/host", "/"]
+    assert verdict.next == ()
+
+
 @pytest.mark.parametrize(
     "mounts",
     [

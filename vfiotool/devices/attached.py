@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 from vfiotool.devices.pci import Address
-from vfiotool.host.paths import SYS_BLOCK, SYS_NET
+from vfiotool.host.paths import SYS_BLOCK, SYS_NET, SYS_PCI_DEVICES
 
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _HIDDEN_PATH = re.compile(r"nvme(\d+)c\d+n(\d+)")
@@ -54,6 +54,20 @@ def owners(device: str) -> tuple[str, ...]:
         if not found or inner:
             found.append("/".join(pieces[:end]))
     return tuple(found)
+
+
+def functions_behind(host: Links, address: str) -> tuple[str, ...]:
+    """The PCI functions behind a bridge, or in the domain that a function is the host bridge of."""
+    start = host.realpath(f"{SYS_PCI_DEVICES}/{address}")
+    found, pending = [], [] if start is None else [start]
+    while pending:
+        path = pending.pop()
+        for name in host.listdir(path):
+            if Address.is_address(name):
+                found.append(name)
+            if Address.is_address(name) or _HOST_BRIDGE.fullmatch(name):
+                pending.append(f"{path}/{name}")
+    return tuple(sorted(found))
 
 
 def block_paths(host: Links) -> dict[str, str]:

@@ -15,6 +15,7 @@ from vfiotool.host.processes import (
     DENIED,
     GONE,
     command,
+    counted,
     enter_namespace,
     plain,
     processes,
@@ -65,7 +66,7 @@ def open_nodes() -> str:
     text = [f"{pid}\t{name}\t{node}\t{device}" for pid, name, node, device in sorted(lines)]
     text += [f"!\t{what}" for what in sorted(looked.unknown)]
     if hidden:
-        text.append(f"!\tthe open files of {hidden} processes that may not be looked into")
+        text.append(f"!\tthe open files of {counted(hidden)} that may not be looked into")
     return "".join(f"{line}\n" for line in text)
 
 
@@ -223,9 +224,7 @@ def mounts() -> str:
             text.append(f"!\tthe mount table of {places[0].name}\n")
     text += [f"!\t{what}\n" for what in found.unknown]
     if found.hidden:
-        text.append(
-            f"!\tthe mount tables of {found.hidden} processes that may not be looked into\n"
-        )
+        text.append(f"!\tthe mount tables of {counted(found.hidden)} that may not be looked into\n")
     return "".join(text)
 
 

@@ -9,7 +9,7 @@ from vfiotool.errors import VfiotoolError
 from vfiotool.host.namespaces import Found, find_namespaces
 from vfiotool.host.paths import PROC, SYS_BUS
 from vfiotool.host.probe import answer_of
-from vfiotool.host.processes import enter_namespace, plain
+from vfiotool.host.processes import counted, enter_namespace, plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def net_links() -> str:
     text += [f"!\t{what}\n" for what in found.unknown]
     if found.hidden:
         text.append(
-            f"!\tthe network namespaces of {found.hidden} processes that may not be looked into\n"
+            f"!\tthe network namespaces of {counted(found.hidden)} that may not be looked into\n"
         )
     return "".join(text)
 

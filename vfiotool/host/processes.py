@@ -108,3 +108,8 @@ def plain(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(processes: int) -> str:
+    """A number of processes in words."""
+    return "1 process" if processes == 1 else f"{processes} processes"

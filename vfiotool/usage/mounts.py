@@ -210,7 +210,8 @@ def shared_folders(host: Sight, address: str, path: str) -> list[Blocker]:
     """Mounts of virtio-9p and virtiofs, whose source is a tag and not a block device.
 
     Where an overlay stands on a file system that no table shows any more, any that is mounted
-    nowhere else may be that: nothing claims it as a disk is claimed.
+    nowhere else may be that: nothing claims it as a disk is claimed. Below a root, one that is
+    mounted elsewhere as well may be: taking that mount away would not free it.
     """
     found: list[Blocker] = []
     for name in host.listdir(path):
@@ -224,9 +225,8 @@ def shared_folders(host: Sight, address: str, path: str) -> list[Blocker]:
             by_tag = mount.type == "9p" and tag and mount.source == tag
             if by_tag or (mount.type == "virtiofs" and driver == "virtiofs"):
                 found.append(_mount_blocker(address, Layer(name, None, (name,)), mount))
-        unmounted = len(found) == before and (tag or driver == "virtiofs")
-        over = _over_hidden(host) if unmounted else None
-        if over is not None:
+        over = _over_hidden(host) if tag or driver == "virtiofs" else None
+        if over is not None and (len(found) == before or over.point in _VITAL):
             found.append(_below_overlay(address, name, over))
     return found
 

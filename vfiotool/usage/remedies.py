@@ -177,8 +177,22 @@ def _members_that_stay(
                     f"{behind}, and would go away with that driver: pass {name} through instead, "
                     "or switch it off in the firmware's setup (VMD)"
                 )
+        elif (outer := _outer_of(case, other)) is not None:
+            yield (
+                f"no step: {name} lies behind {outer}, both in the same group, and goes away when "
+                f"{outer} does: they cannot be bound together; switch that one off in the "
+                "firmware's setup (VMD)"
+            )
         elif (other.class_code or "").startswith("0607"):
             yield f"no step: {name} in the same group is a CardBus bridge, which VFIO cannot take"
+
+
+def _outer_of(case: Case, inner: PciFunction) -> str | None:
+    """The other member on a driver of the host that a member is a part of, as behind VMD."""
+    for name, other in case.neighbours.items():
+        if name != inner.address and is_part_of(other.path, inner.path):
+            return name
+    return None
 
 
 def _other_hosts(case: Case, function: PciFunction) -> list[str]:

@@ -325,3 +325,16 @@ def test_a_plan_says_who_else_sets_these_vfs() -> None:
     )
     (note,) = remarks(host, plan_on(host, sriov(ICE, 1)).steps)
     assert note.startswith(f"systemd.link sets the VFs of {ICE} too")
+
+
+def test_vfs_that_stay_through_a_switch_are_no_vfs_to_be_remembered(folder: str) -> None:
+    """What a VF had is kept for undoing only where the VF is destroyed."""
+    kernel = SwitchKernel()
+    apply(kernel, sriov(MLX, 2, SWITCHDEV), folder)
+    assert verbs(kernel, sriov(MLX, 2, 'eswitch = "legacy"')) == [
+        "bind-driver mlx5_core->None",
+        "bind-driver mlx5_core->None",
+        "set-eswitch-mode switchdev->legacy",
+        "bind-driver None->mlx5_core",
+        "bind-driver None->mlx5_core",
+    ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.change.changing import NIC, counting, do, furnished, run_folder
+from tests.change.changing import EDU, NIC, TESTDEV, binding, counting, do, furnished, run_folder
 from tests.fakes.kernel import FakeKernel
 from tests.fakes.vdpa import VdpaKernel
 from vfiotool.change import confirm as confirming
@@ -17,13 +19,15 @@ from vfiotool.change.journal import Journal, _one_of
 from vfiotool.change.plans.facts import read_facts
 from vfiotool.change.plans.vdpa import plan_vdpa_add, plan_vdpa_bind, plan_vdpa_remove
 from vfiotool.change.plans.vdpa_facts import read_vdpa_facts
+from vfiotool.change.sealed import seal
 from vfiotool.change.steps.base import device_keys
 from vfiotool.change.steps.bind import BindDriver, Binding
-from vfiotool.change.steps.vdpa import SetVdpa
+from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe
 from vfiotool.change.steps.vf_network import SetVfProperty, interface_of, read_settings
 from vfiotool.devices.vdpa import VdpaSettings
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
 from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_VDPA_AUTOPROBE
 from vfiotool.host.tree import MemoryTree
 from vfiotool.netlink.route import VfSettings
 
@@ -245,3 +249,66 @@ def test_an_empty_record_is_named_as_damaged(journal: tuple[FakeKernel, Journal]
     done.write_bytes(b"")
     with pytest.raises(KernelError, match=r"damaged at its first line"):
         log.history()
+
+
+def test_an_attribute_that_somebody_else_changed_is_not_overwritten() -> None:
+    step = SetVdpaAutoprobe(True, False)
+    for text, drifts in ((b"1\n", False), (b"0\n", False), (b"7\n", True)):
+        host = Host(MemoryTree({SYS_VDPA_AUTOPROBE: text}, {}), live=True, name="live")
+        if drifts:
+            with pytest.raises(VfiotoolError, match="7"):
+                step.check(host)
+        else:
+            step.check(host)
+
+
+def test_an_attribute_that_cannot_be_read_is_there_all_the_same() -> None:
+    """Such as those that only take what is written to them."""
+    files: dict[str, bytes | int] = {SYS_VDPA_AUTOPROBE: errno.EACCES}
+    host = Host(MemoryTree(files, {}), live=True, name="live")
+    SetVdpaAutoprobe(True, False).check(host)
+    with pytest.raises(VfiotoolError):
+        SetVdpaAutoprobe(True, False).check(Host(MemoryTree({}, {}), live=True, name="live"))
+
+
+def test_a_folder_inside_is_that_of_the_folder_that_was_checked(tmp_path: Path) -> None:
+    """And not what somebody has put at its path since."""
+    folder = Folder(str(tmp_path / "state"))
+    (tmp_path / "state").rename(tmp_path / "moved")
+    (tmp_path / "state").mkdir()
+    folder.sub("inner").replace("name", b"x")
+    assert (tmp_path / "moved" / "inner" / "name").read_bytes() == b"x"
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_an_entry_of_an_unknown_kind_is_damage(journal: tuple[FakeKernel, Journal]) -> None:
+    kernel, log = journal
+    do(kernel.host(), log, counting(NIC, 1))
+    (done,) = Path(log.run_folder).glob("boot-*/*.done")
+    lines = done.read_bytes().splitlines(keepends=True)
+    lines.insert(-1, seal({"t": "bogus", "n": 0}))
+    done.write_bytes(b"".join(lines))
+    with pytest.raises(KernelError, match="damaged"):
+        log.history()
+
+
+def test_a_driver_that_is_not_registered_is_said_to_be_none(
+    journal: tuple[FakeKernel, Journal],
+) -> None:
+    kernel, log = journal
+    goal = Binding("nosuch", "nosuch")
+    step = BindDriver(EDU, Binding(None, None), goal)
+    with pytest.raises(KernelError, match="no driver named nosuch is registered"):
+        do(kernel.host(), log, lambda host, _: (step,))
+    assert "/sys/bus/pci/drivers_probe" not in [path for path, _ in kernel.writes]
+
+
+def test_a_plan_that_wants_other_locks_each_time_is_given_up(
+    journal: tuple[FakeKernel, Journal],
+) -> None:
+    """What it would write to is not what is locked."""
+    kernel, log = journal
+    plans = itertools.cycle([binding(EDU), binding(TESTDEV)])
+    with pytest.raises(KernelError, match="kept changing"):
+        do(kernel.host(), log, lambda host, own: next(plans)(host, own))
+    assert kernel.writes == []

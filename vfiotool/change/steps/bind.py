@@ -32,6 +32,7 @@ from vfiotool.change.steps.state import (
     read_binding,
     read_driver,
 )
+from vfiotool.devices.attached import functions_behind
 from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.host.host import Host
@@ -117,7 +118,7 @@ class BindDriver(Step):
             require("an override", OVERRIDE, binding.override)
 
     def takes(self, host: Host) -> Iterator[Taken]:
-        """The device, by the driver that it has now."""
+        """The device, by the driver that it has now, and what lies behind it if it is a bridge."""
         base = f"{BUSES[self.bus].devices}/{self.address}"
         now = host.linkname(f"{base}/driver")
         if now == self.after.driver or not host.exists(base):
@@ -125,6 +126,9 @@ class BindDriver(Step):
         if self.after.driver == ANY and now is not None and not is_vfio_driver(now):
             return
         yield Taken(self.address, held_only=now is None and not self.after.taken)
+        if now is not None and self.bus == "pci":
+            for name in functions_behind(host, self.address):
+                yield Taken(name)
 
     def lock_keys(self, host: Host) -> set[str]:
         return device_keys(host, self.bus, self.address)
