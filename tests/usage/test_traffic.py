@@ -8,7 +8,9 @@ import struct
 import pytest
 
 from tests.fakes.small_host import SmallHost
+from vfiotool.errors import KernelError, Unsupported
 from vfiotool.host import paths
+from vfiotool.netlink import traffic
 from vfiotool.netlink.codec import nested, string
 from vfiotool.netlink.traffic import (
     BoundSocket,
@@ -16,6 +18,8 @@ from vfiotool.netlink.traffic import (
     parse_redirects,
     parse_socket,
     read_bound_sockets,
+    read_filtered,
+    read_redirected,
 )
 from vfiotool.usage.case import read_case
 from vfiotool.usage.survey import survey
@@ -272,3 +276,28 @@ def test_a_socket_of_this_machine_that_is_bound_is_found() -> None:
     if not sockets:
         pytest.skip("this kernel has no socket diagnosis")
     assert BoundSocket(socket.if_nametoindex("lo"), "udp", port) in sockets
+
+
+def test_a_kernel_without_the_socket_diagnosis_has_no_sockets_to_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise Unsupported("open a netlink socket of protocol 4: Protocol not supported")
+
+    monkeypatch.setattr(traffic, "Socket", refuse)
+    assert list(read_bound_sockets()) == []
+    assert read_redirected() == frozenset()
+    assert read_filtered() == frozenset()
+
+
+@pytest.mark.parametrize("number", ["EPERM", "ENOBUFS", "EINTR", "ETIMEDOUT"])
+def test_a_dump_that_fails_is_no_dump_without_entries(
+    monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise KernelError("list tc actions", errno_name=number)
+
+    monkeypatch.setattr(traffic, "Socket", fail)
+    for look in (read_redirected, read_filtered, lambda: list(read_bound_sockets())):
+        with pytest.raises(KernelError):
+            look()

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vfiotool.errors import KernelError
+from vfiotool.errors import KernelError, Unsupported
 from vfiotool.netlink.codec import (
     NETLINK_ROUTE,
     Message,
@@ -118,10 +118,13 @@ def parse_socket(protocol: str, payload: bytes) -> Iterable[BoundSocket]:
 
 
 def _dump(protocol: int, kind: int, payload: bytes, what: str) -> list[Message]:
-    with Socket(protocol) as channel:
-        try:
+    try:
+        with Socket(protocol) as channel:
             return channel.dump(kind, payload, what)
-        except KernelError as error:
-            if error.errno_name in _NOT_THERE:
-                return []
-            raise
+    except Unsupported:
+        # Such as the socket diagnosis, which a kernel can be built without.
+        return []
+    except KernelError as error:
+        if error.errno_name in _NOT_THERE:
+            return []
+        raise
