@@ -43,20 +43,22 @@ lab: venv
 	done
 
 # Guests beside the tests of this machine, in a process of their own: what one test does to its
-# process (environment, signals, forks) is not to reach a guest. One guest at a time until this
-# machine's tests are over, then as many as there are processors. Their summary comes last.
+# process (environment, signals, forks) is not to reach a guest. What they need is fetched and built
+# meanwhile. One guest at a time until this machine's tests are over, then as many as there are
+# processors. What became of them is printed last.
 define BOTH
 beside=$$(mktemp) log=$$(mktemp); trap 'rm -f $$beside $$log' EXIT; \
-VFIOTOOL_LAB_BESIDE=$$beside $(PY) -m pytest -m lab >$$log 2>&1 & guests=$$!; \
+{ $(MAKE) --no-print-directory lab; \
+  VFIOTOOL_LAB_BESIDE=$$beside $(PY) -m pytest -m lab; } >$$log 2>&1 & guests=$$!; \
 $(PY) -m pytest -m "not lab"; host=$$?; \
 rm $$beside; echo "==> tests in guests" >&2; wait $$guests; lab=$$?; cat $$log; \
 [ $$host = 0 ] && [ $$lab = 0 ]
 endef
 
-test: lab
+test: venv
 	@$(BOTH)
 
-proofs: lab
+proofs: venv
 	@export VFIOTOOL_PROOFS=1; $(BOTH)
 	$(MAKE) bare
 

@@ -114,7 +114,7 @@ def bench(device: Device, kind: str, size: int, count: int, rounds: int) -> None
     cycle = compiled(C_SOURCE, "cycle", numbers)
     space = device.space
     memory, start = memory_of(kind, size, count)
-    fd = getattr(space, "iommufd", None) or getattr(space, "container", -1)
+    handle = getattr(space, "iommufd", None) or space.container
     ioas = getattr(space, "ioas", 0)
     triples = [(start + i * size, IOVA + i * size, size) for i in range(count)]
     pairs = [(iova, length) for _, iova, length in triples]
@@ -122,7 +122,8 @@ def bench(device: Device, kind: str, size: int, count: int, rounds: int) -> None
     pages = count * size // 4096
 
     def plain() -> float:
-        spent = cycle(fd, ioas, start, IOVA, size, count)
+        with handle as fd:
+            spent = cycle(fd, ioas, start, IOVA, size, count)
         if not spent:
             raise OSError("the plain C program could not map")
         return spent / pages
