@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import typer
 
+from vfiotool.change.audit import read_audit
 from vfiotool.cli import output
 from vfiotool.cli.context import area, examples, host_of
 from vfiotool.devices.details import DetailReader
-from vfiotool.devices.pci import list_addresses
+from vfiotool.devices.identity import role_of
+from vfiotool.devices.pci import list_addresses, read_functions
+from vfiotool.devices.sriov import read_vfs
 from vfiotool.host.host import Host
 from vfiotool.usage.standing import Standings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfiotool.virtio.prometheus import Family
 
 app = area()
 
@@ -36,12 +43,46 @@ def metrics(context: typer.Context) -> int:
         counts[labels["verdict"]] = counts.get(labels["verdict"], 0) + 1
     for verdict, count in counts.items():
         families[1].add(count, verdict=verdict)
+    families += _vfs(host)
     if host.live:
         from vfiotool.cli.serving import all_servers
 
+        families += _changes()
         families += server_families(all_servers())
     output.text(format_families(families))
     return 0
+
+
+def _vfs(host: Host) -> list[Family]:
+    """Of each physical function that has VFs: how many, and how many are on a VFIO driver."""
+    from vfiotool.virtio.prometheus import Family
+
+    enabled = Family("vfiotool_vfs", "Virtual functions that a physical function has.")
+    vfio = Family("vfiotool_vfs_on_vfio", "Those of them that a virtual machine can open.")
+    for function in read_functions(host, list_addresses(host), links=False):
+        if function.sriov is None or not function.sriov.num_vfs:
+            continue
+        vfs = read_vfs(host, function.address)
+        enabled.add(len(vfs), pci_address=function.address)
+        on_vfio = sum(role_of(vf.driver) == "vfio" for vf in vfs)
+        vfio.add(on_vfio, pci_address=function.address)
+    return [enabled, vfio]
+
+
+def _changes() -> list[Family]:
+    """When the last change of each outcome was begun, from the audit trail."""
+    from vfiotool.virtio.prometheus import Family
+
+    last = Family(
+        "vfiotool_last_change_timestamp_seconds", "When the last change of an outcome was begun."
+    )
+    try:
+        found = read_audit()
+    except OSError:
+        return []
+    for outcome, at in {change.outcome or "open": change.at for change in found}.items():
+        last.add(at, outcome=outcome)
+    return [last]
 
 
 def _devices(host: Host) -> list[tuple[str, dict[str, str]]]:
