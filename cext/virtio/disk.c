@@ -75,8 +75,8 @@ static int open_memory(struct vt_disk *disk, int fd)
 	if (at == MAP_FAILED)
 		return -errno;
 	madvise(at, (size_t)disk->size, MADV_DONTFORK);
-	/* A first write to each page would cost a fault. */
-	madvise(at, (size_t)disk->size, MADV_HUGEPAGE);
+	/* Whole huge pages would be cleared at a first write: milliseconds for all who wait. */
+	madvise(at, (size_t)disk->size, MADV_NOHUGEPAGE);
 	disk->memory = at;
 	disk->mapped = disk->size;
 	return 0;

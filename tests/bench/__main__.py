@@ -50,7 +50,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "rebind": [bench("rebind")],
     "nvme": [bench("nvme")],
     "vfio_user": [bench("vfio_user")],
-    "vhost_blk": [bench("vhost_blk")],
+    "vhost_blk": [bench("vhost_blk"), bench("vhost_tenants")],
 }
 
 
