@@ -33,6 +33,7 @@ HEADERS = (
     "virtio/memory.h",
     "virtio/ring.h",
     "virtio/inflight.h",
+    "virtio/packed_log.h",
     "virtio/dirty.h",
     "virtio/io.h",
     "virtio/block.h",

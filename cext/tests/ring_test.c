@@ -588,7 +588,7 @@ static void crashes(uint32_t rounds)
 {
 	static uint8_t log[16 + 16 * SIZE] __attribute__((aligned(8)));
 	struct vt_ring_layout layout = { LOW_USER, LOW_USER + 0x1000, LOW_USER + 0x2000, SIZE,
-					 false, true };
+					 false, true, false };
 	struct iovec arena[2 * VT_CHAIN_SEGMENTS];
 	struct vt_chain chains[SIZE];
 	uint32_t state[SIZE] = { 0 }; /* 1: made available, not seen to be used */

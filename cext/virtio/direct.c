@@ -24,7 +24,7 @@ struct vt_direct {
 
 static int begin_ring(struct vt_direct *queue, const struct vt_direct_settings *settings)
 {
-	int result = vt_ring_start(settings->memory, &settings->layout, (uint16_t)settings->base,
+	int result = vt_ring_start(settings->memory, &settings->layout, settings->base,
 				   &queue->ring);
 	void *at;
 
@@ -32,7 +32,7 @@ static int begin_ring(struct vt_direct *queue, const struct vt_direct_settings *
 		return result;
 	queue->log_memory = vt_memory_get(settings->log_memory);
 	at = vt_memory_user(queue->log_memory, settings->log_at,
-			    vt_log_size(settings->layout.size), 8);
+			    vt_ring_log_size(&settings->layout), 8);
 	if (!at)
 		return -EFAULT;
 	result = vt_ring_set_log(queue->ring, at);
@@ -98,9 +98,9 @@ int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct 
 	return 0;
 }
 
-int vt_direct_stop(struct vt_direct *queue)
+uint32_t vt_direct_stop(struct vt_direct *queue)
 {
-	uint16_t base = vt_ring_stop(queue->ring);
+	uint32_t base = vt_ring_stop(queue->ring);
 
 	release(queue);
 	return base;
@@ -152,7 +152,7 @@ int vt_direct_complete(struct vt_direct *queue, uint32_t head, uint32_t written)
 {
 	if (head >= queue->size)
 		return -EINVAL;
-	vt_dirty_used(&queue->dirty, vt_ring_used(queue->ring) & (queue->size - 1));
+	vt_dirty_completion(&queue->dirty, queue->ring);
 	return vt_ring_complete(queue->ring, (uint16_t)head, written);
 }
 

@@ -41,7 +41,7 @@ int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct 
 
 /* End a queue. Requests that are not complete are lost to the driver unless there is a log.
  * Return: the next available entry (0 to 65535). */
-int vt_direct_stop(struct vt_direct *queue);
+uint32_t vt_direct_stop(struct vt_direct *queue);
 
 /* Take up to `most` requests, and to VT_DIRECT_BATCH.
  *

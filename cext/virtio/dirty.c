@@ -54,10 +54,19 @@ void vt_dirty_chain(struct vt_dirty *dirty, const struct vt_memory *memory,
 	}
 }
 
-void vt_dirty_used(struct vt_dirty *dirty, uint64_t entry)
+void vt_dirty_completion(struct vt_dirty *dirty, const struct vt_ring *ring)
 {
-	if (!dirty->bits || !dirty->log.ring)
+	uint64_t guest;
+
+	if (!dirty->bits)
 		return;
-	vt_dirty_range(dirty, dirty->log.ring_guest, 4);
-	vt_dirty_range(dirty, dirty->log.ring_guest + 4 + 8 * entry, 8);
+	/* A packed ring's descriptors are written; the address that is announced is another one's. */
+	guest = vt_ring_used_guest(ring);
+	if (guest != UINT64_MAX) {
+		vt_dirty_range(dirty, guest, 16);
+	} else if (dirty->log.ring) {
+		vt_dirty_range(dirty, dirty->log.ring_guest, 4);
+		vt_dirty_range(dirty, dirty->log.ring_guest + 4 + 8 * (uint64_t)vt_ring_used(ring),
+			       8);
+	}
 }

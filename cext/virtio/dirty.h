@@ -41,7 +41,7 @@ void vt_dirty_range(struct vt_dirty *dirty, uint64_t guest, uint64_t length);
 void vt_dirty_chain(struct vt_dirty *dirty, const struct vt_memory *memory,
 		    const struct vt_chain *chain, const struct iovec *segments, uint64_t written);
 
-/* Log a used entry and the used index. */
-void vt_dirty_used(struct vt_dirty *dirty, uint64_t entry);
+/* Log what the ring's next completion writes: a used entry and the used index, or a descriptor. */
+void vt_dirty_completion(struct vt_dirty *dirty, const struct vt_ring *ring);
 
 #endif

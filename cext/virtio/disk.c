@@ -75,8 +75,8 @@ static int open_memory(struct vt_disk *disk, int fd)
 	if (at == MAP_FAILED)
 		return -errno;
 	madvise(at, (size_t)disk->size, MADV_DONTFORK);
-	/* Whole huge pages would be cleared at a first write: milliseconds for all who wait. */
-	madvise(at, (size_t)disk->size, MADV_NOHUGEPAGE);
+	/* Random accesses over small pages would mostly wait for the tables. */
+	madvise(at, (size_t)disk->size, MADV_HUGEPAGE);
 	disk->memory = at;
 	disk->mapped = disk->size;
 	return 0;

@@ -68,7 +68,7 @@ static int run_start(struct vt_command *command)
 
 static int begin_ring(struct vt_queue *queue, const struct vt_queue_settings *settings)
 {
-	int result = vt_ring_start(settings->memory, &settings->layout, (uint16_t)settings->base,
+	int result = vt_ring_start(settings->memory, &settings->layout, settings->base,
 				   &queue->ring);
 	void *at;
 
@@ -76,7 +76,7 @@ static int begin_ring(struct vt_queue *queue, const struct vt_queue_settings *se
 		return result;
 	queue->log_memory = vt_memory_get(settings->log_memory);
 	at = vt_memory_user(queue->log_memory, settings->log_at,
-			    vt_log_size(settings->layout.size), 8);
+			    vt_ring_log_size(&settings->layout), 8);
 	if (!at)
 		return -EFAULT;
 	result = vt_ring_set_log(queue->ring, at);
@@ -141,10 +141,10 @@ static int run_stop(struct vt_command *command)
 	return 0;
 }
 
-int vt_queue_stop(struct vt_queue *queue)
+uint32_t vt_queue_stop(struct vt_queue *queue)
 {
 	struct vt_command command = { .run = run_stop, .queue = queue };
-	uint16_t base;
+	uint32_t base;
 
 	vt_worker_ask(queue->worker, &command);
 	base = vt_ring_stop(queue->ring);

@@ -1,24 +1,12 @@
-#include "virtio/ring.h"
+#include "virtio/ring_state.h"
 
-#include "virtio/inflight.h"
+#include "virtio/packed_log.h"
 
-#include <endian.h>
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define DESC_NEXT 1u
-#define DESC_WRITE 2u
-#define DESC_INDIRECT 4u
 #define AVAIL_NO_INTERRUPT 1u
 #define USED_NO_NOTIFY 1u
-
-struct descriptor {
-	uint64_t address;
-	uint32_t length;
-	uint16_t flags;
-	uint16_t next;
-};
 
 struct used_element {
 	uint32_t id;
@@ -35,50 +23,29 @@ struct used {
 	struct used_element ring[];
 };
 
-struct vt_ring {
-	struct vt_ring_layout layout;
-	struct vt_memory *memory;
-	const struct descriptor *descriptors;
-	struct available *available;
-	struct used *used;
-	const char *broken;
-	uint16_t mask;
-	uint16_t fetched;   /* the next available entry */
-	uint16_t completed; /* the next used entry */
-	uint16_t published;
-	bool told;          /* `published` was compared with used_event since the start */
-	bool quiet;         /* notifications are off */
-	uint32_t in_flight;
-	struct vt_log *log;
-	uint16_t *again;    /* heads that the log says are in flight, oldest first */
-	uint32_t again_count, again_next;
-	uint8_t busy[];
-};
-
-static uint16_t load16(const uint16_t *word, int order)
+static struct available *shared_available(const struct vt_ring *ring)
 {
-	return le16toh(order == __ATOMIC_ACQUIRE ? __atomic_load_n(word, __ATOMIC_ACQUIRE) :
-						   __atomic_load_n(word, __ATOMIC_RELAXED));
+	return ring->available;
 }
 
-static void store16(uint16_t *word, uint16_t value)
+static struct used *shared_used(const struct vt_ring *ring)
 {
-	__atomic_store_n(word, htole16(value), __ATOMIC_RELAXED);
+	return ring->used;
 }
 
 /* The word behind the available ring, by which the driver says when to signal. */
 static const uint16_t *used_event(const struct vt_ring *ring)
 {
-	return &ring->available->ring[ring->layout.size];
+	return &shared_available(ring)->ring[ring->layout.size];
 }
 
 /* The word behind the used ring, by which the device says when to be notified. */
 static uint16_t *available_event(const struct vt_ring *ring)
 {
-	return (uint16_t *)&ring->used->ring[ring->layout.size];
+	return (uint16_t *)&shared_used(ring)->ring[ring->layout.size];
 }
 
-static int breaks(struct vt_ring *ring, const char *why)
+int vt_ring_breaks(struct vt_ring *ring, const char *why)
 {
 	if (!ring->broken)
 		ring->broken = why;
@@ -88,10 +55,12 @@ static int breaks(struct vt_ring *ring, const char *why)
 static int place(struct vt_ring *ring, const struct vt_memory *memory)
 {
 	const struct vt_ring_layout *at = &ring->layout;
+	uint64_t available = at->packed ? 4 : 6 + 2ull * at->size;
+	uint64_t used = at->packed ? 4 : 6 + 8ull * at->size;
 
 	ring->descriptors = vt_memory_user(memory, at->descriptors, 16ull * at->size, 16);
-	ring->available = vt_memory_user(memory, at->available, 6 + 2ull * at->size, 2);
-	ring->used = vt_memory_user(memory, at->used, 6 + 8ull * at->size, 4);
+	ring->available = vt_memory_user(memory, at->available, available, at->packed ? 4 : 2);
+	ring->used = vt_memory_user(memory, at->used, used, 4);
 	return ring->descriptors && ring->available && ring->used ? 0 : -EFAULT;
 }
 
@@ -102,13 +71,14 @@ const char *vt_ring_broken(const struct vt_ring *ring)
 	return ring->broken;
 }
 
-int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout, uint16_t base,
+int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout, uint32_t base,
 		  struct vt_ring **ring)
 {
 	struct vt_ring *made;
 
 	*ring = NULL;
-	if (!layout->size || layout->size > VT_RING_SIZE || layout->size & (layout->size - 1))
+	if (!layout->size || layout->size > VT_RING_SIZE ||
+	    (!layout->packed && layout->size & (layout->size - 1)))
 		return -EINVAL;
 	made = calloc(1, sizeof(*made) + layout->size);
 	if (!made)
@@ -120,20 +90,31 @@ int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout,
 		return -EFAULT;
 	}
 	made->memory = vt_memory_get(memory);
-	made->fetched = base;
+	if (layout->packed) {
+		int result = vt_packed_start(made, base);
+
+		if (result) {
+			vt_ring_stop(made);
+			return result;
+		}
+		*ring = made;
+		return 0;
+	}
+	made->fetched = (uint16_t)base;
 	/* After a reconnect the used index is where the driver saw it last, not where we began. */
-	made->completed = made->published = load16(&made->used->index, __ATOMIC_RELAXED);
+	made->completed = made->published = load16(&shared_used(made)->index, __ATOMIC_RELAXED);
 	*ring = made;
 	return 0;
 }
 
-uint16_t vt_ring_stop(struct vt_ring *ring)
+uint32_t vt_ring_stop(struct vt_ring *ring)
 {
-	uint16_t fetched;
+	uint32_t fetched;
 
 	if (!ring)
 		return 0;
-	fetched = ring->fetched;
+	fetched = ring->layout.packed ? vt_packed_base(ring) : ring->fetched;
+	vt_packed_end(ring);
 	vt_memory_put(ring->memory);
 	vt_log_end(ring->log);
 	free(ring->again);
@@ -145,6 +126,8 @@ int vt_ring_set_log(struct vt_ring *ring, void *at)
 {
 	int count;
 
+	if (ring->layout.packed)
+		return vt_packed_set_log(ring, at);
 	ring->again = calloc(ring->layout.size, sizeof(*ring->again));
 	if (!ring->again)
 		return -ENOMEM;
@@ -164,7 +147,7 @@ int vt_ring_set_memory(struct vt_ring *ring, struct vt_memory *memory)
 	if (place(ring, memory)) {
 		/* The old places stay, so that nothing points nowhere. */
 		place(ring, old);
-		breaks(ring, "the ring does not lie in the new memory");
+		vt_ring_breaks(ring, "the ring does not lie in the new memory");
 		return -EFAULT;
 	}
 	ring->memory = vt_memory_get(memory);
@@ -182,17 +165,6 @@ static struct descriptor copied(const struct descriptor *shared)
 				    le16toh(copy.flags), le16toh(copy.next) };
 }
 
-/* The chain that is being taken apart, and where its descriptors come from. */
-struct walk {
-	struct vt_chain *chain;
-	struct iovec *segments; /* of this chain */
-	uint32_t room;
-	uint32_t count;
-	uint64_t indirect;      /* the table's guest address, or 0 in the ring's own */
-	uint32_t table_size;
-	bool is_indirect;
-};
-
 /* Return: 1 and the descriptor, or the ring is broken. */
 static int load_descriptor(struct vt_ring *ring, const struct walk *walk, uint32_t index,
 			   struct descriptor *found)
@@ -200,29 +172,29 @@ static int load_descriptor(struct vt_ring *ring, const struct walk *walk, uint32
 	struct descriptor shared;
 
 	if (index >= walk->table_size)
-		return breaks(ring, "a descriptor's number is not below the table's size");
+		return vt_ring_breaks(ring, "a descriptor's number is not below the table's size");
 	if (!walk->is_indirect) {
-		*found = copied(&ring->descriptors[index]);
+		*found = copied(&((const struct descriptor *)ring->descriptors)[index]);
 		return 1;
 	}
 	if (vt_memory_read(ring->memory, walk->indirect + 16ull * index, &shared, sizeof(shared)))
-		return breaks(ring, "an indirect table lies in no region");
+		return vt_ring_breaks(ring, "an indirect table lies in no region");
 	*found = copied(&shared);
 	return 1;
 }
 
-static int enter_table(struct vt_ring *ring, struct walk *walk, const struct descriptor *entry)
+int vt_ring_enter_table(struct vt_ring *ring, struct walk *walk, const struct descriptor *entry)
 {
 	if (!ring->layout.indirect)
-		return breaks(ring, "an indirect descriptor that was not negotiated");
+		return vt_ring_breaks(ring, "an indirect descriptor that was not negotiated");
 	if (walk->is_indirect)
-		return breaks(ring, "an indirect table within an indirect table");
+		return vt_ring_breaks(ring, "an indirect table within an indirect table");
 	if (entry->flags & DESC_NEXT)
-		return breaks(ring, "an indirect descriptor with a next one");
+		return vt_ring_breaks(ring, "an indirect descriptor with a next one");
 	if (!entry->length || entry->length % 16)
-		return breaks(ring, "an indirect table that holds no whole descriptors");
+		return vt_ring_breaks(ring, "an indirect table that holds no whole descriptors");
 	if (entry->address + (entry->length - 1) < entry->address)
-		return breaks(ring, "an indirect table that runs over the address space");
+		return vt_ring_breaks(ring, "an indirect table that runs over the address space");
 	walk->is_indirect = true;
 	walk->indirect = entry->address;
 	walk->table_size = entry->length / 16;
@@ -230,7 +202,7 @@ static int enter_table(struct vt_ring *ring, struct walk *walk, const struct des
 }
 
 /* Return: 1; 0 if the arena has no room for this chain; or the ring is broken. */
-static int add_segments(struct vt_ring *ring, struct walk *walk, const struct descriptor *entry)
+int vt_ring_add_segments(struct vt_ring *ring, struct walk *walk, const struct descriptor *entry)
 {
 	struct vt_chain *chain = walk->chain;
 	bool written = entry->flags & DESC_WRITE;
@@ -239,21 +211,21 @@ static int add_segments(struct vt_ring *ring, struct walk *walk, const struct de
 	int got;
 
 	if (!entry->length)
-		return breaks(ring, "a descriptor without a length");
+		return vt_ring_breaks(ring, "a descriptor without a length");
 	if (!written && chain->writable)
-		return breaks(ring, "a readable descriptor after a writable one");
+		return vt_ring_breaks(ring, "a readable descriptor after a writable one");
 	if (entry->length > UINT32_MAX - *bytes)
-		return breaks(ring, "a chain of 4 GiB or more");
+		return vt_ring_breaks(ring, "a chain of 4 GiB or more");
 	if (left > walk->room - walk->count)
 		left = walk->room - walk->count;
 	got = vt_memory_segments(ring->memory, entry->address, entry->length,
 				 walk->segments + walk->count, left);
 	if (got == -EFAULT)
-		return breaks(ring, "a descriptor's memory lies in no region");
+		return vt_ring_breaks(ring, "a descriptor's memory lies in no region");
 	if (got < 0)
 		return walk->room < VT_CHAIN_SEGMENTS ?
 			       0 :
-			       breaks(ring, "a chain of too many segments");
+			       vt_ring_breaks(ring, "a chain of too many segments");
 	*bytes += entry->length;
 	walk->count += (uint32_t)got;
 	if (written)
@@ -277,7 +249,7 @@ static int walk_chain(struct vt_ring *ring, struct walk *walk)
 		if (result < 0)
 			return result;
 		if (entry.flags & DESC_INDIRECT) {
-			result = enter_table(ring, walk, &entry);
+			result = vt_ring_enter_table(ring, walk, &entry);
 			if (result < 0)
 				return result;
 			index = 0;
@@ -286,8 +258,8 @@ static int walk_chain(struct vt_ring *ring, struct walk *walk)
 		}
 		/* A chain cannot be longer than its table without going round in it. */
 		if (steps++ == walk->table_size)
-			return breaks(ring, "a chain that goes round");
-		result = add_segments(ring, walk, &entry);
+			return vt_ring_breaks(ring, "a chain that goes round");
+		result = vt_ring_add_segments(ring, walk, &entry);
 		if (result <= 0)
 			return result;
 		if (!(entry.flags & DESC_NEXT))
@@ -302,15 +274,15 @@ static int next_head(struct vt_ring *ring, uint16_t available, uint16_t *head)
 	if (ring->again_next < ring->again_count) {
 		*head = ring->again[ring->again_next];
 	} else if (ring->fetched != available) {
-		*head = load16(&ring->available->ring[ring->fetched & ring->mask],
+		*head = load16(&shared_available(ring)->ring[ring->fetched & ring->mask],
 			       __ATOMIC_RELAXED);
 	} else {
 		return 0;
 	}
 	if (*head >= ring->layout.size)
-		return breaks(ring, "a head is not below the ring's size");
+		return vt_ring_breaks(ring, "a head is not below the ring's size");
 	if (ring->busy[*head])
-		return breaks(ring, "a head that is in use already");
+		return vt_ring_breaks(ring, "a head that is in use already");
 	return 1;
 }
 
@@ -336,9 +308,11 @@ int vt_ring_fetch(struct vt_ring *ring, struct vt_chain *chains, uint32_t most,
 
 	if (vt_ring_broken(ring))
 		return -EPROTO;
-	available = load16(&ring->available->index, __ATOMIC_ACQUIRE);
+	if (ring->layout.packed)
+		return vt_packed_fetch(ring, chains, most, arena, room);
+	available = load16(&shared_available(ring)->index, __ATOMIC_ACQUIRE);
 	if ((uint16_t)(available - ring->fetched) > ring->layout.size)
-		return breaks(ring, "the available index ran ahead of the ring");
+		return vt_ring_breaks(ring, "the available index ran ahead of the ring");
 	while (taken < most && (result = next_head(ring, available, &head)) != 0) {
 		struct walk walk = { .chain = &chains[taken],
 				     .segments = arena + used_room,
@@ -365,7 +339,9 @@ uint16_t vt_ring_waiting(const struct vt_ring *ring)
 {
 	if (ring->again_next < ring->again_count)
 		return (uint16_t)(ring->again_count - ring->again_next);
-	return (uint16_t)(load16(&ring->available->index, __ATOMIC_ACQUIRE) - ring->fetched);
+	if (ring->layout.packed)
+		return vt_packed_waiting(ring);
+	return (uint16_t)(load16(&shared_available(ring)->index, __ATOMIC_ACQUIRE) - ring->fetched);
 }
 
 uint32_t vt_ring_in_flight(const struct vt_ring *ring)
@@ -379,7 +355,11 @@ int vt_ring_complete(struct vt_ring *ring, uint16_t head, uint32_t written)
 
 	if (head >= ring->layout.size || !ring->busy[head])
 		return -EINVAL;
-	element = &ring->used->ring[ring->completed & ring->mask];
+	if (ring->layout.packed) {
+		vt_packed_complete(ring, head, written);
+		return 0;
+	}
+	element = &shared_used(ring)->ring[ring->completed & ring->mask];
 	__atomic_store_n(&element->id, htole32(head), __ATOMIC_RELAXED);
 	__atomic_store_n(&element->length, htole32(written), __ATOMIC_RELAXED);
 	if (ring->log)
@@ -392,7 +372,20 @@ int vt_ring_complete(struct vt_ring *ring, uint16_t head, uint32_t written)
 
 uint16_t vt_ring_used(const struct vt_ring *ring)
 {
-	return ring->completed;
+	return ring->layout.packed ? ring->used_at : ring->completed & ring->mask;
+}
+
+uint64_t vt_ring_log_size(const struct vt_ring_layout *layout)
+{
+	return layout->packed ? vt_packed_log_size(layout->size) : vt_log_size(layout->size);
+}
+
+uint64_t vt_ring_used_guest(const struct vt_ring *ring)
+{
+	const struct descriptor *descriptors = ring->descriptors;
+
+	return ring->layout.packed ? vt_memory_guest(ring->memory, &descriptors[ring->used_at]) :
+				     UINT64_MAX;
 }
 
 bool vt_ring_publish(struct vt_ring *ring)
@@ -400,9 +393,11 @@ bool vt_ring_publish(struct vt_ring *ring)
 	uint16_t old = ring->published, now = ring->completed;
 	bool told = ring->told;
 
+	if (ring->layout.packed)
+		return vt_packed_publish(ring);
 	if (old == now)
 		return false;
-	__atomic_store_n(&ring->used->index, htole16(now), __ATOMIC_RELEASE);
+	__atomic_store_n(&shared_used(ring)->index, htole16(now), __ATOMIC_RELEASE);
 	if (ring->log)
 		vt_log_publish(ring->log, now);
 	ring->published = now;
@@ -414,16 +409,18 @@ bool vt_ring_publish(struct vt_ring *ring)
 
 		return !told || (uint16_t)(now - event - 1) < (uint16_t)(now - old);
 	}
-	return !(load16(&ring->available->flags, __ATOMIC_RELAXED) & AVAIL_NO_INTERRUPT);
+	return !(load16(&shared_available(ring)->flags, __ATOMIC_RELAXED) & AVAIL_NO_INTERRUPT);
 }
 
 bool vt_ring_notify_on(struct vt_ring *ring)
 {
 	ring->quiet = false;
+	if (ring->layout.packed)
+		return vt_packed_notify_on(ring);
 	if (ring->layout.event_index)
 		store16(available_event(ring), ring->fetched);
 	else
-		store16(&ring->used->flags, 0);
+		store16(&shared_used(ring)->flags, 0);
 	/* The wish is seen before the index is looked at: a notification that was left out because
 	 * of the old wish cannot be missed. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -435,7 +432,11 @@ void vt_ring_notify_off(struct vt_ring *ring)
 	if (ring->quiet)
 		return;
 	ring->quiet = true;
+	if (ring->layout.packed) {
+		vt_packed_notify_off(ring);
+		return;
+	}
 	/* With the event index nothing is said: the index stays where it is and is passed by. */
 	if (!ring->layout.event_index)
-		store16(&ring->used->flags, USED_NO_NOTIFY);
+		store16(&shared_used(ring)->flags, USED_NO_NOTIFY);
 }

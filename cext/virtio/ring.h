@@ -1,4 +1,4 @@
-/* The device's side of a split virtqueue (Virtual I/O Device 1.2, section 2.7).
+/* The device's side of a virtqueue, split or packed (Virtual I/O Device 1.2, sections 2.7, 2.8).
  *
  * A ring belongs to one thread at a time. Nothing that the driver wrote is trusted: indices,
  * descriptors and lengths are copied once and judged on the copy, and what breaks a rule breaks
@@ -25,17 +25,18 @@ struct vt_ring;
 /* Where a ring lies and how it is used. Addresses are the front end's (`user` of a region). */
 struct vt_ring_layout {
 	uint64_t descriptors; /* `size` of 16 bytes, aligned to 16 */
-	uint64_t available;   /* aligned to 2 */
-	uint64_t used;        /* aligned to 4 */
-	uint32_t size;        /* a power of two up to 32768 */
+	uint64_t available;   /* aligned to 2; packed: the driver's event suppression, aligned to 4 */
+	uint64_t used;        /* aligned to 4; packed: the device's event suppression */
+	uint32_t size;        /* up to 32768; of a split ring a power of two */
 	bool event_index;     /* VIRTIO_F_EVENT_IDX (29) was negotiated */
 	bool indirect;        /* VIRTIO_F_INDIRECT_DESC (28) was negotiated */
+	bool packed;          /* VIRTIO_F_RING_PACKED (34) was negotiated */
 };
 
 /* One request as the driver made it available. Its segments stand in the arena of the fetch:
  * first those that the device reads, then those that it writes. */
 struct vt_chain {
-	uint16_t head;
+	uint16_t head;          /* in a packed ring: the buffer's id */
 	uint16_t readable;      /* segments */
 	uint16_t writable;      /* segments */
 	uint32_t first;         /* the index of its first segment in the arena */
@@ -46,15 +47,17 @@ struct vt_chain {
 /* Why a ring is broken, in words; NULL if it is not. */
 const char *vt_ring_broken(const struct vt_ring *ring);
 
-/* Make a ring on `memory`, of which it takes a reference, beginning at index `base`.
+/* Make a ring on `memory`, of which it takes a reference, beginning at index `base`: of a packed
+ * ring bits 0 to 14 are the next available place and bit 15 its wrap counter, bits 16 to 31 the next
+ * used one's (as vhost-user has them).
  *
- * Return: 0; -EINVAL for a size that is no power of two or too large; -EFAULT for an address that
+ * Return: 0; -EINVAL for a size or a base that no such ring has; -EFAULT for an address that
  * is not aligned or not within one region; -ENOMEM.
  */
-int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout, uint16_t base,
+int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout, uint32_t base,
 		  struct vt_ring **ring);
 
-/* Keep an in-flight log at `at` (vt_log_size bytes of memory that stays mapped, aligned to 8), before
+/* Keep an in-flight log at `at` (vt_log_size or vt_packed_log_size bytes of memory that stays mapped, aligned to 8), before
  * the first fetch. What the log says is in flight is fetched first, in its order, and the ring goes
  * on behind it, whatever `base` was.
  *
@@ -63,7 +66,7 @@ int vt_ring_set_log(struct vt_ring *ring, void *at);
 
 /* End a ring. Its busy heads are lost to the driver: drain first. `ring` may be NULL.
  * Return: the index of the next entry that was not fetched, for another start. */
-uint16_t vt_ring_stop(struct vt_ring *ring);
+uint32_t vt_ring_stop(struct vt_ring *ring);
 
 /* Put another memory map under a ring between two calls. Chains fetched before keep pointing into
  * the old one, so the caller keeps a reference until they are complete.
@@ -79,7 +82,8 @@ int vt_ring_set_memory(struct vt_ring *ring, struct vt_memory *memory);
 int vt_ring_fetch(struct vt_ring *ring, struct vt_chain *chains, uint32_t most,
 		  struct iovec *arena, uint32_t room);
 
-/* How many chains are available and not fetched: a plain look, for polling. */
+/* How many chains are available and not fetched: a plain look, for polling. Of a packed ring: how
+ * many there can be, if there is one. */
 uint16_t vt_ring_waiting(const struct vt_ring *ring);
 
 /* How many chains are fetched and not complete. */
@@ -89,8 +93,16 @@ uint32_t vt_ring_in_flight(const struct vt_ring *ring);
  * Return: 0, or -EINVAL for a head that is not busy. */
 int vt_ring_complete(struct vt_ring *ring, uint16_t head, uint32_t written);
 
-/* The next used entry's number: what vt_ring_complete writes next. */
+/* The bytes of an in-flight log for such a ring. */
+uint64_t vt_ring_log_size(const struct vt_ring_layout *layout);
+
+/* The place in its ring of the used entry, or of a packed ring's descriptor, that vt_ring_complete
+ * writes next. */
 uint16_t vt_ring_used(const struct vt_ring *ring);
+
+/* The guest address of the descriptor that vt_ring_complete overwrites next, for a log of written
+ * pages. Return: it; UINT64_MAX of a split ring. */
+uint64_t vt_ring_used_guest(const struct vt_ring *ring);
 
 /* Make completions visible. Return: whether the driver wants to be signalled. */
 bool vt_ring_publish(struct vt_ring *ring);

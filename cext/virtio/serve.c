@@ -21,7 +21,7 @@ static void complete(struct vt_worker *worker, struct vt_queue *queue,
 		written = 0;
 	}
 	vt_dirty_chain(&queue->dirty, memory, chain, segments, (uint64_t)written);
-	vt_dirty_used(&queue->dirty, vt_ring_used(queue->ring) & (queue->size - 1));
+	vt_dirty_completion(&queue->dirty, queue->ring);
 	vt_ring_complete(queue->ring, chain->head, (uint32_t)written);
 	vt_count(&worker->figures.requests);
 }

@@ -63,7 +63,7 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 		   struct vt_queue **queue);
 
 /* End a queue when its requests have ended, also those that wait for a disk. Return: the next available entry (0 to 65535). */
-int vt_queue_stop(struct vt_queue *queue);
+uint32_t vt_queue_stop(struct vt_queue *queue);
 
 /* Have another worker serve a queue from now on. Return: 0; or a negative errno, and the queue is
  * where it was: -EBUSY while it waits for its disk. */

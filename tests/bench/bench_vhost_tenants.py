@@ -31,7 +31,7 @@ from tests.virtio.frontend import DATA, T_IN, Frontend
 
 COUNTS = (1, 8, 64, 256)
 BESIDE = 8
-DISK = 64 << 20
+DISK = 1 << 20
 BUCKETS = 1 << 20
 
 

@@ -117,8 +117,8 @@ class Frontend:
 
     def negotiate(self, without: int = 0) -> None:
         offered = struct.unpack("<Q", self.ask(VhostRequest.GET_FEATURES))[0]
-        # The front end turns logging on itself, when a migration begins.
-        self.features = offered & ~(without | 1 << 26)
+        # The front end turns logging on itself, when a migration begins; its rings are split.
+        self.features = offered & ~(without | 1 << 26 | 1 << 34)
         protocol = struct.unpack("<Q", self.ask(VhostRequest.GET_PROTOCOL_FEATURES))[0]
         self.send(VhostRequest.SET_PROTOCOL_FEATURES, struct.pack("<Q", protocol))
         self.send(VhostRequest.SET_OWNER)

@@ -42,9 +42,11 @@ fsck.ext4 -fn $DISK >/run/fsck.out 2>&1 || { cat /run/fsck.out; exit 1; }
 blockdev --getsize64 $DISK
 """
 )
+# The 35th character is VIRTIO_F_RING_PACKED.
 UNDER_KILLS = (
     FIND
     + """
+[ $(cut -c35 /sys/block/${DISK#/dev/}/device/features) = PACKED ]
 for turn in 1 2 3 4 5 6; do
     fio --name=v --filename=$DISK --size=48m --bs=4k --rw=randwrite --ioengine=libaio \
         --iodepth=16 --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --minimal \
@@ -70,7 +72,7 @@ exit 0
 )
 
 
-def with_disk(path: Path) -> tuple[str, ...]:
+def with_disk(path: Path, *, packed: bool = False) -> tuple[str, ...]:
     """QEMU's options for a disk over a socket; memory has to be shared for it."""
     return (
         "-object",
@@ -80,7 +82,7 @@ def with_disk(path: Path) -> tuple[str, ...]:
         "-chardev",
         f"socket,id=blk,path={path},reconnect=1",
         "-device",
-        "vhost-user-blk-pci,chardev=blk,num-queues=1",
+        "vhost-user-blk-pci,chardev=blk,num-queues=1" + ",packed=on" * packed,
     )
 
 
@@ -104,8 +106,15 @@ def exports(tmp_path: Path) -> Path:
     return file
 
 
-def in_guest(exports: Path, name: str, script: str, then: Callable[[Completed], None]) -> None:
-    options = with_disk(exports.parent / f"{name}.sock")
+def in_guest(
+    exports: Path,
+    name: str,
+    script: str,
+    then: Callable[[Completed], None],
+    *,
+    packed: bool = False,
+) -> None:
+    options = with_disk(exports.parent / f"{name}.sock", packed=packed)
     with Guest("basic", KERNEL, qemu_arguments=options) as guest:
         then(guest.exec(["sh", "-c", script.replace("SERIAL", name)], timeout_s=400))
 
@@ -142,14 +151,16 @@ def test_two_guests_have_file_systems_on_one_process(exports: Path) -> None:
         assert done[name].text.split()[-1] == str(64 * MIB)
 
 
-def test_a_guest_sees_a_delay_only_while_the_server_is_killed(exports: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_guest_sees_a_delay_only_while_the_server_is_killed(exports: Path, packed: bool) -> None:
     server = serve(exports)
     ended, kills = threading.Event(), 0
     done: list[Completed] = []
 
     def run() -> None:
         try:
-            in_guest(exports, "first", UNDER_KILLS, done.append)
+            script = UNDER_KILLS.replace("PACKED", str(int(packed)))
+            in_guest(exports, "first", script, done.append, packed=packed)
         finally:
             ended.set()
 

@@ -32,7 +32,7 @@ class MemoryRegion:
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """Where a split ring lies, in the front end's addresses, and how it is used."""
+    """Where a ring lies, in the front end's addresses, and how it is used; see vt_ring_layout."""
 
     descriptors: int
     available: int
@@ -40,6 +40,7 @@ class RingLayout:
     size: int
     event_index: bool
     indirect: bool
+    packed: bool = False
 
     def fill(self, layout: Any) -> None:
         """Write it into a struct vt_ring_layout."""
@@ -111,9 +112,9 @@ class MemoryMap:
         return bool(lib.vt_memory_is_broken(self.handle))
 
 
-def log_bytes(queue_size: int) -> int:
+def log_bytes(queue_size: int, *, packed: bool = False) -> int:
     """The bytes of one queue's in-flight log, rounded so that the next one is aligned."""
-    size = int(lib.vt_log_size(queue_size))
+    size = int((lib.vt_packed_log_size if packed else lib.vt_log_size)(queue_size))
     return (size + LOG_ALIGNMENT - 1) // LOG_ALIGNMENT * LOG_ALIGNMENT
 
 

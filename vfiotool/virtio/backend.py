@@ -217,6 +217,7 @@ class Frontend:
             vring.size,
             event_index=bool(self.features & VirtioFeature.EVENT_IDX),
             indirect=bool(self.features & VirtioFeature.INDIRECT_DESC),
+            packed=self._is_packed,
         )
         vring.queue = self.device.start_queue(
             self.workers,
@@ -244,7 +245,14 @@ class Frontend:
             return None
         if index >= self.log_area.queues or size != self.log_area.queue_size:
             raise ProtocolError(f"vring {index} of {size} entries is not in the in-flight area")
-        return self.log, index * log_bytes(size)
+        step = log_bytes(size, packed=self._is_packed)
+        if self.log_area.size < self.log_area.queues * step:
+            raise ProtocolError(f"an in-flight area of {self.log_area.size} bytes is too small")
+        return self.log, index * step
+
+    @property
+    def _is_packed(self) -> bool:
+        return bool(self.features & VirtioFeature.RING_PACKED)
 
     def _dirty_log_of(self, vring: Vring) -> WrittenPages | None:
         if self.dirty is None or not self.features & VirtioFeature.LOG_ALL:
@@ -415,7 +423,8 @@ class Frontend:
     def _set_vring_base(self, message: VhostMessage) -> None:
         index, base = parse_state(message.payload)
         vring = self._vring(index)
-        if base > 0xFFFF:
+        # A packed ring's has the place of the used descriptor above that of the available one.
+        if base > 0xFFFF and not self._is_packed:
             raise ProtocolError(f"vring {index} begins at {base}")
         self._needs_stopped(index, vring)
         vring.base = base
@@ -502,7 +511,7 @@ class Frontend:
         asked = parse_inflight(message.payload)
         if not 0 < asked.queues <= len(self.vrings) or not self._is_size(asked.queue_size):
             raise ProtocolError(f"an in-flight area for {asked.queues} x {asked.queue_size}")
-        size = asked.queues * log_bytes(asked.queue_size)
+        size = asked.queues * log_bytes(asked.queue_size, packed=self._is_packed)
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         descriptor = os.memfd_create("vhost-user-inflight", flags)
         try:
@@ -516,7 +525,7 @@ class Frontend:
         area = parse_inflight(message.payload)
         if not self._is_size(area.queue_size) or not area.queues:
             raise ProtocolError(f"an in-flight area for {area.queues} x {area.queue_size}")
-        if area.size < area.queues * log_bytes(area.queue_size):
+        if area.size < area.queues * log_bytes(area.queue_size, packed=self._is_packed):
             raise ProtocolError(f"an in-flight area of {area.size} bytes is too small")
         if any(vring.queue is not None for vring in self.vrings):
             raise ProtocolError("the in-flight area is changed while rings run")

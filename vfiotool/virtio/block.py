@@ -18,7 +18,7 @@ from enum import IntFlag
 from vfiotool.errors import Refused, UsageError, from_oserror
 from vfiotool.native.limits import LimitShare
 from vfiotool.native.virtqueue import DiskFigures, RawDisk, ServedQueue, Worker
-from vfiotool.virtio.served import QueueStart
+from vfiotool.virtio.served import QueueStart, VirtioFeature
 
 SECTOR = 512
 MOST_SEGMENTS = 254
@@ -160,7 +160,7 @@ class BlockDisk:
             found |= BlockFeature.RO
         else:
             found |= BlockFeature.DISCARD | BlockFeature.WRITE_ZEROES
-        return int(found)
+        return int(found) | VirtioFeature.RING_PACKED
 
     def config(self) -> bytes:
         """`struct virtio_blk_config` up to the write-zeroes fields."""

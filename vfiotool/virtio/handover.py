@@ -362,7 +362,7 @@ def _unpack_frontend(
         raise ValueError("features that are not offered here")
     frontend.protocol_features = _whole(value["protocol_features"])
     for vring, entry in zip(frontend.vrings, value["vrings"], strict=True):
-        vring.size, vring.base = _whole(entry["size"], 1024), _whole(entry["base"], 0xFFFF)
+        vring.size, vring.base = _whole(entry["size"], 1024), _whole(entry["base"], 0xFFFF_FFFF)
         if vring.size & (vring.size - 1):
             raise ValueError(f"a ring of {vring.size} entries")
         if entry["addresses"] is not None:
