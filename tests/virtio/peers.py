@@ -50,6 +50,11 @@ def _folder() -> Path:
     return cache_root() / f"peers-{digest('peers 1', *PACKAGES, *BLKIO)}"
 
 
+def is_here() -> bool:
+    """Whether they were fetched already."""
+    return _folder().is_dir()
+
+
 @functools.cache
 def find() -> Peers | str:
     """The peers, fetched on first use, or why they cannot be had here."""
