@@ -253,12 +253,17 @@ class ServedQueue:
         self.worker.queues -= 1
         return int(lib.vt_queue_stop(handle))
 
-    def move(self, worker: Worker) -> None:
-        """Have another worker serve it. Raises KernelError as epoll_ctl does; it stays then."""
-        _done(lib.vt_queue_move(self.handle, worker.handle), "move a queue")
+    def move(self, worker: Worker) -> bool:
+        """Have another worker serve it; whether it does now: not while it waits for its disk.
+        Raises KernelError as epoll_ctl does; it stays where it is then."""
+        result = int(lib.vt_queue_move(self.handle, worker.handle))
+        if result == -errno.EBUSY:
+            return False
+        _done(result, "move a queue")
         self.worker.queues -= 1
         self.worker = worker
         worker.queues += 1
+        return True
 
     @property
     def served(self) -> int:

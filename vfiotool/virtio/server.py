@@ -13,14 +13,16 @@ import selectors
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from vfiotool.errors import Refused, UsageError, VfiotoolError, from_oserror
 from vfiotool.native.limits import UNLIMITED, WEIGHT, Rate
-from vfiotool.native.virtqueue import Worker
+from vfiotool.native.virtqueue import ServedQueue, Worker
 from vfiotool.virtio.backend import Frontend
+from vfiotool.virtio.balance import next_move
 from vfiotool.virtio.block import BlockDisk
 from vfiotool.virtio.exports import ExportSettings, GroupSettings
 from vfiotool.virtio.message import ProtocolError, Receiver
@@ -29,6 +31,7 @@ from vfiotool.virtio.shares import Groups
 
 Report = Callable[[str], None]
 _SEND_TIMEOUT_S = 5.0
+_BALANCE_S = 2.0
 # Of one export: the machine that runs, the one that takes over, and some that are on their way out.
 _MOST_CONNECTIONS = 8
 
@@ -105,6 +108,7 @@ class Server:
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.workers = [Worker(poll_us) for _ in range(threads)]
         self.groups = Groups()
+        self._served: dict[int, int] = {}
 
     def __enter__(self) -> Server:
         return self
@@ -163,9 +167,40 @@ class Server:
 
     def run(self) -> None:
         """Serve until `stop` is called, or the last export with no listener has lost its client."""
+        balanced = time.monotonic()
         while not self._ending and self.exports:
-            for key, _ in self._selector.select():
+            # One worker has nothing to give away, and needs no clock.
+            patience = _BALANCE_S if len(self.workers) > 1 and self._running() else None
+            for key, _ in self._selector.select(patience):
                 key.data()
+            if patience is not None and time.monotonic() - balanced >= _BALANCE_S:
+                self.balance(time.monotonic() - balanced)
+                balanced = time.monotonic()
+
+    def _running(self) -> list[ServedQueue]:
+        """The queues that workers serve."""
+        return [
+            vring.queue
+            for export in self.exports.values()
+            for connection in export.connections
+            for vring in connection.frontend.vrings
+            if isinstance(vring.queue, ServedQueue)
+        ]
+
+    def balance(self, seconds: float) -> bool:
+        """Move one queue to a worker that did less in the last seconds, if that evens them.
+        Returns whether one was moved."""
+        queues: list[list[ServedQueue]] = [[] for _ in self.workers]
+        for queue in self._running():
+            queues[self.workers.index(queue.worker)].append(queue)
+        served = {id(queue): queue.served for found in queues for queue in found}
+        before, self._served = self._served, served
+        loads = [[(q.served - before.get(id(q), q.served)) / seconds for q in f] for f in queues]
+        move = next_move(loads)
+        if move is None:
+            return False
+        source, number, target = move
+        return queues[source][number].move(self.workers[target])
 
     def stop(self) -> None:
         """End `run` from another thread or from a signal handler."""
