@@ -12,6 +12,7 @@ from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
 from vfiotool.host.host import Host
 from vfiotool.host.tree import MemoryTree
 from vfiotool.vfio import Device, find, open_space
+from vfiotool.vfio.target import bus_windows
 
 EDU = "0000:00:01.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
@@ -170,3 +171,18 @@ def test_regions_have_names_and_numbers_have_two_bases() -> None:
 def test_what_is_no_name_is_refused_in_words(name: object) -> None:
     with pytest.raises(UsageError, match="not the name of a device"):
         Device.open(name)  # type: ignore[arg-type]
+
+
+def test_the_windows_of_a_device_are_its_own_and_those_of_the_bridges_above() -> None:
+    port = "/sys/devices/pci0000:00/0000:00:11.0"
+    below = f"{port}/0000:01:00.0"
+    files: dict[str, bytes | int] = {
+        f"{port}/resource": b"0x0 0x0 0x0\n"
+        b"0x0000000000001000 0x0000000000001fff 0x0000000000000101\n"
+        b"0x00000000fe000000 0x00000000fe1fffff 0x0000000000000200\nnonsense\n",
+        f"{below}/resource": b"0x00000000fe000000 0x00000000fe003fff 0x0000000000140204\n",
+    }
+    links = {"/sys/bus/pci/devices/0000:01:00.0": f"../../..{below.removeprefix('/sys')}"}
+    host = Host(MemoryTree(files, links, []), live=True, name="a laid-out host")
+    target = find("0000:01:00.0", host)
+    assert bus_windows(target, host) == [(0xFE000000, 0xFE003FFF), (0xFE000000, 0xFE1FFFFF)]

@@ -254,6 +254,7 @@ class Dma:
         """Read the allowed ranges again: each device attached can narrow them."""
         with self._lock:
             self.iovas.set_ranges(self.space.ranges())
+            self.iovas.avoid = self.space.windows()
 
     def alloc(
         self,

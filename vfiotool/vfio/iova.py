@@ -30,6 +30,8 @@ class IovaAllocator:
         self._ends: list[int] = []  # exclusive
         self._used: dict[int, int] = {}
         self.ranges: tuple[tuple[int, int], ...] = ()
+        # Where `allocate` puts nothing, and `reserve` what its caller answers for.
+        self.avoid: tuple[tuple[int, int], ...] = ()
         self.set_ranges(ranges)
 
     def set_ranges(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -114,9 +116,12 @@ class IovaAllocator:
     def _highest(self, size: int, align: int, limit: int) -> int | None:
         for index in range(bisect_right(self._starts, limit) - 1, -1, -1):
             low = max(self._starts[index], self.page_size)
-            start = (min(self._ends[index], limit + 1) - size) // align * align
-            if start >= low:
-                return start
+            end = min(self._ends[index], limit + 1)
+            while (start := (end - size) // align * align) >= low:
+                crossed = [first for first, last in self.avoid if start <= last and first < end]
+                if not crossed:
+                    return start
+                end = min(crossed)
         return None
 
     def _cut(self, start: int, end: int) -> None:

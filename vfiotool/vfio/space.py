@@ -27,7 +27,7 @@ from vfiotool.native import library as native
 from vfiotool.vfio.calls import DeviceCalls
 from vfiotool.vfio.iova import PAGE
 from vfiotool.vfio.opened import OpenDevice, enter_open, leave_open, refuse_child
-from vfiotool.vfio.target import Target
+from vfiotool.vfio.target import Target, bus_windows
 
 CONTAINER_NODE = f"{DEV_VFIO}/vfio"
 GROUP_VIABLE = 1  # VFIO_GROUP_FLAGS_VIABLE
@@ -125,6 +125,12 @@ class AddressSpace(native.Mapper, ABC):
                 raise
             self.attachments.append(attachment)
             return attachment
+
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """Addresses that buses of its devices may take for a BAR (`target.bus_windows`)."""
+        with self.lock:
+            targets = [attachment.target for attachment in self.attachments]
+        return tuple(one for target in targets for one in bus_windows(target, self.host))
 
     def detach(self, attachment: Attachment) -> None:
         """Close what `attach` opened."""

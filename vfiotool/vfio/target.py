@@ -19,6 +19,8 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE |
 OTHER_BUSES = ("platform", "amba", "fsl-mc", "cdx")
 # A device that a process serves: this and the path of its socket (`vfio_user.py`).
 SERVED = "vfio-user:"
+_HEX = re.compile(r"0x[0-9a-f]{1,16}")
+_IORESOURCE_MEM = 0x200
 # What a device on one of them is called there: no path, no dots alone.
 _BUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}", re.ASCII)
 
@@ -97,6 +99,24 @@ def _target(name: str, bus: str, path: str, host: Host) -> Target:
         cdev_node=cdev if cdev and host.exists(cdev) else None,
         noiommu=noiommu,
     )
+
+
+def bus_windows(target: Target, host: Host) -> list[tuple[int, int]]:
+    """Addresses, (start, last), that a PCI device's own bus may take for a BAR: its own and what
+    the bridges above it forward. DMA to such an I/O address may never reach the IOMMU: a switch
+    without ACS hands it to the BAR's owner, and QEMU's NVMe refuses its own (the kernel's DMA API
+    keeps away as well: iova_reserve_pci_windows in drivers/iommu/dma-iommu.c)."""
+    found = []
+    path = host.realpath(target.path) if target.bus == "pci" else None
+    while path is not None and Address.is_address(path.rpartition("/")[2]):
+        for line in (host.read(f"{path}/resource") or "").splitlines():
+            words = line.split()
+            if len(words) == 3 and all(_HEX.fullmatch(word) for word in words):
+                start, last, flags = (int(word, 16) for word in words)
+                if flags & _IORESOURCE_MEM and start < last:
+                    found.append((start, last))
+        path = path.rpartition("/")[0]
+    return found
 
 
 def not_on_vfio(target: Target) -> VfiotoolError:
