@@ -94,7 +94,7 @@ static int check(const struct vt_region *regions, uint32_t count)
 	return 0;
 }
 
-static int map_region(struct vt_memory *memory, const struct vt_region *announced)
+static int map_region(struct vt_memory *memory, const struct vt_region *announced, bool sized)
 {
 	struct mapped *region = &memory->regions[memory->count];
 	uint64_t wanted = announced->offset + announced->size;
@@ -104,7 +104,8 @@ static int map_region(struct vt_memory *memory, const struct vt_region *announce
 
 	if (fstat(announced->fd, &status))
 		return -errno;
-	if (!S_ISREG(status.st_mode) || wanted > (uint64_t)status.st_size)
+	if (sized &&
+	    (!S_ISREG(status.st_mode) || wanted > (uint64_t)status.st_size))
 		return -EINVAL;
 	/* A file on hugetlbfs says its page size here; others say less than a page's multiple. */
 	if (status.st_blksize > 0 && (uint64_t)status.st_blksize > page &&
@@ -144,7 +145,8 @@ static int by_guest(const void *a, const void *b)
 	return x->guest < y->guest ? -1 : x->guest > y->guest;
 }
 
-int vt_memory_create(const struct vt_region *regions, uint32_t count, struct vt_memory **memory)
+static int create(const struct vt_region *regions, uint32_t count, bool sized,
+		  struct vt_memory **memory)
 {
 	struct vt_memory *made;
 	int result = check(regions, count);
@@ -157,7 +159,7 @@ int vt_memory_create(const struct vt_region *regions, uint32_t count, struct vt_
 		return -ENOMEM;
 	made->references = 1;
 	for (uint32_t i = 0; i < count && !result; i++)
-		result = map_region(made, &regions[i]);
+		result = map_region(made, &regions[i], sized);
 	if (result) {
 		vt_memory_put(made);
 		return result;
@@ -165,6 +167,17 @@ int vt_memory_create(const struct vt_region *regions, uint32_t count, struct vt_
 	qsort(made->regions, made->count, sizeof(made->regions[0]), by_guest);
 	*memory = made;
 	return 0;
+}
+
+int vt_memory_create(const struct vt_region *regions, uint32_t count, struct vt_memory **memory)
+{
+	return create(regions, count, true, memory);
+}
+
+int vt_memory_create_unsized(const struct vt_region *regions, uint32_t count,
+			     struct vt_memory **memory)
+{
+	return create(regions, count, false, memory);
 }
 
 struct vt_memory *vt_memory_get(struct vt_memory *memory)

@@ -35,6 +35,11 @@ struct vt_region {
  */
 int vt_memory_create(const struct vt_region *regions, uint32_t count, struct vt_memory **memory);
 
+/* The same for descriptors that are no files whose size could be checked, as VDUSE's: memory that
+ * is not there is met as memory that went (vt_memory_guard). */
+int vt_memory_create_unsized(const struct vt_region *regions, uint32_t count,
+			     struct vt_memory **memory);
+
 /* Take a reference. Return: `memory`. */
 struct vt_memory *vt_memory_get(struct vt_memory *memory);
 

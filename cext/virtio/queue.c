@@ -97,6 +97,8 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 	made->disk = settings->disk;
 	made->size = settings->layout.size;
 	made->mode = settings->mode;
+	made->call_is_vduse = settings->call_is_vduse;
+	made->call_index = settings->call_index;
 	made->kick_fd = made->call_fd = made->error_fd = -1;
 	made->memory = vt_memory_get(settings->memory);
 	if (settings->share)
@@ -217,7 +219,7 @@ static int run_set_call(struct vt_command *command)
 		close(queue->call_fd);
 	queue->call_fd = *fd;
 	/* A signal may have gone to the old one. */
-	vt_signal(queue->call_fd);
+	vt_queue_signal(queue);
 	return 0;
 }
 

@@ -6,7 +6,7 @@ static void publish(struct vt_worker *worker, struct vt_queue *queue)
 	vt_count(&worker->figures.batches);
 	if (vt_ring_publish(queue->ring)) {
 		vt_count(&worker->figures.signals);
-		vt_signal(queue->call_fd);
+		vt_queue_signal(queue);
 	}
 	if (vt_ring_broken(queue->ring))
 		vt_queue_breaks(queue, vt_ring_broken(queue->ring));

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "virtio/worker.h"
 
+#include "vfio/ioctl.h"
 #include "virtio/worker_state.h"
 
 #include <errno.h>
@@ -9,6 +10,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -21,6 +23,8 @@
 /* Kicks of sleeping queues are looked for after so many rounds over the waking ones. */
 #define ROUNDS 32u
 #define EVENTS 64
+/* VDUSE_VQ_INJECT_IRQ of linux/vduse.h, which old headers do not have. */
+#define INJECT_IRQ _IOW(0x81, 0x17, uint32_t)
 
 uint64_t vt_now_ns(void)
 {
@@ -41,6 +45,15 @@ void vt_signal(int fd)
 
 	/* Full (EAGAIN) is as good as signalled; nothing else can be done about an error here. */
 	if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
+		return;
+}
+
+void vt_queue_signal(struct vt_queue *queue)
+{
+	/* It fails when the driver has taken its interrupt away, which is its affair. */
+	if (!queue->call_is_vduse)
+		vt_signal(queue->call_fd);
+	else if (queue->call_fd >= 0 && vt_ioctl(queue->call_fd, INJECT_IRQ, &queue->call_index) < 0)
 		return;
 }
 

@@ -33,6 +33,8 @@ struct vt_queue_settings {
 	struct vt_blk_mode mode;
 	int kick_fd;                  /* eventfd that the driver writes; -1: none, the ring is polled */
 	int call_fd;                  /* eventfd that the driver waits for; -1: none */
+	bool call_is_vduse;           /* it is a VDUSE device instead, of which this is queue: */
+	uint32_t call_index;
 	int error_fd;                 /* eventfd that is written once when the queue breaks; or -1 */
 	struct vt_memory *log_memory; /* holds the in-flight log, or NULL; a reference is taken */
 	uint64_t log_at;              /* its `user` address there */

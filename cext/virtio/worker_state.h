@@ -19,6 +19,8 @@ struct vt_queue {
 	struct vt_disk *disk;
 	struct vt_blk_mode mode;
 	int kick_fd, call_fd, error_fd;
+	bool call_is_vduse;
+	uint32_t call_index;
 	struct vt_dirty dirty;
 	const char *broken;
 	struct vt_share *share; /* its limits, or NULL */
@@ -74,6 +76,9 @@ void vt_count(uint64_t *counter);
 
 /* Add 1 to an eventfd, if there is one. */
 void vt_signal(int fd);
+
+/* Signal a queue's driver. */
+void vt_queue_signal(struct vt_queue *queue);
 
 /* Have the worker run a command, and wait for its answer. Return: the command's result. */
 int vt_worker_ask(struct vt_worker *worker, struct vt_command *command);

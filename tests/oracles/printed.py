@@ -110,6 +110,7 @@ WITHOUT = {
     "serve exports",
     "serve limit",
     "serve resize",
+    "serve vduse-blk",
     "serve vhost-user",
     "serve vhost-user-net",
     "metrics",

@@ -13,8 +13,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vfiotool.cli import output, serve_class, serve_model, serve_net
+from vfiotool.cli import output, serve_class, serve_model, serve_net, serve_vduse
 from vfiotool.cli.context import area, examples, wants_json
+from vfiotool.cli.serve_options import (
+    BlockSizeOption,
+    DirectOption,
+    FileOption,
+    OffsetOption,
+    PollOption,
+    QueuesOption,
+    RamOption,
+    ReadOnlyOption,
+    SerialOption,
+    SizeOption,
+    ThreadsOption,
+    check_threads,
+    disk_of,
+)
 from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,36 +42,8 @@ SocketOption = Annotated[
 FdOption = Annotated[
     int | None, typer.Option("--fd", metavar="N", help="A connected socket to serve.")
 ]
-FileOption = Annotated[
-    str | None, typer.Option("--blk-file", metavar="PATH", help="A raw image or block device.")
-]
-RamOption = Annotated[
-    str | None, typer.Option("--ram", metavar="SIZE", help="A disk in memory, as 512M or 4G.")
-]
-ReadOnlyOption = Annotated[bool, typer.Option("--read-only", help="Refuse writes.")]
-OffsetOption = Annotated[
-    str, typer.Option("--offset", metavar="BYTES", help="Where the disk begins in the file.")
-]
-SizeOption = Annotated[
-    str | None, typer.Option("--size", metavar="BYTES", help="Of the file, serve so much.")
-]
-SerialOption = Annotated[str, typer.Option("--serial", metavar="TEXT", help="At most 20 bytes.")]
-BlockSizeOption = Annotated[int, typer.Option("--block-size", metavar="BYTES", help="512 to 4096.")]
-QueuesOption = Annotated[int, typer.Option("--queues", metavar="N", help="Virtqueues.")]
-DirectOption = Annotated[
-    bool, typer.Option("--direct", help="Read and write the file past the page cache.")
-]
 CapabilitiesOption = Annotated[
     bool, typer.Option("--print-capabilities", help="Print what this back end can do.")
-]
-ThreadsOption = Annotated[int, typer.Option("--threads", metavar="N", help="Worker threads.")]
-PollOption = Annotated[
-    int,
-    typer.Option(
-        "--poll-us",
-        metavar="US",
-        help="How long a worker looks at idle rings before it sleeps, at most; 0: not at all.",
-    ),
 ]
 IopsOption = Annotated[
     int | None, typer.Option("--iops-limit", metavar="N", help="Requests a second, at most.")
@@ -72,7 +59,6 @@ ControlOption = Annotated[
     str | None,
     typer.Option("--control-path", metavar="PATH", help="The server's control socket."),
 ]
-_MOST_THREADS, _LONGEST_POLL_US = 64, 1_000_000
 
 app = area("Serve virtio disks to VMs over vhost-user, with this process as the device.")
 app.command(
@@ -115,21 +101,16 @@ def vhost_user_blk(
         features = ["read-only", "blk-file"]
         output.text(json.dumps({"type": "block", "features": features}) + "\n")
         return 0
-    from vfiotool.virtio.block import DiskSettings
-    from vfiotool.virtio.exports import ExportSettings, parse_rate, parse_size
+    from vfiotool.virtio.exports import ExportSettings, parse_rate
 
     if (socket_path is None) == (fd is None):
         raise UsageError("give one of --socket-path and --fd")
-    if (blk_file is None) == (ram is None):
-        raise UsageError("give one of --blk-file and --ram")
-    if ram is not None and (size is not None or offset != "0"):
-        raise UsageError("--offset and --size are of --blk-file, not of --ram")
-    wanted = ram if ram is not None else size
-    disk = DiskSettings(
-        path=blk_file,
-        size=None if wanted is None else parse_size(wanted, "--ram" if ram else "--size"),
-        offset=parse_size(offset, "--offset"),
+    disk = disk_of(
+        blk_file,
+        ram,
         read_only=read_only,
+        offset=offset,
+        size=size,
         serial=serial,
         block_size=block_size,
         queues=queues,
@@ -202,6 +183,15 @@ app.command(
 )(serve_net.vhost_user_net)
 
 
+app.command(
+    "vduse-blk",
+    epilog=examples(
+        "vfiotool serve vduse-blk disk0 --blk-file /srv/disk0.raw",
+        "vfiotool serve vduse-blk vm1 --blk-file /srv/vm1.raw --attach vhost",
+    ),
+)(serve_vduse.vduse_blk)
+
+
 @app.command(
     "status",
     epilog=examples("vfiotool serve status", "vfiotool serve status /etc/vfiotool/exports.toml"),
@@ -270,10 +260,7 @@ def resize(
 def _server(threads: int, poll_us: int) -> Server:
     from vfiotool.virtio.server import Server
 
-    if not 1 <= threads <= _MOST_THREADS:
-        raise UsageError(f"--threads {threads}: not from 1 to {_MOST_THREADS}")
-    if not 0 <= poll_us <= _LONGEST_POLL_US:
-        raise UsageError(f"--poll-us {poll_us}: not from 0 to {_LONGEST_POLL_US}")
+    check_threads(threads, poll_us)
     return Server(threads=threads, poll_us=poll_us, report=output.warn)
 
 

@@ -89,17 +89,19 @@ def _figures(kind: type[_T], values: Any) -> _T:
 class MemoryMap:
     """A front end's memory, mapped here. Raises UsageError for regions that contradict themselves.
 
+    Unless `sized`, the descriptors are no files whose size could be checked, as VDUSE's.
     Shrinking files break the queues that use them, and nothing else: see vt_memory_guard.
     """
 
-    def __init__(self, regions: Sequence[MemoryRegion]) -> None:
+    def __init__(self, regions: Sequence[MemoryRegion], *, sized: bool = True) -> None:
         _done(lib.vt_memory_guard(), "guard against shrinking memory")
         table = ffi.new("struct vt_region[]", len(regions))
         for entry, region in zip(table, regions, strict=True):
             entry.guest, entry.user = region.guest, region.user
             entry.size, entry.offset, entry.fd = region.size, region.offset, region.fd
         made = ffi.new("struct vt_memory **")
-        _done(lib.vt_memory_create(table, len(regions), made), "map the front end's memory")
+        create = lib.vt_memory_create if sized else lib.vt_memory_create_unsized
+        _done(create(table, len(regions), made), "map the front end's memory")
         self.handle = made[0]
 
     def close(self) -> None:
@@ -207,7 +209,8 @@ class ServedQueue:
     """A virtqueue that a worker serves from now on; see vt_queue_start.
 
     `log` is the map that holds the in-flight log and the log's address in it. Raises UsageError for
-    a ring that does not lie in `memory` or a log that contradicts itself.
+    a ring that does not lie in `memory` or a log that contradicts itself. With `call_index` the
+    call is a VDUSE device, and that is the queue's number there.
     """
 
     def __init__(
@@ -225,6 +228,7 @@ class ServedQueue:
         log: tuple[MemoryMap, int] | None = None,
         dirty: WrittenPages | None = None,
         share: LimitShare | None = None,
+        call_index: int | None = None,
     ) -> None:
         settings = ffi.new("struct vt_queue_settings *")
         settings.memory, settings.disk, settings.base = memory.handle, disk.handle, base
@@ -233,6 +237,8 @@ class ServedQueue:
         settings.kick_fd = -1 if kick is None else kick
         settings.call_fd = -1 if call is None else call
         settings.error_fd = -1 if error is None else error
+        if call_index is not None:
+            settings.call_is_vduse, settings.call_index = True, call_index
         if log is not None:
             settings.log_memory, settings.log_at = log[0].handle, log[1]
         if dirty is not None:

@@ -211,6 +211,7 @@ class BlockDisk:
             error=start.error,
             log=start.log,
             dirty=start.dirty,
+            call_index=start.call_index,
             share=self.share,
         )
 

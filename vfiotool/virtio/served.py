@@ -37,6 +37,8 @@ class QueueStart:
     error: int | None = None
     log: tuple[MemoryMap, int] | None = None
     dirty: WrittenPages | None = None
+    call_index: int | None = None
+    """`call` is a VDUSE device, and this the queue's number there."""
 
 
 class RunningQueue(Protocol):

@@ -1,0 +1,83 @@
+"""The options by which every command of `serve` names a disk and its threads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vfiotool.errors import UsageError
+
+if TYPE_CHECKING:
+    from vfiotool.virtio.block import DiskSettings
+
+FileOption = Annotated[
+    str | None, typer.Option("--blk-file", metavar="PATH", help="A raw image or block device.")
+]
+RamOption = Annotated[
+    str | None, typer.Option("--ram", metavar="SIZE", help="A disk in memory, as 512M or 4G.")
+]
+ReadOnlyOption = Annotated[bool, typer.Option("--read-only", help="Refuse writes.")]
+OffsetOption = Annotated[
+    str, typer.Option("--offset", metavar="BYTES", help="Where the disk begins in the file.")
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", metavar="BYTES", help="Of the file, serve so much.")
+]
+SerialOption = Annotated[str, typer.Option("--serial", metavar="TEXT", help="At most 20 bytes.")]
+BlockSizeOption = Annotated[int, typer.Option("--block-size", metavar="BYTES", help="512 to 4096.")]
+QueuesOption = Annotated[int, typer.Option("--queues", metavar="N", help="Virtqueues.")]
+DirectOption = Annotated[
+    bool, typer.Option("--direct", help="Read and write the file past the page cache.")
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", metavar="N", help="Worker threads.")]
+PollOption = Annotated[
+    int,
+    typer.Option(
+        "--poll-us",
+        metavar="US",
+        help="How long a worker looks at idle rings before it sleeps, at most; 0: not at all.",
+    ),
+]
+_MOST_THREADS, _LONGEST_POLL_US = 64, 1_000_000
+
+
+def disk_of(
+    blk_file: str | None,
+    ram: str | None,
+    *,
+    read_only: bool,
+    offset: str,
+    size: str | None,
+    serial: str,
+    block_size: int,
+    queues: int,
+    direct: bool,
+) -> DiskSettings:
+    """The disk that the options name. Raises UsageError naming the option at fault."""
+    from vfiotool.virtio.block import DiskSettings
+    from vfiotool.virtio.exports import parse_size
+
+    if (blk_file is None) == (ram is None):
+        raise UsageError("give one of --blk-file and --ram")
+    if ram is not None and (size is not None or offset != "0"):
+        raise UsageError("--offset and --size are of --blk-file, not of --ram")
+    wanted = ram if ram is not None else size
+    return DiskSettings(
+        path=blk_file,
+        size=None if wanted is None else parse_size(wanted, "--ram" if ram else "--size"),
+        offset=parse_size(offset, "--offset"),
+        read_only=read_only,
+        serial=serial,
+        block_size=block_size,
+        queues=queues,
+        direct=direct,
+    )
+
+
+def check_threads(threads: int, poll_us: int) -> None:
+    """Raise UsageError for what no server can have."""
+    if not 1 <= threads <= _MOST_THREADS:
+        raise UsageError(f"--threads {threads}: not from 1 to {_MOST_THREADS}")
+    if not 0 <= poll_us <= _LONGEST_POLL_US:
+        raise UsageError(f"--poll-us {poll_us}: not from 0 to {_LONGEST_POLL_US}")

@@ -1,0 +1,118 @@
+"""`serve vduse-blk NAME`: a disk for this host's kernel, or for a VM over vhost-vdpa."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vfiotool.cli import output
+from vfiotool.cli.serve_options import (
+    BlockSizeOption,
+    DirectOption,
+    FileOption,
+    OffsetOption,
+    PollOption,
+    QueuesOption,
+    RamOption,
+    ReadOnlyOption,
+    SerialOption,
+    SizeOption,
+    ThreadsOption,
+    check_threads,
+    disk_of,
+)
+
+if TYPE_CHECKING:
+    from vfiotool.virtio.vduse import VduseDevice
+
+_BLOCK = 2
+
+
+def vduse_blk(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The device, /dev/vduse/NAME.")],
+    blk_file: FileOption = None,
+    ram: RamOption = None,
+    read_only: ReadOnlyOption = False,
+    offset: OffsetOption = "0",
+    size: SizeOption = None,
+    serial: SerialOption = "",
+    block_size: BlockSizeOption = 512,
+    queues: QueuesOption = 1,
+    direct: DirectOption = False,
+    threads: ThreadsOption = 1,
+    poll_us: PollOption = 0,
+    attach: Annotated[
+        Literal["virtio", "vhost", "none"],
+        typer.Option(
+            "--attach", help="virtio: a disk of this host; vhost: for a VM; none: vdpa add does it."
+        ),
+    ] = "none",
+) -> int:
+    """Serve one disk over VDUSE until SIGTERM; the image is raw, its format never probed.
+
+    What is there already is taken up again: after a crash the same command goes on with the
+    requests that were begun. At SIGTERM a device that nobody uses is removed; one that is on the
+    vDPA bus stays, and its requests wait for the next server.
+    """
+    from vfiotool.native.virtqueue import Worker
+    from vfiotool.virtio.block import BlockDisk
+    from vfiotool.virtio.vduse import VduseDevice, log_path
+
+    check_threads(threads, poll_us)
+    settings = disk_of(
+        blk_file,
+        ram,
+        read_only=read_only,
+        offset=offset,
+        size=size,
+        serial=serial or name[:20],
+        block_size=block_size,
+        queues=queues,
+        direct=direct,
+    )
+    with ExitStack() as stack:
+        disk = BlockDisk(settings)
+        stack.callback(disk.close)
+        workers = []
+        for _ in range(threads):
+            workers.append(Worker(poll_us))
+            stack.callback(workers[-1].close)
+        device = VduseDevice(name, disk, _BLOCK, workers, log=log_path(name), report=output.warn)
+        stack.callback(_end, device)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: device.stop())
+        if attach != "none" and device.is_new:
+            _attach(device, attach)
+        device.run()
+    return 0
+
+
+def _end(device: VduseDevice) -> None:
+    """Give the device back; remove it if it is on no bus."""
+    device.close()
+    if not device.remove_unused():
+        output.warn(
+            f"{device.name} is still on the vDPA bus: its requests wait for the next server;"
+            f" to remove it: vfiotool vdpa remove {device.name}"
+        )
+
+
+def _attach(device: VduseDevice, attach: str) -> None:
+    """Put the device on the vDPA bus, from another process: the kernel asks this one meanwhile."""
+    import subprocess
+    import sys
+    import threading
+
+    command = [sys.executable, "-I", "-m", "vfiotool", "vdpa", "add", device.name, "vduse"]
+    command += ["--driver", "virtio_vdpa" if attach == "virtio" else "vhost_vdpa"]
+
+    def run() -> None:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            output.warn(f"{device.name} was not attached: vdpa add ended with {done.returncode}")
+            device.stop()
+
+    threading.Thread(target=run, name="attach", daemon=True).start()
