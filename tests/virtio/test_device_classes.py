@@ -10,7 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -142,7 +142,9 @@ def test_what_a_killed_server_had_not_answered_is_done_by_the_next(tmp_path: Pat
         "            return asyncio.Event().wait()\n"
     )
     first = _start("--socket-path", str(path), name=f"{log}:Half")
-    with connected(path) as front:
+    with ExitStack() as stack:
+        stack.callback(first.kill)
+        front = stack.enter_context(connected(path))
         front.negotiate()
         front.send(VhostRequest.GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, 1, SIZE))
         _, answer, fds = front.receive()
