@@ -55,7 +55,7 @@ def cases() -> Iterator[object]:
                 yield pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
 
 
-@pytest.mark.parametrize("words", cases())
+@pytest.mark.parametrize("words", list(cases()))
 def test_a_command_in_a_block_is_one_that_the_program_takes(words: list[str]) -> None:
     if not words or words[0].startswith("COMMAND"):
         return
