@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import errno as _errno
 
-_NUMBERS = {name: number for number, name in _errno.errorcode.items()}
+# By every name: 95 is EOPNOTSUPP to the kernel and ENOTSUP to Python's errorcode.
+_NUMBERS = {name: getattr(_errno, name) for name in dir(_errno) if name.startswith("E")}
 
 
 class VfiotoolError(Exception):

@@ -290,6 +290,20 @@ def test_a_kernel_without_the_socket_diagnosis_has_no_sockets_to_tell(
     assert read_filtered() == frozenset()
 
 
+@pytest.mark.parametrize("number", ["EOPNOTSUPP", "ENOTSUP", "ENOENT"])
+def test_a_kernel_without_tc_has_no_rules_to_tell(
+    monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    """95 has two names: the kernel's, and the one that Python takes."""
+
+    def refuse(*_: object) -> None:
+        raise KernelError("list tc actions", errno_name=number)
+
+    monkeypatch.setattr(traffic, "Socket", refuse)
+    assert read_redirected() == frozenset()
+    assert read_filtered() == frozenset()
+
+
 @pytest.mark.parametrize("number", ["EPERM", "ENOBUFS", "EINTR", "ETIMEDOUT"])
 def test_a_dump_that_fails_is_no_dump_without_entries(
     monkeypatch: pytest.MonkeyPatch, number: str

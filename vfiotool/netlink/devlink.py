@@ -6,6 +6,8 @@ As in netlink_route.py, what changes makes a `Request`, which `Host.netlink` sen
 
 from __future__ import annotations
 
+import errno
+
 from vfiotool.errors import KernelError
 from vfiotool.netlink.codec import (
     NETLINK_GENERIC,
@@ -68,7 +70,8 @@ def read_eswitch(address: str, timeout_s: float) -> str | None:
             answers = channel.request(request.type, request.payload, request.flags, request.what)
         except KernelError as error:
             # No devlink instance at all, or one whose driver has no such operation.
-            if error.errno_name in ("ENODEV", "EOPNOTSUPP"):
+            # By number: Python calls EOPNOTSUPP by its other name.
+            if error.errno in (errno.ENODEV, errno.EOPNOTSUPP):
                 return None
             raise
     return next((mode for mode in map(parse_eswitch, answers) if mode is not None), None)
