@@ -13,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "tests/check.h"
 #include "vfio/dma.h"
 #include "vfio/iommufd.h"
 #include "vfio/ioctl.h"
@@ -22,14 +23,6 @@
 #include "vfio/mmio.h"
 #include "vfio/uapi_compat.h"
 #include "vfio/vfio.h"
-
-#define CHECK(condition)                                                                         \
-	do {                                                                                     \
-		if (!(condition)) {                                                              \
-			fprintf(stderr, "%s:%d: %s\n", __func__, __LINE__, #condition);          \
-			exit(1);                                                                 \
-		}                                                                                \
-	} while (0)
 
 /* Our own definitions against the build machine's, wherever those know the structure. */
 #define SAME(ours, theirs) _Static_assert((ours) == (theirs), #theirs " differs from ours")

@@ -1,176 +1,15 @@
-/* Tests of nvme_queue.c and nvme_load.c against a controller that is a thread over plain memory.
+/* Tests of nvme_queue.c against a controller that is a thread; with nvme_load_test.c one program.
  * Run by tests/drivers/nvme/test_queue_pair.py, under the sanitizers. Exits 0, or says what was wrong. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "nvme/nvme_load.h"
 #include "nvme/nvme_queue.h"
+#include "tests/nvme_controller.h"
 #include "vfio/gate.h"
-
-#define PAGE 4096u
-#define SQ 8u
-#define CQ 32u
-#define LISTS_IOVA 0x7000000000u
-
-#define CHECK(condition)                                                                         \
-	do {                                                                                     \
-		if (!(condition)) {                                                              \
-			fprintf(stderr, "%s:%d: %s\n", __func__, __LINE__, #condition);          \
-			exit(1);                                                                 \
-		}                                                                                \
-	} while (0)
-
-struct device {
-	uint8_t *sq, *lists;
-	volatile uint8_t *cq;
-	uint32_t words[6]; /* doorbells, shadows, event indices: tail then head */
-	int shadows, mute, reverse;
-	uint32_t sq_head, cq_tail, phase, fetched;
-	uint16_t status;
-	pthread_t thread;
-	int ending;
-	uint64_t max_untold;
-};
-
-/* The controller is hardware: it orders its accesses by what the bus and fences promise, which the
- * thread sanitizer does not know of. What it looks at are the threads of the driver. */
-#define HARDWARE __attribute__((no_sanitize("thread")))
-
-HARDWARE static uint32_t load32(const uint32_t *word)
-{
-	return __atomic_load_n(word, __ATOMIC_SEQ_CST);
-}
-
-HARDWARE static void complete(struct device *device, uint16_t cid)
-{
-	volatile uint8_t *entry = device->cq + 16 * device->cq_tail;
-	uint32_t head = load32(&device->words[device->shadows ? 3 : 1]);
-	uint32_t used = (device->cq_tail + CQ - head) % CQ;
-	uint32_t low = 0xabcd0000u | cid;
-	uint16_t ids[3] = { (uint16_t)device->sq_head, 1, cid };
-
-	/* A controller must never find its completion queue full with commands in flight. */
-	CHECK(used < CQ - 1);
-	if (used > device->max_untold)
-		device->max_untold = used;
-	memcpy((void *)(uintptr_t)entry, &low, 4);
-	memcpy((void *)(uintptr_t)(entry + 8), ids, 6);
-	__atomic_store_n((uint16_t *)(uintptr_t)(entry + 14),
-			 (uint16_t)(device->status << 1 | device->phase), __ATOMIC_RELEASE);
-	if (++device->cq_tail == CQ) {
-		device->cq_tail = 0;
-		device->phase ^= 1;
-	}
-}
-
-/* Fetches all that the tail shows; answers in order or the other way round. */
-HARDWARE static int work(struct device *device)
-{
-	uint32_t tail = load32(&device->words[device->shadows ? 2 : 0]);
-	uint16_t cids[SQ];
-	uint32_t count = 0;
-
-	while (device->sq_head != tail) {
-		memcpy(&cids[count++], device->sq + 64 * device->sq_head + 2, 2);
-		device->sq_head = (device->sq_head + 1) % SQ;
-		device->fetched++;
-	}
-	if (device->shadows)
-		__atomic_store_n(&device->words[4], device->sq_head, __ATOMIC_SEQ_CST);
-	for (uint32_t i = 0; i < count && !device->mute; i++)
-		complete(device, cids[device->reverse ? count - 1 - i : i]);
-	return count != 0;
-}
-
-HARDWARE static void *live(void *argument)
-{
-	struct device *device = argument;
-	uint32_t rung = 0;
-
-	while (!__atomic_load_n(&device->ending, __ATOMIC_RELAXED)) {
-		/* With shadows it sleeps until the register changes, as QEMU's does: a skipped
-		 * doorbell that was needed shows as a hang. */
-		if (device->shadows && load32(&device->words[0]) == rung &&
-		    load32(&device->words[2]) == device->sq_head) {
-			usleep(10);
-			continue;
-		}
-		rung = load32(&device->words[0]);
-		if (!work(device))
-			usleep(10);
-	}
-	return NULL;
-}
-
-static struct vt_nvme_queue *start(struct device *device, int shadows, int lazy, int threaded)
-{
-	struct vt_nvme_layout layout = { 0 };
-	struct vt_nvme_queue *queue = NULL;
-
-	memset(device, 0, sizeof(*device));
-	device->sq = aligned_alloc(PAGE, PAGE);
-	device->cq = aligned_alloc(PAGE, PAGE);
-	device->lists = aligned_alloc(PAGE, SQ * PAGE);
-	memset(device->sq, 0xee, PAGE);
-	memset((void *)(uintptr_t)device->cq, 0, PAGE);
-	device->shadows = shadows;
-	device->phase = 1;
-	layout.submission = (uintptr_t)device->sq;
-	layout.completion = (uintptr_t)device->cq;
-	layout.tail_doorbell = (uintptr_t)&device->words[0];
-	layout.head_doorbell = (uintptr_t)&device->words[1];
-	if (shadows) {
-		layout.tail_shadow = (uintptr_t)&device->words[2];
-		layout.head_shadow = (uintptr_t)&device->words[3];
-		layout.tail_event = (uintptr_t)&device->words[4];
-		layout.head_event = (uintptr_t)&device->words[5];
-	}
-	layout.lists = (uintptr_t)device->lists;
-	layout.lists_iova = LISTS_IOVA;
-	layout.sq_entries = SQ;
-	layout.cq_entries = CQ;
-	layout.page_size = PAGE;
-	layout.id = 1;
-	layout.lazy = (uint32_t)lazy;
-	CHECK(vt_nvme_new(&layout, &queue) == 0);
-	if (threaded)
-		CHECK(pthread_create(&device->thread, NULL, live, device) == 0);
-	return queue;
-}
-
-static void end(struct device *device, struct vt_nvme_queue *queue)
-{
-	if (device->thread) {
-		__atomic_store_n(&device->ending, 1, __ATOMIC_RELAXED);
-		pthread_join(device->thread, NULL);
-	}
-	vt_nvme_free(queue);
-	free(device->sq);
-	free((void *)(uintptr_t)device->cq);
-	free(device->lists);
-}
-
-static int poll_once(struct vt_nvme_queue *queue, struct vt_nvme_done *done, uint32_t room,
-		     uint32_t least, uint64_t timeout_ns)
-{
-	uint32_t held = 0;
-	int count = vt_nvme_poll(queue, done, room, least, timeout_ns, &held);
-
-	CHECK(count < 0 || (uint32_t)count == held);
-	return count;
-}
-
-static struct vt_nvme_io read_of(uint64_t tag)
-{
-	return (struct vt_nvme_io){ .tag = tag, .lba = 1000 + tag, .iova = 0x10000, .bytes = 4096,
-				    .blocks = 8, .nsid = 1, .opcode = 2 };
-}
 
 static void every_command_comes_back_once(int shadows, int lazy, int reverse)
 {
@@ -228,14 +67,6 @@ static void a_full_queue_takes_no_more(void)
 	CHECK(poll_once(queue, done, 2 * SQ, 2 * SQ, 1000000000u) == SQ - 1);
 	CHECK(vt_nvme_submit(queue, ios, 1) == 1);
 	end(&device, queue);
-}
-
-static uint64_t word64(const uint8_t *bytes)
-{
-	uint64_t value;
-
-	memcpy(&value, bytes, 8);
-	return value;
 }
 
 /* The pages that a command's pointers name, from its bytes. */
@@ -514,93 +345,6 @@ static void failures_are_counted(void)
 	end(&device, queue);
 }
 
-static struct vt_nvme_job job_of(uint64_t limit)
-{
-	return (struct vt_nvme_job){ .span = 4096, .iova = 0x100000, .stride = 4096, .seed = 42,
-				     .limit = limit, .depth = 4, .batch = 1, .blocks = 8,
-				     .bytes = 4096, .nsid = 1, .random = 1, .read_percent = 70 };
-}
-
-static void a_load_adds_up(int shadows, uint32_t batch)
-{
-	static struct vt_nvme_report report;
-	struct device device;
-	struct vt_nvme_queue *queue = start(&device, shadows, 1, 1);
-	struct vt_nvme_job job = job_of(2000);
-	uint64_t sum = 0;
-
-	job.batch = batch;
-	CHECK(vt_nvme_run(queue, &job, &report) == 0);
-	for (uint32_t i = 0; i < VT_NVME_BUCKETS; i++)
-		sum += report.histogram[i];
-	CHECK(sum == 2000 && report.reads + report.writes == 2000 && device.fetched == 2000);
-	CHECK(report.reads > 1200 && report.reads < 1600);
-	CHECK(report.latency_min_ns <= report.latency_sum_ns / 2000);
-	CHECK(report.latency_max_ns >= report.latency_sum_ns / 2000);
-	CHECK(report.tail_writes <= 2000 / batch + 4 && report.failed == 0);
-	job.limit = 0;
-	job.runtime_ns = 50000000;
-	CHECK(vt_nvme_run(queue, &job, &report) == 0);
-	CHECK(report.elapsed_ns >= 49000000 && report.reads > 0);
-	end(&device, queue);
-}
-
-static void a_load_stops_at_the_first_failure(void)
-{
-	static struct vt_nvme_report report;
-	struct device device;
-	struct vt_nvme_queue *queue = start(&device, 0, 0, 1);
-	struct vt_nvme_job job = job_of(1000000);
-
-	device.status = 0x80;
-	CHECK(vt_nvme_run(queue, &job, &report) == 0);
-	CHECK(report.failed >= 1 && report.failed <= 4 && report.first_status == 0x80);
-	end(&device, queue);
-}
-
-static void *halt_soon(void *queue)
-{
-	usleep(20000);
-	vt_nvme_halt(queue);
-	return NULL;
-}
-
-static void *stop_soon(void *queue)
-{
-	struct vt_nvme_done done;
-
-	usleep(20000);
-	CHECK(poll_once(queue, &done, 1, 1, 0) == -EBUSY);
-	CHECK(vt_nvme_stop(queue) == -EBUSY);
-	vt_nvme_halt(queue);
-	return NULL;
-}
-
-static void halting_and_stopping(void)
-{
-	static struct vt_nvme_report report;
-	struct device device;
-	struct vt_nvme_queue *queue = start(&device, 0, 0, 1);
-	struct vt_nvme_job job = job_of(0);
-	struct vt_nvme_io io = read_of(1);
-	struct vt_nvme_done done;
-	pthread_t thread;
-
-	job.runtime_ns = 60000000000u;
-	CHECK(pthread_create(&thread, NULL, halt_soon, queue) == 0);
-	CHECK(vt_nvme_run(queue, &job, &report) == 0);
-	pthread_join(thread, NULL);
-	CHECK(report.elapsed_ns < 30000000000u);
-	CHECK(pthread_create(&thread, NULL, stop_soon, queue) == 0);
-	CHECK(vt_nvme_run(queue, &job, &report) == 0);
-	pthread_join(thread, NULL);
-	CHECK(vt_nvme_stop(queue) == 0);
-	CHECK(vt_nvme_stop(queue) == 0);
-	CHECK(vt_nvme_submit(queue, &io, 1) == -ESHUTDOWN);
-	CHECK(poll_once(queue, &done, 1, 1, 0) == -ESHUTDOWN);
-	end(&device, queue);
-}
-
 struct poller {
 	struct vt_nvme_queue *queue;
 	struct vt_nvme_io io;
@@ -649,85 +393,6 @@ static void a_stop_needs_no_luck_against_a_thread_that_polls(void)
 	}
 }
 
-static void silence_ends_a_load(void)
-{
-	static struct vt_nvme_report report;
-	struct device device;
-	struct vt_nvme_queue *queue = start(&device, 0, 0, 1);
-	struct vt_nvme_job job = job_of(10);
-
-	device.mute = 1;
-	CHECK(vt_nvme_run(queue, &job, &report) == -ETIMEDOUT);
-	CHECK(vt_nvme_run(queue, &job, &report) == -ESHUTDOWN);
-	end(&device, queue);
-}
-
-static void *shut_soon(void *gate)
-{
-	usleep(20000);
-	vt_gate_set(gate, 0);
-	while (vt_gate_is_busy(gate))
-		usleep(10);
-	return NULL;
-}
-
-/* Whoever shuts the gate finds nobody at the doorbells, however long the poll would have taken. */
-static void a_gate_that_shuts_ends_a_poll_and_a_load(void)
-{
-	static struct vt_nvme_report report;
-	static struct vt_gate gate;
-	struct device device;
-	struct vt_nvme_queue *queue, *other = start(&device, 0, 0, 0);
-	struct vt_nvme_layout layout = {
-		.submission = (uintptr_t)device.sq, .completion = (uintptr_t)device.cq,
-		.tail_doorbell = (uintptr_t)&device.words[0],
-		.head_doorbell = (uintptr_t)&device.words[1], .gate = (uintptr_t)&gate,
-		.sq_entries = SQ, .cq_entries = CQ, .page_size = PAGE, .id = 1,
-	};
-	struct vt_nvme_io io = read_of(1);
-	struct vt_nvme_done done;
-	struct vt_nvme_job job = job_of(10);
-	pthread_t thread;
-
-	CHECK(vt_nvme_new(&layout, &queue) == 0);
-	vt_gate_set(&gate, 1);
-	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
-	CHECK(pthread_create(&thread, NULL, shut_soon, &gate) == 0);
-	CHECK(poll_once(queue, &done, 1, 1, 60000000000u) == 0);
-	pthread_join(thread, NULL);
-	work(&device);
-	vt_gate_set(&gate, 1);
-	CHECK(poll_once(queue, &done, 1, 1, 1000000) == 1);
-	CHECK(pthread_create(&thread, NULL, shut_soon, &gate) == 0);
-	CHECK(vt_nvme_run(queue, &job, &report) == -EACCES);
-	pthread_join(thread, NULL);
-	vt_nvme_free(other);
-	end(&device, queue);
-}
-
-static void *abandon_soon(void *queue)
-{
-	usleep(20000);
-	vt_nvme_abandon(queue);
-	return NULL;
-}
-
-static void giving_up_does_not_wait_for_what_is_out(void)
-{
-	static struct vt_nvme_report report;
-	struct device device;
-	struct vt_nvme_queue *queue = start(&device, 0, 0, 1);
-	struct vt_nvme_job job = job_of(10);
-	pthread_t thread;
-
-	device.mute = 1;
-	CHECK(pthread_create(&thread, NULL, abandon_soon, queue) == 0);
-	CHECK(vt_nvme_run(queue, &job, &report) == -ETIMEDOUT);
-	pthread_join(thread, NULL);
-	CHECK(report.elapsed_ns < 2500000000u);
-	end(&device, queue);
-}
-
 static void a_child_is_turned_away(void)
 {
 	struct device device;
@@ -741,18 +406,6 @@ static void a_child_is_turned_away(void)
 	CHECK(waitpid(child, &status, 0) == child && status == 0);
 	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
 	end(&device, queue);
-}
-
-static void buckets_are_close_and_monotonic(void)
-{
-	for (uint64_t ns = 0; ns < 1u << 20; ns += 1 + ns / 1000) {
-		uint32_t bucket = vt_nvme_bucket(ns);
-
-		CHECK(vt_nvme_bucket_floor(bucket) <= ns);
-		CHECK(bucket + 1 == VT_NVME_BUCKETS || vt_nvme_bucket_floor(bucket + 1) > ns);
-		CHECK(ns - vt_nvme_bucket_floor(bucket) <= ns / 64);
-	}
-	CHECK(vt_nvme_bucket(UINT64_MAX) == VT_NVME_BUCKETS - 1);
 }
 
 int main(void)
@@ -771,15 +424,8 @@ int main(void)
 	a_barred_queue_leaves_the_doorbells_alone();
 	a_queue_starts_again_after_a_reset();
 	failures_are_counted();
-	for (uint32_t batch = 1; batch <= 4; batch++)
-		a_load_adds_up(batch % 2, batch);
-	a_load_stops_at_the_first_failure();
-	halting_and_stopping();
 	a_stop_needs_no_luck_against_a_thread_that_polls();
-	silence_ends_a_load();
-	giving_up_does_not_wait_for_what_is_out();
-	a_gate_that_shuts_ends_a_poll_and_a_load();
 	a_child_is_turned_away();
-	buckets_are_close_and_monotonic();
+	loads_hold();
 	return 0;
 }

@@ -7,37 +7,22 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
+#include "tests/guest.h"
 #include "virtio/memory.h"
 #include "virtio/packed_log.h"
 #include "virtio/ring.h"
 
-#define CHECK(condition)                                                                         \
-	do {                                                                                     \
-		if (!(condition)) {                                                              \
-			fprintf(stderr, "%s:%d: %s\n", __func__, __LINE__, #condition);          \
-			exit(1);                                                                 \
-		}                                                                                \
-	} while (0)
-
 #define MOST 64u
 #define GUEST 0x100000u
 #define USER 0x7f0000000000u
-#define REGION (1u << 20)
 #define DATA 0x40000u /* 4096 bytes for each id */
 #define TABLES 0x10000u
 #define DRIVER 0x1000u
 #define DEVICE 0x1004u
 #define LOG 0x2000u
-#define NEXT 1u
-#define WRITE 2u
-#define INDIRECT 4u
 #define AVAILABLE 0x80u
 #define USED 0x8000u
 
@@ -62,14 +47,6 @@ struct driver {
 	uint32_t in_use;
 };
 
-static uint64_t seed;
-
-static uint32_t below(uint32_t limit)
-{
-	seed = seed * 6364136223846793005u + 1442695040888963407u;
-	return (uint32_t)(seed >> 33) % limit;
-}
-
 static struct packed *slot(struct driver *driver, uint32_t place)
 {
 	return (struct packed *)(void *)driver->memory + place;
@@ -86,10 +63,8 @@ static void begin(struct driver *driver, uint32_t size, bool event_index)
 				   .seen_wrap = true };
 	driver->layout = (struct vt_ring_layout){ USER, USER + DRIVER, USER + DEVICE, size,
 						  event_index, true, true };
-	driver->fd = memfd_create("guest", MFD_CLOEXEC);
-	CHECK(driver->fd >= 0 && !ftruncate(driver->fd, REGION));
-	driver->memory = mmap(NULL, REGION, PROT_READ | PROT_WRITE, MAP_SHARED, driver->fd, 0);
-	CHECK(driver->memory != MAP_FAILED);
+	driver->fd = shared(REGION);
+	driver->memory = mapped(driver->fd, REGION, 0);
 	struct vt_region region = { GUEST, USER, REGION, 0, driver->fd };
 
 	CHECK(vt_memory_create(&region, 1, &driver->map) == 0);

@@ -1,7 +1,7 @@
 #define _GNU_SOURCE
 #include "virtio/direct.h"
 
-#include "virtio/inflight.h"
+#include "virtio/signal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -22,23 +22,6 @@ struct vt_direct {
 	struct iovec arena[ARENA];
 };
 
-static int begin_ring(struct vt_direct *queue, const struct vt_direct_settings *settings)
-{
-	int result = vt_ring_start(settings->memory, &settings->layout, settings->base,
-				   &queue->ring);
-	void *at;
-
-	if (result || !settings->log_memory)
-		return result;
-	queue->log_memory = vt_memory_get(settings->log_memory);
-	at = vt_memory_user(queue->log_memory, settings->log_at,
-			    vt_ring_log_size(&settings->layout), 8);
-	if (!at)
-		return -EFAULT;
-	result = vt_ring_set_log(queue->ring, at);
-	return result < 0 ? result : 0;
-}
-
 static void release(struct vt_direct *queue)
 {
 	vt_memory_put(queue->memory);
@@ -47,15 +30,6 @@ static void release(struct vt_direct *queue)
 	if (queue->call_fd >= 0)
 		close(queue->call_fd);
 	free(queue);
-}
-
-static void signal_driver(struct vt_direct *queue)
-{
-	uint64_t one = 1;
-
-	/* Full (EAGAIN) is as good as signalled; nothing else can be done about an error here. */
-	if (queue->call_fd >= 0 && write(queue->call_fd, &one, sizeof(one)) < 0)
-		return;
 }
 
 static int take_call(struct vt_direct *queue, int call_fd)
@@ -84,9 +58,11 @@ int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct 
 	made->call_fd = -1;
 	made->size = settings->layout.size;
 	made->memory = vt_memory_get(settings->memory);
+	made->log_memory = settings->log_memory ? vt_memory_get(settings->log_memory) : NULL;
 	result = take_call(made, settings->call_fd);
 	if (!result)
-		result = begin_ring(made, settings);
+		result = vt_ring_begin(made->memory, &settings->layout, settings->base,
+				       made->log_memory, settings->log_at, &made->ring);
 	if (!result)
 		result = vt_dirty_set(&made->dirty, &settings->dirty);
 	if (result) {
@@ -159,7 +135,7 @@ int vt_direct_complete(struct vt_direct *queue, uint32_t head, uint32_t written)
 void vt_direct_publish(struct vt_direct *queue)
 {
 	if (vt_ring_publish(queue->ring))
-		signal_driver(queue);
+		vt_signal(queue->call_fd);
 }
 
 bool vt_direct_notify(struct vt_direct *queue, bool on)
@@ -196,7 +172,7 @@ int vt_direct_set_call(struct vt_direct *queue, int call_fd)
 	int result = take_call(queue, call_fd);
 
 	if (!result)
-		signal_driver(queue);
+		vt_signal(queue->call_fd);
 	return result;
 }
 

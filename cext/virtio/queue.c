@@ -1,8 +1,6 @@
 #define _GNU_SOURCE
 #include "virtio/worker_state.h"
 
-#include "virtio/inflight.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -66,23 +64,6 @@ static int run_start(struct vt_command *command)
 	return 0;
 }
 
-static int begin_ring(struct vt_queue *queue, const struct vt_queue_settings *settings)
-{
-	int result = vt_ring_start(settings->memory, &settings->layout, settings->base,
-				   &queue->ring);
-	void *at;
-
-	if (result || !settings->log_memory)
-		return result;
-	queue->log_memory = vt_memory_get(settings->log_memory);
-	at = vt_memory_user(queue->log_memory, settings->log_at,
-			    vt_ring_log_size(&settings->layout), 8);
-	if (!at)
-		return -EFAULT;
-	result = vt_ring_set_log(queue->ring, at);
-	return result < 0 ? result : 0;
-}
-
 int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *settings,
 		   struct vt_queue **queue)
 {
@@ -101,6 +82,7 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 	made->call_index = settings->call_index;
 	made->kick_fd = made->call_fd = made->error_fd = -1;
 	made->memory = vt_memory_get(settings->memory);
+	made->log_memory = settings->log_memory ? vt_memory_get(settings->log_memory) : NULL;
 	if (settings->share)
 		made->share = vt_share_get(settings->share);
 	if (!keep(settings->kick_fd, &made->kick_fd) || !keep(settings->call_fd, &made->call_fd) ||
@@ -113,7 +95,8 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 		fcntl(made->kick_fd, F_SETFL, O_NONBLOCK);
 	if (made->call_fd >= 0)
 		fcntl(made->call_fd, F_SETFL, O_NONBLOCK);
-	result = begin_ring(made, settings);
+	result = vt_ring_begin(made->memory, &settings->layout, settings->base,
+			       made->log_memory, settings->log_at, &made->ring);
 	if (!result)
 		result = vt_dirty_set(&made->dirty, &settings->dirty);
 	command.queue = made;

@@ -140,6 +140,23 @@ int vt_ring_set_log(struct vt_ring *ring, void *at)
 	return count;
 }
 
+int vt_ring_begin(struct vt_memory *memory, const struct vt_ring_layout *layout, uint32_t base,
+		  struct vt_memory *log_memory, uint64_t log_at, struct vt_ring **ring)
+{
+	int result = vt_ring_start(memory, layout, base, ring);
+	void *at;
+
+	if (result || !log_memory)
+		return result;
+	at = vt_memory_user(log_memory, log_at, vt_ring_log_size(layout), 8);
+	result = at ? vt_ring_set_log(*ring, at) : -EFAULT;
+	if (result >= 0)
+		return 0;
+	vt_ring_stop(*ring);
+	*ring = NULL;
+	return result;
+}
+
 int vt_ring_set_memory(struct vt_ring *ring, struct vt_memory *memory)
 {
 	struct vt_memory *old = ring->memory;

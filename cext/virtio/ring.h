@@ -64,6 +64,13 @@ int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout,
  * Return: the number of requests taken over; -EINVAL if the log is not this ring's; -ENOMEM. */
 int vt_ring_set_log(struct vt_ring *ring, void *at);
 
+/* Make a ring as vt_ring_start does and, where `log_memory` is not NULL, keep its in-flight log at the
+ * `user` address `log_at` of that memory, of which the caller keeps a reference.
+ * Return: 0; as vt_ring_start and vt_ring_set_log; -EFAULT also for a log that is not within one
+ * region. No ring is left then. */
+int vt_ring_begin(struct vt_memory *memory, const struct vt_ring_layout *layout, uint32_t base,
+		  struct vt_memory *log_memory, uint64_t log_at, struct vt_ring **ring);
+
 /* End a ring. Its busy heads are lost to the driver: drain first. `ring` may be NULL.
  * Return: the index of the next entry that was not fetched, for another start. */
 uint32_t vt_ring_stop(struct vt_ring *ring);

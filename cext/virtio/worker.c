@@ -2,6 +2,7 @@
 #include "virtio/worker.h"
 
 #include "vfio/ioctl.h"
+#include "virtio/signal.h"
 #include "virtio/worker_state.h"
 
 #include <errno.h>
@@ -37,15 +38,6 @@ uint64_t vt_now_ns(void)
 void vt_count(uint64_t *counter)
 {
 	__atomic_store_n(counter, *counter + 1, __ATOMIC_RELAXED);
-}
-
-void vt_signal(int fd)
-{
-	uint64_t one = 1;
-
-	/* Full (EAGAIN) is as good as signalled; nothing else can be done about an error here. */
-	if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
-		return;
 }
 
 void vt_queue_signal(struct vt_queue *queue)

@@ -74,9 +74,6 @@ struct vt_worker {
 /* Add 1 to a counter that other threads read. */
 void vt_count(uint64_t *counter);
 
-/* Add 1 to an eventfd, if there is one. */
-void vt_signal(int fd);
-
 /* Signal a queue's driver. */
 void vt_queue_signal(struct vt_queue *queue);
 

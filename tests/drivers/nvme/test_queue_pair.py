@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 CEXT = Path(__file__).resolve().parents[3] / "cext"
-NAMES = ("vfio/fork.c", "nvme/nvme_queue.c", "nvme/nvme_load.c", "tests/nvme_queue_test.c")
+NAMES = (
+    "vfio/fork.c",
+    "nvme/nvme_queue.c",
+    "nvme/nvme_load.c",
+    "tests/nvme_queue_test.c",
+    "tests/nvme_load_test.c",
+)
 WARNINGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["address,undefined", "thread"]
 
