@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -31,6 +32,24 @@ def _done(context: typer.Context, name: str, text: str, **told: int | str | bool
         output.emit({"device": name, "done": text, **told})
     else:
         output.say(f"{name}: {text}")
+
+
+def _log(
+    context: typer.Context, device: str, backend: str, page: int, size: int = 4096
+) -> tuple[str, bytes]:
+    """The device's name and a log page of the whole controller."""
+    from vfiotool.drivers.nvme import admin
+
+    with controlled(context, device, backend) as controller:
+        return controller.device.name, admin.log_page(controller, page, size)
+
+
+def _list_namespaces(context: typer.Context, name: str, found: Sequence[int]) -> None:
+    if wants_json(context):
+        output.emit({"device": name, "nsid_list": found})
+        return
+    for nsid in found:
+        output.write(str(nsid))
 
 
 @app.command("id-ctrl", epilog=examples("vfiotool nvme id-ctrl 0000:05:01.0"))
@@ -77,11 +96,7 @@ def list_ns(
     with controlled(context, device, backend) as controller:
         found = admin.allocated_namespaces(controller) if every else controller.namespaces()
         name = controller.device.name
-    if wants_json(context):
-        output.emit({"device": name, "nsid_list": found})
-        return
-    for nsid in found:
-        output.write(str(nsid))
+    _list_namespaces(context, name, found)
 
 
 @app.command("smart-log", epilog=examples("vfiotool nvme smart-log 0000:05:01.0"))
@@ -91,9 +106,8 @@ def smart_log(
     """Show the SMART / health log; temperatures in kelvin."""
     from vfiotool.drivers.nvme import admin, tables
 
-    with controlled(context, device, backend) as controller:
-        raw = admin.log_page(controller, admin.Log.SMART, 512)
-        show_fields(context, controller.device.name, tables.smart_log(raw))
+    name, raw = _log(context, device, backend, admin.Log.SMART, 512)
+    show_fields(context, name, tables.smart_log(raw))
 
 
 @app.command("error-log", epilog=examples("vfiotool nvme error-log 0000:05:01.0"))
@@ -120,9 +134,8 @@ def fw_log(context: typer.Context, device: DeviceArgument, backend: BackendOptio
     """Show the firmware slots."""
     from vfiotool.drivers.nvme import admin, tables
 
-    with controlled(context, device, backend) as controller:
-        raw = admin.log_page(controller, admin.Log.FIRMWARE, 512)
-        show_fields(context, controller.device.name, tables.fw_log(raw))
+    name, raw = _log(context, device, backend, admin.Log.FIRMWARE, 512)
+    show_fields(context, name, tables.fw_log(raw))
 
 
 @app.command(
@@ -134,15 +147,8 @@ def changed_ns_list_log(
     """List the namespaces that changed since this was last read."""
     from vfiotool.drivers.nvme import admin, tables
 
-    with controlled(context, device, backend) as controller:
-        raw = admin.log_page(controller, admin.Log.CHANGED_NAMESPACES, 4096)
-        found = tables.changed_namespaces(raw)
-        name = controller.device.name
-    if wants_json(context):
-        output.emit({"device": name, "nsid_list": found})
-        return
-    for nsid in found:
-        output.write(str(nsid))
+    name, raw = _log(context, device, backend, admin.Log.CHANGED_NAMESPACES)
+    _list_namespaces(context, name, tables.changed_namespaces(raw))
 
 
 @app.command("effects-log", epilog=examples("vfiotool nvme effects-log 0000:05:01.0"))
@@ -152,10 +158,8 @@ def effects_log(
     """Show the commands that the controller supports, and their effects."""
     from vfiotool.drivers.nvme import admin, tables
 
-    with controlled(context, device, backend) as controller:
-        raw = admin.log_page(controller, admin.Log.EFFECTS, 4096)
-        found = tables.effects_log(raw)
-        name = controller.device.name
+    name, raw = _log(context, device, backend, admin.Log.EFFECTS)
+    found = tables.effects_log(raw)
     if wants_json(context):
         output.emit({"device": name, **found})
         return
@@ -174,9 +178,8 @@ def sanitize_log(
     """Show how far a sanitize is."""
     from vfiotool.drivers.nvme import admin, tables
 
-    with controlled(context, device, backend) as controller:
-        raw = admin.log_page(controller, admin.Log.SANITIZE, 512)
-        show_fields(context, controller.device.name, tables.decode(tables.SANITIZE, raw))
+    name, raw = _log(context, device, backend, admin.Log.SANITIZE, 512)
+    show_fields(context, name, tables.decode(tables.SANITIZE, raw))
 
 
 @app.command("get-feature", epilog=examples("vfiotool nvme get-feature 0000:05:01.0 -f 6"))
