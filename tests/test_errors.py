@@ -15,6 +15,7 @@ from vfiotool.errors import (
     TimedOut,
     UsageError,
     VfiotoolError,
+    errno_name,
     from_oserror,
 )
 
@@ -36,6 +37,15 @@ def test_an_error_is_kin_of_python_s_own(
     assert str(made) == made.message
     again = pickle.loads(pickle.dumps(made))
     assert type(again) is type(made) and again.errno == number
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("EOPNOTSUPP", "ENOTSUP"), ("ENOTSUP", "ENOTSUP"), ("EWOULDBLOCK", "EAGAIN"), ("524", "524")],
+)
+def test_a_number_has_one_name_whichever_was_said(said: str, name: str) -> None:
+    assert KernelError("no", errno_name=said).errno_name == name
+    assert errno_name(KernelError("no", errno_name=said).errno) in (name, None)
 
 
 def test_code_that_knows_nothing_of_vfiotool_can_handle_them() -> None:

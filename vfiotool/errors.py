@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import errno as _errno
 
-# By every name: 95 is EOPNOTSUPP to the kernel and ENOTSUP to Python's errorcode.
+# By every name. Some numbers have two: 95 is EOPNOTSUPP to the kernel and ENOTSUP to Python's
+# errorcode, whose name errors carry.
 _NUMBERS = {name: getattr(_errno, name) for name in dir(_errno) if name.startswith("E")}
 
 
@@ -22,7 +23,8 @@ class VfiotoolError(Exception):
 
     `message` is one sentence naming the operation, the object and the reason; `hint` is what to
     do or type next; `device` is the object's identifier where the error concerns one device;
-    `errno_name` is the kernel's errno by name (``"EBUSY"``).
+    `errno_name` is the kernel's errno by name (``"EBUSY"``): one name a number, as `errno_name()`
+    gives it, whichever was said.
     """
 
     kind = "error"
@@ -39,7 +41,7 @@ class VfiotoolError(Exception):
         super().__init__(message)
         self.message = message
         self.device = device
-        self.errno_name = errno_name
+        self.errno_name = _one_name(errno_name)
         self.hint = hint
 
     def __str__(self) -> str:
@@ -196,6 +198,11 @@ class InternalError(VfiotoolError):
             hint="the same command with --debug shows where; please report it",
             errno_name=errno_name(number),
         )
+
+
+def _one_name(name: str | None) -> str | None:
+    number = _NUMBERS.get(name or "")
+    return name if number is None else _errno.errorcode[number]
 
 
 def errno_name(number: int | None) -> str | None:

@@ -10,6 +10,7 @@ hold for ever: every question goes through a child with a deadline.
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -265,7 +266,7 @@ def _read_config(host: Host, family: int, name: str) -> dict[int, bytes]:
     try:
         answers = _ask(host, family, _CMD_DEV_CONFIG_GET, string(_DEV_NAME, name), dump=False)
     except KernelError as error:
-        if error.errno_name not in ("EOPNOTSUPP", "ENOTSUP", "ENODEV", "EMSGSIZE"):
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENODEV, errno.EMSGSIZE):
             raise
         return {}
     return parse_generic(answers[0])[1] if answers else {}

@@ -14,6 +14,7 @@ import struct
 import time
 from collections.abc import Callable
 
+from vfiotool.errors import errno_name
 from vfiotool.host.child import abandon, leave_parent
 from vfiotool.host.paths import DEV, DEV_VFIO, SYS_BLOCK, SYS_NVME_TARGETS
 from vfiotool.host.processes import plain
@@ -109,7 +110,7 @@ def _exclusive(path: str, flags: int) -> str:
         except OSError as error:
             if error.errno == errno.EBUSY:
                 return "claimed\n"
-            return f"unknown {errno.errorcode.get(error.errno or 0, str(error.errno))}\n"
+            return f"unknown {errno_name(error.errno)}\n"
         return "free\n"
 
     return ask_child(probe) or "unknown ETIMEDOUT\n"
@@ -136,14 +137,14 @@ def _loop(name: str) -> str:
     except OSError as error:
         if error.errno in _UNUSED and not os.path.exists(f"{SYS_BLOCK}/{name}/loop"):
             return ""
-        return f"!\twhat {name} stands on: {errno.errorcode.get(error.errno or 0)}\n"
+        return f"!\twhat {name} stands on: {errno_name(error.errno)}\n"
     try:
         info = bytearray(_LOOP_INFO_BYTES)
         fcntl.ioctl(descriptor, _LOOP_GET_STATUS64, info)
     except OSError as error:
         if error.errno in _UNUSED:
             return ""
-        return f"!\twhat {name} stands on: {errno.errorcode.get(error.errno or 0)}\n"
+        return f"!\twhat {name} stands on: {errno_name(error.errno)}\n"
     finally:
         os.close(descriptor)
     number = _LOOP_INFO.unpack_from(info)[2]
@@ -184,7 +185,7 @@ def _targets() -> list[str]:
             try:
                 status = os.stat(path)
             except OSError as error:
-                why = errno.errorcode.get(error.errno or 0)
+                why = errno_name(error.errno)
                 found.append(f"!\twhat {system} exports as {plain(path)}: {why}\n")
                 continue
             if stat.S_ISBLK(status.st_mode) or number == "passthru":

@@ -70,7 +70,6 @@ def read_eswitch(address: str, timeout_s: float) -> str | None:
             answers = channel.request(request.type, request.payload, request.flags, request.what)
         except KernelError as error:
             # No devlink instance at all, or one whose driver has no such operation.
-            # By number: Python calls EOPNOTSUPP by its other name.
             if error.errno in (errno.ENODEV, errno.EOPNOTSUPP):
                 return None
             raise

@@ -126,7 +126,6 @@ def _dump(protocol: int, kind: int, payload: bytes, what: str) -> list[Message]:
         # Such as the socket diagnosis, which a kernel can be built without.
         return []
     except KernelError as error:
-        # By number: Python calls EOPNOTSUPP by its other name.
         if error.errno in _NOT_THERE:
             return []
         raise

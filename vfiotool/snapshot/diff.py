@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 from dataclasses import dataclass
 
-from vfiotool.errors import UsageError
+from vfiotool.errors import UsageError, errno_name
 from vfiotool.snapshot.load import load
 from vfiotool.snapshot.text import NOT_CAPTURED, Snapshot, escape
 
@@ -89,7 +88,7 @@ def _content(content: bytes | int) -> str:
     if content == NOT_CAPTURED:
         return "?"
     if isinstance(content, int):
-        return f"! {errno.errorcode.get(content, str(content))}"
+        return f"! {errno_name(content)}"
     if b"\0" in content:
         pieces = range(0, len(content), 32)
         return "\n".join(f"{at:03x}: {content[at : at + 32].hex()}" for at in pieces)

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from vfiotool.errors import UsageError
+from vfiotool.errors import UsageError, errno_name
 
 MAGIC = "vfiotool snapshot 1"
 # A content that was not captured reads as this.
@@ -140,7 +140,7 @@ def _entry_lines(snapshot: Snapshot, name: str, path: str) -> Iterator[str]:
     if content == NOT_CAPTURED:
         yield f"{name} ?"
     elif isinstance(content, int):
-        yield f"{name} ! {errno.errorcode.get(content, str(content))}"
+        yield f"{name} ! {errno_name(content)}"
     elif not _is_text(content):
         yield f"{name} # {len(content)}"
         for offset in range(0, len(content), _HEX_BYTES):

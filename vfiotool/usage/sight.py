@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vfiotool.devices.attached import Attached
-from vfiotool.errors import VfiotoolError
+from vfiotool.errors import VfiotoolError, errno_name
 from vfiotool.host.host import Host
 from vfiotool.host.paths import OBSERVED, OBSERVED_END
 from vfiotool.host.tree import Tree
@@ -76,7 +76,7 @@ def _is_absent(number: int, *, link: bool) -> bool:
 
 def _reason(error: OSError) -> str:
     number = error.errno or 0
-    return f"{os.strerror(number)} ({errno.errorcode.get(number, str(number))})"
+    return f"{os.strerror(number)} ({errno_name(number)})"
 
 
 class Sight:

@@ -9,6 +9,7 @@ Source: Documentation/driver-api/vfio.rst, <linux/vfio.h>; PCI Local Bus Specifi
 from __future__ import annotations
 
 import contextlib
+import errno
 import struct
 import threading
 import uuid
@@ -395,7 +396,7 @@ class Device(OpenDevice):
             failure = native.failed(result, f"feature {name} of {self.name}", device=self.name)
             if failure.errno_name == "ENOTTY":
                 raise Unsupported(f"{self.name} has no feature {name}", device=self.name)
-            if failure.errno_name == "ENOTSUP":
+            if failure.errno == errno.EOPNOTSUPP:
                 # Dirty logs are only reported where iommufd is built (linux/iova_bitmap.h).
                 raise Unsupported(
                     f"this kernel was built without what feature {name} of {self.name} needs",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from vfiotool.errors import KernelError, Unsupported
+from vfiotool.errors import KernelError, Unsupported, errno_name
 from vfiotool.native import library as native
 from vfiotool.native.library import ffi, lib
 from vfiotool.vfio.device import Device
@@ -110,7 +110,7 @@ def _read_dmabuf(device: Device, number: int, length: int) -> bytes:
             # mbochs exports it read-only and refuses to map what cannot be written.
             raise Unsupported(
                 f"the dma-buf of {device.name} cannot be mapped: {error.strerror}",
-                errno_name=errno.errorcode.get(error.errno or 0),
+                errno_name=errno_name(error.errno),
             ) from error
         with memory:
             native.check(lib.vt_dmabuf_read_sync(descriptor, 1), "DMA_BUF_IOCTL_SYNC")
