@@ -17,7 +17,7 @@ from vfiotool.snapshot.load import open_root
 from vfiotool.vm import preflight
 from vfiotool.vm.finding import PreflightFinding, WantedGuest, parse_memory, words_of
 from vfiotool.vm.handed import handed, handed_socket, handed_vdpa
-from vfiotool.vm.memory import ranges_of
+from vfiotool.vm.machine import Q35
 
 GIB = 1 << 30
 CARD = "0000:01:00.0"
@@ -241,9 +241,38 @@ def test_a_reserved_region_within_the_guests_memory() -> None:
     assert machine.one("reserved-region", memory_bytes=4 * GIB) is None
 
 
+def test_a_window_is_held_against_the_memory_of_this_architectures_machine() -> None:
+    machine = Machine().card()
+    machine.small.file("/sys/kernel/iommu_groups/1/reserved_regions", "0x8000000 0x80fffff msi")
+    found = machine.one("reserved-region", memory_bytes=8 * GIB)
+    assert found is not None and "another machine type" not in found.remedy[0]
+    machine.small.file("/proc/sys/kernel/arch", "aarch64")
+    assert machine.one("reserved-region", memory_bytes=8 * GIB) is None
+    base = "/sys/kernel/iommu_groups/1/reserved_regions"
+    machine.small.file(base, f"{5 * GIB:#x} {5 * GIB + 0xFFFFF:#x} reserved")
+    found = machine.one("reserved-region", memory_bytes=8 * GIB)
+    assert found is not None and found.remedy == ("less memory: at most 4 GiB",)
+
+
+def test_what_the_firmware_demands_is_said_once() -> None:
+    machine = Machine().card()
+    base = "/sys/kernel/iommu_groups/1/reserved_regions"
+    machine.small.file(base, "0xe8000 0xe8fff direct")
+    assert machine.one("reserved-region", memory_bytes=8 * GIB) is None
+    assert machine.one("reserved-direct", memory_bytes=8 * GIB) is not None
+
+
+def test_a_window_right_at_the_beginning_has_no_memory_below_it() -> None:
+    machine = Machine().card()
+    base = "/sys/kernel/iommu_groups/1/reserved_regions"
+    machine.small.file(base, "0xe8000 0xe8fff reserved")
+    found = machine.one("reserved-region", memory_bytes=8 * GIB)
+    assert found is not None and "another machine type" in found.remedy[0]
+
+
 def test_where_q35_puts_memory() -> None:
-    assert ranges_of(2 * GIB) == ((0, 2 * GIB - 1),)
-    assert ranges_of(8 * GIB) == ((0, 2 * GIB - 1), (4 * GIB, 10 * GIB - 1))
+    assert Q35.ranges(2 * GIB) == ((0, 2 * GIB - 1),)
+    assert Q35.ranges(8 * GIB) == ((0, 2 * GIB - 1), (4 * GIB, 10 * GIB - 1))
 
 
 def msix(vectors: int) -> bytes:

@@ -23,6 +23,7 @@ from vfiotool.policy.importers.yaml_subset import parse_yaml
 from vfiotool.snapshot.load import open_root
 from vfiotool.vm import cloud_hypervisor, incus, kubevirt, libvirt, proxmox, qemu, yaml_text
 from vfiotool.vm.handed import Handed, handed, handed_socket
+from vfiotool.vm.machine import machine_of
 from vfiotool.vm.releases import oldest, parse_release, require_release
 from vfiotool.vm.script import start_script
 
@@ -422,6 +423,18 @@ def test_a_script_binds_what_is_not_ready_and_gives_it_back(
     ]
     assert lines[4].startswith("run ") and lines[4].endswith("-kernel my kernel")
     assert lines[5:] == ["vfiotool release 0000:01:00.0"]
+
+
+def test_a_script_starts_the_machine_of_this_hosts_architecture() -> None:
+    words = qemu.arguments(GPU, memory_bytes=2 << 30)
+    for architecture, start in {
+        "arm64": "qemu-system-aarch64 -machine virt,accel=kvm:tcg,gic-version=max -cpu max -smp 4",
+        "ppc64": "qemu-system-ppc64 -machine pseries,accel=kvm:tcg -smp 4",
+        None: "qemu-system-x86_64 -machine q35,accel=kvm:tcg -cpu max -smp 4",
+    }.items():
+        guest = machine_of(architecture)
+        script = start_script("qemu", GPU, words, memory="2G", vcpus=4, guest=guest)
+        assert f"\n{start} " in script
 
 
 def test_every_command_prints_for_people_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from vfiotool.change.steps.vf_network import read_settings
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import SELECTORS, area, examples, host_of, uuid_of, wants_json
 from vfiotool.devices.inventory import Inventory, read_inventory
+from vfiotool.devices.platform import read_platform
 from vfiotool.devices.selector import resolve
 from vfiotool.devices.vdpa import read_devices
 from vfiotool.errors import UsageError, VfiotoolError
@@ -39,6 +40,7 @@ from vfiotool.vm.finding import (
     parse_memory,
 )
 from vfiotool.vm.handed import SOCKETS, VDPA, Handed, handed, handed_socket, handed_vdpa
+from vfiotool.vm.machine import machine_of
 from vfiotool.vm.releases import oldest, require_release
 from vfiotool.vm.script import start_script
 
@@ -217,7 +219,8 @@ def qemu_options(
         memory, size = "1G", parse_memory("1G")
     words = qemu.arguments(chosen, iommufd=iommufd, vf_token=token, memory_bytes=size)
     if script:
-        output.text(start_script("qemu", chosen, words, memory=memory, vcpus=vcpus))
+        guest = machine_of(read_platform(host).architecture)
+        output.text(start_script("qemu", chosen, words, memory=memory, vcpus=vcpus, guest=guest))
         return 0
     _print_words(context, words, oldest(qemu.PROGRAM, features), qemu.PROGRAM)
     return 0

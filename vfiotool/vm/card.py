@@ -21,6 +21,7 @@ from vfiotool.vm.finding import (
     finding,
     words_of,
 )
+from vfiotool.vm.machine import GuestMachine
 
 # What a q35 guest's firmware has below 4 GiB for 32-bit BARs, and OVMF above it by default.
 _WINDOW_32 = 512 << 20
@@ -53,7 +54,7 @@ _MIGRATING = (
 
 
 def judge_card(
-    check: ReadyCheck, chosen: Collection[str], wanted: WantedGuest
+    check: ReadyCheck, chosen: Collection[str], wanted: WantedGuest, guest: GuestMachine
 ) -> list[PreflightFinding]:
     """What is said of one device; `chosen` names all that go to the same virtual machine."""
     if not check.device.through_vfio:
@@ -63,7 +64,8 @@ def judge_card(
         function = check.device.function
         found += _reset(check, function, chosen)
         found += _power(function)
-        found += _bars(check, function, wanted)
+        if guest.kind == "q35":
+            found += _bars(check, function, wanted)
         found += _vectors(check, wanted)
         found += _rom(function)
         found += _graphics(function, wanted)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from vfiotool.devices.config.decode import ConfigSpace, read_config
 from vfiotool.devices.inventory import Inventory
 from vfiotool.devices.pci import PciFunction
+from vfiotool.devices.platform import read_platform
 from vfiotool.doctor.facts import HugePages, MemoryLock, read_hugepages, read_memory_lock
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
@@ -23,6 +24,7 @@ from vfiotool.host.paths import (
 )
 from vfiotool.usage.case import Case, CaseReader
 from vfiotool.vm.handed import Handed
+from vfiotool.vm.machine import GuestMachine, machine_of
 
 # drivers/vfio/vfio_iommu_type1.c, dma_entry_limit.
 DEFAULT_MAPPINGS = 65535
@@ -53,7 +55,8 @@ class VfioUser:
 class MachineFacts:
     """What counts for all devices: limits, memory by node, address widths in bits.
 
-    `iommu_bits` has the width of each IOMMU unit that tells it; `uid` is the asking process's.
+    `iommu_bits` has the width of each IOMMU unit that tells it; `uid` is the asking process's;
+    `guest` is QEMU's machine for guests of this host's architecture.
     """
 
     memory_lock: MemoryLock | None
@@ -65,6 +68,7 @@ class MachineFacts:
     users: tuple[VfioUser, ...]
     uid: int | None
     iommufd: bool
+    guest: GuestMachine
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ def read_machine(host: Host, *, users: bool = True) -> MachineFacts:
         users=_users(host) if users else (),
         uid=_uid(host.read(f"{PROC}/self/status") or ""),
         iommufd=host.exists(DEV_IOMMU),
+        guest=machine_of(read_platform(host).architecture),
     )
 
 

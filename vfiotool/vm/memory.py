@@ -22,12 +22,9 @@ from vfiotool.vm.finding import (
     finding,
     words_of,
 )
+from vfiotool.vm.machine import GIB, GuestMachine
 
-GIB = 1 << 30
 _PAGE = 4096
-# QEMU's q35: memory up to here lies below 4 GiB, the rest from 4 GiB on (pc_q35.c, pc_q35_init).
-_Q35_LOW = 2 * GIB
-_Q35_LOW_MOST = 0xB0000000
 # A margin for BARs, ROMs and the device models' own memory, as libvirt has it
 # (qemu_domain.c, qemuDomainGetMemLockLimitBytes).
 _MARGIN = GIB
@@ -47,7 +44,7 @@ def judge_memory(
     if wanted.memory_bytes is not None:
         found += _memory_lock(machine, checks, wanted, distribution)
         found += _hugepages(machine, checks, wanted, wanted.memory_bytes)
-        found += _reserved(checks, wanted.memory_bytes)
+        found += _reserved(machine.guest, checks, wanted.memory_bytes)
         found += _mappings(machine, checks, wanted, distribution)
     return found
 
@@ -189,7 +186,7 @@ def _numa(
     node = nodes.get(used[0])
     if node is None:
         return []
-    pin = _pinning(node, wanted.hypervisor)
+    pin = _pinning(machine.guest, node, wanted.hypervisor)
     short = []
     if wanted.vcpus is not None and wanted.vcpus > node.cpus:
         short.append(f"{wanted.vcpus} vCPUs, it has {node.cpus} processors")
@@ -208,10 +205,10 @@ def _numa(
     return found
 
 
-def _pinning(node: NumaNode, hypervisor: str) -> str:
+def _pinning(guest: GuestMachine, node: NumaNode, hypervisor: str) -> str:
     if hypervisor == "libvirt":
         return f"<numatune><memory mode='strict' nodeset='{node.number}'/></numatune>"
-    name = "cloud-hypervisor" if hypervisor == "cloud-hypervisor" else "qemu-system-x86_64"
+    name = "cloud-hypervisor" if hypervisor == "cloud-hypervisor" else guest.program
     return f"numactl --cpunodebind={node.number} --membind={node.number} {name} …"
 
 
@@ -241,7 +238,7 @@ def _widths(
         evidence = f"{SYS_IOMMU}/{function.iommu}/intel-iommu/cap; {PROC}/cpuinfo: address sizes"
         memory = 0 if wanted.memory_bytes is None else wanted.memory_bytes
         wide = sum(r.size for r in function.regions if r.bits == 64 and r.kind == "mem")
-        end = highest_address(memory) + wide
+        end = machine.guest.end(memory) + wide
         if memory and end > 1 << bits:
             detail = (
                 f"memory and BARs reach to {words_of(end)}, and {function.iommu} translates "
@@ -287,28 +284,23 @@ def _limit_bits(hypervisor: str, bits: int) -> str:
     return f"-cpu host,host-phys-bits-limit={bits}"
 
 
-def ranges_of(memory: int) -> tuple[tuple[int, int], ...]:
-    """Where q35 puts `memory` bytes: first and last address of each part."""
-    low = memory if memory <= _Q35_LOW_MOST else _Q35_LOW
-    rest = memory - low
-    low_part = (0, low - 1)
-    return (low_part, (4 * GIB, 4 * GIB + rest - 1)) if rest else (low_part,)
+def _reserved(
+    guest: GuestMachine, checks: Sequence[ReadyCheck], memory: int
+) -> list[PreflightFinding]:
+    """Windows that the IOMMU keeps, in the midst of the guest's memory.
 
-
-def highest_address(memory: int) -> int:
-    """The first address after a q35 guest's memory, at least 4 GiB."""
-    return max(4 * GIB, ranges_of(memory)[-1][1] + 1) if memory else 4 * GIB
-
-
-def _reserved(checks: Sequence[ReadyCheck], memory: int) -> list[PreflightFinding]:
-    """Windows that the IOMMU keeps, in the midst of the guest's memory."""
+    What the firmware demands (`direct`) keeps the device from being assigned at all: a blocker of
+    its own says so, and no other memory would help.
+    """
     found, seen = [], set()
     for check in checks:
         group = None if check.case is None else check.case.group
         for region in group.reserved_regions if group is not None else ():
-            if region.type == "direct-relaxable" or (group and (group.id, region) in seen):
+            if region.type in ("direct", "direct-relaxable"):
                 continue
-            for first, last in ranges_of(memory):
+            if group and (group.id, region) in seen:
+                continue
+            for first, last in guest.ranges(memory):
                 low, high = max(first, region.start), min(last, region.end)
                 if group is None or low > high:
                     continue
@@ -319,15 +311,6 @@ def _reserved(checks: Sequence[ReadyCheck], memory: int) -> list[PreflightFindin
                     f"the guest's memory covers {region.start:#x}-{region.end:#x} "
                     f"({region.type}), which the IOMMU reserves"
                 )
-                remedy = (
-                    "QEMU 7.1 or newer, which puts memory above it"
-                    if moved
-                    else (
-                        f"less memory, or -machine q35,max-ram-below-4g={region.start}"
-                        if region.start < 4 * GIB
-                        else f"less memory: at most {words_of(region.start - 2 * GIB)}"
-                    )
-                )
                 found.append(
                     finding(
                         check.device.name,
@@ -335,12 +318,27 @@ def _reserved(checks: Sequence[ReadyCheck], memory: int) -> list[PreflightFindin
                         WARNING if moved else BLOCKER,
                         detail,
                         f"{SYS_IOMMU_GROUPS}/{group.id}/reserved_regions",
-                        remedy,
+                        _beside(guest, region.start, moved=moved),
                         number=high - low + 1,
                         unit="bytes",
                     )
                 )
     return found
+
+
+def _beside(guest: GuestMachine, start: int, *, moved: bool) -> str:
+    """How a guest's memory is kept off a window that begins at `start`."""
+    if moved and guest.kind == "q35":
+        return "QEMU 7.1 or newer, which puts memory above it"
+    most = start - guest.base
+    if guest.kind == "q35" and start >= 4 * GIB:
+        most = start - 2 * GIB
+    less = f"less memory: at most {words_of(most)}"
+    if guest.kind == "q35" and GIB <= start < 4 * GIB:
+        return f"{less}; or -machine q35,max-ram-below-4g={start}"
+    if most < 64 << 20:
+        return f"another machine type: no guest memory of {guest.kind} lies below it"
+    return less
 
 
 def _mappings(

@@ -20,6 +20,7 @@ from vfiotool.vm.card import judge_card, told_of
 from vfiotool.vm.facts import MachineFacts, ReadyCheck, read_checks, read_machine
 from vfiotool.vm.finding import BLOCKER, PreflightFinding, WantedGuest, finding
 from vfiotool.vm.handed import Handed
+from vfiotool.vm.machine import Q35
 from vfiotool.vm.memory import judge_memory
 
 _ORDER = {"blocker": 0, "warning": 1, "note": 2}
@@ -52,7 +53,7 @@ def judge(
     for one in checks:
         if one.case is not None:
             found += judge_handing(one.case, one.device, vf_token, missing_node=one.missing_node)
-        found += judge_card(one, chosen, wanted)
+        found += judge_card(one, chosen, wanted, machine.guest)
     if wanted.iommufd and not machine.iommufd:
         detail = "the host has no iommufd"
         remedy = "modprobe iommufd (a kernel with CONFIG_IOMMUFD); or leave --iommufd out"
@@ -69,7 +70,7 @@ def findings(
     """What keeps a VM from opening the device now; empty if nothing does. Reads only."""
     (one,) = read_checks(host, inventory, [device])
     if one.case is None:
-        found = judge_card(one, {device.name}, WantedGuest())
+        found = judge_card(one, {device.name}, WantedGuest(), Q35)
         return tuple(item for item in found if item.severity == BLOCKER)
     return judge_handing(one.case, device, vf_token, missing_node=one.missing_node)
 
@@ -99,8 +100,8 @@ def judge_handing(
         found.append(_finding(device, "no-iommu", "it is in no IOMMU group", why, evidence))
     opens = device.is_mdev or (device.function is not None and device.function.on_vfio)
     if not opens:
-        driver = (device.function.driver if device.function else None) or "no driver"
-        text = f"it is on {driver}, not on a VFIO driver"
+        driver = device.function.driver if device.function else None
+        text = f"it is on {driver}, not on a VFIO driver" if driver else "it is on no driver yet"
         command = "vfiotool bind {}" if first else why
         found.append(_finding(device, "not-bound", text, command, f"{base}/driver"))
     if device.guard not in (None, device.name) and vf_token is None:

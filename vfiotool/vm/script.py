@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from vfiotool.vm.handed import Handed
+from vfiotool.vm.machine import Q35, GuestMachine
 
 _HEAD = """\
 #!/bin/sh
@@ -35,12 +36,18 @@ _CHECK = "vfiotool vm check {names}{more} >&2\n"
 
 
 def start_script(
-    kind: str, devices: Sequence[Handed], words: Sequence[str], *, memory: str | None, vcpus: int
+    kind: str,
+    devices: Sequence[Handed],
+    words: Sequence[str],
+    *,
+    memory: str | None,
+    vcpus: int,
+    guest: GuestMachine = Q35,
 ) -> str:
     """A script for `sh` that starts `kind` (qemu, cloud-hypervisor) with the options in `words`.
 
     Its own arguments go to the program, after the options: a disk, a kernel. `memory` None: the
-    words say it.
+    words say it. `guest` is the machine that QEMU is started as.
     """
     names = " ".join(device.name for device in devices)
     parts = [_HEAD.format(names=names, kind=kind)]
@@ -48,7 +55,7 @@ def start_script(
     opened = [_selector(device) for device in devices]
     more = f" --memory {memory} --vcpus {vcpus}" if memory else ""
     parts.append(_CHECK.format(names=" ".join(map(shlex.quote, opened)), more=more))
-    parts.append(_line(_program(kind, vcpus), words))
+    parts.append(_line(_program(kind, vcpus, guest), words))
     return "".join(parts)
 
 
@@ -56,11 +63,13 @@ def _selector(device: Handed) -> str:
     return device.name if device.through_vfio else f"{device.model}:{device.name}"
 
 
-def _program(kind: str, vcpus: int) -> str:
+def _program(kind: str, vcpus: int, guest: GuestMachine) -> str:
     if kind == "cloud-hypervisor":
         return f"cloud-hypervisor --cpus boot={vcpus}"
     # KVM where there is one: the same script runs in a guest that has none.
-    return f"qemu-system-x86_64 -machine q35,accel=kvm:tcg -cpu max -smp {vcpus}"
+    cpu = f" -cpu {guest.cpu}" if guest.cpu else ""
+    machine = f"{guest.kind},accel=kvm:tcg{guest.options}"
+    return f"{guest.program} -machine {machine}{cpu} -smp {vcpus}"
 
 
 def _line(program: str, words: Sequence[str]) -> str:
