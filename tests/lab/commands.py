@@ -61,6 +61,8 @@ def restore(host: Host) -> None:
         base = f"/sys/bus/pci/devices/{address}"
         if host.read(f"{base}/sriov_numvfs") not in (None, "0"):
             host.write_attribute(f"{base}/sriov_numvfs", "0")
+        if host.read(f"{base}/sriov_drivers_autoprobe") == "0":
+            host.write_attribute(f"{base}/sriov_drivers_autoprobe", "1")
     for address in list_addresses(host):
         base = f"/sys/bus/pci/devices/{address}"
         if host.read(f"{base}/driver_override") != "(null)":

@@ -419,7 +419,10 @@ def ground(name: str) -> Iterator[str]:
             yield folder
     finally:
         restore(Host.local())
-    assert settled(lambda: end_state(Host.local()) == before), end_state(Host.local())
+    if not settled(lambda: end_state(Host.local()) == before):
+        now = end_state(Host.local())
+        other = {key for key in {*before, *now} if before.get(key) != now.get(key)}
+        pytest.fail(f"left behind: {[(key, before.get(key), now.get(key)) for key in other]}")
 
 
 def condition(device: str) -> object:
