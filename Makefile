@@ -1,6 +1,9 @@
 # make demo and make test set up all that they need by themselves; see bootstrap.
 SHELL := /bin/bash
 PY := .venv/bin/python
+# Tests of this machine are spread over its processors, a file's tests in one process; more than four
+# processes would only make set-up more often.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
 LAB_KERNELS := 6.1 6.12 iommufd
 # As Debian calls them: the releases that a bare machine is tried with.
 BARE := bookworm trixie
@@ -33,7 +36,7 @@ demo: venv
 	@$(PY) -m vfiotool lab demo
 
 check: venv
-	$(PY) -m pytest -q -m "not lab and not slow"
+	$(PY) -m pytest -q $(SPREAD) -m "not lab and not slow"
 
 # What cannot be had here is said here once, and its tests are skipped with the reason.
 lab: venv
@@ -50,7 +53,7 @@ define BOTH
 beside=$$(mktemp) log=$$(mktemp); trap 'rm -f $$beside $$log' EXIT; \
 { $(MAKE) --no-print-directory lab; \
   VFIOTOOL_LAB_BESIDE=$$beside $(PY) -m pytest -m lab; } >$$log 2>&1 & guests=$$!; \
-$(PY) -m pytest -m "not lab"; host=$$?; \
+$(PY) -m pytest $(SPREAD) -m "not lab"; host=$$?; \
 rm $$beside; echo "==> tests in guests" >&2; wait $$guests; lab=$$?; cat $$log; \
 [ $$host = 0 ] && [ $$lab = 0 ]
 endef
@@ -84,7 +87,7 @@ soak: lab
 	done
 
 test-host: venv
-	$(PY) -m pytest -m "not lab" $(ARGS)
+	$(PY) -m pytest $(SPREAD) -m "not lab" $(ARGS)
 
 lint: venv
 	$(PY) -m ruff check .

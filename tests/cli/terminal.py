@@ -23,7 +23,9 @@ def on_terminal(
     """The exit code and all that appears on the terminal; `typed` is typed once it has begun."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-    kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "PAGER")}
+    # The size is the terminal's; a worker of pytest-xdist has COLUMNS set.
+    mine = ("NO_COLOR", "PAGER", "COLUMNS", "LINES")
+    kept = {key: value for key, value in os.environ.items() if key not in mine}
     process = subprocess.Popen(
         [sys.executable, "-m", "vfiotool", *arguments],
         stdin=slave,
