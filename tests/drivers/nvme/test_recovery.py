@@ -15,6 +15,7 @@ from tests.fakes.nvme import FakeNvme
 from vfiotool.drivers.nvme import AsyncQueue, Controller, SharedQueue, health
 from vfiotool.drivers.nvme import bench as nvme_bench
 from vfiotool.drivers.nvme import spec as nvme_spec
+from vfiotool.drivers.nvme.load import Load
 from vfiotool.drivers.nvme.status import ABORTED_BY_HOST
 from vfiotool.errors import KernelError, UsageError
 
@@ -223,6 +224,31 @@ def test_a_load_ends_when_the_controller_is_reset(fake: Any) -> None:
     runner.join(20)
     assert not runner.is_alive() and len(said) == 1
     assert len(controller.create_queue().read(disk, 0, 8)) == 4096
+
+
+def test_a_load_that_hears_of_a_reset_when_it_is_over_is_not_told_as_done(fake: Any) -> None:
+    controller = Controller(fake)
+    pair = controller.create_queue().pair
+    resets: list[None] = []
+
+    def watch() -> None:
+        if not resets:
+            resets.append(controller.reset())
+
+    with controller.memory(4096) as memory, pytest.raises(UsageError, match="closed or reset"):
+        load = Load(
+            nsid=1,
+            first_lba=0,
+            span=64,
+            blocks=1,
+            size_bytes=512,
+            iova=memory.iova,
+            stride=512,
+            depth=8,
+            runtime_s=60,
+        )
+        pair.run(load, watch)
+    assert resets
 
 
 def test_a_reset_that_fails_leaves_the_controller_failed(

@@ -108,7 +108,7 @@ class QueuePair:
         # Completions that were taken, by their number; an interrupted caller finds them here.
         self.ready: dict[int, Completion] = {}
         self._pinned: list[Mapping | DmaBuffer] = []
-        self._stopping = False
+        self._stops = 0
         self._check_memory()
         layout = self._layout()
         made = ffi.new("struct vt_nvme_queue **")
@@ -281,6 +281,7 @@ class QueuePair:
         cannot be, KernelError if the controller stops answering.
         """
         job, report = job_of(load), ffi.new("struct vt_nvme_report *")
+        stops = self._stops
         results: list[int] = []
         # In a thread of its own: this one stays open for signals.
         worker = threading.Thread(
@@ -300,7 +301,8 @@ class QueuePair:
                 lib.vt_nvme_halt(self._queue)
             worker.join()
             raise
-        if self._stopping:
+        # A reset may be over by the time that this thread hears of the load's end.
+        if self._stops != stops:
             raise UsageError(f"queue {self.rings.id}: it was closed or reset during the load")
         self._check(results[0])
         return report_of(report)
@@ -316,7 +318,7 @@ class QueuePair:
     def stop(self, *, abandon: bool = False) -> None:
         """Never touch rings and doorbells again, or until `restart`; ends what another thread is
         waiting for, a load at once with `abandon`."""
-        self._stopping = True
+        self._stops += 1
         # From the first try on nobody comes in any more: what is waited for is one call's end.
         while lib.vt_nvme_stop(self._queue) < 0:
             if abandon:
@@ -329,7 +331,6 @@ class QueuePair:
         self._absorb()
         self._check(lib.vt_nvme_restart(self._queue, self._done, self.depth, self._held))
         self._absorb()
-        self._stopping = False
 
     def close(self) -> None:
         """`stop`, and let go of the memory. Closing twice is nothing."""
