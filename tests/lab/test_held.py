@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.fakes.kernel import end_state
 from tests.guests.yardstick import slowness
 from tests.lab.commands import Ran, driver_of, modprobe, vfiotool
+from vfiotool.change.journal import RUN_FOLDER
 from vfiotool.host.host import Host
 
 MACHINE = "full"
@@ -104,11 +106,30 @@ def test_release_of_a_held_device_keeps_its_deadline_and_recover_ends_it(
     assert vfiotool("recover").out.strip() == "nothing to recover"
 
 
+def asked_to_unbind(address: str) -> bool:
+    """Whether the journal has the write that waits for the holder: it comes before the write.
+
+    A signal that comes earlier finds nothing under way, and the first one takes all back.
+    """
+    texts = [path.read_text() for path in Path(RUN_FOLDER).glob("boot-*/*.open")]
+    lines = [line for text in texts for line in text.splitlines()]
+    return any("/unbind" in line and address in line and '"write"' in line for line in lines)
+
+
 def test_a_device_that_is_free_again_in_time_is_released(
     holder: subprocess.Popen[str],
 ) -> None:
-    ender = subprocess.Popen(["sh", "-c", f"sleep 2; kill -9 {holder.pid}"])
+    def end() -> None:
+        """Not before the write waits for the holder: until then it would be refused, or need not
+        wait."""
+        limit = time.monotonic() + 50
+        while not asked_to_unbind(TESTDEV) and time.monotonic() < limit:
+            time.sleep(0.05)
+        holder.kill()
+
+    ender = threading.Thread(target=end)
+    ender.start()
     done = release("--timeout", "60")
-    ender.wait()
+    ender.join()
     assert done.code == 0
     assert end_state(Host.local())[TESTDEV][0] is None  # type: ignore[index]

@@ -168,7 +168,10 @@ def test_a_load_in_another_thread_survives_resets(device: Device) -> None:
 
     runner = threading.Thread(target=load)
     runner.start()
-    time.sleep(0.5)  # the load is what runs meanwhile
+    end = time.monotonic() + 20
+    while not any(queue.pair.in_flight for queue in list(controller.queues.values())):
+        assert runner.is_alive() and time.monotonic() < end, said
+        time.sleep(0.01)
     controller.reset()
     runner.join(25)
     assert not runner.is_alive() and "ok" not in said[0]

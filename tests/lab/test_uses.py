@@ -20,7 +20,7 @@ import pytest
 from tests.change.changing import binding, do, releasing
 from tests.lab.commands import Ran, driver_of, modprobe, override_of, restore, vfiotool
 from tests.lab.test_crash import KillingTree, in_child
-from tests.lab.test_held import HOLD
+from tests.lab.test_held import HOLD, asked_to_unbind
 from vfiotool.change.journal import RUN_FOLDER, Journal
 from vfiotool.host.host import Host
 
@@ -242,16 +242,6 @@ def test_a_second_signal_leaves_what_recover_undoes(guest: None) -> None:
     assert done.code == 0, done
     assert [entry["result"] for entry in done.json["recovered"]] == ["undone"]
     assert (driver_of(EDU), override_of(EDU)) == before
-
-
-def asked_to_unbind(address: str) -> bool:
-    """Whether the journal has the write that waits for the holder: it comes before the write.
-
-    A signal that comes earlier finds nothing under way, and the first one takes all back.
-    """
-    texts = [path.read_text() for path in Path(RUN_FOLDER).glob("boot-*/*.open")]
-    lines = [line for text in texts for line in text.splitlines()]
-    return any("/unbind" in line and address in line and '"write"' in line for line in lines)
 
 
 def test_the_watcher_leaves_a_disk_that_came_into_use(mounted: Mounted, tmp_path: Path) -> None:
