@@ -375,7 +375,12 @@ def test_what_nothing_keeps_from_its_host_driver() -> None:
     machine.card("8086:10c9", address=AUDIO, driver=None)
     found = machine.one("returns-to-host")
     assert found is not None and found.next == f"vfiotool bind {AUDIO} --driver none"
+    assert found.number == 1
     machine.small.file(f"{machine.path}/driver_override", "none")
+    assert machine.one("returns-to-host") is None
+    # A probe leaves one that has a driver: by vfio-pci's ids, no override keeps it there.
+    machine.card("8086:10c9", address=AUDIO, driver="vfio-pci")
+    machine.small.file(f"{machine.path}/driver_override", "(null)")
     assert machine.one("returns-to-host") is None
 
 

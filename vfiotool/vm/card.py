@@ -292,18 +292,19 @@ def _same_slot(one: str, other: str) -> bool:
 
 
 def _returning(check: ReadyCheck, chosen: Collection[str]) -> list[PreflightFinding]:
-    """Members of the group that nothing keeps from their host driver at the next probe."""
+    """Members of the group without a driver that nothing keeps from their host driver.
+
+    A probe asks the devices alone that have no driver: one on vfio-pci stays there
+    (drivers/base/dd.c, __driver_attach).
+    """
     free = [
         member.address
         for member in check.members
         if not member.is_bridge
         and member.driver_override is None
-        and (member.driver is None or member.driver == "vfio-pci")
+        and member.driver is None
         and member.address != check.device.name
     ]
-    own = check.device.function
-    if own is not None and own.driver == "vfio-pci" and own.driver_override is None:
-        free.insert(0, own.address)
     if not free:
         return []
     detail = (
