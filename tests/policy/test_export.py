@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.change.changing import EDU, NIC, NVME, counting, do, furnished, run_folder
 from vfiotool.change.journal import Journal
+from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.export import export_policy, policy_of, read_present_state
 from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.mdev_attributes import parse_matrix, same_assignment
@@ -85,3 +88,32 @@ def test_an_assignment_counts_by_its_number() -> None:
     assert same_assignment("assign_domain", "171", held)
     assert not same_assignment("assign_domain", "5", held)
     assert not same_assignment("assign_adapter", "five", held)
+
+
+def test_settings_of_a_vf_are_said_and_what_no_rule_says_is_a_comment() -> None:
+    kernel = furnished()
+    with run_folder() as folder:
+        do(kernel.host(), Journal(kernel.host(), folder), counting(NIC, 3))
+    # Of VF 1 the driver told nothing.
+    told = (VfSettings(0, vlan=7, trust=True, link_state=2), VfSettings(2, link_state=0))
+    state = replace(read_present_state(kernel.host()), settings={NIC: told})
+    text = policy_of(state)
+    assert f"# VF 0 of {NIC}: link state down: no rule says that" in text
+    assert text.count("link state") == 1
+    (rule,) = parse_policy(text).sriov
+    assert [(vf.index, vf.vlan, vf.trust) for vf in rule.vf] == [(0, 7, True)]
+
+
+def test_a_function_that_tells_no_id_is_exported_by_its_address_alone() -> None:
+    kernel = furnished()
+    kernel._attach(EDU, "vfio-pci")
+    state = read_present_state(kernel.host())
+    device = state.facts.devices[EDU]
+    for identity in (
+        replace(device.identity, vendor=None),
+        replace(device.identity, device=None),
+    ):
+        devices = {**state.facts.devices, EDU: replace(device, identity=identity)}
+        text = policy_of(replace(state, facts=replace(state.facts, devices=devices)))
+        assert f'match = {{ address = "{EDU}" }}' in text
+        parse_policy(text)

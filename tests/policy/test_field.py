@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from vfiotool.change.plans.facts import read_facts
 from vfiotool.cli.main import main
 from vfiotool.devices.drivers import canonical_name, kernel_name, read_missing
 from vfiotool.errors import Foretold, UsageError
+from vfiotool.policy.facts import read_policy_facts
+from vfiotool.policy.parse import parse_policy
+from vfiotool.policy.plan import plan_policy
+from vfiotool.snapshot.load import open_root
 
 FIELD = Path(__file__).resolve().parents[2] / "fixtures/field"
 
@@ -279,3 +285,34 @@ def test_options_for_a_device_of_another_host_say_what_is_not_ready_there(
     assert code == 0
     assert "0000:01:00.0 is not ready there: it is on nvme" in notes
     assert "is mounted on /mnt/a" in notes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lists", "said"),
+    [
+        (9999, {}, None),
+        (9999, {0: {}}, "none"),
+        (9999, {1: {1148: "A"}}, "1148 (A)"),
+        (1148, {1: {1148: "A"}}, None),
+        (0, {0: {1148: "A"}}, None),
+    ],
+)
+def test_a_vgpu_type_is_held_against_what_can_be_created(
+    wanted: int, lists: dict[int, dict[int, str]], said: str | None
+) -> None:
+    """`lists` by the VF's index: one that lists nothing has the types of its card's others."""
+    host = open_root(str(case("05") / "root.txt"))
+    text = 'version = 1\n[[sriov]]\nmatch = { address = "0000:41:00.0" }\nvfs = 2\n'
+    policy = parse_policy(f"{text}vf = [ {{ index = 0, vgpu_type = {wanted} }} ]\n")
+    facts = read_policy_facts(host, policy)
+    vfs = facts.facts.devices["0000:41:00.0"].sriov.vfs  # type: ignore[union-attr]
+    # Neither VF has a type now: the lists speak of what can be created.
+    numbers = {**facts.numbers, **{(vf, "nvidia/current_vgpu_type"): 0 for vf in vfs}}
+    numbers[vfs[0], "nvidia/current_vgpu_type"] = None if wanted == 0 else 0
+    creatable = {vfs[index]: types for index, types in lists.items()}
+    facts = replace(facts, creatable=creatable, numbers=numbers)
+    if said is None:
+        plan_policy(policy, facts)
+        return
+    with pytest.raises(Foretold, match=re.escape(f"it can create {said}")):
+        plan_policy(policy, facts)
