@@ -387,9 +387,14 @@ int64_t vt_blk_continue(struct vt_request *request, struct vt_io *io, int64_t re
 	struct vt_io_job job;
 
 	/* The job is the one that next_job named last: nothing has changed since. */
-	if (next_job(work, &job))
+	if (next_job(work, &job)) {
+		if (!io && (result == -ECANCELED || result == -EINTR || result == -EAGAIN))
+			return -ECANCELED;
 		take_result(work, &job, result);
+	}
 	while (next_job(work, &job)) {
+		if (!io)
+			return -ECANCELED;
 		if (vt_io_begin(io, &job, request))
 			return -EINPROGRESS;
 		take_result(work, &job, vt_io_do(&job));

@@ -58,7 +58,8 @@ struct vt_blk_mode {
 /* A request that waits for its disk. What it moves data to and from, and where its answer goes, has
  * to stay mapped until it has ended. */
 struct vt_request {
-	void *queue;              /* the caller's: whose it is, and its memory */
+	void *queue;              /* the caller's: whose it is, its memory, and a list of them */
+	struct vt_request *next, **link;
 	struct vt_memory *memory;
 	struct vt_chain chain;    /* as it was fetched, with `first` 0 */
 	struct iovec *segments;   /* those of the chain */
@@ -77,8 +78,9 @@ int64_t vt_blk_begin(struct vt_disk *disk, const struct vt_blk_mode *mode,
 		     const struct vt_chain *chain, const struct iovec *segments, struct vt_io *io,
 		     struct vt_request **request);
 
-/* Go on with a request, whose job ended with `result`. Return: the bytes to report as written; or
- * -EINPROGRESS, when another job was begun. */
+/* Go on with a request, whose job ended with `result`. Without a ring (NULL) nothing more is begun.
+ * Return: the bytes to report as written; -EINPROGRESS, when another job was begun; -ECANCELED, when
+ * one would have had to be: the request is not answered, and doing it again does no harm. */
 int64_t vt_blk_continue(struct vt_request *request, struct vt_io *io, int64_t result);
 
 /* Free a request that has ended. */

@@ -160,18 +160,46 @@ static void fill(struct io_uring_sqe *entry, const struct vt_io_job *job, void *
 	}
 }
 
-bool vt_io_begin(struct vt_io *io, const struct vt_io_job *job, void *tag)
+/* The next free entry, or NULL. */
+static struct io_uring_sqe *free_entry(struct vt_io *io)
 {
 	uint32_t head = __atomic_load_n(io->sq_head, __ATOMIC_ACQUIRE);
 
 	if (io->tail - head == io->sq_entries &&
 	    (!vt_io_submit(io) ||
 	     io->tail - __atomic_load_n(io->sq_head, __ATOMIC_ACQUIRE) == io->sq_entries))
-		return false;
-	fill(&io->entries[io->tail & io->sq_mask], job, tag);
+		return NULL;
+	return &io->entries[io->tail & io->sq_mask];
+}
+
+static void give(struct vt_io *io)
+{
 	io->tail++;
 	__atomic_store_n(io->sq_tail, io->tail, __ATOMIC_RELEASE);
 	io->in_flight++;
+}
+
+bool vt_io_begin(struct vt_io *io, const struct vt_io_job *job, void *tag)
+{
+	struct io_uring_sqe *entry = free_entry(io);
+
+	if (!entry)
+		return false;
+	fill(entry, job, tag);
+	give(io);
+	return true;
+}
+
+bool vt_io_cancel(struct vt_io *io, void *tag)
+{
+	struct io_uring_sqe *entry = free_entry(io);
+
+	if (!entry)
+		return false;
+	*entry = (struct io_uring_sqe){ .opcode = IORING_OP_ASYNC_CANCEL,
+					.fd = -1,
+					.addr = (uintptr_t)tag };
+	give(io);
 	return true;
 }
 
@@ -197,16 +225,19 @@ bool vt_io_ready(const struct vt_io *io)
 
 bool vt_io_reap(struct vt_io *io, void **tag, int32_t *result)
 {
-	uint32_t head = *io->cq_head;
-	const struct io_uring_cqe *done;
+	do {
+		uint32_t head = *io->cq_head;
+		const struct io_uring_cqe *done;
 
-	if (head == __atomic_load_n(io->cq_tail, __ATOMIC_ACQUIRE))
-		return false;
-	done = &io->completions[head & io->cq_mask];
-	*tag = (void *)(uintptr_t)done->user_data;
-	*result = done->res;
-	__atomic_store_n(io->cq_head, head + 1, __ATOMIC_RELEASE);
-	io->in_flight--;
+		if (head == __atomic_load_n(io->cq_tail, __ATOMIC_ACQUIRE))
+			return false;
+		done = &io->completions[head & io->cq_mask];
+		*tag = (void *)(uintptr_t)done->user_data;
+		*result = done->res;
+		__atomic_store_n(io->cq_head, head + 1, __ATOMIC_RELEASE);
+		io->in_flight--;
+		/* Whether a job could be cancelled is told by the job. */
+	} while (!*tag);
 	return true;
 }
 

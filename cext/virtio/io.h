@@ -40,6 +40,11 @@ int vt_io_descriptor(const struct vt_io *io);
 /* Begin a job. It starts no later than vt_io_submit. Return: false if there is no room: do it now. */
 bool vt_io_begin(struct vt_io *io, const struct vt_io_job *job, void *tag);
 
+/* Ask that a job which has not started yet is not done, or is interrupted where that can be: its
+ * result is -ECANCELED or -EINTR then, and what it would have been otherwise. Starts no later than
+ * vt_io_submit. Return: false if there is no room for the question. */
+bool vt_io_cancel(struct vt_io *io, void *tag);
+
 /* Start what was begun. Return: whether all of it was; what was not is tried by the next call. */
 bool vt_io_submit(struct vt_io *io);
 

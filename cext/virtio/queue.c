@@ -118,6 +118,9 @@ static int run_stop(struct vt_command *command)
 		epoll_ctl(queue->worker->epoll, EPOLL_CTL_DEL, queue->kick_fd, NULL);
 	vt_queue_forget(queue);
 	if (queue->pending) {
+		if (queue->suspending)
+			for (struct vt_request *one = queue->waiting; one; one = one->next)
+				vt_io_cancel(queue->worker->io, one);
 		/* Run again by whoever completes the last request. */
 		queue->leaving = command;
 		return VT_LATER;
@@ -126,9 +129,18 @@ static int run_stop(struct vt_command *command)
 	return 0;
 }
 
-uint32_t vt_queue_stop(struct vt_queue *queue)
+static int run_suspend(struct vt_command *command)
 {
-	struct vt_command command = { .run = run_stop, .queue = queue };
+	struct vt_queue *queue = command->queue;
+
+	command->run = run_stop;
+	queue->suspending = queue->log_memory;
+	return run_stop(command);
+}
+
+static uint32_t end(struct vt_queue *queue, int (*run)(struct vt_command *command))
+{
+	struct vt_command command = { .run = run, .queue = queue };
 	uint32_t base;
 
 	vt_worker_ask(queue->worker, &command);
@@ -136,6 +148,16 @@ uint32_t vt_queue_stop(struct vt_queue *queue)
 	queue->ring = NULL;
 	free_queue(queue);
 	return base;
+}
+
+uint32_t vt_queue_stop(struct vt_queue *queue)
+{
+	return end(queue, run_stop);
+}
+
+uint32_t vt_queue_suspend(struct vt_queue *queue)
+{
+	return end(queue, run_suspend);
 }
 
 /* A queue that waits for its disk stays: what it began belongs to the worker's ring. */

@@ -26,6 +26,28 @@ static void complete(struct vt_worker *worker, struct vt_queue *queue,
 	vt_count(&worker->figures.requests);
 }
 
+/* Note that a request waits for its disk. */
+static void await(struct vt_queue *queue, struct vt_request *request)
+{
+	request->next = queue->waiting;
+	request->link = &queue->waiting;
+	if (request->next)
+		request->next->link = &request->next;
+	queue->waiting = request;
+	queue->pending++;
+}
+
+/* End a request that waited. */
+static void forget(struct vt_queue *queue, struct vt_request *request)
+{
+	*request->link = request->next;
+	if (request->next)
+		request->next->link = request->link;
+	vt_memory_put(request->memory);
+	vt_blk_end(request);
+	queue->pending--;
+}
+
 uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most)
 {
 	int got = vt_ring_fetch(queue->ring, worker->chains, most, worker->arena, VT_ARENA);
@@ -47,7 +69,7 @@ uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t mos
 		if (written == -EINPROGRESS) {
 			request->queue = queue;
 			request->memory = vt_memory_get(queue->memory);
-			queue->pending++;
+			await(queue, request);
 			continue;
 		}
 		complete(worker, queue, queue->memory, chain, segments, written);
@@ -79,15 +101,15 @@ void vt_serve_finished(struct vt_worker *worker)
 	while (vt_io_reap(worker->io, &tag, &result)) {
 		struct vt_request *request = tag;
 		struct vt_queue *queue = request->queue;
-		int64_t written = vt_blk_continue(request, worker->io, result);
+		int64_t written = vt_blk_continue(request, queue->suspending ? NULL : worker->io,
+						  result);
 
 		if (written == -EINPROGRESS)
 			continue;
-		complete(worker, queue, request->memory, &request->chain, request->segments,
-			 written);
-		vt_memory_put(request->memory);
-		vt_blk_end(request);
-		queue->pending--;
+		if (written != -ECANCELED)
+			complete(worker, queue, request->memory, &request->chain,
+				 request->segments, written);
+		forget(queue, request);
 		if (!queue->unpublished) {
 			queue->unpublished = true;
 			queue->next_finished = finished;

@@ -67,6 +67,12 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 /* End a queue when its requests have ended, also those that wait for a disk. Return: the next available entry (0 to 65535). */
 uint32_t vt_queue_stop(struct vt_queue *queue);
 
+/* End a queue without waiting for its disk longer than it takes to cancel what was begun there: what
+ * could be cancelled stays marked in the in-flight log, for whoever goes on with it. What the disk is
+ * in the middle of is waited for, as it would come to the disk later than what is done next.
+ * Without a log it is vt_queue_stop. Return: as vt_queue_stop. */
+uint32_t vt_queue_suspend(struct vt_queue *queue);
+
 /* Have another worker serve a queue from now on. Return: 0; or a negative errno, and the queue is
  * where it was: -EBUSY while it waits for its disk. */
 int vt_queue_move(struct vt_queue *queue, struct vt_worker *worker);

@@ -33,7 +33,9 @@ struct vt_queue {
 	uint32_t size;
 	uint64_t window_ns;     /* how long, after its last work */
 	uint64_t worked_at;
-	uint32_t pending;       /* requests that wait for the disk */
+	uint32_t pending;       /* requests that wait for the disk: */
+	struct vt_request *waiting;
+	bool suspending;        /* those are cancelled, and left to the in-flight log */
 	bool unpublished;       /* some of them have ended just now */
 	struct vt_queue *next_finished;
 	struct vt_command *leaving; /* waits for the last of them */

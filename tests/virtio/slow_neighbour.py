@@ -1,6 +1,6 @@
 """A disk whose file answers late, beside one in memory, on one worker: nobody waits for it.
 
-    unshare --mount python -m tests.virtio.slow_neighbour FOLDER
+    unshare --mount python -m tests.virtio.slow_neighbour FOLDER drained|suspended
 
 Mounts a FUSE file system of its own on FOLDER, whose reads wait until they are let go, and exits 0
 if all held. Run by test_slow_neighbour.py, in a mount namespace that ends with it.
@@ -12,23 +12,25 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import struct
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 
-from tests.virtio.frontend import DATA, T_IN, Frontend
+from tests.virtio.frontend import DATA, SIZE, T_IN, TIMEOUT_S, Frontend
+from vfiotool.virtio.backend import PROTOCOL_FEATURES, ProtocolFeature
 from vfiotool.virtio.block import BlockDisk, DiskSettings
 from vfiotool.virtio.message import VhostRequest
 from vfiotool.virtio.server import Export, Server, listen
 
 MIB = 1 << 20
 # Opcodes and records of linux/fuse.h, protocol 7.31.
-_LOOKUP, _GETATTR, _OPEN, _READ, _RELEASE, _FLUSH, _INIT = 1, 3, 14, 15, 18, 25, 26
+_LOOKUP, _GETATTR, _OPEN, _READ, _RELEASE, _FLUSH, _INIT, _INTERRUPT = 1, 3, 14, 15, 18, 25, 26, 36
 _IN, _OUT = struct.Struct("<IIQQIIII"), struct.Struct("<IiQ")
 _ATTRIBUTES = struct.Struct("<QQQQQQIIIIIIIIII")
-_ENOENT, _ENOSYS = 2, 38
+_ENOENT, _EINTR, _ENOSYS = 2, 4, 38
 _MOST_S = 15.0
 
 
@@ -54,8 +56,13 @@ class SlowFile:
             os._exit(0)
         os.close(self._fd)
 
-    def was_asked(self) -> bool:
-        return bool(select.select([self._asked], [], [], _MOST_S)[0])
+    def was_asked(self, *, again: bool = False) -> bool:
+        """Whether a read has come; `again`: since this was asked last."""
+        if not select.select([self._asked], [], [], _MOST_S)[0]:
+            return False
+        if again:
+            os.eventfd_read(self._asked)
+        return True
 
     def let_go(self) -> None:
         os.eventfd_write(self._going, 1)
@@ -81,6 +88,11 @@ class SlowFile:
                 if opcode == _READ:
                     held.append((unique, request))
                     os.eventfd_write(self._asked, 1)
+                elif opcode == _INTERRUPT:
+                    (given_up,) = struct.unpack_from("<Q", request, _IN.size)
+                    for one in [one for one in held if one[0] == given_up]:
+                        held.remove(one)
+                        self._reply(given_up, _EINTR, b"")
                 else:
                     self._reply(unique, *self._answer(opcode, node, request[_IN.size :]))
             while going and held:
@@ -111,13 +123,13 @@ class SlowFile:
         return _ATTRIBUTES.pack(*fields)
 
 
-def lay_down(front: Frontend, room: int) -> None:
-    """Make one read available without waiting for it."""
-    ring = front.rings[0]
-    front.memory[DATA : DATA + 16] = struct.pack("<IIQ", T_IN, 0, 0)
-    front.memory[DATA + 16] = 0xFF
-    front.put(ring, 0, [(DATA, 16, False), (DATA + 32, room, True), (DATA + 16, 1, True)])
-    front.add(ring, 0)
+def lay_down(front: Frontend, room: int, number: int = 0) -> None:
+    """Make one read available without waiting for it; each has a place of its own."""
+    ring, at = front.rings[0], DATA + number * 0x2000
+    front.memory[at : at + 16] = struct.pack("<IIQ", T_IN, 0, 16 * number)
+    front.memory[at + 16] = 0xFF
+    front.put(ring, 3 * number, [(at, 16, False), (at + 32, room, True), (at + 16, 1, True)])
+    front.add(ring, 3 * number)
 
 
 def is_silent(front: Frontend) -> bool:
@@ -129,7 +141,7 @@ def is_silent(front: Frontend) -> bool:
     )
 
 
-def check(folder: Path) -> None:
+def check(folder: Path, way: str) -> None:
     slow_file = SlowFile(folder, MIB)
     sockets = {name: str(folder.parent / name) for name in ("slow", "quick")}
     disks = {
@@ -142,7 +154,10 @@ def check(folder: Path) -> None:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
-            drive(slow_file, Frontend(sockets["slow"]), Frontend(sockets["quick"]))
+            if way == "suspended":
+                drive_suspended(slow_file, sockets["slow"])
+            else:
+                drive(slow_file, Frontend(sockets["slow"]), Frontend(sockets["quick"]))
         finally:
             slow_file.let_go()
             server.stop()
@@ -172,5 +187,50 @@ def drive(slow_file: SlowFile, slow: Frontend, quick: Frontend) -> None:
     quick.close()
 
 
+def drive_suspended(slow_file: SlowFile, path: str) -> None:
+    """A machine that moves does not wait for the disk: its reads go along in the log."""
+    front = Frontend(path)
+    front.negotiate()
+    front.share()
+    front.send(VhostRequest.GET_INFLIGHT_FD, struct.pack("<QQHH4x", 0, 0, 1, SIZE))
+    _, area, (log,) = front.receive()
+    assert front.acknowledged(VhostRequest.SET_INFLIGHT_FD, area, [log]) == 0
+    front.start()
+    count = 12  # more than io_uring gives its threads at once
+    for turn, request in enumerate(
+        (VhostRequest.GET_VRING_BASE_SKIP_DRAIN, VhostRequest.GET_VRING_BASE)
+    ):
+        if turn:
+            # Of a front end that knows but the first meaning of it.
+            without = 1 << ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN
+            wanted = struct.pack("<Q", PROTOCOL_FEATURES & ~without)
+            front.send(VhostRequest.SET_PROTOCOL_FEATURES, wanted)
+            front.start(base=count)
+        else:
+            for number in range(count):
+                lay_down(front, 4096, number)
+        assert slow_file.was_asked(again=True)
+        assert struct.unpack("<II", front.ask(request, struct.pack("<II", 0, 0))) == (0, count)
+        assert front.u16(front.rings[0].at + 0x2002) == 0, "answered without its data"
+    # Where it went.
+    front.socket.close()
+    front.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    front.socket.settimeout(TIMEOUT_S)
+    front.socket.connect(path)
+    front.negotiate()
+    front.share()
+    assert front.acknowledged(VhostRequest.SET_INFLIGHT_FD, area, [log]) == 0
+    slow_file.let_go()
+    front.start(base=count)
+    done = front.wait(front.rings[0], count)
+    assert sorted(done) == [(3 * number, 4097) for number in range(count)]
+    for number in range(count):
+        at = DATA + number * 0x2000
+        assert front.memory[at + 16] == 0
+        assert front.memory[at + 32 : at + 32 + 4096] == b"s" * 4096
+    os.close(log)
+    front.close()
+
+
 if __name__ == "__main__":
-    check(Path(sys.argv[1]))
+    check(Path(sys.argv[1]), sys.argv[2])

@@ -32,12 +32,22 @@ def why_not() -> str | None:
 def test_a_disk_that_answers_late_holds_no_neighbour_and_is_drained_when_it_stops(
     tmp_path: Path,
 ) -> None:
+    run(tmp_path, "drained")
+
+
+def test_what_a_late_disk_has_not_done_goes_along_in_the_log_when_a_machine_moves(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path, "suspended")
+
+
+def run(tmp_path: Path, way: str) -> None:
     if reason := why_not():
         pytest.skip(reason)
     folder = tmp_path / "mount"
     folder.mkdir()
     command = ["unshare", "--mount", "--propagation", "private", sys.executable]
-    command += ["-m", "tests.virtio.slow_neighbour", str(folder)]
+    command += ["-m", "tests.virtio.slow_neighbour", str(folder), way]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if "mount of fuse" in done.stderr:
         pytest.skip("file systems may not be mounted here")

@@ -454,6 +454,33 @@ def test_an_image_is_served_once(path: Path, image: Path) -> None:
     BlockDisk(DiskSettings(path=str(image))).close()
 
 
+def test_a_machine_moves_between_two_servers_that_lock_its_image_while_it_runs(
+    path: Path, image: Path
+) -> None:
+    settings, other = DiskSettings(path=str(image), lock="running"), path.with_name("other")
+    with (
+        serving(path, settings),
+        serving(other, settings),
+        connected(path) as first,
+        connected(other) as second,
+    ):
+        first.up()
+        first.write(0, b"1" * 512)
+        second.negotiate()
+        second.share()
+        with pytest.raises(AssertionError):  # the answer is an error
+            second.start()
+        with pytest.raises(Refused, match="in use"):
+            BlockDisk(DiskSettings(path=str(image)))
+        first.stop()
+        with connected(other) as third:
+            third.up()
+            assert third.read(0, 512) == b"1" * 512
+            with pytest.raises(Closed):
+                first.start()
+    BlockDisk(DiskSettings(path=str(image))).close()
+
+
 def test_what_is_no_disk_is_named(tmp_path: Path, image: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "odd").write_bytes(bytes(1000))

@@ -19,6 +19,7 @@ from vfiotool.cli.serve_options import (
     BlockSizeOption,
     DirectOption,
     FileOption,
+    LockOption,
     OffsetOption,
     PollOption,
     QueuesOption,
@@ -89,6 +90,7 @@ def vhost_user_blk(
     block_size: BlockSizeOption = 512,
     queues: QueuesOption = 1,
     direct: DirectOption = False,
+    lock: LockOption = "always",
     threads: ThreadsOption = 1,
     poll_us: PollOption = 0,
     iops_limit: IopsOption = None,
@@ -115,6 +117,7 @@ def vhost_user_blk(
         block_size=block_size,
         queues=queues,
         direct=direct,
+        lock=lock,
     )
     rate = parse_rate(iops_limit, bandwidth_limit, burst, dashes=True)
     settings = ExportSettings("disk", socket_path or "", disk, rate)

@@ -30,6 +30,15 @@ QueuesOption = Annotated[int, typer.Option("--queues", metavar="N", help="Virtqu
 DirectOption = Annotated[
     bool, typer.Option("--direct", help="Read and write the file past the page cache.")
 ]
+LockOption = Annotated[
+    str,
+    typer.Option(
+        "--lock",
+        metavar="WHEN",
+        help="Lock the file always, or only while a machine is running, so that it can move"
+        " to another server.",
+    ),
+]
 ThreadsOption = Annotated[int, typer.Option("--threads", metavar="N", help="Worker threads.")]
 PollOption = Annotated[
     int,
@@ -53,6 +62,7 @@ def disk_of(
     block_size: int,
     queues: int,
     direct: bool,
+    lock: str = "always",
 ) -> DiskSettings:
     """The disk that the options name. Raises UsageError naming the option at fault."""
     from vfiotool.virtio.block import DiskSettings
@@ -72,6 +82,7 @@ def disk_of(
         block_size=block_size,
         queues=queues,
         direct=direct,
+        lock=lock,
     )
 
 

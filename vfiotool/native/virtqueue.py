@@ -8,7 +8,7 @@ guaranteed.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -208,9 +208,10 @@ class WrittenPages:
 class ServedQueue:
     """A virtqueue that a worker serves from now on; see vt_queue_start.
 
-    `log` is the map that holds the in-flight log and the log's address in it. Raises UsageError for
-    a ring that does not lie in `memory` or a log that contradicts itself. With `call_index` the
-    call is a VDUSE device, and that is the queue's number there.
+    `ended` is called when it was stopped. `log` is the map that holds the in-flight log and the
+    log's address in it. Raises UsageError for a ring that does not lie in `memory` or a log that
+    contradicts itself. With `call_index` the call is a VDUSE device, and that is the queue's number
+    there.
     """
 
     def __init__(
@@ -229,6 +230,7 @@ class ServedQueue:
         dirty: WrittenPages | None = None,
         share: LimitShare | None = None,
         call_index: int | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         settings = ffi.new("struct vt_queue_settings *")
         settings.memory, settings.disk, settings.base = memory.handle, disk.handle, base
@@ -249,15 +251,25 @@ class ServedQueue:
         _done(lib.vt_queue_start(worker.handle, settings, made), "start a queue")
         self.handle = made[0]
         self.worker = worker
+        self._ended = ended
         worker.queues += 1
 
     def stop(self) -> int:
         """End it when what it fetched has ended; returns the next available index."""
+        return self._end(lib.vt_queue_stop)
+
+    def suspend(self) -> int:
+        """End it; what its disk can cancel stays in the in-flight log. See vt_queue_suspend."""
+        return self._end(lib.vt_queue_suspend)
+
+    def _end(self, end: Callable[[Any], int]) -> int:
         handle, self.handle = self.handle, ffi.NULL
         if handle == ffi.NULL:
             raise VfiotoolError("the queue has been stopped already")
         self.worker.queues -= 1
-        return int(lib.vt_queue_stop(handle))
+        base = int(end(handle))
+        self._ended()
+        return base
 
     def move(self, worker: Worker) -> bool:
         """Have another worker serve it; whether it does now: not while it waits for its disk.

@@ -69,6 +69,8 @@ class ProtocolFeature(IntEnum):
     CONFIG = 9
     INFLIGHT_SHMFD = 12
     CONFIGURE_MEM_SLOTS = 15
+    GET_VRING_BASE_INFLIGHT = 20
+    GET_VRING_BASE_SKIP_DRAIN = 23
 
 
 PROTOCOL_FEATURES = sum(1 << feature for feature in ProtocolFeature)
@@ -154,9 +156,11 @@ class Frontend:
             return format_reply(message.request, format_u64(0)), None
         return None
 
+    def _negotiated(self, feature: ProtocolFeature) -> bool:
+        return bool(self.protocol_features >> feature & 1)
+
     def _acknowledges(self, message: VhostMessage) -> bool:
-        negotiated = self.protocol_features >> ProtocolFeature.REPLY_ACK & 1
-        return bool(message.needs_reply and negotiated)
+        return message.needs_reply and self._negotiated(ProtocolFeature.REPLY_ACK)
 
     def broken(self) -> list[str]:
         """Why queues serve no more."""
@@ -235,10 +239,10 @@ class Frontend:
             ),
         )
 
-    def _stop(self, vring: Vring) -> None:
+    def _stop(self, vring: Vring, *, suspend: bool = False) -> None:
         if vring.queue is not None:
             queue, vring.queue = vring.queue, None
-            vring.base = queue.stop()
+            vring.base = queue.suspend() if suspend else queue.stop()
 
     def _log_of(self, index: int, size: int) -> tuple[MemoryMap, int] | None:
         if self.log is None or self.log_area is None:
@@ -434,9 +438,22 @@ class Frontend:
             raise ProtocolError(f"vring {index} is changed while it runs")
 
     def _get_vring_base(self, message: VhostMessage) -> tuple[bytes, None]:
+        # Whether a stop may leave requests to the in-flight log was one bit's meaning first (QEMU
+        # 11.0) and is a message of its own where both sides know that.
+        leaves = self._negotiated(ProtocolFeature.GET_VRING_BASE_INFLIGHT)
+        if self._negotiated(ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN):
+            leaves = False
+        return self._end_ring(message, suspend=leaves)
+
+    def _get_vring_base_skip_drain(self, message: VhostMessage) -> tuple[bytes, None]:
+        if not self._negotiated(ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN):
+            raise ProtocolError("GET_VRING_BASE_SKIP_DRAIN was not negotiated")
+        return self._end_ring(message, suspend=True)
+
+    def _end_ring(self, message: VhostMessage, *, suspend: bool) -> tuple[bytes, None]:
         index, _ = parse_state(message.payload)
         vring = self._vring(index)
-        self._stop(vring)
+        self._stop(vring, suspend=suspend)
         vring.kicked = False
         if vring.kick is not None:
             os.close(vring.kick)
@@ -565,6 +582,7 @@ _HANDLERS: dict[VhostRequest, _Handler] = {
     VhostRequest.GET_MAX_MEM_SLOTS: Frontend._get_max_mem_slots,
     VhostRequest.ADD_MEM_REG: Frontend._add_mem_reg,
     VhostRequest.REM_MEM_REG: Frontend._rem_mem_reg,
+    VhostRequest.GET_VRING_BASE_SKIP_DRAIN: Frontend._get_vring_base_skip_drain,
 }
 # Those with an answer of their own, which has no room for an error.
 _ANSWERED = frozenset(

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from enum import IntFlag
 
@@ -30,6 +30,7 @@ _CONFIG = struct.Struct("<QII HBB I BBHI BBH II I II B3x")
 # for each that is not shared. Bits: consistent read 0, write 1, write unchanged 2, resize 3.
 _LOCK_USED, _LOCK_UNSHARED = 100, 200
 _READER, _WRITER, _NOT_SHARED = (0,), (0, 1), (1, 3)
+LOCKS = ("always", "running")
 _FLOCK = struct.Struct("hhqqi4x")
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 # F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW (linux/fcntl.h).
@@ -62,6 +63,9 @@ class DiskSettings:
     queues: int = 1
     direct: bool = False
     """Past the page cache (O_DIRECT), where a request is aligned."""
+    lock: str = "always"
+    """When the image is locked: `always`, or `running`, while a machine runs on it: two servers may
+    have it open then, and the machine moves from one to the other."""
 
 
 def check(settings: DiskSettings) -> None:
@@ -79,6 +83,8 @@ def check(settings: DiskSettings) -> None:
         raise UsageError(f"--size {settings.size}: not a multiple of the block size {size}")
     if settings.path is None and settings.size is None:
         raise UsageError("a disk in memory has no size", hint="give it: --ram 1G")
+    if settings.lock not in LOCKS:
+        raise UsageError(f"--lock {settings.lock[:20]!r}: not one of {', '.join(LOCKS)}")
     if settings.direct and settings.path is None:
         raise UsageError("--direct is of a file, not of a disk in memory")
     if len(settings.serial.encode()) > 20 or not settings.serial.isprintable():
@@ -100,6 +106,7 @@ class BlockDisk:
         `lasting` has a disk in memory lie where another process can take it over."""
         self.settings = settings
         self.carried: DiskFigures | None = None
+        self._running = 0
         with ExitStack() as stack:
             if image is not None:
                 stack.callback(os.close, image)
@@ -112,7 +119,8 @@ class BlockDisk:
                 else:
                     descriptor = image
                     _check_image(descriptor, settings)
-                lock(descriptor, settings.path, read_only=settings.read_only)
+                if settings.lock == "always":
+                    lock(descriptor, settings.path, read_only=settings.read_only)
                 available = _available(descriptor, settings)
                 if settings.direct:
                     direct = _open_direct(settings)
@@ -198,7 +206,28 @@ class BlockDisk:
     def start_queue(
         self, workers: list[Worker], _index: int, features: int, start: QueueStart
     ) -> ServedQueue:
-        """Have the worker that has the fewest queues serve another one."""
+        """Have the worker that has the fewest queues serve another one. Raises Refused if the image
+        is to be locked now and another program has it locked."""
+        if self._locks_running and not self._running:
+            assert self.image is not None and self.settings.path is not None
+            lock(self.image, self.settings.path, read_only=self.settings.read_only)
+        self._running += 1
+        try:
+            return self._queue(workers, features, start)
+        except BaseException:
+            self._queue_ended()
+            raise
+
+    @property
+    def _locks_running(self) -> bool:
+        return self.settings.path is not None and self.settings.lock == "running"
+
+    def _queue_ended(self) -> None:
+        self._running -= 1
+        if self._locks_running and not self._running and self.image is not None:
+            unlock(self.image)
+
+    def _queue(self, workers: list[Worker], features: int, start: QueueStart) -> ServedQueue:
         return ServedQueue(
             min(workers, key=lambda worker: worker.queues),
             self.raw,
@@ -213,6 +242,7 @@ class BlockDisk:
             dirty=start.dirty,
             call_index=start.call_index,
             share=self.share,
+            ended=self._queue_ended,
         )
 
     def resize(self) -> bool:
@@ -329,11 +359,19 @@ def lock(descriptor: int, path: str, *, read_only: bool) -> None:
             return
         raise from_oserror(f"lock {path}", error) from error
     if busy:
+        unlock(descriptor)
         os.lseek(descriptor, 0, os.SEEK_SET)
         raise Refused(
             f"{path}: in use by another program or another export",
             hint="stop what has it open, or serve it everywhere with --read-only",
         )
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of what `lock` took."""
+    with suppress(OSError):
+        for at in range(_LOCK_USED, _LOCK_UNSHARED + 4):
+            _ofd(descriptor, _F_OFD_SETLK, fcntl.F_UNLCK, at)
 
 
 def _ofd(descriptor: int, command: int, kind: int, at: int) -> bool:

@@ -39,6 +39,7 @@ _KINDS: dict[str, type] = {
     "weight": int,
     "group": str,
     "direct": bool,
+    "lock": str,
 }
 _SIZES = ("ram", "offset", "size")
 _LIMITS = ("iops_limit", "bandwidth_limit", "burst")
@@ -224,6 +225,7 @@ def _parse_export(table: dict[str, Any]) -> ExportSettings:
         block_size=table.get("block_size", 512),
         queues=table.get("queues", 1),
         direct=table.get("direct", False),
+        lock=table.get("lock", "always"),
     )
     check(disk)
     if "group" in table and not _NAME.fullmatch(table["group"]):

@@ -218,6 +218,10 @@ class _LoopQueue:
     def stop(self) -> int:
         return self.host.in_loop(self._stop())
 
+    def suspend(self) -> int:
+        """A class's coroutine is not cancelled half-way: it ends first."""
+        return self.stop()
+
     def set_memory(self, memory: MemoryMap) -> bool:
         return self.host.call(lambda: self.direct.set_memory(memory))
 

@@ -64,6 +64,7 @@ class VhostRequest(IntEnum):
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
     REM_MEM_REG = 38
+    GET_VRING_BASE_SKIP_DRAIN = 45
 
 
 class BackendRequest(IntEnum):
@@ -156,6 +157,7 @@ _SHAPES: dict[VhostRequest, tuple[int | None, int, int]] = {
     VhostRequest.ADD_MEM_REG: (40, 1, 1),
     # QEMU sends the region's descriptor again; the specification lets it come without.
     VhostRequest.REM_MEM_REG: (40, 0, 1),
+    VhostRequest.GET_VRING_BASE_SKIP_DRAIN: (8, 0, 0),
 }
 
 

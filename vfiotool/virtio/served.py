@@ -47,6 +47,9 @@ class RunningQueue(Protocol):
     def stop(self) -> int:
         """End it when what it fetched has ended; returns the next available index."""
 
+    def suspend(self) -> int:
+        """As `stop`, but what can be cancelled is, and stays in the in-flight log, if any."""
+
     def set_memory(self, memory: MemoryMap) -> bool:
         """Put another map under it; whether the ring lies in it."""
 
