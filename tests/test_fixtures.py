@@ -40,7 +40,9 @@ def test_a_fixture_says_where_it_comes_from(name: str) -> None:
     recipe = tomllib.loads((HOSTS / name / "host.toml").read_text())
     assert recipe["summary"]
     header = load(str(HOSTS / name / "sys.txt")).header
-    if "base" in recipe:
+    if recipe.get("built"):
+        assert (header["built-from"], header["machine"]) == ("public facts", name)
+    elif "base" in recipe:
         assert header["derived-from"] == recipe["base"]
     else:
         assert header["machine"] == recipe["machine"]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.guests.runs import need_lab
 from vfiotool.cli.lab_twin import _asked_here as asked_here
-from vfiotool.cli.lab_twin import compare_with, is_explained, stand_ins_of
+from vfiotool.cli.lab_twin import compare_with, in_use_of, is_explained, stand_ins_of
 from vfiotool.lab.twin_facts import read_twin_host
 from vfiotool.lab.twin_plan import plan_twin
 from vfiotool.lab.twin_run import running_twin
@@ -22,13 +22,15 @@ KERNEL = "6.12"
 VFIOTOOL = str(Path(sys.prefix) / "bin/vfiotool")
 
 
-@pytest.mark.parametrize("name", ["shared-group", "storage-in-use"])
+@pytest.mark.parametrize(
+    "name", ["storage-in-use", "intel-workstation", "two-socket-server", "amd-desktop"]
+)
 def test_a_twin_has_the_host_s_groups_and_verdicts(name: str) -> None:
     need_lab(KERNEL)
     snapshot = str(HOSTS / name)
     host = read_twin_host(snapshot)
     devices = asked_here(snapshot, "devices")
-    plan = plan_twin(host, stand_ins_of(devices))
+    plan = plan_twin(host, stand_ins_of(devices), in_use_of(devices))
     with running_twin(host, plan, KERNEL) as guest:
         found = compare_with(guest, snapshot, plan)
         assert [one.line() for one in found if not is_explained(one, plan)] == []

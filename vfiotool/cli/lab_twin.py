@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +44,10 @@ KernelOption = Annotated[
 TimeoutOption = Annotated[
     float, typer.Option(metavar="SECONDS", min=0.1, help="End the command after this time.")
 ]
-_DISK, _NETWORK = "0108", "0200"
+_NVME, _NETWORK, _SATA = "0108", "0200", "0106"
+# What is acted out in the twin: by a mount, or by the default route.
+_USES = ("mounted", "swap", "storage-member", "route")
+_FREE = ("vfio-pci", "pci-stub")
 _ASK_LIMIT_S = 120.0
 
 
@@ -67,7 +71,8 @@ def twin(
     from vfiotool.lab.twin_run import running_twin
 
     host = read_twin_host(snapshot)
-    made = plan_twin(host, stand_ins_of(_asked_here(snapshot, "devices")))
+    devices = _asked_here(snapshot, "devices")
+    made = plan_twin(host, stand_ins_of(devices), in_use_of(devices))
     if plan:
         _show_plan(context, made)
         return 0
@@ -92,17 +97,34 @@ def _run(guest: Guest, command: list[str], timeout: float) -> int:
 
 
 def stand_ins_of(devices: dict[str, Any]) -> dict[str, StandIn]:
-    """Which endpoints a driver has to work on: disks and network cards that the host uses, by what
-    `devices --json` says of it."""
+    """Which endpoints a driver has to work on, by what `devices --json` says: NVMe disks, network
+    cards with virtual functions, and what else the host uses as a disk or a network card."""
+    used = in_use_of(devices)
+    slots = Counter(one["address"][:-2] for one in devices["devices"] if not one["physfn"])
     found: dict[str, StandIn] = {}
     for one in devices["devices"]:
-        if one["verdict"] != "blocked":
-            continue
-        if one["class"].startswith(_DISK) and one["disks"]:
-            found[one["address"]] = "nvme"
-        elif one["class"].startswith(_NETWORK) and one["interfaces"]:
-            found[one["address"]] = "network"
+        address, code = one["address"], one["class"]
+        if code.startswith(_NVME) and one["driver"] == "nvme":
+            found[address] = "nvme"
+        elif code.startswith(_NETWORK) and one["sriov"] and one["driver"] not in _FREE:
+            # Behind igb's first function Linux looks for no other (alternative routing-ID).
+            if slots[address[:-2]] == 1:
+                found[address] = "sriov"
+        elif code.startswith(_NETWORK) and one["interfaces"] and address in used:
+            found[address] = "network"
+        elif code.startswith(_SATA) and one["disks"] and address in used:
+            found[address] = "sata"
     return found
+
+
+def in_use_of(devices: dict[str, Any]) -> frozenset[str]:
+    """The devices that the host uses themselves, not only others of their groups."""
+    return frozenset(
+        one["address"]
+        for one in devices["devices"]
+        for blocker in one["blockers"]
+        if blocker["device"] == one["address"] and blocker["kind"] in _USES
+    )
 
 
 def compare_with(guest: Guest, snapshot: str, plan: TwinPlan) -> list[TwinDifference]:
@@ -119,7 +141,8 @@ def compare_with(guest: Guest, snapshot: str, plan: TwinPlan) -> list[TwinDiffer
 
 def is_explained(found: TwinDifference, plan: TwinPlan) -> bool:
     """Whether the plan said already that this device, or one of its group, differs."""
-    about = {word for word in found.original.replace(",", " ").split() if ":" in word}
+    members = f"{found.original} {found.twin}".replace(",", " ")
+    about = {word for word in members.split() if ":" in word}
     return any(address in line for address in (found.device, *about) for line in plan.differences)
 
 

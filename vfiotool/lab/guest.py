@@ -250,8 +250,7 @@ class Guest:
         if not served:
             return []
         size = self.options.memory_mib or self.machine.memory_mib
-        result = ["-object", f"memory-backend-memfd,id=shared,size={size}M,share=on"]
-        result += ["-machine", "memory-backend=shared"]
+        result = _shared_memory(size, self.machine.numa_nodes)
         for one in served:
             result += ["-device", one.argument()]
         return result
@@ -430,6 +429,19 @@ def _busybox(layer: Path | None) -> Path:
 
 def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
+
+
+def _shared_memory(size_mib: int, nodes: int) -> list[str]:
+    """Memory that devices reach by its descriptors, on one NUMA node or spread over several."""
+    share = size_mib // nodes
+    if nodes == 1:
+        backend = ["-object", f"memory-backend-memfd,id=shared,size={share}M,share=on"]
+        return [*backend, "-machine", "memory-backend=shared"]
+    result = ["-m", f"{share * nodes}"]
+    for node in range(nodes):
+        result += ["-object", f"memory-backend-memfd,id=shared{node},size={share}M,share=on"]
+        result += ["-numa", f"node,nodeid={node},memdev=shared{node}"]
+    return result
 
 
 def _share_arguments(number: int, tag: str, path: Path, read_only: bool) -> list[str]:

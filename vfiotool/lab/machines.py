@@ -61,7 +61,7 @@ class Machine:
     `objects` what devices refer to (QEMU's `-object`), `kernel_arguments` further words on its
     kernel's command line. Without `firmware_hotplug` ports and bridges plug by their own
     controllers, on pciehp and shpchp. `served` are devices that processes serve over vfio-user.
-    `iommu_bits` is the width of Intel's IOMMU, 39 or 48."""
+    `iommu_bits` is the width of Intel's IOMMU, 39 or 48. The memory is spread over `numa_nodes`."""
 
     name: str
     summary: str
@@ -76,6 +76,7 @@ class Machine:
     firmware_hotplug: bool = True
     served: tuple[VfioUserDevice, ...] = ()
     iommu_bits: int | None = None
+    numa_nodes: int = 1
 
 
 def device(model: str, **properties: str) -> DeviceModel:
@@ -402,7 +403,11 @@ def iommu_devices(iommu: Iommu, bits: int | None = None) -> tuple[DeviceModel, .
         width = {} if bits is None else {"aw-bits": str(bits)}
         return (device("intel-iommu", intremap="on", **{"caching-mode": "on"}, **width),)
     if iommu == "amd":
-        return (device("amd-iommu", intremap="on", **{"dma-remap": "on"}),)
+        # Left to itself its function takes the first slot that is free so far.
+        return (
+            device("AMDVI-PCI", id="iommupci", bus="pcie.0", addr="0x1d"),
+            device("amd-iommu", intremap="on", **{"dma-remap": "on", "pci-id": "iommupci"}),
+        )
     if iommu == "virtio":
         return (device("virtio-iommu-pci", bus="pcie.0", addr="0x1d"),)
     return ()

@@ -12,6 +12,8 @@ from vfiotool.snapshot.load import open_root
 
 _DEVICES = "/sys/bus/pci/devices"
 _IOMMUS = "/sys/class/iommu"
+_NODES = "/sys/devices/system/node"
+_NODE = re.compile(r"node[0-9]+", re.ASCII)
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
 _EXPRESS = 0x10
 # PCI Express Base 5.0, 7.5.3.2: Device/Port Type.
@@ -21,7 +23,8 @@ PORT_TYPES = {4: "root port", 5: "upstream", 6: "downstream", 7: "pcie to pci", 
 @dataclass(frozen=True, slots=True)
 class TwinFunction:
     """One function of the original. `parents` are the bridges above it, the topmost first; `port`
-    is what kind of bridge it is itself, or None. `group` is its IOMMU group's number as a name."""
+    is what kind of bridge it is itself, or None. `group` is its IOMMU group's number as a name,
+    `physfn` the function that a VF is of, `serial` what an NVMe controller tells."""
 
     address: str
     root: str
@@ -38,6 +41,8 @@ class TwinFunction:
     is_vf: bool
     vfs: int
     acs_on: bool | None
+    physfn: str | None = None
+    serial: str | None = None
 
     @property
     def slot(self) -> int:
@@ -54,13 +59,15 @@ class TwinFunction:
 
 @dataclass(frozen=True, slots=True)
 class TwinHost:
-    """The original: its functions by address, and its IOMMU's kind and address width."""
+    """The original: its functions by address, its IOMMU's kind and address width, how many NUMA
+    nodes it has."""
 
     name: str
     functions: tuple[TwinFunction, ...]
     iommu: Iommu
     iommu_bits: int | None
     reserved: tuple[str, ...]
+    nodes: int = 1
 
     def by_address(self) -> dict[str, TwinFunction]:
         return {one.address: one for one in self.functions}
@@ -92,6 +99,8 @@ def read_twin_host(path: str) -> TwinHost:
                 resources=parse_resources(host.read(f"{place}/resource") or ""),
                 group=host.linkname(f"{place}/iommu_group"),
                 numa_node=host.read_int(f"{place}/numa_node") or 0,
+                physfn=host.linkname(f"{place}/physfn"),
+                serial=_serial(host, place),
                 driver=host.linkname(f"{place}/driver"),
                 is_vf=host.exists(f"{place}/physfn"),
                 vfs=host.read_int(f"{place}/sriov_totalvfs") or 0,
@@ -99,7 +108,16 @@ def read_twin_host(path: str) -> TwinHost:
             )
         )
     kind, bits = _iommu(host)
-    return TwinHost(path, tuple(functions), kind, bits, _reserved(host))
+    nodes = sum(bool(_NODE.fullmatch(name)) for name in host.listdir(_NODES)) or 1
+    return TwinHost(path, tuple(functions), kind, bits, _reserved(host), nodes)
+
+
+def _serial(host: Any, place: str) -> str | None:
+    for name in host.listdir(f"{place}/nvme"):
+        text = host.read(f"{place}/nvme/{name}/serial")
+        if text and text.strip():
+            return str(text).strip()
+    return None
 
 
 def _bytes(host: Any, path: str) -> bytes:

@@ -17,13 +17,18 @@ from typing import Literal
 from vfiotool.lab.machines import DeviceModel, Disk, Iommu
 from vfiotool.lab.twin_facts import TwinFunction, TwinHost
 
-StandIn = Literal["nvme", "network"]
+# An NVMe controller is a model with the original's ids and serial; the others are QEMU's.
+StandIn = Literal["nvme", "network", "sata", "sriov"]
 # Slots of the root bus that are not free: the root complex, the lab's own devices, the chipset.
 LAB_SLOT, CHIPSET_SLOT = 0x1E, 0x1F
 _TAKEN = (0x00, LAB_SLOT, CHIPSET_SLOT)
 # What q35's chipset has in slot 1f: function -> class and subclass.
 _CHIPSET = {0: 0x0601, 2: 0x0106, 3: 0x0C05}
-_HOST_BRIDGE, _NVME, _NETWORK = 0x0600, 0x0108, 0x0200
+_HOST_BRIDGE, _IOMMU = 0x0600, 0x0806
+# Where QEMU's igb has its virtual functions, and how many.
+_VF_OFFSET, _VF_STRIDE, _VFS = 128, 2, 7
+# Extra root buses sit in slots of the first one, from here downwards.
+_EXPANDERS = range(0x1C, 0, -1)
 _LAB_VENDOR = 0x1AF4
 _VIRTIO_IOMMU = 0x1AF41057
 # QEMU's IOMMUs have 39 or 48 bits.
@@ -33,17 +38,19 @@ _WIDE_BITS = 48
 @dataclass(frozen=True)
 class Replay:
     """An endpoint that is served from the configuration space of `original`, with the properties
-    that its `-device` has."""
+    that its `-device` has; with `disk` as an NVMe controller that works."""
 
     original: TwinFunction
     properties: tuple[tuple[str, str], ...]
+    disk: bool = False
 
 
 @dataclass(frozen=True)
 class TwinPlan:
     """A twin. `items` are its devices in the order that QEMU has to be told of them; `addresses`
     maps the original's to the twin's; `differences` are sentences. `acs_off` are the twin's ports
-    whose isolation is turned off."""
+    whose isolation is turned off, `in_use` the stand-ins that are mounted or have the route, `vfs`
+    how many virtual functions each of the twin's functions is to have."""
 
     iommu: Iommu
     iommu_bits: int | None
@@ -54,6 +61,9 @@ class TwinPlan:
     disks: tuple[Disk, ...]
     networks: tuple[str, ...]
     stand_ins: Mapping[str, StandIn]
+    in_use: frozenset[str]
+    vfs: Mapping[str, int]
+    numa_nodes: int
 
     @property
     def replays(self) -> list[Replay]:
@@ -82,20 +92,36 @@ class _Making:
     disks: list[Disk] = field(default_factory=list)
     networks: list[str] = field(default_factory=list)
     used: dict[str, StandIn] = field(default_factory=dict)
+    vfs: dict[str, int] = field(default_factory=dict)
     next_bus: int = 1
     chassis: int = 1
 
 
-def plan_twin(host: TwinHost, stand_ins: Mapping[str, StandIn] | None = None) -> TwinPlan:
-    """The twin of `host`. `stand_ins` are the endpoints that a driver has to work on: each becomes
-    a disk or a network card of QEMU's, with ids of its own."""
+def plan_twin(
+    host: TwinHost,
+    stand_ins: Mapping[str, StandIn] | None = None,
+    in_use: frozenset[str] = frozenset(),
+) -> TwinPlan:
+    """The twin of `host`. `stand_ins` are the endpoints that a driver has to work on, `in_use`
+    those of them that the host uses."""
     children: dict[str, list[TwinFunction]] = defaultdict(list)
     for one in host.functions:
         children[one.parents[-1] if one.parents else one.root].append(one)
     making = _Making(host, stand_ins or {}, dict(children))
     roots = sorted({one.root for one in host.functions})
-    for slot, functions in sorted(_root_slots(making, roots).items()):
+    first = roots[0] if roots else ""
+    further = [root for root in roots[1:] if root.startswith("0000:")]
+    slots = _root_slots(making, [root for root in roots if root not in further])
+    expanders = _expander_slots(making, further, slots)
+    for slot, functions in sorted(slots.items()):
         _place_slot(making, "pcie.0", 0, slot, functions)
+    for root, slot in expanders.items():
+        _place_root(making, root, slot)
+    _place_vfs(making)
+    if host.nodes > 1:
+        making.differences.append(
+            f"root bus {first}: its devices have no NUMA node, as q35 tells none for its own"
+        )
     if host.reserved:
         groups = ", ".join(host.reserved)
         making.differences.append(
@@ -111,7 +137,64 @@ def plan_twin(host: TwinHost, stand_ins: Mapping[str, StandIn] | None = None) ->
         tuple(making.disks),
         tuple(making.networks),
         making.used,
+        in_use & making.used.keys(),
+        making.vfs,
+        host.nodes,
     )
+
+
+def _expander_slots(
+    making: _Making, further: list[str], slots: Mapping[int, list[TwinFunction]]
+) -> dict[str, int]:
+    """A slot of the first root bus for each further root in domain 0."""
+    free = (slot for slot in _EXPANDERS if slot not in slots and _is_free(making, slot, []))
+    found = dict(zip(further, free, strict=False))
+    for root in further:
+        if root not in found:
+            making.differences.append(f"root bus {root}: left out, the first root bus is full")
+    return found
+
+
+def _place_root(making: _Making, root: str, slot: int) -> None:
+    """A further root bus, of its own number where the buses before it leave that free."""
+    wanted = int(root.rpartition(":")[2], 16)
+    number = max(wanted, making.next_bus)
+    functions = making.children.get(root, [])
+    if number != wanted:
+        making.differences.append(f"root bus {root}: its number is {number:02x} in the twin")
+    name = f"root{number:x}"
+    properties = [("id", name), ("bus", "pcie.0"), ("addr", f"{slot:#x}"), ("bus_nr", str(number))]
+    nodes = {one.numa_node for one in functions if 0 <= one.numa_node < making.host.nodes}
+    if making.host.nodes > 1 and len(nodes) == 1:
+        properties.append(("numa_node", str(nodes.pop())))
+    making.items.append(DeviceModel("pxb-pcie", tuple(properties)))
+    making.next_bus = number + 1
+    for where, found in sorted(_by_slot(functions).items()):
+        rest = [one for one in found if not _is_given(making, one, where, first=False)]
+        _place_slot(making, name, number, where, rest)
+
+
+def _place_vfs(making: _Making) -> None:
+    """The virtual functions of the stand-ins for network cards, by their numbers."""
+    by_pf: dict[str, list[TwinFunction]] = defaultdict(list)
+    for one in making.host.functions:
+        if one.is_vf and one.physfn is not None:
+            by_pf[one.physfn].append(one)
+    for pf, vfs in by_pf.items():
+        new = making.addresses.get(pf)
+        if making.used.get(pf) != "sriov" or new is None:
+            continue
+        bus, _, rest = new[5:].partition(":")
+        base = int(rest[:2], 16) << 3 | int(rest[3:])
+        making.vfs[new] = min(len(vfs), _VFS)
+        for number, one in enumerate(sorted(vfs, key=lambda vf: vf.address)):
+            at = base + _VF_OFFSET + _VF_STRIDE * number
+            if number < _VFS:
+                making.addresses[one.address] = f"0000:{bus}:{at >> 3:02x}.{at & 7}"
+            else:
+                making.differences.append(
+                    f"{one.address}: left out, the stand-in has {_VFS} virtual functions"
+                )
 
 
 def _bits(making: _Making) -> int | None:
@@ -176,6 +259,9 @@ def _is_given(making: _Making, one: TwinFunction, slot: int, *, first: bool) -> 
             return True
         making.differences.append(f"{one.address}: a host bridge besides the first is left out")
         return True
+    if kind == _IOMMU:
+        making.differences.append(f"{one.address}: the IOMMU's function is QEMU's, in slot 1d")
+        return True
     if first and slot == CHIPSET_SLOT and _CHIPSET.get(one.function) == kind:
         making.addresses[one.address] = f"0000:00:1f.{one.function}"
         if one.vendor != 0x8086:
@@ -194,7 +280,7 @@ def _is_given(making: _Making, one: TwinFunction, slot: int, *, first: bool) -> 
 def _is_free(making: _Making, slot: int, rest: list[TwinFunction]) -> bool:
     if slot == CHIPSET_SLOT:
         return all(one.function not in _CHIPSET for one in rest)
-    if slot == 0x1D and making.host.iommu == "virtio":
+    if slot == 0x1D and making.host.iommu in ("virtio", "amd"):
         return False
     return slot not in _TAKEN
 
@@ -228,7 +314,10 @@ def _place_slot(
 
 def _left_out(making: _Making, one: TwinFunction) -> bool:
     if one.is_vf:
-        making.differences.append(f"{one.address}: a virtual function; replayed cards make none")
+        if making.stand_ins.get(one.physfn or "") != "sriov":
+            making.differences.append(
+                f"{one.address}: a virtual function; replayed cards make none"
+            )
         return True
     if one.port is None and len(one.config) < 64:
         making.differences.append(f"{one.address}: its configuration space is not in the snapshot")
@@ -267,28 +356,42 @@ def _place_endpoint(
     making: _Making, one: TwinFunction, properties: tuple[tuple[str, str], ...]
 ) -> None:
     kind = making.stand_ins.get(one.address)
-    if kind == "nvme":
-        drive = f"twin{len(making.disks)}"
-        making.disks.append(Disk(drive))
-        serial = one.address.replace(":", "-")
-        making.items.append(
-            DeviceModel("nvme", (("drive", drive), ("serial", serial), *properties))
-        )
-    elif kind == "network":
-        name = f"twin{len(making.networks)}"
-        making.networks.append(name)
-        mac = f"52:54:00:7a:00:{len(making.networks):02x}"
-        more = (("netdev", name), ("mac", mac), ("romfile", ""))
-        making.items.append(DeviceModel("e1000e", (*more, *properties)))
-    else:
-        making.items.append(Replay(one, properties))
+    if kind is None or kind == "nvme":
+        making.items.append(Replay(one, properties, disk=kind == "nvme"))
+        if kind == "nvme":
+            making.used[one.address] = kind
         if one.vfs:
             making.differences.append(
                 f"{one.address}: its {one.vfs} virtual functions cannot be made in the twin"
             )
         return
+    stand_in = _sata(making, properties) if kind == "sata" else _card(making, kind, properties)
+    making.items += stand_in
     making.used[one.address] = kind
     making.differences.append(
-        f"{one.address}: QEMU's {making.items[-1].model} stands in for {one.ids}, so that a driver"  # type: ignore[union-attr]
+        f"{one.address}: QEMU's {stand_in[0].model} stands in for {one.ids}, so that a driver"
         " works on it"
     )
+    if kind == "sriov" and one.vfs > _VFS:
+        making.differences.append(
+            f"{one.address}: {_VFS} virtual functions at most, the original has {one.vfs}"
+        )
+
+
+def _sata(making: _Making, properties: tuple[tuple[str, str], ...]) -> list[DeviceModel]:
+    drive, name = f"twin{len(making.disks)}", f"sata{len(making.disks)}"
+    making.disks.append(Disk(drive))
+    return [
+        DeviceModel("ich9-ahci", (("id", name), *properties)),
+        DeviceModel("ide-hd", (("bus", f"{name}.0"), ("drive", drive))),
+    ]
+
+
+def _card(
+    making: _Making, kind: StandIn, properties: tuple[tuple[str, str], ...]
+) -> list[DeviceModel]:
+    name = f"twin{len(making.networks)}"
+    making.networks.append(name)
+    mac = f"52:54:00:7a:00:{len(making.networks):02x}"
+    model = "igb" if kind == "sriov" else "e1000e"
+    return [DeviceModel(model, (("netdev", name), ("mac", mac), ("romfile", ""), *properties))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +14,15 @@ from vfiotool.lab.guest import Guest
 from vfiotool.lab.kernels import catalogue as kernels
 from vfiotool.lab.machines import DeviceModel, Machine, VfioUserDevice
 from vfiotool.lab.twin_facts import TwinHost
-from vfiotool.lab.twin_plan import TwinPlan
-from vfiotool.models import ModelServer, ReplayModel
+from vfiotool.lab.twin_plan import Replay, TwinPlan
+from vfiotool.models import EXPRESS, Model, ModelServer, NvmeModel, ReplayModel
 
 # What holds a card as its host driver does on the original: it takes any, and moves no data.
 _PLACEHOLDER = "uio_pci_generic"
-_VFIO = ("vfio-pci",)
+# Drivers that need nothing of the card, and so are the original's own.
+_OF_NOBODY = ("vfio-pci", "pci-stub")
+# 16 MiB, sparse, which takes a file system.
+_DISK_BLOCKS = 32768
 _SETUP_LIMIT_S = 120.0
 
 
@@ -33,6 +37,7 @@ def twin_machine(plan: TwinPlan, sockets: dict[str, str]) -> Machine:
         disks=plan.disks,
         networks=plan.networks,
         kernel_arguments=plan.kernel_arguments,
+        numa_nodes=plan.numa_nodes,
         served=tuple(
             VfioUserDevice(sockets[one.original.address], one.properties) for one in plan.replays
         ),
@@ -42,32 +47,42 @@ def twin_machine(plan: TwinPlan, sockets: dict[str, str]) -> Machine:
 def setup_script(host: TwinHost, plan: TwinPlan) -> str:
     """What is done in the twin before anything is asked of it: each card on a driver of the kind
     that the original has it on, stand-ins in use."""
-    lines = ["set +e", "modprobe nvme; modprobe e1000e; modprobe ext4"]
-    lines.append(f"modprobe vfio-pci; modprobe {_PLACEHOLDER}")
+    lines = [
+        "set +e",
+        f"modprobe -a nvme e1000e igb igbvf ahci sd_mod ext4 vfio-pci {_PLACEHOLDER}",
+    ]
     lines.append("on() { echo $2 > /sys/bus/pci/devices/$1/driver_override;")
+    lines.append("  [ -e /sys/bus/pci/devices/$1/driver ] &&")
+    lines.append("    echo $1 > /sys/bus/pci/devices/$1/driver/unbind;")
     lines.append("  echo $1 > /sys/bus/pci/drivers_probe; }")
-    replayed = {one.original.address for one in plan.replays}
+    for address, count in plan.vfs.items():
+        lines.append(f"echo {count} > /sys/bus/pci/devices/{address}/sriov_numvfs")
+    replayed = {one.original.address for one in plan.replays if not one.disk}
     for one in host.functions:
         new = plan.addresses.get(one.address)
-        if new is None or one.address not in replayed or one.driver is None:
+        if new is None or one.driver is None:
             continue
-        driver = one.driver if one.driver in (*_VFIO, "pci-stub") else _PLACEHOLDER
-        lines.append(f"[ {driver} = pci-stub ] && modprobe pci-stub; on {new} {driver}")
-    for address, kind in plan.stand_ins.items():
-        lines += (
-            _used_disk(plan.addresses[address])
-            if kind == "nvme"
-            else _used_network(plan.addresses[address])
-        )
+        if one.driver in _OF_NOBODY:
+            lines.append(f"modprobe {one.driver}; on {new} {one.driver}")
+        elif one.address in replayed:
+            lines.append(f"on {new} {_PLACEHOLDER}")
+    for address in sorted(plan.in_use):
+        new = plan.addresses[address]
+        disk = plan.stand_ins[address] in ("nvme", "sata")
+        lines += _used_disk(new) if disk else _used_network(new)
     return "\n".join(lines) + "\ntrue\n"
 
 
 def _used_disk(new: str) -> list[str]:
     name = new.replace(":", "-")
+    find = (
+        f"find /sys/bus/pci/devices/{new}/ -maxdepth 7 -name 'nvme*n1' -o -maxdepth 7 -name 'sd?'"
+    )
     return [
-        f"for n in $(seq 50); do ls /sys/bus/pci/devices/{new}/nvme/*/nvme*n1 >/dev/null 2>&1 &&"
-        " break; sleep 0.1; done",
-        f"disk=/dev/$(ls -d /sys/bus/pci/devices/{new}/nvme/*/nvme*n1 | head -1 | xargs basename)",
+        f"disk=; for n in $(seq 50); do disk=$({find} | head -1); [ $disk ] && break; sleep 0.1;"
+        " done; disk=/dev/$(basename $disk)",
+        # The controller's own path of a namespace is hidden where paths are joined.
+        "[ -b $disk ] || disk=$(echo $disk | sed 's/c[0-9]*n/n/')",
         f"mkfs.ext4 -q -F $disk; mkdir -p /run/twin/{name}; mount $disk /run/twin/{name}",
     ]
 
@@ -78,6 +93,31 @@ def _used_network(new: str) -> list[str]:
         "ip addr add 192.0.2.2/24 dev $net; ip link set $net up",
         "ip route add default via 192.0.2.1 dev $net",
     ]
+
+
+def played(replay: Replay) -> Model:
+    """The model that plays an endpoint. An NVMe controller has the original's ids and serial, and
+    a small disk in memory."""
+    one = replay.original
+    card = ReplayModel(one.config, one.resources)
+    if not replay.disk:
+        return card
+    config = card.config
+    kind = type(
+        "PlayedNvme",
+        (NvmeModel,),
+        {
+            "vendor": one.vendor,
+            "device": one.device,
+            "revision": config.data[8],
+            "subsystem": struct.unpack_from("<HH", config.data, 0x2C),
+            "resets": config.resets_by(EXPRESS),
+        },
+    )
+    card.close()
+    model: NvmeModel = kind(blocks=_DISK_BLOCKS, shared_doorbells=False)
+    model.serial = (one.serial or one.address).encode()[:20]
+    return model
 
 
 @contextmanager
@@ -92,8 +132,7 @@ def running_twin(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vfiotool-twin-")))
         sockets = {}
         for number, one in enumerate(plan.replays):
-            card = ReplayModel(one.original.config, one.original.resources)
-            server = stack.enter_context(ModelServer(card, str(folder / f"{number}.sock")))
+            server = stack.enter_context(ModelServer(played(one), str(folder / f"{number}.sock")))
             sockets[one.original.address] = server.path
         guest = stack.enter_context(Guest(twin_machine(plan, sockets), kernel, **options))
         guest.exec(["bash", "-c", setup_script(host, plan)], timeout_s=_SETUP_LIMIT_S, merge=True)

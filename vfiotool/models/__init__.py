@@ -14,20 +14,23 @@ docs/model-guide.md writes a model and its driver. Models that are there: `edu`,
 """
 
 from vfiotool.models.bar import BarSpec, reads, writes
-from vfiotool.models.config import ModelConfig
+from vfiotool.models.config import EXPRESS, ModelConfig
 from vfiotool.models.device import Model
 from vfiotool.models.dma import DmaFault
 from vfiotool.models.faults import Faults
+from vfiotool.models.nvme import NvmeModel
 from vfiotool.models.replay import ReplayModel, Resource, bars_of, parse_resources
 from vfiotool.models.server import ModelServer
 
 __all__ = [
+    "EXPRESS",
     "BarSpec",
     "DmaFault",
     "Faults",
     "Model",
     "ModelConfig",
     "ModelServer",
+    "NvmeModel",
     "ReplayModel",
     "Resource",
     "bars_of",

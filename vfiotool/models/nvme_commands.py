@@ -177,7 +177,8 @@ class NvmeCommands:
         page[512], page[513] = 0x66, 0x44
         struct.pack_into("<I", page, 516, max(self.nsids, default=1))
         struct.pack_into("<H", page, 520, 0x10D)
-        page[768:1024] = b"nqn.2026-11.vfiotool:model".ljust(256, b"\0")
+        # Of one name a host makes one subsystem, whose controllers may not have the same number.
+        page[768:1024] = (b"nqn.2026-11.vfiotool:" + self.serial).ljust(256, b"\0")[:256]
 
     def io_command(self, opcode: int, entry: bytes) -> Outcome:
         """Run an I/O command's 64 bytes."""
