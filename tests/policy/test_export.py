@@ -45,6 +45,33 @@ def test_a_vf_on_vfio_by_other_means_is_exported_with_its_function() -> None:
     assert plan_policy(policy, read_policy_facts(kernel.host(), policy)).steps == ()
 
 
+def test_a_vfs_link_state_is_a_comment_and_a_vf_without_settings_has_none() -> None:
+    kernel = furnished()
+    with run_folder() as folder:
+        do(kernel.host(), Journal(kernel.host(), folder), counting(NIC, 2))
+    state = read_present_state(kernel.host())
+    told = (VfSettings(1, vlan=7, link_state=2),)
+    text = policy_of(replace(state, settings={NIC: told}))
+    assert f"# VF 1 of {NIC}: link state down: no rule says that" in text
+    assert f"VF 0 of {NIC}" not in text
+    (rule,) = parse_policy(text).sriov
+    assert [(vf.index, vf.vlan) for vf in rule.vf] == [(1, 7)]
+
+
+@pytest.mark.parametrize("missing", ["vendor", "device"])
+def test_a_function_without_ids_is_exported_by_its_address_alone(missing: str) -> None:
+    kernel = furnished()
+    kernel._attach(EDU, "vfio-pci")
+    state = read_present_state(kernel.host())
+    device = state.facts.devices[EDU]
+    ids = {"vendor": device.identity.vendor, "device": device.identity.device, missing: None}
+    bare = replace(device, identity=replace(device.identity, **ids))
+    facts = replace(state.facts, devices={**state.facts.devices, EDU: bare})
+    text = policy_of(replace(state, facts=facts))
+    assert f'match = {{ address = "{EDU}" }}' in text
+    parse_policy(text)
+
+
 def test_what_cannot_be_looked_at_is_a_comment(monkeypatch: pytest.MonkeyPatch) -> None:
     from vfiotool.errors import KernelError
 

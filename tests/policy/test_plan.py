@@ -188,6 +188,27 @@ vf = [ {{ index = 0, vgpu_type = 558 }}, {{ index = 1, vgpu_type = 559 }} ]
     assert kernel.state() == before
 
 
+def test_a_vf_whose_own_types_are_unknown_offers_what_the_cards_others_do() -> None:
+    kernel = furnished()
+    kernel.add_driver("nvidia", ["10de:2230"])
+    card = "0000:81:00.0"
+    kernel.add_function(
+        card, "10de:2230", class_code="030200", driver="nvidia", group=30, total_vfs=4, offset=4
+    )
+    text = f"""{HEAD}[[sriov]]
+match = {{ address = "{card}" }}
+vfs = 2
+vf = [ {{ index = 0, vgpu_type = 558 }} ]
+"""
+    with run_folder() as folder:
+        do(kernel.host(), Journal(kernel.host(), folder), counting(card, 2))
+    other = kernel._real(kernel.vf_address(card, 1))
+    kernel._put(f"{other}/nvidia/creatable_vgpu_types", b"ID : vGPU Name\n558 : A\n559 : B\n")
+    assert [step.ends() for step in plan_on(kernel.host(), text).steps] == [("0", "558")]
+    with pytest.raises(Refused, match=r"offers no vGPU type 560: it can create 558 .A., 559 .B."):
+        plan_on(kernel.host(), text.replace("558", "560"))
+
+
 def test_a_rule_that_names_nothing_is_an_error_or_a_report() -> None:
     text = HEAD + device(id="dead:beef") + device(address=NVME)
     with pytest.raises(NotFound, match=r"policy:2: no device matches id dead:beef"):

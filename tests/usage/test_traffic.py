@@ -290,7 +290,7 @@ def test_a_kernel_without_the_socket_diagnosis_has_no_sockets_to_tell(
     assert read_filtered() == frozenset()
 
 
-@pytest.mark.parametrize("number", ["EOPNOTSUPP", "ENOTSUP", "ENOENT"])
+@pytest.mark.parametrize("number", ["EOPNOTSUPP", "ENOTSUP"])
 def test_a_kernel_without_tc_has_no_rules_to_tell(
     monkeypatch: pytest.MonkeyPatch, number: str
 ) -> None:
@@ -304,7 +304,17 @@ def test_a_kernel_without_tc_has_no_rules_to_tell(
     assert read_filtered() == frozenset()
 
 
-@pytest.mark.parametrize("number", ["EPERM", "ENOBUFS", "EINTR", "ETIMEDOUT"])
+def test_a_kernel_without_a_protocols_diagnosis_has_no_sockets_of_it_to_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise KernelError("list raw sockets", errno_name="ENOENT")
+
+    monkeypatch.setattr(traffic, "Socket", refuse)
+    assert list(read_bound_sockets()) == []
+
+
+@pytest.mark.parametrize("number", ["EINVAL", "EPERM", "ENOBUFS", "EINTR", "ETIMEDOUT"])
 def test_a_dump_that_fails_is_no_dump_without_entries(
     monkeypatch: pytest.MonkeyPatch, number: str
 ) -> None:

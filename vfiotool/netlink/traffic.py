@@ -44,8 +44,11 @@ _AF_INET, _AF_INET6 = 2, 10
 _TCP_LISTEN = 1 << 10
 _ALL_STATES = 0xFFFFFFFF
 _SOCKETS = (("tcp", 6, _TCP_LISTEN), ("udp", 17, _ALL_STATES), ("raw", 255, _ALL_STATES))
-# The kernel was built without it, or has no module for it: then it has no such rule either.
-_NOT_THERE = frozenset({errno.EOPNOTSUPP, errno.ENOENT, errno.EINVAL})
+# What a kernel that was built without the facility answers. rtnetlink.c, rtnetlink_rcv_msg, for
+# tc: then there is no such rule. sock_diag.c, __sock_diag_cmd, and inet_diag_lock_handler: the
+# protocol's module is not there. EINVAL says that the request was not understood, by no kernel
+# that there is nothing: it is an observation that failed.
+_NOT_BUILT = {NETLINK_ROUTE: errno.EOPNOTSUPP, NETLINK_SOCK_DIAG: errno.ENOENT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,6 @@ def _dump(protocol: int, kind: int, payload: bytes, what: str) -> list[Message]:
         # Such as the socket diagnosis, which a kernel can be built without.
         return []
     except KernelError as error:
-        if error.errno in _NOT_THERE:
+        if error.errno == _NOT_BUILT[protocol]:
             return []
         raise
