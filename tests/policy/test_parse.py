@@ -226,3 +226,17 @@ def test_a_policy_without_end_in_depth_is_a_fault(text: str) -> None:
 def test_what_is_to_be_tables_and_is_none_is_a_fault_of_the_policy(text: str) -> None:
     with pytest.raises(PolicyError, match=r"must be (a list of )?tables"):
         parse_policy(f"version = 1\n{text}\n")
+
+
+def test_a_pipe_that_the_caller_has_open_is_read_and_a_fifo_is_not(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"version = 1\n")
+        os.close(writing)
+        assert read_policy(f"/dev/fd/{reading}").devices == ()
+    finally:
+        os.close(reading)
+    # A named one has a writer at any time, or none: nobody waits for it.
+    os.mkfifo(tmp_path / "p.toml")
+    with pytest.raises(UsageError, match="no regular file"):
+        read_policy(str(tmp_path / "p.toml"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from vfiotool.devices.pci import Address
 from vfiotool.errors import NotFound, Refused, UsageError, from_oserror
+from vfiotool.host.paths import OWN_DESCRIPTORS
 from vfiotool.policy.model import (
     DeviceRule,
     Match,
@@ -159,9 +160,12 @@ def read_policy_text(path: str) -> str:
     except OSError as error:
         raise from_oserror(f"open the policy {path}", error) from error
     facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode):
+    if stat.S_ISFIFO(facts.st_mode) and path.startswith(OWN_DESCRIPTORS):
+        # A pipe that the caller has open already, such as a shell's <(…).
+        os.set_blocking(descriptor, True)
+    elif not stat.S_ISREG(facts.st_mode):
         os.close(descriptor)
-        raise UsageError(f"the policy {path} is no regular file")
+        raise UsageError(f"the policy {path} is no regular file", hint="a pipe: vfiotool plan -")
     with os.fdopen(descriptor, "rb") as file:
         if os.geteuid() == 0 and facts.st_mode & stat.S_IWOTH:
             raise Refused(
