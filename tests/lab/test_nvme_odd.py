@@ -28,7 +28,7 @@ from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.vfio import Device
 
 MACHINE = "odd-nvme"
-KERNELS = ("6.12",)
+KERNELS = ("6.1", "6.12", "iommufd")
 META, LARGE, NONE, ZONED, FEW, SLOW, BAD = (f"0000:0{number}:00.0" for number in range(1, 8))
 
 
@@ -247,7 +247,12 @@ def test_every_command_meets_a_controller(tmp_path: Path) -> None:
     answers("detach-ns", disk, "--nsid", "3")
     answers("verify", disk, "--lba", "64", "--blocks", "8")
     answers("flush", disk)
+    answers("compare", disk, "--lba", "64", "--input", str(file))
+    answers("copy", disk, "--sdlba", "80", "--slbs", "64,70", "--blocks", "6,2", "--overwrite")
+    answers("compare", disk, "--lba", "80", "--data", str(file))
     answers("write-zeroes", disk, "--lba", "64", "--blocks", "4", "--overwrite")
+    ran = vfiotool("nvme", "compare", disk, "--lba", "64", "--input", str(file), "--json")
+    assert ran.code == 5 and "compare failure" in ran.err + ran.out
     answers("dsm", disk, "--lba", "68", "--blocks", "4", "--overwrite")
     answers("read", disk, *nsid, "--lba", "64", "--blocks", "8", "--output", str(file))
     assert file.read_bytes()[:2048] == bytes(2048)
@@ -269,6 +274,7 @@ def test_every_command_meets_a_controller(tmp_path: Path) -> None:
         ("format", disk),
         ("delete-ns", disk, "--nsid", "2"),
         ("sanitize", disk, "--sanact", "2"),
+        ("copy", disk, "--sdlba", "80", "--slbs", "64"),
         ("dsm", disk),
         ("write-zeroes", disk),
         ("fw-download", disk, "--fw", str(file)),

@@ -91,6 +91,8 @@ SCHEMA_OF = {
     "nvme attach-ns": "nvme-done",
     "nvme detach-ns": "nvme-done",
     "nvme fw-download": "nvme-done",
+    "nvme compare": "nvme-done",
+    "nvme copy": "nvme-done",
     "nvme dsm": "nvme-done",
     "nvme write-zeroes": "nvme-done",
     "nvme verify": "nvme-done",

@@ -10,7 +10,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import DeviceArgument, area, examples, wants_json
-from vfiotool.cli.drive import nvme_admin
+from vfiotool.cli.drive import nvme_admin, nvme_blocks
 from vfiotool.cli.drive.nvme_opening import LbaOption, NamespaceOption, controlled
 from vfiotool.cli.drive.opening import BackendOption, seekable
 from vfiotool.errors import Refused, Unsupported, UsageError
@@ -325,5 +325,6 @@ def secondaries(
     output.table(("CONTROLLER", "VF", "STATE", "QUEUES", "INTERRUPTS"), rows)
 
 
-# What manages a disk is in a file of its own, and comes last in the help.
+# What manages a disk, and what works on blocks, is in files of its own and comes last in the help.
 app.registered_commands += nvme_admin.app.registered_commands
+app.registered_commands += nvme_blocks.app.registered_commands

@@ -10,28 +10,19 @@ import typer
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import DeviceArgument, area, examples, wants_json
 from vfiotool.cli.drive.nvme_opening import (
-    BlocksOption,
-    LbaOption,
     NamespaceOption,
     OverwriteOption,
     controlled,
     refuse_loss,
+    show_done,
     show_fields,
 )
 from vfiotool.cli.drive.opening import BackendOption, seekable
-from vfiotool.errors import UsageError
 
 app = area()
 FeatureOption = Annotated[
     int, typer.Option("--feature-id", "-f", metavar="N", help="Its number: 6 is the write cache.")
 ]
-
-
-def _done(context: typer.Context, name: str, text: str, **told: int | str | bool) -> None:
-    if wants_json(context):
-        output.emit({"device": name, "done": text, **told})
-    else:
-        output.say(f"{name}: {text}")
 
 
 def _log(
@@ -222,7 +213,7 @@ def set_feature(
 
     with controlled(context, device, backend) as controller:
         admin.set_feature(controller, feature, value, nsid=nsid, save=save)
-        _done(context, controller.device.name, f"feature {feature:#04x} set to {value:#x}")
+        show_done(context, controller.device.name, f"feature {feature:#04x} set to {value:#x}")
 
 
 @app.command(
@@ -256,7 +247,7 @@ def format_namespace(
         admin.format_namespace(
             controller, nsid, lbaf=lbaf, erase=ses, protection=protection, extended=extended
         )
-        _done(context, controller.device.name, f"namespace {nsid} formatted", nsid=nsid)
+        show_done(context, controller.device.name, f"namespace {nsid} formatted", nsid=nsid)
 
 
 @app.command("sanitize", epilog=examples("vfiotool nvme sanitize 05:01.0 --sanact 2 --overwrite"))
@@ -276,7 +267,7 @@ def sanitize(
     refuse_loss("sanitizing", device, overwrite)
     with controlled(context, device, backend) as controller:
         admin.sanitize(controller, action)
-        _done(context, controller.device.name, "sanitize has begun")
+        show_done(context, controller.device.name, "sanitize has begun")
 
 
 @app.command("create-ns", epilog=examples("vfiotool nvme create-ns 0000:05:01.0 --nsze 131072"))
@@ -292,7 +283,7 @@ def create_ns(
 
     with controlled(context, device, backend) as controller:
         nsid = admin.create_namespace(controller, nsze, lbaf=lbaf)
-        _done(context, controller.device.name, f"namespace {nsid} created", nsid=nsid)
+        show_done(context, controller.device.name, f"namespace {nsid} created", nsid=nsid)
 
 
 @app.command(
@@ -311,7 +302,7 @@ def delete_ns(
     refuse_loss(f"deleting namespace {nsid}", device, overwrite)
     with controlled(context, device, backend) as controller:
         admin.delete_namespace(controller, nsid)
-        _done(context, controller.device.name, f"namespace {nsid} deleted", nsid=nsid)
+        show_done(context, controller.device.name, f"namespace {nsid} deleted", nsid=nsid)
 
 
 def _attach(context: typer.Context, device: str, nsid: int, backend: str, detach: bool) -> None:
@@ -320,7 +311,7 @@ def _attach(context: typer.Context, device: str, nsid: int, backend: str, detach
     with controlled(context, device, backend) as controller:
         admin.attach(controller, nsid, detach=detach)
         verb = "detached" if detach else "attached"
-        _done(context, controller.device.name, f"namespace {nsid} {verb}", nsid=nsid)
+        show_done(context, controller.device.name, f"namespace {nsid} {verb}", nsid=nsid)
 
 
 @app.command("attach-ns", epilog=examples("vfiotool nvme attach-ns 0000:05:01.0 --nsid 2"))
@@ -368,109 +359,4 @@ def fw_download(
     with seekable(image) as file, controlled(context, device, backend) as controller:
         admin.firmware_download(controller, file.read())
         admin.firmware_commit(controller, slot, action)
-        _done(context, controller.device.name, f"firmware committed to slot {slot}")
-
-
-@app.command(
-    "dsm", epilog=examples("vfiotool nvme dsm 0000:05:01.0 --lba 0 --blocks 2048 --overwrite")
-)
-def dsm(
-    context: typer.Context,
-    device: DeviceArgument,
-    lba: LbaOption = 0,
-    blocks: BlocksOption = 1,
-    nsid: NamespaceOption = 1,
-    overwrite: OverwriteOption = False,
-    backend: BackendOption = "auto",
-) -> None:
-    """Deallocate (trim) blocks. What they held is lost."""
-    from vfiotool.drivers.nvme import blocks as nvme_blocks
-
-    refuse_loss("trimming blocks", device, overwrite)
-    with controlled(context, device, backend) as controller:
-        disk = controller.namespace(nsid)
-        nvme_blocks.trim(controller.create_queue(), disk, [(lba, blocks)])
-        _done(context, controller.device.name, f"{blocks} blocks deallocated", nsid=nsid)
-
-
-@app.command(
-    "write-zeroes",
-    epilog=examples("vfiotool nvme write-zeroes 0000:05:01.0 --lba 0 --blocks 8 --overwrite"),
-)
-def write_zeroes(
-    context: typer.Context,
-    device: DeviceArgument,
-    lba: LbaOption = 0,
-    blocks: BlocksOption = 1,
-    nsid: NamespaceOption = 1,
-    overwrite: OverwriteOption = False,
-    backend: BackendOption = "auto",
-) -> None:
-    """Write zeroes to blocks, without transfer. What they held is lost."""
-    from vfiotool.drivers.nvme import blocks as nvme_blocks
-
-    refuse_loss("writing zeroes", device, overwrite)
-    with controlled(context, device, backend) as controller:
-        disk = controller.namespace(nsid)
-        nvme_blocks.write_zeroes(controller.create_queue(), disk, lba, blocks)
-        _done(context, controller.device.name, f"{blocks} blocks zeroed", nsid=nsid)
-
-
-@app.command("verify", epilog=examples("vfiotool nvme verify 0000:05:01.0 --lba 0 --blocks 8"))
-def verify(
-    context: typer.Context,
-    device: DeviceArgument,
-    lba: LbaOption = 0,
-    blocks: BlocksOption = 1,
-    nsid: NamespaceOption = 1,
-    backend: BackendOption = "auto",
-) -> None:
-    """Have the controller check that blocks can be read."""
-    from vfiotool.drivers.nvme import blocks as nvme_blocks
-
-    with controlled(context, device, backend) as controller:
-        disk = controller.namespace(nsid)
-        nvme_blocks.verify(controller.create_queue(), disk, lba, blocks)
-        _done(context, controller.device.name, f"{blocks} blocks verified", nsid=nsid)
-
-
-@app.command("flush", epilog=examples("vfiotool nvme flush 0000:05:01.0"))
-def flush(
-    context: typer.Context,
-    device: DeviceArgument,
-    nsid: NamespaceOption = 1,
-    backend: BackendOption = "auto",
-) -> None:
-    """Have what was written reach stable media."""
-    with controlled(context, device, backend) as controller:
-        controller.create_queue().flush(controller.namespace(nsid))
-        _done(context, controller.device.name, f"namespace {nsid} flushed", nsid=nsid)
-
-
-@app.command("report-zones", epilog=examples("vfiotool nvme report-zones 0000:05:01.0 --nsid 1"))
-def report_zones(
-    context: typer.Context,
-    device: DeviceArgument,
-    lba: LbaOption = 0,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="At most so many.")] = 63,
-    nsid: NamespaceOption = 1,
-    backend: BackendOption = "auto",
-) -> None:
-    """List the zones of a zoned namespace (nvme-cli: zns report-zones)."""
-    from vfiotool.drivers.nvme import blocks as nvme_blocks
-
-    if not 1 <= limit <= 4096:
-        raise UsageError("--limit is from 1 to 4096")
-    with controlled(context, device, backend) as controller:
-        disk = controller.namespace(nsid)
-        zones = nvme_blocks.report_zones(controller.create_queue(), disk, lba, limit)
-        name = controller.device.name
-    if wants_json(context):
-        listed = [
-            {"slba": z.start, "cap": z.capacity, "wp": z.write_pointer, "state": z.state}
-            for z in zones
-        ]
-        output.emit({"device": name, "nsid": nsid, "zone_list": listed})
-        return
-    rows = [[str(z.start), str(z.capacity), str(z.write_pointer), z.state] for z in zones]
-    output.table(("START", "CAPACITY", "POINTER", "STATE"), rows)
+        show_done(context, controller.device.name, f"firmware committed to slot {slot}")

@@ -48,6 +48,14 @@ def refuse_loss(what: str, device: str, overwrite: bool) -> None:
         )
 
 
+def show_done(context: typer.Context, name: str, text: str, **told: int | str | bool) -> None:
+    """What was done, in words or as JSON with `told`."""
+    if wants_json(context):
+        output.emit({"device": name, "done": text, **told})
+    else:
+        output.say(f"{name}: {text}")
+
+
 def show_fields(context: typer.Context, name: str, fields: dict[str, Any]) -> None:
     """Fields under nvme-cli's names: one object, or a line each."""
     if wants_json(context):

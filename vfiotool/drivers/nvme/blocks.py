@@ -24,6 +24,10 @@ ZONE_STATES = {
     1: "empty", 2: "implicitly-open", 3: "explicitly-open", 4: "closed", 13: "read-only",
     14: "full", 15: "offline",
 }  # fmt: skip
+_NAMES = {
+    nvme_spec.READ: "read", nvme_spec.WRITE: "write", nvme_spec.COMPARE: "compare",
+    nvme_spec.ZONE_APPEND: "zone append",
+}  # fmt: skip
 ZONE_ACTIONS = {"close": 1, "finish": 2, "open": 3, "reset": 4, "offline": 5}
 
 
@@ -190,7 +194,7 @@ def transfer(
         holds = [table, *(segment.buffer for segment in segments)]
         if metadata is not None:
             holds.append(metadata.buffer)
-        name = {nvme_spec.READ: "read", nvme_spec.WRITE: "write"}.get(opcode, f"opcode {opcode:#x}")
+        name = _NAMES.get(opcode, f"opcode {opcode:#x}")
         what = f"{name} of blocks {lba} to {lba + blocks - 1}"
         return queue.run(command, what, holds=tuple(holds))
 
