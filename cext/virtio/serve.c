@@ -1,5 +1,11 @@
 #include "virtio/worker_state.h"
 
+/* A batch is shown in parts while it takes long: the first touch of a huge page of a disk in memory
+ * costs up to milliseconds, and a driver that waits for 64 of them takes its device for dead. The
+ * clock is looked at after so many requests. */
+#define LONG_NS 200000u
+#define LOOKS 4
+
 /* Make completions visible, and signal them if the driver wants to be. */
 static void publish(struct vt_worker *worker, struct vt_queue *queue)
 {
@@ -48,10 +54,23 @@ static void forget(struct vt_queue *queue, struct vt_request *request)
 	queue->pending--;
 }
 
+/* Publish what is complete if that has taken long since `began`, which is set anew then. */
+static bool published_early(struct vt_worker *worker, struct vt_queue *queue, uint64_t *began)
+{
+	uint64_t now = vt_now_ns();
+
+	if (now - *began <= LONG_NS)
+		return false;
+	publish(worker, queue);
+	*began = now;
+	return true;
+}
+
 uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most)
 {
 	int got = vt_ring_fetch(queue->ring, worker->chains, most, worker->arena, VT_ARENA);
 	bool completed = false;
+	uint64_t began;
 
 	if (got <= 0) {
 		if (got < 0)
@@ -59,6 +78,7 @@ uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t mos
 		return 0;
 	}
 	vt_ring_notify_off(queue->ring);
+	began = got > LOOKS ? vt_now_ns() : 0;
 	for (int i = 0; i < got && !queue->broken; i++) {
 		const struct vt_chain *chain = &worker->chains[i];
 		const struct iovec *segments = worker->arena + chain->first;
@@ -73,7 +93,8 @@ uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t mos
 			continue;
 		}
 		complete(worker, queue, queue->memory, chain, segments, written);
-		completed = true;
+		completed = !(got > LOOKS && i % LOOKS == LOOKS - 1 &&
+			      published_early(worker, queue, &began));
 	}
 	if (completed)
 		publish(worker, queue);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -27,6 +28,7 @@ from tests.virtio.frontend import (
     T_IN,
     T_OUT,
     T_ZEROES,
+    TIMEOUT_S,
     USER,
     Closed,
     Frontend,
@@ -452,6 +454,28 @@ def test_an_image_is_served_once(path: Path, image: Path) -> None:
     for reader in readers:
         reader.close()
     BlockDisk(DiskSettings(path=str(image))).close()
+
+
+def test_a_batch_that_takes_long_is_answered_in_parts(path: Path) -> None:
+    """The first write to a huge page clears all of it."""
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not pages.exists() or "[never]" in pages.read_text():
+        pytest.skip("no huge pages, whose first use takes long")
+    count, apart = 21, 2 * MIB
+    with serving(path, DiskSettings(size=count * apart)), connected(path) as front:
+        front.negotiate(without=1 << 29)  # each part is signalled then
+        front.share()
+        front.start()
+        ring = front.rings[0]
+        for number in range(count):
+            at, sector = DATA + 1024 * number, number * apart // 512
+            front.memory[at : at + 16] = struct.pack("<IIQ", T_OUT, 0, sector)
+            front.put(ring, 3 * number, [(at, 528, False), (at + 600, 1, True)])
+            front.add(ring, 3 * number, kick=number == count - 1)
+        while front.u16(ring.at + 0x2002) < count:
+            assert select.select([ring.call], [], [], TIMEOUT_S)[0]
+        front.stop()
+        assert os.eventfd_read(ring.call) > 1
 
 
 def test_a_machine_moves_between_two_servers_that_lock_its_image_while_it_runs(
