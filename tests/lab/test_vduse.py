@@ -73,7 +73,7 @@ def served_disk(image: Path, *options: str) -> Iterator[tuple[Path, list[subproc
         code = servers[-1].wait(WAIT_S)
     assert (removed.code, code) == (0, 0), removed.err
     assert not Path(f"/dev/vduse/{NAME}").exists()
-    assert not Path(f"/run/vfiotool/vduse/{NAME}.log").exists()
+    assert os.listdir("/run/vfiotool/vduse") == []
 
 
 def run(*command: str) -> str:
@@ -145,3 +145,84 @@ def test_two_servers_of_one_name_and_bad_names_are_refused(image: Path, tmp_path
         assert start(other).wait(WAIT_S) == 4
     done = vfiotool("serve", "vduse-blk", "a/b", "--ram", "1M")
     assert done.code == 2 and "cannot be a VDUSE device's name" in done.err
+
+
+def listed() -> dict[str, object]:
+    done = vfiotool("--json", "vduse", "list")
+    assert done.code == 0, done.err
+    (device,) = done.json["vduses"]
+    return dict(device)
+
+
+def test_an_image_that_grew_is_offered_in_its_new_size(image: Path) -> None:
+    with served_disk(image) as (disk, servers):
+        size = Path(f"/sys/block/{disk.name}/size")
+        assert vfiotool("vduse", "resize", NAME).out == "unchanged\n"
+        os.truncate(image, 96 * MIB)
+        assert vfiotool("vduse", "resize", NAME).out == "resized\n"
+        until(lambda: int(size.read_text()) == 96 * 2048, "the disk kept its size")
+        os.truncate(image, 128 * MIB)
+        servers[-1].send_signal(signal.SIGHUP)
+        until(lambda: int(size.read_text()) == 128 * 2048, "the disk kept its size")
+
+
+def test_a_device_whose_server_died_is_drained_and_only_then_removed(image: Path) -> None:
+    """In the middle of writes: detaching it is refused, and rescue ends them first."""
+    before = disks()
+    server = start(image, "--attach", "virtio")
+    until(lambda: bool(disks() - before), "no disk appeared")
+    (name,) = disks() - before
+    disk = Path(f"/dev/{name}")
+    until(disk.exists, "no node appeared")
+    found = listed()
+    assert (found["state"], found["pid"]) == ("served", server.pid)
+    assert (found["driver"], found["disks"]) == ("virtio_vdpa", [name])
+    refused = vfiotool("--json", "vduse", "rescue", NAME)
+    assert refused.code == 4 and "nothing to rescue" in refused.json["error"]["message"]
+
+    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(disk)], stdout=-1)
+    assert writer.stdout is not None and writer.stdout.readline().startswith(b"turn")
+    server.kill()
+    server.wait()
+    until(lambda: bool(listed()["in_flight"]), "nothing was in flight")
+    assert listed()["state"] == "abandoned"
+    refused = vfiotool("--json", "vdpa", "remove", NAME)
+    assert refused.code == 4, refused.out
+    assert "its server is gone, with" in refused.json["error"]["message"]
+
+    rescued = vfiotool("--json", "vduse", "rescue", NAME)
+    assert (rescued.code, rescued.json["outcome"]) == (0, "removed"), rescued.out
+    # The writer had all its turns before anything was taken away.
+    assert writer.wait(WAIT_S) == 0
+    with image.open("rb") as file:
+        for number in range(1024):
+            assert file.read(4096) == b"%08d%08d" % (number, 7) * 256, number
+    assert disks() == before and not Path(f"/dev/vduse/{NAME}").exists()
+    assert os.listdir("/run/vfiotool/vduse") == []
+
+
+def test_a_rescue_removes_nothing_that_stays_in_use(image: Path) -> None:
+    with served_disk(image) as (disk, servers):
+        run("mkfs.ext4", "-q", str(disk))
+        run("mount", str(disk), "/mnt")
+        servers[-1].kill()
+        servers[-1].wait()
+        done = vfiotool("--json", "vduse", "rescue", NAME, "--timeout", "2")
+        assert done.code == 4 and "/mnt" in done.json["error"]["message"], done.out
+        assert listed()["attached"] is True
+        servers.append(start(image))
+        until(lambda: listed()["state"] == "served", "it was not taken up")
+        run("umount", "/mnt")
+        run("fsck.ext4", "-fn", str(disk))
+
+
+def test_a_server_that_does_not_answer_is_said_to_be_mute(image: Path) -> None:
+    with served_disk(image) as (_, servers):
+        servers[-1].send_signal(signal.SIGSTOP)
+        until(lambda: listed()["state"] == "mute", "it was not seen")
+        refused = vfiotool("--json", "vduse", "rescue", NAME)
+        assert refused.code == 4 and "does not answer" in refused.json["error"]["message"]
+        refused = vfiotool("--json", "vdpa", "remove", NAME)
+        assert refused.code == 4 and "does not answer" in refused.json["error"]["message"]
+        servers[-1].send_signal(signal.SIGCONT)
+        until(lambda: listed()["state"] == "served", "it stayed mute")

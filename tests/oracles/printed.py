@@ -101,6 +101,9 @@ SCHEMA_OF = {
     "lab twin": "lab-twin",
     "lab kernels": "lab-kernels",
     "serve status": "serve-status",
+    "vduse list": "vduse-list",
+    "vduse resize": "vduse-changed",
+    "vduse rescue": "vduse-changed",
 }
 # These print what is no JSON: a guest's output, a script, help.
 WITHOUT = {

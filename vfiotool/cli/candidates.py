@@ -143,6 +143,14 @@ def vdpas(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
 
 
 @_completer
+def vduses(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
+    """VDUSE devices."""
+    from vfiotool.devices.vduse import read_vduse
+
+    return [(device.name, device.state) for device in read_vduse(host)]
+
+
+@_completer
 def vdpa_parents(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
     """What vDPA devices can be created on."""
     from vfiotool.devices.vdpa import read_parents

@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("drive.demo", "Drive", "Run a driver on a device and check it."),
     "nvme": ("drive.nvme", "Drive", "Use an NVMe disk from user space."),
     "serve": ("serve", "Serve", "Serve virtio disks to VMs over vhost-user."),
+    "vduse": ("vduse", "Serve", "List, resize and rescue VDUSE devices."),
     "lab": ("lab", "Lab", "Rehearse in QEMU guests with a virtual IOMMU."),
     "metrics": ("metrics", "Tools", "Print devices and servers for Prometheus."),
     "completion": ("tools", "Tools", "Print the completion script of a shell."),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Literal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +26,7 @@ from vfiotool.cli.serve_options import (
     check_threads,
     disk_of,
 )
+from vfiotool.errors import VfiotoolError
 
 if TYPE_CHECKING:
     from vfiotool.virtio.vduse import VduseDevice
@@ -55,11 +58,13 @@ def vduse_blk(
 
     What is there already is taken up again: after a crash the same command goes on with the
     requests that were begun. At SIGTERM a device that nobody uses is removed; one that is on the
-    vDPA bus stays, and its requests wait for the next server.
+    vDPA bus stays, and its requests wait for the next server. SIGHUP, or `vfiotool vduse resize`,
+    takes the image as large as it is now.
     """
     from vfiotool.native.virtqueue import Worker
     from vfiotool.virtio.block import BlockDisk
-    from vfiotool.virtio.vduse import VduseDevice, log_path
+    from vfiotool.virtio.vduse import VduseDevice
+    from vfiotool.virtio.vduse_files import log_path, save_disk
 
     check_threads(threads, poll_us)
     settings = disk_of(
@@ -81,19 +86,64 @@ def vduse_blk(
             workers.append(Worker(poll_us))
             stack.callback(workers[-1].close)
         device = VduseDevice(name, disk, _BLOCK, workers, log=log_path(name), report=output.warn)
-        stack.callback(_end, device)
+        stack.callback(end, device)
+        save_disk(name, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: device.stop())
+        stack.enter_context(asked(device))
         if attach != "none" and device.is_new:
             _attach(device, attach)
         device.run()
     return 0
 
 
-def _end(device: VduseDevice) -> None:
-    """Give the device back; remove it if it is on no bus."""
+@contextmanager
+def asked(device: VduseDevice) -> Iterator[None]:
+    """Have the device's control socket answered, and SIGHUP."""
+    from vfiotool.virtio.control import Control
+    from vfiotool.virtio.vduse_files import control_path
+
+    def resize(_: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"changed": device.resize()}
+
+    def hang_up() -> None:
+        hung.recv(64)
+        try:
+            resize()
+        except VfiotoolError as error:
+            output.warn(f"{device.name}: {error.message}")
+
+    def poke(*_: object) -> None:
+        with suppress(BlockingIOError):
+            poker.send(b"!")
+
+    hung, poker = socket.socketpair()
+    with hung, poker:
+        poker.setblocking(False)
+        device.watch(hung, hang_up)
+        control = Control(
+            device,
+            {"resize": resize},
+            lambda client: client.close(),
+            path=control_path(device.name),
+        )
+        before = signal.signal(signal.SIGHUP, poke)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGHUP, before)
+            control.close()
+            device.unwatch(hung)
+
+
+def end(device: VduseDevice) -> None:
+    """Give the device back; remove it, and what is kept of it, if it is on no bus."""
+    from vfiotool.virtio.vduse_files import forget
+
     device.close()
-    if not device.remove_unused():
+    if device.remove_unused():
+        forget(device.name)
+    else:
         output.warn(
             f"{device.name} is still on the vDPA bus: its requests wait for the next server;"
             f" to remove it: vfiotool vdpa remove {device.name}"

@@ -146,6 +146,13 @@ KINDS = {
             "`/sys/bus/vdpa/devices`, with the driver that has each",
         ),
         BlockerKind(
+            "no-server",
+            "it is a VDUSE device whose server is gone or does not answer: detaching it would hang",
+            "`/sys/class/vduse`, `/proc/*/fd`, the disk's `inflight`",
+            holds=True,
+            order=0,
+        ),
+        BlockerKind(
             "unseen",
             "something could not be looked at, so that it may be in use",
             "every look that failed, was refused or was cut short; and a network or storage "

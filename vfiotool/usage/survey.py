@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from vfiotool.devices.identity import role_of
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.sriov import read_vfs
+from vfiotool.devices.vduse import read_vduse
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     NET_ADDRESSES,
@@ -21,6 +22,7 @@ from vfiotool.host.paths import (
     SYS_NET,
     SYS_PCI_DEVICES,
     SYS_VDPA_DEVICES,
+    SYS_VDUSE,
 )
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.display import display_usage
@@ -156,8 +158,27 @@ def _vdpa_usage(sight: Sight, name: str, path: str) -> Usage:
             storage_usage(sight, name, path),
             network_usage(sight, _Vdpa(name, path)),
             _open_nodes(sight, name, path, None),
+            _server_usage(sight, name),
         ]
     )
+
+
+def _server_usage(sight: Sight, name: str) -> Usage:
+    """A VDUSE device with a driver and no server: letting go waits for an answer, for ever with
+    requests in flight, and holds the lock of all of vDPA meanwhile."""
+    devices = sight.once("vduse devices", lambda at: read_vduse(at.host))
+    device = next((item for item in devices if item.name == name and item.waits), None)
+    if device is None:
+        return Usage(())
+    if device.state == "mute":
+        detail = f"its server, pid {device.pid} ({device.command}), does not answer"
+    else:
+        detail = "its server is gone"
+    if device.in_flight:
+        detail += f", with {device.in_flight} requests in flight"
+    evidence = f"{SYS_VDUSE}/{name} is {device.state}"
+    remedy = f"vfiotool vduse rescue {name}"
+    return Usage((Blocker("no-server", name, name, detail, evidence, remedy),))
 
 
 def _vf_usage(sight: Sight, function: PciFunction) -> Usage:

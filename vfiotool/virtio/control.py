@@ -15,10 +15,11 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vfiotool.errors import KernelError, NotPermitted, UsageError, VfiotoolError, from_oserror
-from vfiotool.virtio.server import Server, listen
+from vfiotool.virtio.folders import runtime_folder
+from vfiotool.virtio.server import listen
 
 _LARGEST = 1 << 16
 _MOST_CLIENTS = 16
@@ -29,14 +30,9 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def control_folder() -> str | None:
-    """Where control sockets are by default: the service's runtime directory, /run/vfiotool for
-    root, or the user's own; None if there is none."""
-    if given := os.environ.get("RUNTIME_DIRECTORY"):
-        return given.partition(":")[0] + "/serve"
-    if os.geteuid() == 0:
-        return "/run/vfiotool/serve"
-    own = os.environ.get("XDG_RUNTIME_DIR")
-    return f"{own}/vfiotool/serve" if own else None
+    """Where control sockets are by default; None without a runtime folder."""
+    folder = runtime_folder()
+    return None if folder is None else f"{folder}/serve"
 
 
 def control_path(file: str) -> str | None:
@@ -49,6 +45,16 @@ def control_path(file: str) -> str | None:
     return f"{folder}/{name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}.sock"
 
 
+class Watcher(Protocol):
+    """A loop that calls back when a socket has something to read: a server's, a VDUSE device's."""
+
+    def watch(self, source: socket.socket, action: Callable[[], None]) -> None:
+        """Call `action` whenever the socket can be read."""
+
+    def unwatch(self, source: socket.socket) -> None:
+        """Do so no more."""
+
+
 class Control:
     """The control socket of a running server. `requests` is what can be asked.
 
@@ -57,7 +63,7 @@ class Control:
 
     def __init__(
         self,
-        server: Server,
+        server: Watcher,
         requests: dict[str, Answer],
         take_over: Callable[[socket.socket], None],
         *,

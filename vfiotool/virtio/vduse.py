@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import selectors
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from vfiotool.errors import KernelError, Refused, Unsupported, VfiotoolError, from_oserror
+from vfiotool.errors import KernelError, NotFound, Refused, Unsupported, VfiotoolError, from_oserror
 from vfiotool.host.paths import DEV_VDUSE
 from vfiotool.native.virtqueue import MemoryMap, MemoryRegion, RingLayout, Worker, log_bytes
 from vfiotool.virtio import vduse_wire as wire
@@ -36,8 +37,9 @@ _NODE_S = 5.0
 Report = Callable[[str], None]
 
 
-def open_control() -> int:
-    """/dev/vduse/control. Raises Unsupported without the module, NotPermitted."""
+def open_control() -> tuple[int, int]:
+    """/dev/vduse/control and the API version agreed on. Raises Unsupported without the module,
+    NotPermitted."""
     try:
         control = os.open(f"{DEV_VDUSE}/control", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -47,21 +49,10 @@ def open_control() -> int:
     except OSError as error:
         raise from_oserror(f"open {DEV_VDUSE}/control", error) from error
     try:
-        wire.set_api_version(control)
+        return control, wire.set_api_version(control)
     except BaseException:
         os.close(control)
         raise
-    return control
-
-
-def log_path(name: str) -> str:
-    """Where a device's in-flight log lies: as long as the kernel's device, until a reboot."""
-    folder = "/run/vfiotool/vduse"
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise from_oserror(f"make {folder}", error) from error
-    return f"{folder}/{name}.log"
 
 
 class VduseDevice:
@@ -80,7 +71,9 @@ class VduseDevice:
         *,
         log: str,
         report: Report,
+        must_exist: bool = False,
     ) -> None:
+        """`must_exist` takes up what is there and makes nothing (NotFound)."""
         self.name, self.device, self.workers = name, device, workers
         self._report = report
         self._queues: dict[int, RunningQueue] = {}
@@ -92,9 +85,11 @@ class VduseDevice:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # Written by queues that break.
         self._fault = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        control = open_control()
+        self._selector = selectors.DefaultSelector()
+        self._watched: dict[socket.socket, Callable[[], None]] = {}
+        control, version = open_control()
         try:
-            self.is_new = self._create(control, device_id)
+            self.is_new = not must_exist and self._create(control, version, device_id)
             self._fd = self._open()
             try:
                 if self.is_new:
@@ -110,12 +105,18 @@ class VduseDevice:
         finally:
             os.close(control)
 
-    def _create(self, control: int, device_id: int) -> bool:
+    def _create(self, control: int, version: int, device_id: int) -> bool:
         # Split rings, whose progress stands in memory that the next server reads.
         features = (self.device.features() & ~VirtioFeature.RING_PACKED) | _FEATURES
         try:
             wire.create(
-                control, self.name, device_id, features, self.device.queues, self.device.config()
+                control,
+                self.name,
+                device_id,
+                features,
+                self.device.queues,
+                self.device.config(),
+                version=version,
             )
         except KernelError as error:
             if error.errno == errno.EEXIST:
@@ -129,6 +130,8 @@ class VduseDevice:
             try:
                 return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             except FileNotFoundError as error:
+                if not self.is_new:
+                    raise NotFound(f"there is no VDUSE device {self.name}") from error
                 if time.monotonic() > ends:
                     raise from_oserror(f"open {path}", error) from error
                 time.sleep(0.01)
@@ -157,35 +160,42 @@ class VduseDevice:
         except BaseException:
             os.close(descriptor)
             raise
-        self._log_fd, self._log_bytes, self._log_path = descriptor, size, path
+        self._log_fd, self._log_bytes = descriptor, size
         return found
 
     def run(self) -> None:
         """Serve until `stop` is called. A driver that is there already goes on at once."""
         if not self.is_new:
             self._start()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._fd, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            selector.register(self._fault, selectors.EVENT_READ)
-            while not self._ending:
-                for key, _ in selector.select():
-                    if key.fd == self._fd:
-                        self._message()
-                    elif key.fd == self._fault:
-                        os.eventfd_read(self._fault)
-                        self._look_again()
+        selector = self._selector
+        for descriptor in (self._fd, self._wake, self._fault):
+            selector.register(descriptor, selectors.EVENT_READ)
+        while not self._ending:
+            for key, _ in selector.select():
+                if key.fd == self._fd:
+                    self._message()
+                elif key.fd == self._fault:
+                    os.eventfd_read(self._fault)
+                    self._look_again()
+                elif isinstance(key.fileobj, socket.socket):
+                    # It may have been taken away by one that came with it.
+                    self._watched.get(key.fileobj, lambda: None)()
+
+    def watch(self, source: socket.socket, action: Callable[[], None]) -> None:
+        """Have `run` call `action` whenever the socket can be read."""
+        self._watched[source] = action
+        self._selector.register(source, selectors.EVENT_READ)
+
+    def unwatch(self, source: socket.socket) -> None:
+        """End what `watch` began."""
+        del self._watched[source]
+        self._selector.unregister(source)
 
     def stop(self) -> None:
         """End `run`; from another thread or a signal handler."""
         self._ending = True
         with suppress(OSError):
             os.eventfd_write(self._wake, 1)
-
-    @property
-    def is_driven(self) -> bool:
-        """Whether a driver has queues running."""
-        return bool(self._queues)
 
     def resize(self) -> bool:
         """Take the size of what is behind it anew, and tell the driver; whether it changed."""
@@ -199,13 +209,14 @@ class VduseDevice:
         self._stop()
         self._log.close()
         os.close(self._log_fd)
+        self._selector.close()
         os.close(self._fd)
         os.close(self._wake)
         os.close(self._fault)
 
     def remove_unused(self) -> bool:
-        """Remove the kernel's device and the log, after `close`; False if it is on the vDPA bus."""
-        control = open_control()
+        """Remove the kernel's device, after `close`; False if it is on the vDPA bus."""
+        control, _ = open_control()
         try:
             wire.destroy(control, self.name)
         except KernelError as error:
@@ -214,8 +225,6 @@ class VduseDevice:
             raise
         finally:
             os.close(control)
-        with suppress(OSError):
-            os.unlink(self._log_path)
         return True
 
     # Messages
@@ -246,6 +255,10 @@ class VduseDevice:
         if request.type is VduseRequestType.UPDATE_IOTLB:
             if self._queues:
                 self._map()
+            return 0
+        if request.type is VduseRequestType.SET_VQ_GROUP_ASID:
+            if request.number or request.space:
+                raise VfiotoolError(f"queues in address space {request.space}: there is one alone")
             return 0
         if request.type is VduseRequestType.GET_VQ_STATE:
             return self._pause(request.number)

@@ -1,6 +1,7 @@
 """VDUSE's ioctls and messages (linux/vduse.h; kernel Documentation/userspace-api/vduse.rst).
 
-API version 0, which every kernel with VDUSE speaks.
+API version 0, which every kernel with VDUSE speaks, and 1, which has groups of queues and address
+spaces; we have one of each. What 1 offers on demand (SUSPEND, QUEUE_READY) is not asked for.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from enum import IntEnum
 
 from vfiotool.errors import KernelError, UsageError, from_oserror
 
-API_VERSION = 0
+# Newest first: a kernel refuses those that it does not know.
+API_VERSIONS = (1, 0)
 _NAME = 256
-_CONFIG = struct.Struct("<256sIIQII52xI")
+_CONFIG = struct.Struct("<256sIIQIIII44xI")
 _VQ_CONFIG = struct.Struct("<IH26x")
 _VQ_INFO = struct.Struct("<IIQQQHHHHB7x")
 _VQ_EVENTFD = struct.Struct("<Ii")
@@ -58,15 +60,18 @@ class VduseRequestType(IntEnum):
     GET_VQ_STATE = 0
     SET_STATUS = 1
     UPDATE_IOTLB = 2
+    SET_VQ_GROUP_ASID = 3
 
 
 @dataclass(frozen=True)
 class VduseRequest:
-    """A control request; `number` is the queue's index or the device's status."""
+    """A control request; `number` is the queue's index, its group's, or the device's status;
+    `space` the address space that a group is to have (API version 1)."""
 
     type: VduseRequestType | None
     id: int
     number: int = 0
+    space: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,10 @@ def parse_request(data: bytes) -> VduseRequest:
     except ValueError:
         return VduseRequest(None, number)
     width = 1 if found is VduseRequestType.SET_STATUS else 4
-    return VduseRequest(found, number, int.from_bytes(body[:width], "little"))
+    first = int.from_bytes(body[:width], "little")
+    if found is VduseRequestType.SET_VQ_GROUP_ASID:
+        return VduseRequest(found, number, first, int.from_bytes(body[4:8], "little"))
+    return VduseRequest(found, number, first)
 
 
 def format_response(request: VduseRequest, ok: bool, base: int = 0) -> bytes:
@@ -116,20 +124,41 @@ def _ioctl(fd: int, number: int, data: bytearray | bytes, what: str) -> int:
         raise from_oserror(what, error) from error
 
 
-def set_api_version(control: int) -> None:
-    """Say which version this program speaks; before anything else on /dev/vduse/control."""
-    _ioctl(control, _SET_API_VERSION, struct.pack("<Q", API_VERSION), "agree on VDUSE's version")
+def set_api_version(control: int) -> int:
+    """Agree on the newest version that both sides speak; before anything else on
+    /dev/vduse/control. Returns it."""
+    for version in API_VERSIONS:
+        try:
+            _ioctl(
+                control, _SET_API_VERSION, struct.pack("<Q", version), "agree on VDUSE's version"
+            )
+        except KernelError as error:
+            # Linux before 7.0 answers so to 1 (drivers/vdpa/vdpa_user/vduse_dev.c).
+            if error.errno != errno.EINVAL or version == API_VERSIONS[-1]:
+                raise
+        else:
+            return version
+    raise AssertionError("no version was tried")
 
 
 def create(
-    control: int, name: str, device_id: int, features: int, queues: int, config: bytes
+    control: int,
+    name: str,
+    device_id: int,
+    features: int,
+    queues: int,
+    config: bytes,
+    *,
+    version: int,
 ) -> None:
-    """Make the device /dev/vduse/NAME. Raises UsageError for a name that is none, KernelError
-    (EEXIST if it is there)."""
+    """Make the device /dev/vduse/NAME; `version` is what `set_api_version` returned. Raises
+    UsageError for a name that is none, KernelError (EEXIST if it is there)."""
     raw = os.fsencode(name)
     if not raw or len(raw) >= _NAME or b"/" in raw or name in (".", "..", "control"):
         raise UsageError(f"{name!r} cannot be a VDUSE device's name")
-    head = _CONFIG.pack(raw, 0, device_id, features, queues, 4096, len(config))
+    # Reserved in version 0; one group of queues and one address space in version 1.
+    groups = spaces = 1 if version else 0
+    head = _CONFIG.pack(raw, 0, device_id, features, queues, 4096, groups, spaces, len(config))
     _ioctl(control, _CREATE_DEV, bytearray(head + config), f"create the VDUSE device {name}")
 
 
