@@ -70,6 +70,6 @@ def saved_disk(name: str) -> DiskSettings | None:
 
 def forget(name: str) -> None:
     """Remove what is kept of a device that is no more."""
-    for kind in ("json", "log"):
+    for kind in ("json", "log", "sock"):
         with suppress(OSError):
             os.unlink(_file(name, kind))
