@@ -20,6 +20,7 @@ from vfiotool.change.plans.vdpa import (
     plan_vdpa_add,
     plan_vdpa_bind,
     plan_vdpa_remove,
+    plan_vdpa_set,
 )
 from vfiotool.change.plans.vdpa_facts import read_vdpa_facts
 from vfiotool.change.recover import recover
@@ -35,6 +36,7 @@ from vfiotool.devices.vdpa import (
     parse_mac,
     parse_parent,
     parse_parent_attributes,
+    read_counters,
     read_devices,
     read_parents,
 )
@@ -48,6 +50,7 @@ from vfiotool.policy.parse import parse_policy
 from vfiotool.policy.plan import plan_policy
 
 MAC = "52:54:00:12:34:56"
+OTHER_MAC = "52:54:00:65:43:21"
 
 
 def attributes(*parts: bytes) -> dict[int, bytes]:
@@ -202,7 +205,7 @@ def adding(
     name: str = "v0", parent: str = "vdpasim_net", driver: str | None = "vhost_vdpa"
 ) -> Make:
     settings = VdpaSettings(MAC, 1400) if parent == "vdpasim_net" else VdpaSettings()
-    return lambda host: plan_vdpa_add(read_vdpa_facts(host), "v0", parent, driver, settings)
+    return lambda host: plan_vdpa_add(read_vdpa_facts(host), name, parent, driver, settings)
 
 
 def test_a_device_for_a_vm_is_never_offered_to_the_host() -> None:
@@ -242,6 +245,41 @@ def test_undo_of_each_change_gives_the_state_before() -> None:
         assert kernel.vdpa_state() == empty
 
 
+def test_another_mac_address_is_set_once_and_undone() -> None:
+    kernel = VdpaKernel()
+    with run_folder() as folder:
+        do(kernel, folder, adding())
+        made = kernel.vdpa_state()
+
+        def make(host: Host) -> tuple[Step, ...]:
+            return plan_vdpa_set(read_vdpa_facts(host), "v0", OTHER_MAC.upper())
+
+        journal = do(kernel, folder, make)
+        assert read_devices(kernel.host())[0].config is not None
+        assert kernel.made["v0"][1] == parse_mac(OTHER_MAC)
+        assert make(kernel.host()) == ()
+        undo(kernel.host(), journal)
+        assert kernel.vdpa_state() == made
+
+
+def test_counters_are_read_by_queue_and_the_kernels_words_are_kept() -> None:
+    kernel = VdpaKernel()
+    with run_folder() as folder:
+        do(kernel, folder, adding(driver="virtio_vdpa"))
+        do(kernel, folder, adding(name="b0", parent="vdpasim_blk", driver="virtio_vdpa"))
+    host = kernel.host()
+    disk, card = read_devices(host)
+    assert [(item.queue, dict(item.counters)) for item in read_counters(host, card)] == [
+        (0, {"packets": 7, "bytes": 900}),
+        (1, {"packets": 8, "bytes": 900}),
+    ]
+    with pytest.raises(Unsupported, match="no statistics"):
+        read_counters(host, disk)
+    kernel._detach_vdpa("v0")
+    with pytest.raises(VfiotoolError, match="feature negotiation not complete"):
+        read_counters(host, card)
+
+
 def test_refusals() -> None:
     kernel = VdpaKernel()
     with run_folder() as folder:
@@ -261,6 +299,8 @@ def test_refusals() -> None:
         plan_vdpa_bind(facts, "v0", "nvme")
     with pytest.raises(NotFound):
         plan_vdpa_remove(facts, "v9")
+    with pytest.raises(UsageError, match="MAC"):
+        plan_vdpa_set(facts, "v0", "52:54")
 
 
 POLICY = """version = 1
@@ -309,6 +349,7 @@ CHANGES: dict[str, tuple[Callable[[], VdpaKernel], Make]] = {
     "add for the host": (VdpaKernel, adding(parent="vdpasim_blk", driver=None)),
     "bind": existing(lambda host: plan_vdpa_bind(read_vdpa_facts(host), "v0", "virtio_vdpa")),
     "remove": existing(lambda host: plan_vdpa_remove(read_vdpa_facts(host), "v0")),
+    "set": existing(lambda host: plan_vdpa_set(read_vdpa_facts(host), "v0", OTHER_MAC)),
     "policy": (VdpaKernel, applying),
 }
 

@@ -54,12 +54,14 @@ class VdpaKernel(FakeKernel):
             return super().answer_netlink(request, timeout_s)
         command, _, _ = struct.unpack_from("=BBH", request.payload)
         attributes = parse_attributes(request.payload[4:])
-        if command in (3, 4):
+        if command in (3, 4, 8):
             return self._change(request, command, attributes, timeout_s)
         if command == 2:
             return [self._parent(name) for name in PARENTS]
         if command == 5:
             return [self._device(name) for name in self.made]
+        if command == 7:
+            return self._counters(attributes)
         assert command == 6, f"the fake kernel does not model vDPA command {command}"
         return [self._config(attributes[4].rstrip(b"\0").decode())]
 
@@ -69,7 +71,10 @@ class VdpaKernel(FakeKernel):
         name = attributes[4].rstrip(b"\0").decode()
 
         def act() -> None:
-            if command == 3:
+            if command == 8:
+                parent, _, mtu = self.made[name]
+                self.made[name] = (parent, attributes[10], mtu)
+            elif command == 3:
                 self._new(name, attributes)
             else:
                 self._delete(name)
@@ -107,6 +112,18 @@ class VdpaKernel(FakeKernel):
         parent = self.made[name][0]
         parts = (string(2, parent), string(4, name), u32(5, PARENTS[parent]), u32(6, 0))
         return netlink_message(FAMILY, 3, *parts, u32(7, 3), u16(8, 256), u16(9, 1))
+
+    def _counters(self, attributes: dict[int, bytes]) -> list[Message]:
+        name = attributes[4].rstrip(b"\0").decode()
+        (queue,) = struct.unpack("=I", attributes[17])
+        if PARENTS[self.made[name][0]] != 1:
+            raise KernelError("read a vDPA device's statistics", errno_name="EOPNOTSUPP")
+        if self.vdpa_driver(name) != "virtio_vdpa":
+            raise KernelError("feature negotiation not complete", errno_name="EAGAIN")
+        if queue > 1:
+            raise KernelError("read a vDPA device's statistics", errno_name="EINVAL")
+        counted = (string(18, "packets"), u64(19, 7 + queue), string(18, "bytes"), u64(19, 900))
+        return [netlink_message(FAMILY, 7, string(4, name), u32(17, queue), *counted)]
 
     def _config(self, name: str) -> Message:
         if name not in self.made:

@@ -240,3 +240,36 @@ def test_a_device_that_vanishes_while_it_is_read_does_not_break_the_list() -> No
     finally:
         os.killpg(churn.pid, 9)
         churn.wait()
+
+
+@SIMULATED
+def test_the_mac_address_is_set_and_undone() -> None:
+    vfiotool("vdpa", "add", "n0", "vdpasim_net", "--mac", MAC, "--driver", "vhost_vdpa")
+    other = "52:54:00:65:43:21"
+    done = vfiotool("vdpa", "set", "n0", "--mac", other)
+    assert [step["verb"] for step in done["steps"]] == ["set-vdpa-mac"]
+    assert stripped(iproute2("dev", "config", "show", "n0")["config"])["n0"]["mac"] == other
+    assert vfiotool("vdpa", "set", "n0", "--mac", other)["steps"] == []
+    vfiotool("undo")
+    assert stripped(iproute2("dev", "config", "show", "n0")["config"])["n0"]["mac"] == MAC
+    vfiotool("vdpa", "add", "b0", "vdpasim_blk")
+    assert vfiotool("vdpa", "set", "b0", "--mac", other, code=8)["error"]["kind"] == "unsupported"
+
+
+@SIMULATED
+def test_statistics_are_those_of_iproute2() -> None:
+    vfiotool("vdpa", "add", "n0", "vdpasim_net", "--mac", MAC, "--driver", "virtio_vdpa")
+    queues = vfiotool("vdpa", "stats", "n0")["queues"]
+    assert [item["queue"] for item in queues][:2] == [0, 1]
+    theirs = str(iproute2("dev", "vstats", "show", "n0", "qidx", "0"))
+    for name in queues[0]["counters"]:
+        assert name in theirs
+    vfiotool("vdpa", "add", "b0", "vdpasim_blk")
+    assert vfiotool("vdpa", "stats", "b0", code=8)["error"]["kind"] == "unsupported"
+
+
+@SIMULATED
+def test_statistics_of_a_device_without_a_driver_say_why_in_the_kernels_words() -> None:
+    vfiotool("vdpa", "add", "n0", "vdpasim_net", "--driver", "vhost_vdpa")
+    error = vfiotool("vdpa", "stats", "n0", code=5)["error"]
+    assert "feature negotiation not complete" in error["message"]

@@ -36,6 +36,8 @@ SCHEMA_OF = {
     "vdpa add": "vdpa-changed",
     "vdpa remove": "vdpa-changed",
     "vdpa bind": "vdpa-changed",
+    "vdpa set": "vdpa-changed",
+    "vdpa stats": "vdpa-stats",
     "plan": "plan",
     "apply": "apply",
     "confirm": "confirm",

@@ -57,9 +57,8 @@ def vduse_blk(
     """Serve one disk over VDUSE until SIGTERM; the image is raw, its format never probed.
 
     What is there already is taken up again: after a crash the same command goes on with the
-    requests that were begun. At SIGTERM a device that nobody uses is removed; one that is on the
-    vDPA bus stays, and its requests wait for the next server. SIGHUP, or `vfiotool vduse resize`,
-    takes the image as large as it is now.
+    requests that were begun. At SIGTERM a device that nobody uses is removed; one on the vDPA bus
+    stays, and its requests wait. SIGHUP, or `vduse resize`, takes a file that grew.
     """
     from vfiotool.native.virtqueue import Worker
     from vfiotool.virtio.block import BlockDisk

@@ -32,6 +32,8 @@ _CMD_DEV_NEW = 3
 _CMD_DEV_DEL = 4
 _CMD_DEV_GET = 5
 _CMD_DEV_CONFIG_GET = 6
+_CMD_DEV_VSTATS_GET = 7
+_CMD_DEV_ATTR_SET = 8
 
 _MGMTDEV_BUS_NAME = 1
 _MGMTDEV_DEV_NAME = 2
@@ -49,6 +51,9 @@ _NET_MTU = 13
 _NEGOTIATED_FEATURES = 14
 _MGMTDEV_MAX_VQS = 15
 _SUPPORTED_FEATURES = 16
+_DEV_QUEUE_INDEX = 17
+_VENDOR_ATTR_NAME = 18
+_VENDOR_ATTR_VALUE = 19
 _DEV_FEATURES = 20
 # 21 is the block device's capacity; to a kernel before 6.3 it was a network device's features.
 _BLOCK_CAPACITY = 21
@@ -177,6 +182,7 @@ def _ask(host: Host, family: int, command: int, *attributes: bytes, dump: bool) 
         _CMD_MGMTDEV_GET: "list the vDPA parents",
         _CMD_DEV_GET: "list the vDPA devices",
         _CMD_DEV_CONFIG_GET: "read a vDPA device's configuration",
+        _CMD_DEV_VSTATS_GET: "read a vDPA device's statistics",
     }[command]
     request = Request(
         NETLINK_GENERIC,
@@ -249,6 +255,84 @@ def read_devices(host: Host) -> tuple[VdpaDevice, ...]:
             config = _read_config(host, family, name)
             found.append(_sysfs_device(host, name, attributes, config))
     return tuple(sorted(found, key=lambda device: device.name))
+
+
+@dataclass(frozen=True, slots=True)
+class VdpaQueueCounters:
+    """What a device's vendor counts of one virtqueue, by the vendor's names."""
+
+    queue: int
+    counters: tuple[tuple[str, int], ...]
+
+
+def read_counters(host: Host, device: VdpaDevice) -> tuple[VdpaQueueCounters, ...]:
+    """The vendor's statistics of every queue that has some.
+
+    Raises Unsupported where its parent counts nothing, KernelError with the kernel's words as long
+    as no driver has set it up (EAGAIN), NotPermitted without CAP_NET_ADMIN.
+    """
+    from vfiotool.netlink.codec import string, u32
+
+    if not knows_netlink(host):
+        raise UsageError(f"{host.name} is not the running host", hint="leave out --root")
+    family = find_family(host)
+    found: list[VdpaQueueCounters] = []
+    for index in range(device.max_vqs or 0):
+        name, number = string(_DEV_NAME, device.name), u32(_DEV_QUEUE_INDEX, index)
+        try:
+            answers = _ask(host, family, _CMD_DEV_VSTATS_GET, name, number, dump=False)
+        except KernelError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise Unsupported(
+                    f"{device.parent} has no statistics of its queues",
+                    device=device.name,
+                    errno_name=error.errno_name,
+                ) from error
+            # A queue beyond those that were negotiated.
+            if error.errno in (errno.EINVAL, errno.ERANGE) and found:
+                break
+            raise
+        found += [VdpaQueueCounters(index, parse_counters(answer)) for answer in answers]
+    return tuple(found)
+
+
+def parse_counters(answer: Message) -> tuple[tuple[str, int], ...]:
+    """Names and values follow one another; the same two attributes repeat."""
+    from vfiotool.netlink.codec import as_int, as_text, iterate_attributes
+
+    found, name = [], None
+    # A generic message begins with four bytes of its own (genlmsghdr).
+    for kind, data in iterate_attributes(answer.payload[4:]):
+        if kind == _VENDOR_ATTR_NAME:
+            name = as_text(data)
+        elif kind == _VENDOR_ATTR_VALUE and name is not None:
+            value = as_int(data)
+            if value is not None:
+                found.append((name, value))
+            name = None
+    return tuple(found)
+
+
+def is_usable(host: Host, name: str) -> bool:
+    """Whether what a device's driver makes of it is there: the node of vhost_vdpa, the disk or
+    interface of virtio_vdpa with its node. From sysfs and /dev alone, so it never blocks."""
+    base = f"{SYS_VDPA_DEVICES}/{name}"
+    driver = host.linkname(f"{base}/driver")
+    children = host.listdir(base)
+    if driver == "vhost_vdpa":
+        nodes = [child for child in children if child.startswith("vhost-vdpa-")]
+        return any(host.exists(f"{DEV}/{node}") for node in nodes)
+    if driver != "virtio_vdpa":
+        # None makes nothing of it.
+        return True
+    for child in children:
+        if re.fullmatch(r"virtio\d+", child):
+            if host.listdir(f"{base}/{child}/net"):
+                return True
+            return any(
+                host.exists(f"{DEV}/{disk}") for disk in host.listdir(f"{base}/{child}/block")
+            )
+    return False
 
 
 def read_device_names(host: Host) -> tuple[str, ...]:
@@ -377,6 +461,15 @@ def delete_request(family: int, name: str) -> Request:
 
     payload = generic(_CMD_DEV_DEL, _VERSION, string(_DEV_NAME, check_name(name)))
     return Request(NETLINK_GENERIC, family, payload, what=f"remove vDPA device {name}")
+
+
+def set_mac_request(family: int, name: str, mac: str) -> Request:
+    """The request that gives device `name` another MAC address. Raises UsageError."""
+    from vfiotool.netlink.codec import NETLINK_GENERIC, Request, attribute, generic, string
+
+    parts = (string(_DEV_NAME, check_name(name)), attribute(_NET_MACADDR, parse_mac(mac)))
+    payload = generic(_CMD_DEV_ATTR_SET, _VERSION, *parts)
+    return Request(NETLINK_GENERIC, family, payload, what=f"set {name}'s MAC address")
 
 
 def parse_mac(text: str) -> bytes:

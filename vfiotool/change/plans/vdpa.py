@@ -6,13 +6,14 @@ from vfiotool.change.plans.vdpa_facts import VdpaFacts
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver, LoadModule
 from vfiotool.change.steps.state import ANY, Binding
-from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe
+from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe, SetVdpaMac
 from vfiotool.devices.vdpa import (
     DRIVERS,
     VdpaDevice,
     VdpaSettings,
     check_name,
     new_request,
+    parse_mac,
 )
 from vfiotool.errors import NotFound, Refused, Unsupported, UsageError
 
@@ -132,6 +133,22 @@ def plan_vdpa_remove(facts: VdpaFacts, name: str) -> tuple[Step, ...]:
         steps.insert(0, BindDriver(name, before, Binding(None, None), bus="vdpa"))
     # Undone in reverse: made again out of the host's sight, then bound as it was.
     return _quiet(facts, steps)
+
+
+def plan_vdpa_set(facts: VdpaFacts, name: str, mac: str) -> tuple[Step, ...]:
+    """Give a network device another MAC address. Raises NotFound, UsageError, Unsupported."""
+    parse_mac(mac)
+    device = facts.device(check_name(name))
+    known = (device.config or {}).get("mac")
+    if not isinstance(known, str):
+        raise Unsupported(
+            f"{name} has no MAC address that could be changed",
+            hint="vfiotool vdpa list",
+            device=name,
+        )
+    if known.lower() == mac.lower():
+        return ()
+    return (SetVdpaMac(name, known, mac.lower()),)
 
 
 def _quiet(facts: VdpaFacts, steps: list[Step]) -> tuple[Step, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vfiotool.change.steps.base import SetAttribute, Step, Taken, Writer
+from vfiotool.change.steps.base import SetAttribute, Step, Taken, Writer, drifted
 from vfiotool.change.steps.names import PART, require
 from vfiotool.devices.vdpa import (
     VdpaSettings,
@@ -14,8 +14,10 @@ from vfiotool.devices.vdpa import (
     find_family,
     new_request,
     read_device_names,
+    read_devices,
+    set_mac_request,
 )
-from vfiotool.errors import KernelError
+from vfiotool.errors import KernelError, NotFound
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_VDPA_AUTOPROBE
 
@@ -129,3 +131,66 @@ class SetVdpaAutoprobe(SetAttribute):
 
     def lock_keys(self, host: Host) -> set[str]:
         return {"vdpa"}
+
+
+@dataclass(frozen=True)
+class SetVdpaMac(Step):
+    """Give a network device another MAC address (VDPA_CMD_DEV_ATTR_SET, from Linux 6.12 on)."""
+
+    verb: ClassVar[str] = "set-vdpa-mac"
+    name: str
+    before: str
+    after: str
+
+    @property
+    def target(self) -> str:
+        return self.name
+
+    def ends(self) -> tuple[object, object]:
+        return self.before, self.after
+
+    def undo_text(self) -> str | None:
+        return f"set {self.before}"
+
+    def inverse(self) -> Step:
+        return replace(self, before=self.after, after=self.before)
+
+    def present(self, host: Host) -> bool:
+        return self.name in read_device_names(host)
+
+    def check(self, host: Host, *, begun: bool = False) -> None:
+        found = self._read(host)
+        if found not in (self.before.lower(), self.after.lower()):
+            raise drifted(self.name, found, self.before, self.after)
+
+    def holds(self, host: Host) -> bool:
+        return self._read(host) == self.after.lower()
+
+    def _read(self, host: Host) -> str:
+        device = next((item for item in read_devices(host) if item.name == self.name), None)
+        if device is None:
+            raise NotFound(f"there is no vDPA device {self.name}", device=self.name)
+        return str((device.config or {}).get("mac")).lower()
+
+    def check_names(self) -> None:
+        require("a vDPA device's name", PART, self.name)
+        for mac in (self.before, self.after):
+            set_mac_request(0, self.name, mac)
+
+    def takes(self, host: Host) -> Iterator[Taken]:
+        """Who uses it has another address afterwards."""
+        if not self.holds(host):
+            yield Taken(self.name)
+
+    def lock_keys(self, host: Host) -> set[str]:
+        return {f"device-{self.name}", "vdpa"}
+
+    def run(self, writer: Writer) -> None:
+        if self.holds(writer.host):
+            return
+        family = find_family(writer.host)
+        writer.send_netlink(set_mac_request(family, self.name, self.after))
+        if not self.holds(writer.host):
+            raise KernelError(
+                f"{self.name} kept its address though the kernel took the request", device=self.name
+            )

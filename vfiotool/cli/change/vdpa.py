@@ -1,4 +1,4 @@
-"""`vdpa parents|list|add|remove|bind`: vDPA devices, over generic netlink and their bus."""
+"""`vdpa …`: vDPA devices, over generic netlink and their bus."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vfiotool.change.plans.vdpa import (
     plan_vdpa_add,
     plan_vdpa_bind,
     plan_vdpa_remove,
+    plan_vdpa_set,
 )
 from vfiotool.change.plans.vdpa_facts import read_vdpa_facts
 from vfiotool.change.steps.base import Step
@@ -26,10 +27,22 @@ from vfiotool.cli.change.changing import (
     run_change,
 )
 from vfiotool.cli.context import area, examples, host_of, wants_json
-from vfiotool.devices.vdpa import VdpaDevice, VdpaParent, VdpaSettings, read_devices, read_parents
+from vfiotool.devices.vdpa import (
+    VdpaDevice,
+    VdpaParent,
+    VdpaSettings,
+    is_usable,
+    read_counters,
+    read_device_names,
+    read_devices,
+    read_parents,
+)
+from vfiotool.devices.vduse import read_vduse
 from vfiotool.errors import UsageError
 from vfiotool.host.host import Host
 
+# How long udev and a driver that probes may take.
+_NODE_S = 5.0
 _DRIVERS = ("vhost_vdpa", "virtio_vdpa")
 _Name = Annotated[
     str,
@@ -204,6 +217,39 @@ def bind(
     return run_change(context, title, make, report, dry_run=dry_run, timeout_s=timeout, allow=allow)
 
 
+@app.command("set", epilog=examples("vfiotool vdpa set vdpa0 --mac 52:54:00:00:00:01"))
+def set_(
+    context: typer.Context,
+    name: _Name,
+    mac: Annotated[str, typer.Option(metavar="MAC", help="The MAC address that it is to have.")],
+    allow: Allow = None,
+    dry_run: DryRun = False,
+    timeout: Timeout = DEADLINE_S,
+) -> int:
+    """Change a network device's MAC address (from Linux 6.12 on, where its parent can)."""
+
+    def make(host: Host, _: Journal | None) -> tuple[Step, ...]:
+        return plan_vdpa_set(read_vdpa_facts(host), name, mac)
+
+    title = f"vdpa set {name} --mac {mac}"
+    report = _reporter(context, name)
+    return run_change(context, title, make, report, dry_run=dry_run, timeout_s=timeout, allow=allow)
+
+
+@app.command("stats", epilog=examples("vfiotool vdpa stats vdpa0"))
+def stats(context: typer.Context, name: _Name) -> int:
+    """Show what a device's vendor counts of each virtqueue."""
+    host = host_of(context)
+    counted = read_counters(host, read_vdpa_facts(host).device(name))
+    if wants_json(context):
+        queues = [{"queue": item.queue, "counters": dict(item.counters)} for item in counted]
+        output.emit({"vdpa": name, "queues": queues})
+        return 0
+    rows = [[str(item.queue), key, str(value)] for item in counted for key, value in item.counters]
+    output.table(("QUEUE", "COUNTER", "VALUE"), rows)
+    return 0
+
+
 def _mask(text: str | None) -> int | None:
     try:
         return None if text is None else int(text, 0)
@@ -215,6 +261,7 @@ def _reporter(context: typer.Context, name: str) -> Callable[[Changed], Report]:
     """Reports the device of that name after a change, or that it is removed."""
 
     def report(_: Changed) -> Report:
+        _wait(host_of(context), name)
         found = [device for device in read_devices(host_of(context)) if device.name == name]
         lines = [
             f"{device.name}: {device.driver or 'no driver'} ({_place(device)})" for device in found
@@ -223,6 +270,23 @@ def _reporter(context: typer.Context, name: str) -> Callable[[Changed], Report]:
         return keys, lines or [f"{name}: removed"]
 
     return report
+
+
+def _wait(host: Host, name: str) -> None:
+    """Wait until what the driver makes of a device is there: udev makes nodes, and a driver that
+    probes asks the device first. Warns where it does not come."""
+    ends = host.clock.monotonic() + _NODE_S
+    while host.live and name in read_device_names(host) and not is_usable(host, name):
+        if host.clock.monotonic() > ends:
+            served = [
+                item for item in read_vduse(host) if item.name == name and item.state == "mute"
+            ]
+            for item in served:
+                output.warn(f"{name}: its server, pid {item.pid} ({item.command}), does not answer")
+            if not served:
+                output.warn(f"{name}: no node, disk or interface has appeared in {_NODE_S:.0f} s")
+            return
+        host.clock.sleep(0.02)
 
 
 def _place(device: VdpaDevice) -> str:
