@@ -133,7 +133,8 @@ def test_vfs_that_an_earlier_step_removes_are_no_use(kernel: FakeKernel) -> None
 
 def test_every_kind_of_step_is_asked_about(kernel: FakeKernel) -> None:
     asked = {type(step) for step, _ in TAKING.values()} | {type(s) for s in LEAVING.values()}
-    # SetVdpa needs a kernel with vDPA: tests/devices/test_vdpa.py.
+    # These need a kernel with vDPA: tests/devices/test_vdpa.py.
     assert {kind.__name__ for kind in step_kinds().values()} - {k.__name__ for k in asked} == {
-        "SetVdpa"
+        "SetVdpa",
+        "SetVdpaMac",
     }
