@@ -23,7 +23,7 @@ VFIOTOOL = str(Path(sys.prefix) / "bin/vfiotool")
 
 
 @pytest.mark.parametrize(
-    "name", ["storage-in-use", "intel-workstation", "two-socket-server", "amd-desktop"]
+    "name", ["shared-group", "storage-in-use", "intel-workstation", "amd-desktop"]
 )
 def test_a_twin_has_the_host_s_groups_and_verdicts(name: str) -> None:
     need_lab(KERNEL)
@@ -34,14 +34,20 @@ def test_a_twin_has_the_host_s_groups_and_verdicts(name: str) -> None:
     with running_twin(host, plan, KERNEL) as guest:
         found = compare_with(guest, snapshot, plan)
         assert [one.line() for one in found if not is_explained(one, plan)] == []
+        differing = {one.device for one in found}
         done = guest.exec([VFIOTOOL, "devices", "--json"], timeout_s=120)
         theirs = {one["address"]: one for one in json.loads(done.stdout)["devices"]}
         for one in devices["devices"]:
             if one["address"] in {replay.original.address for replay in plan.replays}:
                 twin = theirs[plan.addresses[one["address"]]]
-                # True ids, and the same answer to the same question.
-                same = ("vendor", "device", "class", "verdict")
-                assert [twin[key] for key in same] == [one[key] for key in same]
+                same = ["vendor", "device", "class"]
+                # True ids, and the same answer to the same question; but a file cannot tell what
+                # a running machine can, nobody holds a node open in the twin, and a group that is
+                # told to differ has its own answer.
+                kinds = {blocker["kind"] for blocker in one["blockers"]}
+                if not kinds & {"unseen", "open-file"} and one["address"] not in differing:
+                    same.append("verdict")
+                assert [twin[key] for key in same] == [one[key] for key in same], twin
         if name == "storage-in-use":
             refused = guest.exec([VFIOTOOL, "bind", "0000:01:00.0"], timeout_s=60, merge=True)
             assert refused.exit_code == 4 and "mounted" in refused.text

@@ -55,12 +55,19 @@ def setup_script(host: TwinHost, plan: TwinPlan) -> str:
     lines.append("  [ -e /sys/bus/pci/devices/$1/driver ] &&")
     lines.append("    echo $1 > /sys/bus/pci/devices/$1/driver/unbind;")
     lines.append("  echo $1 > /sys/bus/pci/drivers_probe; }")
+    # What has no driver on the host gets none here, though this kernel has one for it.
+    lines.append("off() { echo none > /sys/bus/pci/devices/$1/driver_override;")
+    lines.append("  [ -e /sys/bus/pci/devices/$1/driver ] &&")
+    lines.append("    echo $1 > /sys/bus/pci/devices/$1/driver/unbind; }")
     for address, count in plan.vfs.items():
         lines.append(f"echo {count} > /sys/bus/pci/devices/{address}/sriov_numvfs")
     replayed = {one.original.address for one in plan.replays if not one.disk}
     for one in host.functions:
         new = plan.addresses.get(one.address)
-        if new is None or one.driver is None:
+        if new is None or (one.driver is None and one.port is not None):
+            continue
+        if one.driver is None:
+            lines.append(f"off {new}")
             continue
         if one.driver in _OF_NOBODY:
             lines.append(f"modprobe {one.driver}; on {new} {one.driver}")
