@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.change.changing import EDU, NIC, furnished
+from vfiotool.change.steps.sriov import SetAutoprobe, SetVfCount
 from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.parse import parse_policy
 from vfiotool.policy.plan import Plan, Refusal, plan_policy
@@ -66,3 +67,13 @@ def test_drift_names_what_is_and_what_is_wanted() -> None:
     assert f"{EDU}" in drift_lines(planned().steps)
     assert "  driver: is no driver, wanted mlx5_vfio_pci" in drift_lines(planned().steps)
     assert not any("module" in line for line in drift_lines(planned().steps))
+
+
+def test_drift_names_no_value_on_the_way_to_the_wanted_one() -> None:
+    off, on = SetAutoprobe(NIC, before=True, after=False), SetAutoprobe(NIC, False, True)
+    assert drift_lines([off, SetVfCount(NIC, 0, 3), on]) == [NIC, "  vf-count: is 0, wanted 3"]
+    assert drift_lines([off]) == [NIC, "  autoprobe: is 1, wanted 0"]
+    through_zero = [SetVfCount(NIC, 2, 0), SetVfCount(NIC, 0, 3)]
+    assert drift_lines(through_zero) == [NIC, "  vf-count: is 2, wanted 3"]
+    anew = [SetVfCount(NIC, 2, 0), off, SetVfCount(NIC, 0, 2), on]
+    assert drift_lines(anew) == [NIC, "  vf-count: 2, to be made anew"]

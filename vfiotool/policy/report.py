@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import LoadModule
-from vfiotool.change.steps.sriov import SetVfCount
+from vfiotool.change.steps.sriov import SetAutoprobe, SetVfCount
 from vfiotool.change.steps.vf_network import SetVfProperty
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.plan import Plan, Refusal
@@ -70,18 +70,33 @@ def drift_summary(plan: Plan) -> str:
 
 
 def drift_lines(steps: Sequence[Step]) -> list[str]:
-    """What is and what the policy wants, by device."""
+    """What is and what the policy wants, by device; not the ways between them.
+
+    A value that is changed in several steps stands once; the automatic probing that is switched
+    off while VFs are made and on again after it differs from nothing.
+    """
+    shown = [step for step in steps if not _is_means(step)]
+    ways: dict[tuple[str, str], list[Step]] = {}
+    for step in shown:
+        ways.setdefault((_heading(step), step.verb), []).append(step)
     groups: dict[str, list[str]] = {}
-    for step in steps:
-        if isinstance(step, LoadModule) or (isinstance(step, SetVfProperty) and step.keep):
-            continue
-        before, after = step.words()
-        what = step.verb.partition("-")[2]
-        known = not (isinstance(step, SetVfProperty) and step.before == VfSettings(step.index))
-        groups.setdefault(_heading(step), []).append(
-            f"  {what}: is {before}, wanted {after}" if known else f"  {what}: wanted {after}"
-        )
+    for (heading, verb), way in ways.items():
+        before, after = way[0].words()[0], way[-1].words()[1]
+        what, first = verb.partition("-")[2], way[0]
+        lines = groups.setdefault(heading, [])
+        if before != after:
+            known = not (
+                isinstance(first, SetVfProperty) and first.before == VfSettings(first.index)
+            )
+            lines.append(f"  {what}: " + (f"is {before}, " if known else "") + f"wanted {after}")
+        elif not isinstance(first, SetAutoprobe):
+            lines.append(f"  {what}: {before}, to be made anew")
+    groups = {heading: lines for heading, lines in groups.items() if lines}
     return [text for heading, lines in groups.items() for text in (heading, *lines)]
+
+
+def _is_means(step: Step) -> bool:
+    return isinstance(step, LoadModule) or (isinstance(step, SetVfProperty) and step.keep)
 
 
 def refusal_lines(refusals: Iterable[Refusal]) -> list[str]:

@@ -122,6 +122,8 @@ def test_the_picture_is_well_formed_and_names_every_device(name: str, tmp_path: 
     assert main(["--root", str(HOSTS / name), "tree", "--svg", str(file)]) == 0
     document = ElementTree.parse(file).getroot()
     assert document.tag == f"{SVG}svg"
+    title, desc = (document.findtext(f"{SVG}{name}") for name in ("title", "desc"))
+    assert title == "PCI devices and IOMMU groups" and "PCI functions" in (desc or "")
     texts = [element.text or "" for element in document.iter(f"{SVG}text")]
     for node in flat(tree_of(name)):
         short = node["address"].removeprefix("0000:")

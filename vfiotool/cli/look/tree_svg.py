@@ -31,6 +31,9 @@ _ROLES = {
 _GROUPS = ("#0969da", "#bf3989", "#1b7c83", "#9a6700", "#8250df", "#cf222e")
 
 
+_TITLE = "PCI devices and IOMMU groups"
+
+
 @dataclass
 class _Card:
     """A node's place: column and row of the grid; `lines` are its texts."""
@@ -72,7 +75,9 @@ def draw(roots: Iterable[Node], kernel: str | None = None) -> str:
     colours = {group: _GROUPS[index % len(_GROUPS)] for index, group in enumerate(shared)}
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="{_SANS}">',
+        f'viewBox="0 0 {width} {height}" font-family="{_SANS}" role="img">',
+        f"<title>{_TITLE}</title>",
+        f"<desc>{xml_escape(escape_line(_subtitle(cards, kernel)))}</desc>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         *_heading(cards, kernel),
         *(_outline(group, colours[group], cards) for group in shared),
@@ -249,15 +254,17 @@ def _runs(members: list[_Card], cards: list[_Card]) -> list[list[_Card]]:
     return runs
 
 
-def _heading(cards: list[_Card], kernel: str | None) -> Iterator[str]:
+def _subtitle(cards: list[_Card], kernel: str | None) -> str:
     functions = sum(card.node.kind in ("endpoint", "bridge", "vf") for card in cards)
     groups = {card.node.group for card in cards if card.node.group is not None}
     where = "" if kernel is None else f" · Linux {kernel}"
-    subtitle = f"{functions} PCI functions · {len(groups)} IOMMU groups{where}"
-    if not groups:
-        subtitle = f"{functions} PCI functions · no IOMMU groups{where}"
-    yield _text(_MARGIN, 40, "PCI devices and IOMMU groups", 20, "#1f2328", bold=True, room=600)
-    yield _text(_MARGIN, 62, subtitle, 12.5, "#57606a", room=700)
+    told = f"{len(groups)} IOMMU groups" if groups else "no IOMMU groups"
+    return f"{functions} PCI functions · {told}{where}"
+
+
+def _heading(cards: list[_Card], kernel: str | None) -> Iterator[str]:
+    yield _text(_MARGIN, 40, _TITLE, 20, "#1f2328", bold=True, room=600)
+    yield _text(_MARGIN, 62, _subtitle(cards, kernel), 12.5, "#57606a", room=700)
 
 
 def _legend(cards: list[_Card], y: int) -> Iterator[str]:
