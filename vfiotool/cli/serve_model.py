@@ -12,6 +12,8 @@ from vfiotool.cli import candidates, output
 if TYPE_CHECKING:
     from vfiotool.models import Model
 
+# How often is looked whether the server has ended by itself.
+_LOOK_S = 1.0
 # The models that come along, by the names of their drivers.
 SHIPPED = {
     "edu": "vfiotool.models.edu:EduModel",
@@ -51,14 +53,17 @@ def vfio_user(model: ModelArgument, socket_path: PathOption, fault: FaultOption 
     made = load_model(model)()
     for name in fault or ():
         made.faults.set(name)
-    server = ModelServer(made, socket_path, report=output.warn)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
+    # Waited for, not handled: a handler that stops the server would wait for what it interrupts.
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        server.run()
+        with ModelServer(made, socket_path, report=output.warn) as server:
+            while server.serving and signal.sigtimedwait(signals, _LOOK_S) is None:
+                pass
+            # A second one ends a model that does not let go.
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     finally:
-        server.stop()
-        made.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return 0
 
 

@@ -51,8 +51,13 @@ class ModelServer:
         """What `Device.open` calls the device."""
         return f"vfio-user:{self.path}"
 
+    @property
+    def serving(self) -> bool:
+        """Whether the thread of `with` is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
     def run(self) -> None:
-        """Serve until `stop`."""
+        """Serve until `stop`, which another thread calls."""
         while True:
             try:
                 connection, _ = self._listener.accept()
