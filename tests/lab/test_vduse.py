@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.commands import modprobe, vfiotool
+from vfiotool.change.journal import RUN_FOLDER
 
 MACHINE = "basic"
 KERNELS = ("6.12",)
@@ -65,6 +66,8 @@ def served_disk(image: Path, *options: str) -> Iterator[tuple[Path, list[subproc
         until(lambda: bool(disks() - before), "no disk appeared")
         (name,) = disks() - before
         until(Path(f"/dev/{name}").exists, "no node appeared")
+        # The node is there before the kernel has read its partitions: the change ends after that.
+        until(lambda: not list(Path(RUN_FOLDER).glob("boot-*/*.open")), "the attach went on")
         yield Path(f"/dev/{name}"), servers
     finally:
         subprocess.run(["umount", "/mnt"], check=False, capture_output=True)
