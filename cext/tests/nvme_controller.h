@@ -96,9 +96,20 @@ HARDWARE static inline void *live(void *argument)
 	return NULL;
 }
 
+/* A queue of the device's memory and doorbells, and no more. */
+static inline struct vt_nvme_layout layout_of(struct device *device)
+{
+	return (struct vt_nvme_layout){
+		.submission = (uintptr_t)device->sq, .completion = (uintptr_t)device->cq,
+		.tail_doorbell = (uintptr_t)&device->words[0],
+		.head_doorbell = (uintptr_t)&device->words[1],
+		.sq_entries = SQ, .cq_entries = CQ, .page_size = PAGE, .id = 1,
+	};
+}
+
 static inline struct vt_nvme_queue *start(struct device *device, int shadows, int lazy, int threaded)
 {
-	struct vt_nvme_layout layout = { 0 };
+	struct vt_nvme_layout layout;
 	struct vt_nvme_queue *queue = NULL;
 
 	memset(device, 0, sizeof(*device));
@@ -109,10 +120,7 @@ static inline struct vt_nvme_queue *start(struct device *device, int shadows, in
 	memset((void *)(uintptr_t)device->cq, 0, PAGE);
 	device->shadows = shadows;
 	device->phase = 1;
-	layout.submission = (uintptr_t)device->sq;
-	layout.completion = (uintptr_t)device->cq;
-	layout.tail_doorbell = (uintptr_t)&device->words[0];
-	layout.head_doorbell = (uintptr_t)&device->words[1];
+	layout = layout_of(device);
 	if (shadows) {
 		layout.tail_shadow = (uintptr_t)&device->words[2];
 		layout.head_shadow = (uintptr_t)&device->words[3];
@@ -121,10 +129,6 @@ static inline struct vt_nvme_queue *start(struct device *device, int shadows, in
 	}
 	layout.lists = (uintptr_t)device->lists;
 	layout.lists_iova = LISTS_IOVA;
-	layout.sq_entries = SQ;
-	layout.cq_entries = CQ;
-	layout.page_size = PAGE;
-	layout.id = 1;
 	layout.lazy = (uint32_t)lazy;
 	CHECK(vt_nvme_new(&layout, &queue) == 0);
 	if (threaded)

@@ -124,17 +124,13 @@ static void a_gate_that_shuts_ends_a_poll_and_a_load(void)
 	static struct vt_gate gate;
 	struct device device;
 	struct vt_nvme_queue *queue, *other = start(&device, 0, 0, 0);
-	struct vt_nvme_layout layout = {
-		.submission = (uintptr_t)device.sq, .completion = (uintptr_t)device.cq,
-		.tail_doorbell = (uintptr_t)&device.words[0],
-		.head_doorbell = (uintptr_t)&device.words[1], .gate = (uintptr_t)&gate,
-		.sq_entries = SQ, .cq_entries = CQ, .page_size = PAGE, .id = 1,
-	};
+	struct vt_nvme_layout layout = layout_of(&device);
 	struct vt_nvme_io io = read_of(1);
 	struct vt_nvme_done done;
 	struct vt_nvme_job job = job_of(10);
 	pthread_t thread;
 
+	layout.gate = (uintptr_t)&gate;
 	CHECK(vt_nvme_new(&layout, &queue) == 0);
 	vt_gate_set(&gate, 1);
 	CHECK(vt_nvme_submit(queue, &io, 1) == 1);

@@ -269,15 +269,11 @@ static void a_barred_queue_leaves_the_doorbells_alone(void)
 	static struct vt_gate gate;
 	struct device device;
 	struct vt_nvme_queue *queue, *other = start(&device, 0, 0, 0);
-	struct vt_nvme_layout layout = {
-		.submission = (uintptr_t)device.sq, .completion = (uintptr_t)device.cq,
-		.tail_doorbell = (uintptr_t)&device.words[0],
-		.head_doorbell = (uintptr_t)&device.words[1], .gate = (uintptr_t)&gate,
-		.sq_entries = SQ, .cq_entries = CQ, .page_size = PAGE, .id = 1,
-	};
+	struct vt_nvme_layout layout = layout_of(&device);
 	struct vt_nvme_io io = read_of(1);
 	struct vt_nvme_done done;
 
+	layout.gate = (uintptr_t)&gate;
 	CHECK(vt_nvme_new(&layout, &queue) == 0);
 	CHECK(vt_nvme_submit(queue, &io, 1) == -EACCES && device.words[0] == 0);
 	CHECK(poll_once(queue, &done, 1, 1, 0) == -EACCES);
