@@ -88,11 +88,17 @@ def as_json(device: VduseNode) -> dict[str, object]:
 
 def _words(device: VduseNode) -> str:
     if device.state == "mute":
-        return (
-            f"{device.name}: its server, pid {device.pid} ({device.command}), holds it and does not"
-            f" answer; end that process, then: vfiotool vduse rescue {device.name}"
-        )
+        return "; ".join(_mute(device))
     return f"{device.name}: its server is gone; to finish: vfiotool vduse rescue {device.name}"
+
+
+def _mute(device: VduseNode) -> tuple[str, str]:
+    """What is said of a server that does not answer, and what to do about it."""
+    return (
+        f"{device.name}: its server, pid {device.pid} ({device.command}), holds it and does not"
+        " answer",
+        f"end that process, then: vfiotool vduse rescue {device.name}",
+    )
 
 
 @app.command("resize", epilog=examples("vfiotool vduse resize disk0"))
@@ -183,12 +189,8 @@ def _found(host: Host, name: str) -> VduseNode:
 
 def _check(device: VduseNode) -> None:
     if device.state == "mute":
-        raise Refused(
-            f"{device.name}: its server, pid {device.pid} ({device.command}), holds it and does not"
-            " answer",
-            hint=f"end that process, then: vfiotool vduse rescue {device.name}",
-            device=device.name,
-        )
+        text, hint = _mute(device)
+        raise Refused(text, hint=hint, device=device.name)
     if device.pid is not None:
         raise Refused(
             f"{device.name} is served by pid {device.pid} ({device.command}): nothing to rescue",
