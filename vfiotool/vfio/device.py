@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import struct
 import threading
 import uuid
@@ -207,8 +208,7 @@ class Device(OpenDevice):
         space, also by name: "bar0" to "bar5", "rom", "config", "vga". Raises UsageError where the
         device has none."""
         self.refuse_closed()
-        if isinstance(index, str):
-            index = self._region_called(index)
+        index = self._region_called(index) if isinstance(index, str) else operator.index(index)
         if index not in self._regions:
             info = self._region_info(index)
             if info is None or not info.size:

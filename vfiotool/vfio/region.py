@@ -8,6 +8,7 @@ Offsets are bytes from the region's start; values are unsigned; PCI's byte order
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -102,7 +103,7 @@ class Region:
         vfio-pci of kernels before 6.10 makes two accesses of 4 bytes out of one of 8 here (it had
         no 64-bit accessors); a `Mapping` never does.
         """
-        if width not in _FORMATS or offset % width:
+        if width not in _FORMATS or operator.index(offset) % width:
             raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
         position = self._position(offset, width, write=False)
         value = self.device.calls.read(position, width, lambda: self._what(offset, width))
@@ -114,7 +115,7 @@ class Region:
 
     def write(self, offset: int, value: int, width: int) -> None:
         """Store `value` into the register of `width` bytes at `offset`; see `read`."""
-        if width not in _FORMATS or offset % width:
+        if width not in _FORMATS or operator.index(offset) % width:
             raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
         if not 0 <= value < 1 << 8 * width:
             raise UsageError(f"{value:#x} does not fit {width} bytes")

@@ -20,7 +20,8 @@ def driver_name(text: str) -> str:
     if DRIVER.fullmatch(text) is None:
         raise UsageError(
             f"{text[:80]!r} cannot be a driver's name",
-            hint="give a name as under bus/pci/drivers, such as vfio-pci, or none to park",
+            hint=f"give a name as under {SYS_PCI_DRIVERS}, such as vfio-pci, or none to leave it "
+            "without a driver",
         )
     return text
 
