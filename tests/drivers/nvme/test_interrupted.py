@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import struct
 from collections.abc import Iterator
-from types import FrameType
 
 import pytest
 
 from tests.fakes.nvme import FakeNvme
+from tests.fakes.strikes import struck
 from vfiotool.drivers.nvme import Controller, SharedQueue
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.errors import UsageError
@@ -27,26 +26,10 @@ def content(lba: int) -> bytes:
 
 @pytest.fixture
 def fake() -> Iterator[FakeNvme]:
-    def interrupted(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupted)
-    try:
-        with FakeNvme() as device:
-            for lba in range(device.blocks):
-                device.disk[lba * 512 : lba * 512 + 512] = content(lba)
-            yield device
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def soon(source: random.Random) -> None:
-    signal.setitimer(signal.ITIMER_REAL, 1e-6 + source.random() * 2e-3)
-
-
-def calm() -> None:
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    with FakeNvme() as device:
+        for lba in range(device.blocks):
+            device.disk[lba * 512 : lba * 512 + 512] = content(lba)
+        yield device
 
 
 @rounds
@@ -60,27 +43,26 @@ def test_ctrl_c_at_any_moment_ends_no_command_twice_and_loses_no_buffer(
     memory = fake.alloc(16 * 512)
     places: dict[int, tuple[int, int]] = {}
     told: set[int] = set()
-    struck = 0
+    struck_times = 0
     tag = 0
     for _ in range(rounds):
+        got, first = b"", 0
         try:
-            soon(source)
-            for n in range(source.randrange(1, 8)):
-                tag += 1
-                places[tag] = (source.randrange(disk.blocks), n)
-                lba, at = places[tag]
-                if not own.send(nvme_spec.READ, disk, lba, 1, memory, 512 * at, tag=tag):
-                    break
-            if source.random() < 0.5:
-                own.poll(1, 1)
-            first = source.randrange(disk.blocks - 8)
-            got = other.read(disk, first, 8)
-            calm()
-            assert got == b"".join(content(first + n) for n in range(8))
+            with struck(1e-6 + source.random() * 2e-3):
+                for n in range(source.randrange(1, 8)):
+                    tag += 1
+                    places[tag] = (source.randrange(disk.blocks), n)
+                    lba, at = places[tag]
+                    if not own.send(nvme_spec.READ, disk, lba, 1, memory, 512 * at, tag=tag):
+                        break
+                if source.random() < 0.5:
+                    own.poll(1, 1)
+                first = source.randrange(disk.blocks - 8)
+                got = other.read(disk, first, 8)
         except KeyboardInterrupt:
-            struck += 1
-        finally:
-            calm()
+            struck_times += 1
+        else:
+            assert got == b"".join(content(first + n) for n in range(8))
         for one in own.poll(16, 5):
             assert one.tag in places and one.tag not in told and one.status == 0
             told.add(one.tag)
@@ -89,7 +71,7 @@ def test_ctrl_c_at_any_moment_ends_no_command_twice_and_loses_no_buffer(
         for queue in (own, other):
             assert queue.read(disk, 3, 2) == content(3) + content(4)
         assert own.commands.out == {} == other.commands.out
-    assert struck > rounds // 10 and memory.pins == 0
+    assert struck_times > rounds // 10 and memory.pins == 0
     # A completion that a call had in hand when it was interrupted goes with it, no more than that.
     assert own.pair.counters().completed == own.pair.submitted
     controller.close()
