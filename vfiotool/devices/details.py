@@ -17,6 +17,7 @@ from vfiotool.devices.config.layout import Value
 from vfiotool.devices.config.vpd import Vpd, parse_vpd
 from vfiotool.devices.drivers import canonical_name
 from vfiotool.devices.pci import (
+    BRIDGE_CLASSES,
     Link,
     PciFunction,
     VfIndices,
@@ -39,9 +40,6 @@ from vfiotool.host.paths import (
 )
 
 _ALIAS = re.compile(rb"^alias vfio_pci:(\S+) (\S+)$", re.MULTILINE)
-# Functions with a bridge's header are refused (drivers/vfio/pci/vfio_pci_core.c,
-# vfio_pci_core_register_device): PCI-to-PCI, CardBus and semi-transparent bridges.
-_BRIDGE_CLASSES = ("0604", "0607", "0609")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,7 @@ class DetailReader:
         all (Documentation/driver-api/vfio.rst; kmod's modules.alias, include/linux/pci.h,
         PCI_DRIVER_OVERRIDE_DEVICE_VFIO). One that is built in shows as a registered driver.
         """
-        if function.modalias is None or (function.class_code or "").startswith(_BRIDGE_CLASSES):
+        if function.modalias is None or (function.class_code or "").startswith(BRIDGE_CLASSES):
             return None
         if function.modalias not in self._drivers:
             self._drivers[function.modalias] = self._best_driver(function.modalias)

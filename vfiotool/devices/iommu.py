@@ -18,7 +18,7 @@ from vfiotool.devices.identity import (
     parse_windows,
     role_of,
 )
-from vfiotool.devices.pci import PciFunction, PciIdentity
+from vfiotool.devices.pci import PciFunction, PciIdentity, is_bridge_class
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_IOMMU
 
@@ -106,8 +106,9 @@ def bridge_in_the_way(class_code: str | None, driver: str | None) -> bool:
 
     Not CardBus bridges (class 0607), which take their cards along (drivers/pcmcia/yenta_socket.c).
     """
-    code = class_code or ""
-    return code.startswith("06") and not code.startswith("0607") and role_of(driver) == "host"
+    if not is_bridge_class(class_code) or (class_code or "").startswith("0607"):
+        return False
+    return role_of(driver) == "host"
 
 
 class GroupReader:

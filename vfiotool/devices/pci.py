@@ -60,6 +60,18 @@ class Address(NamedTuple):
         return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"
 
 
+# PCI-to-PCI, CardBus and semi-transparent bridges: functions with a bridge's header are refused
+# (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_register_device).
+BRIDGE_CLASSES = ("0604", "0607", "0609")
+
+
+def is_bridge_class(class_code: str | None) -> bool:
+    """Whether it is the base class 06h, bridge device (PCI Code and ID Assignment, 1.7), but for
+    0680h, "other bridge device": so vendors call what is none, such as NVIDIA's NVSwitch and the
+    network cards of nForce chipsets."""
+    return class_code is not None and class_code[:2] == "06" and class_code[:4] != "0680"
+
+
 @dataclass(frozen=True, slots=True)
 class PciIdentity:
     """What one read of `uevent` tells of a function.
@@ -77,8 +89,8 @@ class PciIdentity:
 
     @property
     def is_bridge(self) -> bool:
-        """Whether the base class is 06h, bridge device (PCI Code and ID Assignment, 1.7)."""
-        return self.class_code is not None and self.class_code.startswith("06")
+        """As `is_bridge_class`."""
+        return is_bridge_class(self.class_code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from vfiotool.devices.acs import reasons
 from vfiotool.devices.iommu import IommuGroup, group_as_json
-from vfiotool.devices.pci import PciFunction
+from vfiotool.devices.pci import BRIDGE_CLASSES, PciFunction
 from vfiotool.devices.vgpu import Vgpu, type_path
 from vfiotool.host.paths import (
     SYS_IOMMU,
@@ -148,13 +148,7 @@ def device_notes(case: Case) -> list[str]:
         ]
     if case.vgpu is not None:
         return [f"it is a vGPU of type {case.vgpu.current}, which a change of its driver destroys"]
-    code = "" if case.function is None else case.function.class_code or ""
-    if code.startswith("06"):
-        return [
-            f"{case.name} is a part of the platform (class {code}): a guest hardly needs it, "
-            "and can stop this host with it"
-        ]
-    if not case.no_reset:
+    if not case.no_reset or (case.function is not None and case.function.is_bridge):
         return []
     return [
         f"the kernel has no reset method for {case.name}: it keeps its state when a guest ends, so "
@@ -235,8 +229,11 @@ def _driver_blockers(facts: HostFacts, function: PciFunction) -> list[Blocker]:
     """Functions that no VFIO driver takes, and hosts that have none."""
     address = function.address
     base = f"{SYS_PCI_DEVICES}/{address}"
-    if (function.class_code or "")[:4] in ("0604", "0607"):
+    if function.is_bridge and not function.on_vfio:
         detail = "it is a bridge, and vfio-pci takes devices only"
+        if (function.class_code or "")[:4] not in BRIDGE_CLASSES:
+            # Such as a host or an ISA bridge: the kernel would let vfio-pci have it.
+            detail = "it is a bridge of the platform, and stays with the host"
         evidence = f"{base}/class is {function.class_code}"
         return [Blocker("no-driver", address, address, detail, evidence)]
     if f"{function.vendor}:{function.device}" in _DENIED and not facts.denylist_off:

@@ -100,8 +100,8 @@ def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
         if driver == "none" and bridge_in_the_way(device.class_code, device.binding.driver):
             return
         raise Refused(
-            f"{device.address} is a bridge: it is not given away with what lies behind it",
-            hint=f"bridges stay with their driver; name the devices behind {device.address}",
+            f"{device.address} is a bridge (class {device.class_code}): bridges stay with the host",
+            hint=f"name the devices behind {device.address}, if there are any",
             device=device.address,
         )
     if not is_vfio_driver(driver):
