@@ -135,15 +135,16 @@ int vt_nvme_enter(struct vt_nvme_queue *q)
 {
 	int result = 0;
 
+	/* In a child the rings are not mapped: MADV_DONTFORK. And it may be busy there for ever, with
+	 * a thread that is the parent's. */
+	if (q->generation != vt_fork_generation)
+		return -ESTALE;
 	/* Who stops the queue pair must not have to find the moment between two of our calls. */
 	if (leaving(q))
 		return -ESHUTDOWN;
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return leaving(q) ? -ESHUTDOWN : -EBUSY;
-	/* In a child the rings are not mapped: MADV_DONTFORK. */
-	if (q->generation != vt_fork_generation)
-		result = -ESTALE;
-	else if (q->gate && !vt_gate_enter(q->gate))
+	if (q->gate && !vt_gate_enter(q->gate))
 		result = -EACCES;
 	if (result)
 		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
@@ -162,6 +163,9 @@ int vt_nvme_leave(struct vt_nvme_queue *q, int result)
 
 int vt_nvme_stop(struct vt_nvme_queue *q)
 {
+	/* Every call is turned away in a child, and who was in one is not there to leave. */
+	if (q->generation != vt_fork_generation)
+		return 0;
 	__atomic_store_n(&q->stopping, 1, __ATOMIC_RELAXED);
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return __atomic_load_n(&q->stopped, __ATOMIC_ACQUIRE) ? 0 : -EBUSY;

@@ -69,7 +69,8 @@ struct vt_nvme_counters {
 int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queue);
 /* No call that begins after this one touches rings or doorbells: they return -ESHUTDOWN. -EBUSY
  * while another thread is still inside: a poll then ends as soon as it sees this, a load as
- * vt_nvme_halt and vt_nvme_abandon say; then again, until 0. */
+ * vt_nvme_halt and vt_nvme_abandon say; then again, until 0. In a child process, where every call
+ * returns -ESTALE, 0 at once. */
 int vt_nvme_stop(struct vt_nvme_queue *queue);
 void vt_nvme_free(struct vt_nvme_queue *queue);
 /* Ends a running vt_nvme_poll or vt_nvme_run soon; with vt_nvme_abandon the only call allowed from

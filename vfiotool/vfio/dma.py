@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.native import library as native
 from vfiotool.vfio.iova import PAGE, IovaAllocator
+from vfiotool.vfio.opened import refuse_pickle
 from vfiotool.vfio.space import AddressSpace, StillMapped
 from vfiotool.vfio.trace import Trace
 
@@ -68,6 +69,8 @@ class DmaBuffer:
         self._generation = native.fork_generation()
         if own:
             _live.add(self)
+
+    __reduce_ex__ = refuse_pickle
 
     def __repr__(self) -> str:
         state = ", closed" if self.closed else f", pinned {self.pins} times" if self.pins else ""

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from vfiotool.errors import TimedOut, UsageError, VfiotoolError
 from vfiotool.native import library as native
 from vfiotool.vfio.caps import Area, RegionInfo
-from vfiotool.vfio.opened import OpenDevice
+from vfiotool.vfio.opened import OpenDevice, refuse_pickle
 
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
@@ -261,6 +261,8 @@ class Mapping(native.Window):
                 -(error.errno or 0), f"map {self.description}", device=region.device.name
             ) from error
         region.device.reach.add(self)
+
+    __reduce_ex__ = refuse_pickle
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.start:#x}+{self.size:#x}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -77,6 +79,79 @@ def test_ctrl_c_at_any_moment_ends_no_command_twice_and_loses_no_buffer(
     controller.close()
     memory.close()
     assert fake.buffers == {}
+
+
+@pytest.mark.parametrize("forks", [30, pytest.param(3000, marks=pytest.mark.proof)], ids=str)
+def test_a_child_of_a_process_with_busy_threads_is_refused_and_never_hangs(
+    fake: FakeNvme, forks: int
+) -> None:
+    """The child's locks may be held by threads that are not there."""
+    controller = Controller(fake)  # type: ignore[arg-type]
+    disk = controller.namespace(1)
+    shared, own = SharedQueue(controller.create_queue(16)), controller.create_queue(16)
+    memory = fake.alloc(16 * 512)
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        source = random.Random(number)
+        while not stop.is_set():
+            lba = source.randrange(disk.blocks)
+            if number == 0:
+                controller.identify(nvme_spec.CNS_CONTROLLER)
+            elif number == 1:
+                if own.read(disk, lba, 1) != content(lba):
+                    wrong.append(lba)
+            else:
+                shared.read(disk, lba, 1, memory, 512 * number)
+                if bytes(memory.view[512 * number : 512 * number + 512]) != content(lba):
+                    wrong.append(lba)
+
+    refused: list[Callable[[], object]] = [
+        lambda: shared.read(disk, 0, 1, memory),
+        lambda: shared.flush(disk),
+        lambda: controller.identify(nvme_spec.CNS_CONTROLLER),
+        controller.look,
+        controller.create_queue,
+        controller.reset,
+        lambda: own.read(disk, 0, 1),
+        own.poll,
+        own.close,
+    ]
+    nothing: list[Callable[[], object]] = [shared.close, own.pair.stop, controller.close]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(forks):
+            child = os.fork()
+            if not child:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)
+                os._exit(_tell(refused, nothing))
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+    assert wrong == []
+    controller.close()
+
+
+def _tell(refused: list[Callable[[], object]], nothing: list[Callable[[], object]]) -> int:
+    """In a child: 0, or the number of the call that did what it should not."""
+    for number, call in enumerate([*refused, *nothing], start=1):
+        try:
+            call()
+        except UsageError:
+            if number > len(refused):
+                return number
+        except BaseException:
+            return number
+        else:
+            if number <= len(refused):
+                return number
+    return 0
 
 
 def test_a_child_at_any_moment_is_refused_and_the_parent_goes_on(fake: FakeNvme) -> None:
