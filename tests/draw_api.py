@@ -170,14 +170,14 @@ def _prose(text: str) -> str:
         lines = block.splitlines()
         if all(line.startswith("    ") for line in lines if line):
             code = True
-            result.append("```python\n" + textwrap.dedent(block).rstrip() + "\n```")
+            result.append("```\n" + textwrap.dedent(block).rstrip() + "\n```")
         elif len(lines) > 1 and all(line.startswith("    ") for line in lines[1:]):
             body = " ".join(line.strip() for line in lines[1:])
             result.append(f"**{lines[0].strip()}**: {body}")
         else:
             result.append(block)
     joined = "\n\n".join(result)
-    return joined.replace("```\n\n```python\n", "\n") if code else joined
+    return joined.replace("```\n\n```\n", "\n") if code else joined
 
 
 def _errors() -> str:
