@@ -52,28 +52,30 @@ CommandOption = Annotated[
         "--command", metavar="SHELL", help="A command for the guest's shell (busybox), at last."
     ),
 ]
+MemoryOption = Annotated[str, typer.Option("--memory", metavar="SIZE", help="The guest's memory.")]
+VcpusOption = Annotated[
+    int, typer.Option("--vcpus", min=1, metavar="N", help="The guest's processors.")
+]
+TimesOption = Annotated[
+    int, typer.Option("--times", min=1, max=100, metavar="N", help="Starts, one after another.")
+]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", min=1, metavar="SECONDS", help="For each start.")
+]
 
 
 def run(
     context: typer.Context,
     devices: HandedArgument,
-    memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="The guest's memory.")
-    ] = "256M",
-    vcpus: Annotated[
-        int, typer.Option("--vcpus", min=1, metavar="N", help="The guest's processors.")
-    ] = 1,
+    memory: MemoryOption = "256M",
+    vcpus: VcpusOption = 1,
     iommufd: Iommufd = False,
     vf_token: Token = None,
     kernel: KernelOption = "host",
     program: QemuOption = None,
     command: CommandOption = None,
-    times: Annotated[
-        int, typer.Option("--times", min=1, max=100, metavar="N", help="Starts, one after another.")
-    ] = 2,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=1, metavar="SECONDS", help="For each start.")
-    ] = 300.0,
+    times: TimesOption = 2,
+    timeout: TimeoutOption = 300.0,
 ) -> int:
     """Start a small guest with the devices, for trying; then look at what became of them.
 
@@ -94,37 +96,31 @@ def run(
         )
     token = find_token(host, chosen, vf_token)
     require_ready(host, inventory, chosen, token)
-    wanted = WantedGuest(parse_memory(memory), vcpus, "qemu", iommufd)
-    words = qemu.arguments(
-        chosen, iommufd=iommufd, vf_token=token, memory_bytes=wanted.memory_bytes
-    )
+    size = parse_memory(memory)
+    wanted = WantedGuest(size, vcpus, "qemu", iommufd)
+    words = qemu.arguments(chosen, iommufd=iommufd, vf_token=token, memory_bytes=size)
     guest = _guest(host, chosen, kernel, program, vcpus, command)
+    shown = not wants_json(context)
     boots: list[Trial] = []
     with trial.TrialFiles(guest, words) as files:
         _say_what_starts(guest, files)
-        for number in range(times):
+        while len(boots) < times and all(_saw_all(boot, chosen) for boot in boots):
             boots.append(files.boot(timeout))
-            if not wants_json(context):
-                _print_boot(number + 1, boots[-1], chosen)
-            if not _saw_all(boots[-1], chosen):
-                break
+            if shown:
+                _print_boot(len(boots), boots[-1], chosen)
         line = files.command_line
     after = read_afterwards(host, chosen, token)
-    good = all(_saw_all(boot, chosen) for boot in boots)
-    stands = [] if good else _stands_against(host, inventory, chosen, wanted, token)
-    if wants_json(context):
-        output.emit(
-            {
-                "good": good and all(one.ready for one in after),
-                "command": line,
-                "boots": [_boot_json(boot, chosen) for boot in boots],
-                "afterwards": [one.as_json() for one in after],
-                "findings": stands,
-            }
-        )
-    else:
+    worked = _saw_all(boots[-1], chosen)
+    stands = [] if worked else _stands_against(host, inventory, chosen, wanted, token)
+    good = worked and all(one.ready for one in after)
+    if shown:
         _print_afterwards(after)
-    return 0 if good and all(one.ready for one in after) else 1
+    else:
+        payload = {"good": good, "command": line, "findings": stands}
+        payload["boots"] = [_boot_json(boot, chosen) for boot in boots]
+        payload["afterwards"] = [one.as_json() for one in after]
+        output.emit(payload)
+    return 0 if good else 1
 
 
 def _guest(
