@@ -31,7 +31,7 @@ FORMAT_VERSION = "1.0"
 # A file or a pipe has no edge to cut lines at.
 _FILE_WIDTH = 200
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 32
 
 _quiet = False
 _aside = False

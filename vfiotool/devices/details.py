@@ -79,6 +79,7 @@ class DetailReader:
         self._drivers: dict[str, str | None] = {}
         self._vf_indices = VfIndices(host)
         self._link_of = Once(link_of, SPACES_KEPT)
+        self._serial_of = Once(_serial_number, SPACES_KEPT)
         self._attached = Attached(host)
 
     def functions(self, addresses: Iterable[str]) -> tuple[PciFunction, ...]:
@@ -111,7 +112,7 @@ class DetailReader:
             vfs=vfs,
             interfaces=self._attached.interfaces(function.path),
             disks=self._attached.disks(function.path),
-            serial=serial_of(host, function, config),
+            serial=serial_of(host, function, None if config is None else self._serial_of(config)),
         )
 
     def _link(self, address: str, config: ConfigSpace | None) -> Link | None:
@@ -180,6 +181,8 @@ class DetailReader:
         return frozenset(self._host.listdir(DEV_VFIO))
 
     def _group_node(self, group: int | None) -> str | None:
+        if not self._group_nodes:
+            return None
         for name in (f"{group}", f"noiommu-{group}"):
             if name in self._group_nodes:
                 return f"{DEV_VFIO}/{name}"
@@ -219,6 +222,10 @@ def link_of(space: ConfigSpace) -> Link | None:
         max_speed_gts=_speed(best),
         max_width=_width(ability["max_width"]),
     )
+
+
+def _serial_number(space: ConfigSpace) -> str | None:
+    return space.serial
 
 
 def _speed(value: Value) -> float | None:

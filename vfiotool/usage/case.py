@@ -19,7 +19,6 @@ from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     PROC_OSRELEASE,
-    SYS_IOMMU_GROUPS,
     SYS_LOCKDOWN,
     SYS_MODULE,
     SYS_PCI_DRIVERS,
@@ -81,10 +80,13 @@ class CaseReader:
         host: Host,
         functions: Mapping[str, PciFunction] | None = None,
         groups: Mapping[int, IommuGroup] | None = None,
+        *,
+        types: bool = True,
     ) -> None:
+        """Without `types` a group's domain type is not read (`GroupReader`)."""
         self._host = host
-        self._sight = Sight(host)
-        self._group_reader = GroupReader(host, functions)
+        self._sight = Sight(host, functions)
+        self._group_reader = GroupReader(host, functions, types=types)
         self._functions = functions or {}
         self._groups: dict[int, IommuGroup | None] = dict(groups or {})
         self._usages: dict[str, Usage] = {}
@@ -125,7 +127,7 @@ class CaseReader:
         if reasons and group is not None and len(group.devices) > 1:
             members = {member.address for member in group.devices}
             mergers = find_mergers(self._host, name, function.path, members)
-        noiommu = group is not None and self._is_noiommu(group.id)
+        noiommu = group is not None and group.noiommu
         others = self._neighbours(usages.keys() - {name})
         return Case(
             self.facts,
@@ -171,9 +173,6 @@ class CaseReader:
         if name not in self._usages:
             self._usages[name] = look(self._sight, name, function)
         return self._usages[name]
-
-    def _is_noiommu(self, number: int) -> bool:
-        return self._host.read(f"{SYS_IOMMU_GROUPS}/{number}/name") == "vfio-noiommu"
 
 
 def read_case(host: Host, name: str, *, reasons: bool = False) -> Case:

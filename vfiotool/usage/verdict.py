@@ -9,6 +9,7 @@ the host itself use it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vfiotool.devices.acs import reasons
 from vfiotool.devices.iommu import IommuGroup, group_as_json
@@ -80,9 +81,9 @@ def judge(case: Case) -> tuple[Blocker, ...]:
     found += _iommu_blockers(case, function)
     found += _driver_blockers(case.facts, function)
     for member in _other_members(case.name, group):
-        found.append(_group_member(member, group))
+        found.append(_group_member(*member, None if group is None else group.id))
         found += case.usages[member[0]].blockers
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found)) if len(found) > 1 else tuple(found)
 
 
 def word_of(case: Case, blockers: tuple[Blocker, ...]) -> str:
@@ -182,11 +183,13 @@ def _other_members(address: str, group: IommuGroup | None) -> list[tuple[str, st
     ]
 
 
-def _group_member(member: tuple[str, str], group: IommuGroup | None) -> Blocker:
-    where = "" if group is None else f"{SYS_IOMMU_GROUPS}/{group.id}/devices/{member[0]}"
-    number = "" if group is None else f" {group.id}"
-    detail = f"{member[0]} in the same group{number} is on the host's driver {member[1]}"
-    return Blocker("group-member", member[0], member[0], detail, where)
+# Each member of a group is asked about by all the others.
+@lru_cache(maxsize=4096)
+def _group_member(address: str, driver: str, group: int | None) -> Blocker:
+    where = "" if group is None else f"{SYS_IOMMU_GROUPS}/{group}/devices/{address}"
+    number = "" if group is None else f" {group}"
+    detail = f"{address} in the same group{number} is on the host's driver {driver}"
+    return Blocker("group-member", address, address, detail, where)
 
 
 def _iommu_blockers(case: Case, function: PciFunction) -> list[Blocker]:
