@@ -18,7 +18,7 @@ from vfiotool.devices.identity import (
     parse_windows,
     role_of,
 )
-from vfiotool.devices.pci import PciFunction, PciIdentity, is_bridge_class
+from vfiotool.devices.pci import PciFunction, is_bridge_class
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_IOMMU
 
@@ -40,7 +40,6 @@ __all__ = [
     "is_viable",
     "iter_groups",
     "list_groups",
-    "member_of",
     "parse_reserved_regions",
     "read_group",
     "read_groups",
@@ -195,18 +194,6 @@ def iter_groups(host: Host) -> Iterator[IommuGroup]:
 def _facts_of(function: PciFunction) -> Facts:
     role = "vfio" if function.on_vfio else role_of(function.driver)
     return (function.vendor, function.device, function.class_code, function.driver, role)
-
-
-def member_of(identity: PciIdentity) -> GroupMember:
-    """A PCI function as a member of its group."""
-    return GroupMember(
-        address=identity.address,
-        vendor=identity.vendor,
-        device=identity.device,
-        class_code=identity.class_code,
-        driver=identity.driver,
-        role=role_of(identity.driver),
-    )
 
 
 def group_as_json(group: IommuGroup) -> dict[str, object]:
