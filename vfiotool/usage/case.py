@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from vfiotool.devices.acs import Merger, find_mergers
 from vfiotool.devices.iommu import GroupReader, IommuGroup
-from vfiotool.devices.mdev import Mdev, read_mdevs
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.platform import Platform, read_platform
 from vfiotool.devices.reset import lacks_reset
@@ -26,6 +25,11 @@ from vfiotool.host.paths import (
 from vfiotool.usage.blocker import Usage
 from vfiotool.usage.sight import Sight
 from vfiotool.usage.survey import look
+
+# Few commands meet a mediated device.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfiotool.devices.mdev import Mdev
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,8 @@ class CaseReader:
         if function is not None:
             return self.of(function, reasons=reasons)
         if self._mdevs is None:
+            from vfiotool.devices.mdev import read_mdevs
+
             self._mdevs = {mdev.uuid: mdev for mdev in read_mdevs(self._host)}
         mdev = self._mdevs.get(name)
         if mdev is None:

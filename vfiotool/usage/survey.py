@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from vfiotool.devices.identity import role_of
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.sriov import read_vfs
-from vfiotool.devices.vduse import read_vduse
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     NET_ADDRESSES,
@@ -188,6 +187,8 @@ def _vdpa_usage(sight: Sight, name: str, path: str) -> Usage:
 def _server_usage(sight: Sight, name: str) -> Usage:
     """A VDUSE device with a driver and no server: letting go waits for an answer, for ever with
     requests in flight, and holds the lock of all of vDPA meanwhile."""
+    from vfiotool.devices.vduse import read_vduse
+
     devices = sight.once("vduse devices", lambda at: read_vduse(at.host))
     device = next((item for item in devices if item.name == name and item.waits), None)
     if device is None:
