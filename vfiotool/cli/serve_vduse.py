@@ -15,6 +15,7 @@ from vfiotool.cli.serve_options import (
     BlockSizeOption,
     DirectOption,
     FileOption,
+    NvmeOption,
     OffsetOption,
     PollOption,
     QueuesOption,
@@ -38,6 +39,7 @@ def vduse_blk(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The device, /dev/vduse/NAME.")],
     blk_file: FileOption = None,
     ram: RamOption = None,
+    nvme: NvmeOption = None,
     read_only: ReadOnlyOption = False,
     offset: OffsetOption = "0",
     size: SizeOption = None,
@@ -76,6 +78,7 @@ def vduse_blk(
         block_size=block_size,
         queues=queues,
         direct=direct,
+        nvme=nvme,
     )
     with ExitStack() as stack:
         disk = BlockDisk(settings)

@@ -339,6 +339,7 @@ class Dma:
         iova: int | None = None,
         read: bool = True,
         write: bool = True,
+        file: int | None = None,
     ) -> DmaBuffer:
         """Map memory of your own for devices: an mmap (of a memfd, a file, nothing), a numpy array,
         a bytearray, an array; whatever has one run of bytes. It is neither copied nor freed here.
@@ -364,6 +365,7 @@ class Dma:
         place = self._place(size, 0, limit_bits, iova)
         buffer = DmaBuffer(self, whole, whole.nbytes, place + within, own=False)
         try:
+            buffer.file = None if file is None else os.dup(file)
             self._map([buffer], read, write)
         except BaseException:
             self._give_up([buffer])
