@@ -83,20 +83,23 @@ def vduse_blk(
     with ExitStack() as stack:
         disk = BlockDisk(settings)
         stack.callback(disk.close)
-        workers = []
-        for _ in range(threads):
-            workers.append(Worker(poll_us))
-            stack.callback(workers[-1].close)
+        workers = [Worker(poll_us) for _ in range(threads)]
+        for worker in workers:
+            stack.callback(worker.close)
         device = VduseDevice(name, disk, _BLOCK, workers, log=log_path(name), report=output.warn)
         stack.callback(end, device)
         save_disk(name, settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: device.stop())
+        _end_by_signals(device)
         stack.enter_context(asked(device))
         if attach != "none" and device.is_new:
             _attach(device, attach)
         device.run()
     return 0
+
+
+def _end_by_signals(device: VduseDevice) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: device.stop())
 
 
 @contextmanager

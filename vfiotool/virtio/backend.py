@@ -288,11 +288,9 @@ class Frontend:
         self._set_regions(regions)
         old, self.memory = self.memory, fresh
         for vring in self.vrings:
-            if vring.queue is None:
-                continue
             if fresh is None:
                 self._stop(vring)
-            else:
+            elif vring.queue is not None:
                 vring.queue.set_memory(fresh)
         if old is not None:
             self.device.leave(old)
