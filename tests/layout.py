@@ -32,7 +32,7 @@ HOST_COLUMN = (
 )
 DEVICE_COLUMN = (("errors",), ("native",), ("vfio",), ("drivers", "virtio", "models"))
 # What the device column may use of the other one: finding a node is reading a host. And the host
-# reads the attributes of a folder with one call of C. A disk that is served may be our NVMe driver's.
+# reads the attributes of a folder with one call of C. A served disk may be our NVMe driver's.
 GROUND = {
     "host": {"native"},
     "vfio": {"host", "devices"},
