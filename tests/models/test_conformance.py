@@ -455,6 +455,19 @@ def test_a_reset_that_hangs_is_waited_for_with_a_limit() -> None:
         device.close()
 
 
+def test_a_function_that_does_not_come_back_from_its_reset_is_all_ones_until_it_does() -> None:
+    card = Card()
+    with serving(card) as server, Device.open(server.name) as device:
+        CardRegisters(device.region(0)).scratch.write(4)
+        card.faults.set("reset-lost")
+        device.reset()
+        assert device.vendor == 0xFFFF and device.region(0).read32(0) == 0xFFFFFFFF
+        card.faults.reset = "none"
+        assert device.vendor == Card.vendor
+        device.set_memory_decode(True)
+        assert CardRegisters(device.region(0)).scratch.read() == 0, "the reset is over"
+
+
 def test_every_access_is_traced(card: Card, tmp_path: object) -> None:
     import io
 

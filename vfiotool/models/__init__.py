@@ -17,13 +17,14 @@ from vfiotool.models.bar import BarSpec, reads, writes
 from vfiotool.models.config import EXPRESS, ModelConfig
 from vfiotool.models.device import Model
 from vfiotool.models.dma import DmaFault
-from vfiotool.models.faults import Faults
+from vfiotool.models.faults import FAULT_NAMES, Faults
 from vfiotool.models.nvme import NvmeModel
 from vfiotool.models.replay import ReplayModel, Resource, bars_of, parse_resources
 from vfiotool.models.server import ModelServer
 
 __all__ = [
     "EXPRESS",
+    "FAULT_NAMES",
     "BarSpec",
     "DmaFault",
     "Faults",

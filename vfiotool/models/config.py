@@ -70,7 +70,7 @@ class ModelConfig:
             chain.append((MSI, struct.pack("<HQH2x", 0x0080 | msi.bit_length() - 1 << 1, 0, 0)))
         if msix is not None:
             count, bar_index, offset = msix
-            pending = offset + -(-count * 16 // 4096) * 4096
+            pending = _pending(count, offset, next(one for one in bars if one.index == bar_index))
             where = (offset | bar_index, pending | bar_index)
             chain.append((MSIX, struct.pack("<HII", count - 1, *where)))
         if express:
@@ -188,6 +188,16 @@ class ModelConfig:
         """Whether it is in D3hot."""
         place = self.capabilities.get(PM)
         return place is not None and self.data[place + 4] & 3 == _D3HOT
+
+
+def _pending(count: int, offset: int, bar: BarSpec) -> int:
+    """Where the pending bits of a table lie in its BAR: in a page of their own where there is one,
+    else right behind the table. Raises UsageError where the BAR is too small for both."""
+    needed = -(-count // 64) * 8
+    for pending in (offset + -(-count * 16 // 4096) * 4096, offset + 16 * count):
+        if pending + needed <= bar.size:
+            return pending
+    raise UsageError(f"BAR {bar.index} has no room for {count} MSI-X vectors at {offset:#x}")
 
 
 def _chain(data: bytearray, chain: list[tuple[int, bytes]]) -> None:

@@ -84,6 +84,7 @@ class Model:
             self.close()
             raise
         self._slept = False
+        self._lost = False
         self.power_on()
 
     def interrupt_counts(self) -> tuple[int, ...]:
@@ -122,7 +123,7 @@ class Model:
 
     def _reach(self) -> ClientMemory:
         memory = self.memory
-        if memory is None or self.faults.gone:
+        if memory is None or self._is_gone():
             raise DmaFault("nobody is there whose memory could be reached")
         if not self.config.command & COMMAND_MASTER:
             raise DmaFault("Bus Master Enable is off")
@@ -131,7 +132,7 @@ class Model:
     def interrupt(self, vector: int = 0) -> None:
         """Signal a vector, by the kind that the client listens to; INTx is asserted until
         `deassert`. MSI and MSI-X are memory writes: they need Bus Master Enable."""
-        if self.faults.gone:
+        if self._is_gone():
             return
         for index in (MSIX, MSI):
             if self.signals.uses(index):
@@ -156,7 +157,7 @@ class Model:
         """`count` bytes within a region, as a client reads them."""
         self.faults.wait()
         with self.lock:
-            if self.faults.gone:
+            if self._is_gone():
                 return b"\xff" * count
             if index == CONFIG_INDEX:
                 data = self.config.read(offset, count)
@@ -177,7 +178,7 @@ class Model:
         """Store within a region, as a client does."""
         self.faults.wait()
         with self.lock:
-            if self.faults.gone:
+            if self._is_gone():
                 return
             if index == CONFIG_INDEX:
                 asks_reset = self.config.write(offset, data)
@@ -220,6 +221,10 @@ class Model:
         with self.lock:
             if fault == "nothing" or self.faults.gone:
                 return
+            if fault == "lost":
+                self._lost = True
+                return
+            self._lost = False
             self.signals.level(False)
             self.config.reset()
             self._slept = False
@@ -227,11 +232,19 @@ class Model:
                 bar.clear()
             self.power_on()
 
+    def _is_gone(self) -> bool:
+        """Whether nothing of the function is to be seen: it was removed, or is in a reset that it
+        does not come back from before the fault is lifted, and then has behind it."""
+        if self._lost and self.faults.reset != "lost":
+            self._lost = False
+            self.reset()
+        return self.faults.gone or self._lost
+
     def answers(self, index: int) -> bool:
         """Whether it answers to a region now: as vfio-pci has it, a BAR whose decode is off, or of
         a device in D3hot, does not."""
         bar = self._bars.get(index)
-        if bar is None or self.faults.gone:
+        if bar is None or self._is_gone():
             return True
         wanted = COMMAND_PORTS if bar.spec.ports else COMMAND_MEMORY
         return bool(self.config.command & wanted) and not self.config.sleeps

@@ -8,16 +8,27 @@ from typing import Literal, get_args
 
 from vfiotool.errors import UsageError
 
-ResetFault = Literal["none", "hangs", "nothing", "fails"]
+ResetFault = Literal["none", "hangs", "nothing", "fails", "lost"]
 # The faults that have a name of their own on the command line, and what sets each.
-FAULT_NAMES = ("slow", "mute", "gone", "reset-hangs", "reset-nothing", "reset-fails", "d3-gone")
+FAULT_NAMES = (
+    "slow",
+    "mute",
+    "gone",
+    "reset-hangs",
+    "reset-nothing",
+    "reset-fails",
+    "reset-lost",
+    "d3-gone",
+)
 _SLOW_S = 0.1
 
 
 class Faults:
     """`delay_s` seconds pass before each answer; `mute` answers no access any more; `gone` is a
-    removed card: reads give all ones, writes do nothing, DMA and interrupts end. `reset` "hangs",
-    does "nothing", or "fails"; after `d3_gone` a card that was put to D3hot is gone. `lie` is
+    removed card: reads give all ones, writes do nothing, DMA and interrupts end. `reset` "hangs"
+    (no answer until the server ends), does "nothing", "fails", or the function is "lost": it is
+    answered, and as hardware that does not come back from a reset it reads as all ones until the
+    fault is lifted. After `d3_gone` a card that was put to D3hot is gone. `lie` is
     handed (region, offset, width, value) of each register read and gives the answer.
     """
 
