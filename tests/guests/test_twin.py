@@ -10,7 +10,8 @@ import pytest
 
 from tests.guests.runs import need_lab
 from vfiotool.cli.lab_twin import _asked_here as asked_here
-from vfiotool.cli.lab_twin import compare_with, in_use_of, is_explained, stand_ins_of
+from vfiotool.cli.lab_twin import compare_with, in_use_of, stand_ins_of
+from vfiotool.lab.twin_compare import is_explained
 from vfiotool.lab.twin_facts import read_twin_host
 from vfiotool.lab.twin_plan import plan_twin
 from vfiotool.lab.twin_run import running_twin
@@ -31,9 +32,10 @@ def test_a_twin_has_the_host_s_groups_and_verdicts(name: str) -> None:
     host = read_twin_host(snapshot)
     devices = asked_here(snapshot, "devices")
     plan = plan_twin(host, stand_ins_of(devices), in_use_of(devices))
-    with running_twin(host, plan, KERNEL) as guest:
+    with running_twin(host, plan, KERNEL) as running:
+        guest = running.guest
         found = compare_with(guest, snapshot, plan)
-        assert [one.line() for one in found if not is_explained(one, plan)] == []
+        assert [one.line() for one in found if not is_explained(one, plan.lacks)] == []
         differing = {one.device for one in found}
         done = guest.exec([VFIOTOOL, "devices", "--json"], timeout_s=120)
         theirs = {one["address"]: one for one in json.loads(done.stdout)["devices"]}

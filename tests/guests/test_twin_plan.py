@@ -11,8 +11,14 @@ import pytest
 
 from vfiotool.cli.main import main
 from vfiotool.lab.machines import DeviceModel
-from vfiotool.lab.twin_compare import compare_groups
+from vfiotool.lab.twin_compare import (
+    compare_groups,
+    compare_plans,
+    compare_verdicts,
+    is_explained,
+)
 from vfiotool.lab.twin_facts import TwinFunction, TwinHost, read_twin_host
+from vfiotool.lab.twin_lacks import LACKS, TwinLack
 from vfiotool.lab.twin_plan import TwinPlan, plan_twin
 from vfiotool.lab.twin_run import played, setup_script, twin_machine
 from vfiotool.models import ReplayModel, bars_of
@@ -273,6 +279,55 @@ def test_groups_are_compared_by_the_original_s_addresses() -> None:
     }  # fmt: skip
     (lost, _) = compare_groups(original, [same[0] | {"devices": []}], addresses)
     assert lost.twin == "none" and "on the host" in lost.line()
+
+
+def _judged(address: str, verdict: str, *blockers: tuple[str, str]) -> dict[str, Any]:
+    rows = [{"kind": kind, "device": device} for kind, device in blockers]
+    return {"address": address, "verdict": verdict, "blockers": rows}
+
+
+def test_verdicts_are_compared_by_what_a_twin_can_act_out() -> None:
+    old, new = "0000:20:00.0", "0000:01:00.0"
+    there = {old: new}
+    swap = [_judged(old, "blocked", ("swap", old))]
+    assert compare_verdicts(swap, [_judged(new, "blocked", ("mounted", new))], there) == []
+    shown = [_judged(old, "blocked", ("display", old))]
+    (found,) = compare_verdicts(shown, [_judged(new, "available")], there)
+    assert found.what == "verdict" and is_explained(found, ())
+    (lost, blockers) = compare_verdicts(swap, [_judged(new, "available")], there)
+    assert (blockers.original, blockers.twin) == (f"disk in use {old}", "none")
+    assert not is_explained(lost, ()) and not is_explained(blockers, ())
+    assert is_explained(lost, [TwinLack("config", f"{old}: not there")])
+    assert not is_explained(lost, [TwinLack("slot", f"{old}: elsewhere")]), "explains no verdict"
+
+
+def test_plans_are_compared_step_by_step_and_refusal_by_refusal() -> None:
+    old, new = "0000:20:00.0", "0000:01:00.0"
+
+    def plan(target: str, *kinds: str, to: str = "vfio-pci") -> dict[str, Any]:
+        return {
+            "steps": [
+                {"verb": "load-module", "target": "vfio-pci", "to": "loaded"},
+                {"verb": "bind-driver", "target": target, "to": to},
+            ],
+            "refusals": [{"kind": kind, "device": target} for kind in kinds],
+        }
+
+    there = {old: new}
+    assert compare_plans(plan(old, "swap"), plan(new, "mounted"), there) == []
+    (found,) = compare_plans(plan(old), plan(new, to="pci-stub"), there)
+    assert (found.device, found.what) == (old, "plan")
+    (found,) = compare_plans(plan(old, "display"), plan(new), there)
+    assert is_explained(found, ())
+    (found,) = compare_plans(plan(old, "route"), plan(new), there)
+    assert not is_explained(found, ()) and found.original == "network card in use"
+
+
+def test_each_lack_of_a_twin_is_one_of_the_table() -> None:
+    used = {
+        lack.kind for name in NAMES for lack in plan_twin(read_twin_host(str(HOSTS / name))).lacks
+    }
+    assert used <= LACKS.keys() and {"host-bridge", "switch-acs"} <= used
 
 
 def test_the_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

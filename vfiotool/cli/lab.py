@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vfiotool.cli import candidates, lab_twin, output
+from vfiotool.cli import candidates, lab_rehearse, lab_twin, output
 from vfiotool.cli.context import area, examples, wants_json
 from vfiotool.errors import UsageError
 from vfiotool.lab import machines
@@ -69,6 +69,14 @@ app.command(
         "vfiotool lab twin host.vfiosnap -- vfiotool why 0000:01:00.0",
     ),
 )(lab_twin.twin)
+app.command(
+    "rehearse",
+    epilog=examples(
+        "vfiotool lab rehearse policy.toml",
+        "vfiotool lab rehearse policy.toml --host host.vfiosnap",
+        "vfiotool lab rehearse policy.toml --host host.vfiosnap --fault 01:00.0=reset-nothing",
+    ),
+)(lab_rehearse.rehearse)
 
 
 @app.command(
@@ -103,7 +111,7 @@ def run_command(
     """
     from vfiotool.lab.channel import Kind
 
-    end_on_sigterm()
+    _end_on_sigterm()
 
     def forward(kind: Kind, data: bytes) -> None:
         output.forward(data, error=kind is not Kind.OUTPUT)
@@ -133,7 +141,7 @@ def shell_command(
         raise UsageError(
             "lab shell needs a terminal", hint="without one: vfiotool lab run -- COMMAND…"
         )
-    end_on_sigterm()
+    _end_on_sigterm()
     guest = _guest(machine, kernel, share, memory, cpus, append)
     _say_what_boots(guest.describe(), machine, guest.missing_models())
     with guest:
@@ -204,7 +212,7 @@ def demo_command(
     """Show a device's passthrough from end to end in a guest: refuse, bind, drive, release."""
     from vfiotool.lab import demo
 
-    end_on_sigterm()
+    _end_on_sigterm()
     return demo.main(kernel)
 
 
@@ -223,7 +231,7 @@ def _say_what_boots(description: str, machine: str, missing: tuple[str, ...]) ->
         output.say(f"lab: machine {machine} comes without {', '.join(missing)}: this QEMU has none")
 
 
-def end_on_sigterm() -> None:
+def _end_on_sigterm() -> None:
     """Have SIGTERM unwind like Ctrl-C, so that the guest ends and its scratch files go."""
 
     def leave(number: int, _frame: FrameType | None) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,9 +48,12 @@ TimeoutOption = Annotated[
 ]
 _NVME, _NETWORK, _SATA = "0108", "0200", "0106"
 # What is acted out in the twin: by a mount, or by the default route.
-_USES = ("mounted", "swap", "storage-member", "route")
+_USES = ("mounted", "swap", "storage-member", "route", "bridge-or-bond")
+# Endpoints of these classes can be wanted for a VM: the policy that is compared takes them.
+_NOT_WANTED = ("05", "06", "08")
 _FREE = ("vfio-pci", "pci-stub")
 _ASK_LIMIT_S = 120.0
+_POLICY = "/run/everything.toml"
 
 
 def twin(
@@ -61,11 +66,13 @@ def twin(
     kernel: KernelOption = kernels.DEFAULT,
     timeout: TimeoutOption = 600.0,
 ) -> int:
-    """Boot a guest made like the host in SNAPSHOT; compare its groups, or run COMMAND in it.
+    """Boot a guest made like the host in SNAPSHOT; compare it with the host, or run COMMAND in it.
 
     Endpoints are played from their configuration spaces, ports and switches are QEMU's. What the
-    twin cannot have is said. Exit code 1: the groups differ from the host's.
+    twin cannot have is said. Compared are groups, what `why` says of each device, and the plan of
+    a policy that takes all of them. Exit code 1: they differ, and no lack of the twin explains it.
     """
+    from vfiotool.lab.twin_compare import is_explained
     from vfiotool.lab.twin_facts import read_twin_host
     from vfiotool.lab.twin_plan import plan_twin
     from vfiotool.lab.twin_run import running_twin
@@ -76,13 +83,15 @@ def twin(
     if plan:
         _show_plan(context, made)
         return 0
-    for line in made.differences:
-        output.say(f"twin: {line}")
-    with running_twin(host, made, kernel) as guest:
+    for lack in made.lacks:
+        output.say(f"twin: {lack.kind}: {lack.line}")
+    with running_twin(host, made, kernel) as running:
         if command:
-            return _run(guest, command, timeout)
-        found = compare_with(guest, snapshot, made)
-    told = [one for one in found if not is_explained(one, made)]
+            # What follows the snapshot's name is the command's, and click leaves it as it is.
+            words = command[1:] if command[0] == "--" else command
+            return _run(running.guest, words, timeout)
+        found = compare_with(running.guest, snapshot, made)
+    told = [one for one in found if not is_explained(one, made.lacks)]
     _show_comparison(context, made, found, told)
     return 1 if told else 0
 
@@ -128,36 +137,62 @@ def in_use_of(devices: dict[str, Any]) -> frozenset[str]:
 
 
 def compare_with(guest: Guest, snapshot: str, plan: TwinPlan) -> list[TwinDifference]:
-    """Where the twin's groups differ from the host's."""
-    from vfiotool.lab.twin_compare import compare_groups
+    """Where groups, verdicts and the plan of a policy for everything differ from the host's."""
+    from vfiotool.lab import twin_compare as compare
 
-    done = guest.exec([*_program(), "groups", "--json"], timeout_s=_ASK_LIMIT_S)
-    if done.exit_code not in (0, 1):
-        raise KernelError(f"groups failed in the twin: {done.stderr.decode(errors='replace')}")
-    theirs = json.loads(done.stdout)["groups"]
-    ours = _asked_here(snapshot, "groups")["groups"]
-    return compare_groups(ours, theirs, plan.addresses)
+    places = plan.addresses
+    devices = _asked_here(snapshot, "devices")["devices"]
+    found = compare.compare_groups(
+        _asked_here(snapshot, "groups")["groups"], _asked_there(guest, "groups")["groups"], places
+    )
+    found += compare.compare_verdicts(devices, _asked_there(guest, "devices")["devices"], places)
+    wanted = [one["address"] for one in devices if _is_wanted(one) and one["address"] in places]
+    if wanted:
+        script = f"cat > {_POLICY}"
+        policy = _policy_for(places[one] for one in wanted)
+        guest.exec(["sh", "-c", script], input=policy.encode())
+        with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+            file.write(_policy_for(wanted))
+            file.flush()
+            ours = _asked_here(snapshot, "plan", file.name)
+        found += compare.compare_plans(ours, _asked_there(guest, "plan", _POLICY), places)
+    return found
 
 
-def is_explained(found: TwinDifference, plan: TwinPlan) -> bool:
-    """Whether the plan said already that this device, or one of its group, differs."""
-    members = f"{found.original} {found.twin}".replace(",", " ")
-    about = {word for word in members.split() if ":" in word}
-    return any(address in line for address in (found.device, *about) for line in plan.differences)
+def _is_wanted(device: dict[str, Any]) -> bool:
+    return device["verdict"] is not None and not device["class"].startswith(_NOT_WANTED)
+
+
+def _policy_for(addresses: Iterable[str]) -> str:
+    rules = [f'[[device]]\nmatch = {{ address = "{one}" }}\ngroup = "whole"\n' for one in addresses]
+    return "\n".join(["version = 1", *rules])
+
+
+def _asked_there(guest: Guest, *command: str) -> dict[str, Any]:
+    """What a reading command says in the twin, as JSON."""
+    done = guest.exec([*_program(), *command, "--json"], timeout_s=_ASK_LIMIT_S)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as error:
+        said = done.stderr.decode(errors="replace")
+        raise KernelError(f"{command[0]} failed in the twin: {said.strip()[:300]}") from error
+    return found
 
 
 def _program() -> list[str]:
     return [str(Path(sys.prefix) / "bin/python"), "-m", "vfiotool"]
 
 
-def _asked_here(snapshot: str, command: str) -> dict[str, Any]:
+def _asked_here(snapshot: str, *command: str) -> dict[str, Any]:
     """What a reading command says of the snapshot, as JSON."""
-    words = [sys.executable, "-m", "vfiotool", "--root", snapshot, command, "--json"]
+    words = [sys.executable, "-m", "vfiotool", "--root", snapshot, *command, "--json"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=False)
     try:
         found: dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
-        raise KernelError(f"{command} of {snapshot} failed: {done.stderr.strip()[:300]}") from error
+        raise KernelError(
+            f"{command[0]} of {snapshot} failed: {done.stderr.strip()[:300]}"
+        ) from error
     return found
 
 
@@ -167,8 +202,8 @@ def _show_plan(context: typer.Context, plan: TwinPlan) -> None:
         return
     rows = [[old, new, plan.stand_ins.get(old, "")] for old, new in plan.addresses.items()]
     output.table(("HOST", "TWIN", "STAND-IN"), rows)
-    for line in plan.differences:
-        output.write(f"differs: {line}")
+    for lack in plan.lacks:
+        output.write(f"differs: {lack.kind}: {lack.line}")
 
 
 def _emit(plan: TwinPlan, found: list[TwinDifference], told: list[TwinDifference]) -> None:
@@ -204,4 +239,7 @@ def _show_comparison(
     for one in found:
         output.write(("explained: " if one not in told else "differs: ") + one.line())
     alike = len(plan.addresses) - len({one.device for one in found})
-    output.write(f"{alike} of {len(plan.addresses)} functions have the same group as on the host")
+    output.write(
+        f"{alike} of {len(plan.addresses)} functions have the same group, verdict and plan "
+        "as on the host"
+    )

@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
-    from typing import Any, BinaryIO, TextIO
+    from typing import Any, BinaryIO
 
     from rich.console import Console
     from rich.tree import Tree
@@ -31,27 +31,15 @@ FORMAT_VERSION = "1.0"
 # A file or a pipe has no edge to cut lines at.
 _FILE_WIDTH = 200
 
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE = 256
 
 _quiet = False
-_aside = False
 
 
 def begin(*, quiet: bool = False) -> None:
     """Say at the start of a command whether notes are wanted."""
-    global _quiet, _aside
-    _quiet, _aside = quiet, False
-
-
-def step_aside() -> None:
-    """Have text for people go to standard error from here on, as standard output carries a stream
-    that a program reads."""
-    global _aside
-    _aside = True
-
-
-def _stream() -> TextIO:
-    return sys.stderr if _aside else sys.stdout
+    global _quiet
+    _quiet = quiet
 
 
 def quiet() -> bool:
@@ -61,15 +49,15 @@ def quiet() -> bool:
 
 def _send(text: str) -> None:
     pipe = paging.target()
-    if _aside or pipe is None:
-        _stream().write(encodable(text, _stream()))
+    if pipe is None:
+        sys.stdout.write(encodable(text, sys.stdout))
     else:
         pipe(encodable(text, sys.stdout))
 
 
 def flush() -> None:
     """Have what was printed leave this process now: for what is printed as it happens."""
-    _stream().flush()
+    sys.stdout.flush()
 
 
 def emit(payload: Mapping[str, object]) -> None:
@@ -101,7 +89,7 @@ def emit_line(payload: Mapping[str, object]) -> None:
 
 def write(*parts: Part) -> None:
     """A line. What could steer a terminal is escaped, newlines too."""
-    colour = coloured(_stream())
+    colour = coloured(sys.stdout)
     texts = [
         paint(part, "", colour) if isinstance(part, str) else paint(*part, colour) for part in parts
     ]
@@ -122,7 +110,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Part]]) -> None:
     if not cells:
         return
     head = [(name, "bold") for name in header]
-    if sys.stdout.isatty() and not _aside:
+    if sys.stdout.isatty():
         _rich_table(head, cells)
         return
     lines = [head, *cells]

@@ -16,6 +16,7 @@ from typing import Literal
 
 from vfiotool.lab.machines import DeviceModel, Disk, Iommu
 from vfiotool.lab.twin_facts import TwinFunction, TwinHost
+from vfiotool.lab.twin_lacks import TwinLack
 
 # An NVMe controller is a model with the original's ids and serial; the others are QEMU's.
 StandIn = Literal["nvme", "network", "sata", "sriov"]
@@ -48,15 +49,15 @@ class Replay:
 @dataclass(frozen=True)
 class TwinPlan:
     """A twin. `items` are its devices in the order that QEMU has to be told of them; `addresses`
-    maps the original's to the twin's; `differences` are sentences. `acs_off` are the twin's ports
-    whose isolation is turned off, `in_use` the stand-ins that are mounted or have the route, `vfs`
-    how many virtual functions each of the twin's functions is to have."""
+    maps the original's to the twin's; `lacks` is what it cannot have. `acs_off` are the twin's
+    ports whose isolation is turned off, `in_use` the stand-ins that are mounted or have the route,
+    `vfs` how many virtual functions each of the twin's functions is to have."""
 
     iommu: Iommu
     iommu_bits: int | None
     items: tuple[DeviceModel | Replay, ...]
     addresses: Mapping[str, str]
-    differences: tuple[str, ...]
+    lacks: tuple[TwinLack, ...]
     acs_off: tuple[str, ...]
     disks: tuple[Disk, ...]
     networks: tuple[str, ...]
@@ -68,6 +69,11 @@ class TwinPlan:
     @property
     def replays(self) -> list[Replay]:
         return [item for item in self.items if isinstance(item, Replay)]
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """What it cannot have, in sentences."""
+        return tuple(lack.line for lack in self.lacks)
 
     @property
     def kernel_arguments(self) -> tuple[str, ...]:
@@ -87,7 +93,7 @@ class _Making:
     children: dict[str, list[TwinFunction]]
     items: list[DeviceModel | Replay] = field(default_factory=list)
     addresses: dict[str, str] = field(default_factory=dict)
-    differences: list[str] = field(default_factory=list)
+    lacks: list[TwinLack] = field(default_factory=list)
     acs_off: list[str] = field(default_factory=list)
     disks: list[Disk] = field(default_factory=list)
     networks: list[str] = field(default_factory=list)
@@ -95,6 +101,9 @@ class _Making:
     vfs: dict[str, int] = field(default_factory=dict)
     next_bus: int = 1
     chassis: int = 1
+
+    def lack(self, kind: str, line: str) -> None:
+        self.lacks.append(TwinLack(kind, line))
 
 
 def plan_twin(
@@ -119,20 +128,22 @@ def plan_twin(
         _place_root(making, root, slot)
     _place_vfs(making)
     if host.nodes > 1:
-        making.differences.append(
-            f"root bus {first}: its devices have no NUMA node, as q35 tells none for its own"
+        making.lack(
+            "numa",
+            f"root bus {first}: its devices have no NUMA node, as q35 tells none for its own",
         )
     if host.reserved:
         groups = ", ".join(host.reserved)
-        making.differences.append(
-            f"groups {groups}: direct reserved regions are the firmware's, a guest's has none"
+        making.lack(
+            "reserved",
+            f"groups {groups}: direct reserved regions are the firmware's, a guest's has none",
         )
     return TwinPlan(
         host.iommu,
         _bits(making),
         tuple(making.items),
         making.addresses,
-        tuple(making.differences),
+        tuple(making.lacks),
         tuple(making.acs_off),
         tuple(making.disks),
         tuple(making.networks),
@@ -151,7 +162,7 @@ def _expander_slots(
     found = dict(zip(further, free, strict=False))
     for root in further:
         if root not in found:
-            making.differences.append(f"root bus {root}: left out, the first root bus is full")
+            making.lack("no-room", f"root bus {root}: left out, the first root bus is full")
     return found
 
 
@@ -161,7 +172,7 @@ def _place_root(making: _Making, root: str, slot: int) -> None:
     number = max(wanted, making.next_bus)
     functions = making.children.get(root, [])
     if number != wanted:
-        making.differences.append(f"root bus {root}: its number is {number:02x} in the twin")
+        making.lack("bus-number", f"root bus {root}: its number is {number:02x} in the twin")
     name = f"root{number:x}"
     properties = [("id", name), ("bus", "pcie.0"), ("addr", f"{slot:#x}"), ("bus_nr", str(number))]
     nodes = {one.numa_node for one in functions if 0 <= one.numa_node < making.host.nodes}
@@ -192,8 +203,9 @@ def _place_vfs(making: _Making) -> None:
             if number < _VFS:
                 making.addresses[one.address] = f"0000:{bus}:{at >> 3:02x}.{at & 7}"
             else:
-                making.differences.append(
-                    f"{one.address}: left out, the stand-in has {_VFS} virtual functions"
+                making.lack(
+                    "virtual-functions",
+                    f"{one.address}: left out, the stand-in has {_VFS} virtual functions",
                 )
 
 
@@ -203,7 +215,9 @@ def _bits(making: _Making) -> int | None:
         return None
     chosen = 39 if bits < _WIDE_BITS else _WIDE_BITS
     if chosen != bits:
-        making.differences.append(f"the IOMMU reaches {chosen} bits: QEMU has 39 or 48, not {bits}")
+        making.lack(
+            "iommu-width", f"the IOMMU reaches {chosen} bits: QEMU has 39 or 48, not {bits}"
+        )
     return chosen
 
 
@@ -215,8 +229,9 @@ def _root_slots(making: _Making, roots: list[str]) -> dict[int, list[TwinFunctio
     for root in roots:
         first = root == roots[0]
         if not first:
-            making.differences.append(
-                f"root bus {root}: its devices are on the twin's first root bus, in domain 0"
+            making.lack(
+                "domain",
+                f"root bus {root}: its devices are on the twin's first root bus, in domain 0",
             )
         for slot, functions in sorted(_by_slot(making.children.get(root, [])).items()):
             rest = [one for one in functions if not _is_given(making, one, slot, first=first)]
@@ -232,10 +247,10 @@ def _root_slots(making: _Making, roots: list[str]) -> dict[int, list[TwinFunctio
         ]
         names = ", ".join(one.address for one in rest)
         if not free:
-            making.differences.append(f"{names}: left out, the root bus is full")
+            making.lack("no-room", f"{names}: left out, the root bus is full")
             continue
         found[free[0]] = rest
-        making.differences.append(f"{names}: in slot {free[0]:02x} of the twin's root bus")
+        making.lack("slot", f"{names}: in slot {free[0]:02x} of the twin's root bus")
     return found
 
 
@@ -253,23 +268,26 @@ def _is_given(making: _Making, one: TwinFunction, slot: int, *, first: bool) -> 
         if slot == 0 and one.function == 0 and first:
             making.addresses[one.address] = "0000:00:00.0"
             if one.ids != "8086:29c0":
-                making.differences.append(
-                    f"{one.address}: the host bridge is QEMU's (8086:29c0), not {one.ids}"
+                making.lack(
+                    "host-bridge",
+                    f"{one.address}: the host bridge is QEMU's (8086:29c0), not {one.ids}",
                 )
             return True
-        making.differences.append(f"{one.address}: a host bridge besides the first is left out")
+        making.lack(
+            "further-host-bridge", f"{one.address}: a host bridge besides the first is left out"
+        )
         return True
     if kind == _IOMMU:
-        making.differences.append(f"{one.address}: the IOMMU's function is QEMU's, in slot 1d")
+        making.lack("iommu-function", f"{one.address}: the IOMMU's function is QEMU's, in slot 1d")
         return True
     if first and slot == CHIPSET_SLOT and _CHIPSET.get(one.function) == kind:
         making.addresses[one.address] = f"0000:00:1f.{one.function}"
         if one.vendor != 0x8086:
-            making.differences.append(f"{one.address}: the chipset's function is QEMU's")
+            making.lack("chipset", f"{one.address}: the chipset's function is QEMU's")
         return True
     if first and slot == LAB_SLOT and one.vendor == _LAB_VENDOR:
         # A snapshot of a lab guest.
-        making.differences.append(f"{one.address}: of the lab, which has its own in the twin")
+        making.lack("lab", f"{one.address}: of the lab, which has its own in the twin")
         return True
     if one.vendor << 16 | one.device == _VIRTIO_IOMMU:
         making.addresses[one.address] = "0000:00:1d.0"
@@ -298,11 +316,11 @@ def _place_slot(
         function = one.function
         if not have_first and one is wanted[0] and slot != CHIPSET_SLOT:
             function = 0
-            making.differences.append(f"{one.address}: function 0, as the original's is left out")
+            making.lack("function-0", f"{one.address}: function 0, as the original's is left out")
         here = f"0000:{number:02x}:{slot:02x}.{function}"
         making.addresses[one.address] = here
         if not one.address.startswith("0000:"):
-            making.differences.append(f"{one.address}: QEMU has domain 0 alone, it is {here} there")
+            making.lack("domain", f"{one.address}: QEMU has domain 0 alone, it is {here} there")
         properties = [("bus", bus), ("addr", f"{slot:#x}.{function:#x}")]
         if several:
             properties.append(("multifunction", "on"))
@@ -315,12 +333,12 @@ def _place_slot(
 def _left_out(making: _Making, one: TwinFunction) -> bool:
     if one.is_vf:
         if making.stand_ins.get(one.physfn or "") != "sriov":
-            making.differences.append(
-                f"{one.address}: a virtual function; replayed cards make none"
+            making.lack(
+                "virtual-functions", f"{one.address}: a virtual function; replayed cards make none"
             )
         return True
     if one.port is None and len(one.config) < 64:
-        making.differences.append(f"{one.address}: its configuration space is not in the snapshot")
+        making.lack("config", f"{one.address}: its configuration space is not in the snapshot")
         return True
     return False
 
@@ -343,8 +361,9 @@ def _place_bridge(
     if model == "pcie-root-port" and not one.acs_on:
         making.acs_off.append(here)
     if model == "xio3130-downstream" and one.acs_on:
-        making.differences.append(
-            f"{one.address}: QEMU's switch ports have no ACS, the original isolates what is below"
+        making.lack(
+            "switch-acs",
+            f"{one.address}: QEMU's switch ports have no ACS, the original isolates what is below",
         )
     number = making.next_bus
     making.next_bus += 1
@@ -361,20 +380,23 @@ def _place_endpoint(
         if kind == "nvme":
             making.used[one.address] = kind
         if one.vfs:
-            making.differences.append(
-                f"{one.address}: its {one.vfs} virtual functions cannot be made in the twin"
+            making.lack(
+                "virtual-functions",
+                f"{one.address}: its {one.vfs} virtual functions cannot be made in the twin",
             )
         return
     stand_in = _sata(making, properties) if kind == "sata" else _card(making, kind, properties)
     making.items += stand_in
     making.used[one.address] = kind
-    making.differences.append(
+    making.lack(
+        "stand-in",
         f"{one.address}: QEMU's {stand_in[0].model} stands in for {one.ids}, so that a driver"
-        " works on it"
+        " works on it",
     )
     if kind == "sriov" and one.vfs > _VFS:
-        making.differences.append(
-            f"{one.address}: {_VFS} virtual functions at most, the original has {one.vfs}"
+        making.lack(
+            "virtual-functions",
+            f"{one.address}: {_VFS} virtual functions at most, the original has {one.vfs}",
         )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ _OF_NOBODY = ("vfio-pci", "pci-stub")
 # 16 MiB, sparse, which takes a file system.
 _DISK_BLOCKS = 32768
 _SETUP_LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A twin that runs: its guest, and the models of the cards that are played, by the original's
+    addresses."""
+
+    guest: Guest
+    models: Mapping[str, Model]
 
 
 def twin_machine(plan: TwinPlan, sockets: dict[str, str]) -> Machine:
@@ -108,6 +118,8 @@ def played(replay: Replay) -> Model:
     one = replay.original
     card = ReplayModel(one.config, one.resources)
     if not replay.disk:
+        # Whatever it says of itself, a reset of its bus resets a card.
+        card.has_reset = True
         return card
     config = card.config
     kind = type(
@@ -124,23 +136,25 @@ def played(replay: Replay) -> Model:
     card.close()
     model: NvmeModel = kind(blocks=_DISK_BLOCKS, shared_doorbells=False)
     model.serial = (one.serial or one.address).encode()[:20]
+    model.has_reset = True
     return model
 
 
 @contextmanager
 def running_twin(
     host: TwinHost, plan: TwinPlan, kernel: str = kernels.DEFAULT, **options: Any
-) -> Iterator[Guest]:
+) -> Iterator[Twin]:
     """The twin, booted and set up, until the end of the block.
 
     Raises what `Guest` raises; GuestLost where it does not come up.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vfiotool-twin-")))
-        sockets = {}
+        sockets, models = {}, {}
         for number, one in enumerate(plan.replays):
-            server = stack.enter_context(ModelServer(played(one), str(folder / f"{number}.sock")))
+            model = models[one.original.address] = played(one)
+            server = stack.enter_context(ModelServer(model, str(folder / f"{number}.sock")))
             sockets[one.original.address] = server.path
         guest = stack.enter_context(Guest(twin_machine(plan, sockets), kernel, **options))
         guest.exec(["bash", "-c", setup_script(host, plan)], timeout_s=_SETUP_LIMIT_S, merge=True)
-        yield guest
+        yield Twin(guest, models)

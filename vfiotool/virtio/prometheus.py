@@ -42,10 +42,7 @@ def _escaped(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A label's value. Unprintables come as `?`: a device's name may hold what a terminal obeys,
-    and the format has no escapes for them."""
-    plain = "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
-    return _escaped(plain).replace('"', '\\"')
+    return _escaped(text).replace('"', '\\"')
 
 
 def server_families(servers: Iterable[Mapping[str, Any]]) -> list[Family]:

@@ -33,8 +33,7 @@ TraceOption = Annotated[
     typer.Option(
         "--trace",
         metavar="FILE",
-        help="Record every access there, as JSON lines; - for standard output, and text goes to "
-        "standard error.",
+        help="Record every access there, as JSON lines; - for standard output.",
         autocompletion=candidates.files,
     ),
 ]
@@ -86,9 +85,7 @@ def opened(
                 file = sys.stdout if trace == "-" else open(trace, "w")  # noqa: SIM115
             except OSError as error:
                 raise output.cannot("write", trace, error) from error
-            if trace == "-":
-                output.step_aside()
-            else:
+            if file is not sys.stdout:
                 stack.enter_context(file)
             record = Trace(file)
         # What a process serves is named by its socket, and is no device of the host's.

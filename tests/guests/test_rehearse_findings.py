@@ -1,0 +1,204 @@
+"""What a rehearsal makes of what its commands did, without a guest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models.served import serving
+from vfiotool.cli import lab_rehearse
+from vfiotool.cli.main import main
+from vfiotool.errors import NotFound
+from vfiotool.lab import rehearse_run
+from vfiotool.lab.inside import rehearsal as inside
+from vfiotool.lab.inside import vm
+from vfiotool.lab.rehearse import (
+    ACTS,
+    Done,
+    Rehearsal,
+    findings,
+    said,
+    taken,
+    translated,
+    translated_json,
+)
+from vfiotool.lab.twin_facts import read_twin_host
+from vfiotool.lab.twin_plan import plan_twin
+from vfiotool.models.edu import EduModel
+from vfiotool.models.nvme import NvmeModel
+
+HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
+CARD = "0000:2b:00.0"
+
+
+def kinds(*done: Done) -> list[tuple[str, str | None]]:
+    return [(one.kind, one.device) for one in findings(done)]
+
+
+def planned(name: str, code: int | None, found: Any = None, text: str = "") -> Done:
+    return Done(ACTS[0], name, code, 1.0, found, text)
+
+
+def test_addresses_are_translated_both_ways_and_nothing_else_is() -> None:
+    there = {CARD: "0000:02:00.0", "0000:02:00.0": "0000:03:00.0"}
+    text = f'match = {{ address = "{CARD}" }} # 2b:00.0, mac 52:54:00:2b:00:01, 0000:02:00.0'
+    assert translated(text, there) == (
+        'match = { address = "0000:02:00.0" } # 02:00.0, mac 52:54:00:2b:00:01, 0000:03:00.0'
+    )
+    back = {new: old for old, new in there.items()}
+    assert translated(translated(text, there), back) == text
+    assert translated_json({"a": [CARD, 1, None]}, there) == {"a": ["0000:02:00.0", 1, None]}
+
+
+def test_a_refusal_is_found_reason_by_reason_and_once() -> None:
+    row = {"kind": "mounted", "device": CARD, "detail": "sda is mounted on /", "evidence": "x"}
+    plan = planned("plan", 4, {"steps": [], "refusals": [row]})
+    (found,) = findings([plan, planned("apply", 4, {"error": {"message": "refused"}})])
+    assert (found.kind, found.device) == ("refused", CARD)
+    assert "sda is mounted on /" in found.detail and found.next == f"vfiotool why {CARD}"
+    assert said(plan) == "0 steps, refused for 1 reasons"
+
+
+def test_a_serial_number_that_is_lost_a_second_start_that_fails_and_a_reset_that_hangs() -> None:
+    gone = {"error": {"message": "no device matches serial S", "hint": "", "device": None}}
+    assert kinds(planned("status after a reboot", 3, gone)) == [("serial-lost", None)]
+    assert kinds(planned("start twice", 0, {"kept": [CARD]})) == [("second-start", CARD)]
+    assert kinds(planned("start twice", 5, {"error": "EIO", "device": CARD})) == [
+        ("second-start", CARD)
+    ]
+    hangs = planned("start twice", None)
+    log = planned("kernel log", 0, None, f"vfio-pci {CARD}: not ready 1023ms after FLR; waiting\n")
+    (found,) = findings([hangs, log])
+    assert (found.kind, found.device) == ("reset-hangs", CARD)
+    assert found.evidence.startswith("vfio-pci") and said(hangs) == "did not end in 1 s"
+    assert kinds(hangs) == [("reset-hangs", None)], "the kernel need not say which"
+
+
+def test_what_else_goes_wrong() -> None:
+    blocker = {
+        "severity": "blocker", "device": CARD, "detail": "no", "evidence": "", "next": None,
+        "remedy": "do",
+    }  # fmt: skip
+    assert kinds(planned("vm check", 1, {"findings": [blocker]})) == [("not-ready", CARD)]
+    assert kinds(planned("status", 1, {"steps": []})) == [("not-in-sync", None)]
+    assert kinds(planned("undo", 6, {"error": {"message": "stuck", "device": CARD}})) == [
+        ("stuck", CARD)
+    ]
+    assert kinds(planned("plan", 3, {"error": {"message": "no device"}})) == [("no-match", None)]
+    assert kinds(planned("plan", 2, None, "bad\n")) == [("failed", None)]
+    assert kinds(planned("qemu", 1, None, "vfio: no\n")) == [("failed", None)]
+    changed = Done(ACTS[1], "compare", 1, 0, {CARD: [["nvme"], ["vfio-pci"]]})
+    assert kinds(changed) == [("not-restored", CARD)]
+    assert said(changed) == "1 functions are not as before"
+
+
+def test_what_is_no_fault_of_the_host_is_not_found() -> None:
+    for one in (
+        planned("plan", 0, {"steps": [1]}),
+        planned("status after a reboot", 0, {}),
+        planned("vm check", 0, {"findings": []}),
+        planned("qemu", 127, None, "not found"),
+        planned("qemu", None),
+        Done(ACTS[1], "apply, killed", -9),
+        # In the last act a fault is made on purpose: only its end counts.
+        Done(ACTS[2], "undo", 6, 5.0, {"error": {"message": "stuck", "device": CARD}}),
+        Done(ACTS[2], "compare", 0, 0, {}),
+    ):
+        assert findings([one]) == (), one
+    assert said(Done(ACTS[1], "apply, killed", -9)) == "killed"
+    rows = [{"title": "apply p", "result": "rolled-back"}]
+    assert said(planned("recover", 0, {"recovered": rows})) == "apply p: rolled-back"
+
+
+def test_what_a_policy_takes() -> None:
+    steps = [
+        {"verb": "load-module", "target": "vfio-pci"},
+        {"verb": "bind-driver", "target": CARD},
+    ]
+    assert taken({"steps": steps}) == [CARD] and taken(None) == []
+
+
+@pytest.mark.parametrize("fault", ["none", "nothing"])
+@pytest.mark.parametrize("kind", [EduModel, NvmeModel])
+def test_what_stands_in_for_a_vm_sees_a_device_that_is_not_reset(
+    kind: Any, fault: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = kind()
+    model.faults.reset = fault
+    with serving(model) as server:
+        marks: vm.Marks = {}
+        vm.start([server.name], lambda one: vm.mark(one, marks))
+        assert list(marks) == [server.name]
+        # As the kernel does between two users.
+        model.reset()
+        seen: list[bool] = []
+        vm.start([server.name], lambda one: seen.append(vm.has_mark(one, marks[one.name])))
+        assert seen == [fault == "nothing"]
+        assert vm.main([server.name]) == 0
+    assert json.loads(capsys.readouterr().out) == {"kept": [], "marked": []}
+
+
+def test_a_device_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert vm.main(["vfio-user:/nowhere.sock"]) == 5
+    assert "error" in json.loads(capsys.readouterr().out)
+
+
+def test_a_command_that_does_not_end_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
+    part = inside.Part({"policy": "p"})
+    done = part.command("slow", ["sleep", "600"], 0.2)
+    assert done["exit_code"] is None
+    assert part.command("quick", ["sh", "-c", "echo '{}'; exit 3"], 60)["exit_code"] == 3
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == ["slow", "quick"] and rows[1]["json"] == {}
+
+
+def test_a_fault_is_of_a_device_that_a_model_plays(tmp_path: Path) -> None:
+    snapshot = str(HOSTS / "storage-in-use")
+    host = read_twin_host(snapshot)
+    with pytest.raises(NotFound, match="not played by a model"):
+        rehearse_run.rehearse(
+            host, plan_twin(host), "version = 1\n", "6.12", faults={"0000:09:00.0": "gone"}
+        )
+    policy = tmp_path / "p.toml"
+    policy.write_text("version = 1\n")
+    assert main(["lab", "rehearse", str(policy), "--host", snapshot, "--fault", "1:2"]) == 2
+    assert main(["lab", "rehearse", str(tmp_path / "none"), "--host", snapshot]) == 2
+
+
+def test_the_page_and_its_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "p.toml"
+    policy.write_text("version = 1\n")
+    done = (
+        planned("plan", 0, {"steps": [1]}),
+        planned("start twice", 0, {"kept": [CARD]}),
+        Done(ACTS[2], "apply", 0),
+        Done(ACTS[2], "compare", 0, 0, {}),
+    )
+    asked: dict[str, Any] = {}
+
+    def played(*words: Any, **more: Any) -> Rehearsal:
+        asked.update(more)
+        return Rehearsal(done, CARD, (f"{CARD}: differs",), findings(done))
+
+    monkeypatch.setattr(rehearse_run, "rehearse", played)
+    words = ["lab", "rehearse", str(policy), "--host", str(HOSTS / "amd-desktop")]
+    assert main([*words, "--fault", "2b:00.0=reset-nothing", "--no-qemu"]) == 1
+    asked.pop("report")(done[0])
+    assert asked == {"faults": {CARD: "reset-nothing"}, "qemu": False}
+    told = capsys.readouterr().out
+    assert "As planned" in told and f"A device that does not let go: {CARD}" in told
+    assert "On the host this would go wrong" in told and "second-start" in told
+    assert f"{CARD}: differs" in told
+    assert main([*words, "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)["findings"]
+    assert found["kind"] == "second-start"
+    # Without --host this machine is captured first; nothing of it is changed.
+    done = ()
+    assert main(["lab", "rehearse", str(policy)]) == 0
+    assert "taken back as it was" in capsys.readouterr().out
+    assert lab_rehearse._SNAPSHOT_LIMIT_S > 0

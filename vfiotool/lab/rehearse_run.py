@@ -1,0 +1,177 @@
+"""A rehearsal, played in a twin: the acts in their order, and the faults that they need."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vfiotool.errors import KernelError, NotFound
+from vfiotool.lab.channel import Kind
+from vfiotool.lab.guest import Guest
+from vfiotool.lab.inside import rehearsal as inside
+from vfiotool.lab.rehearse import (
+    ACTS,
+    Done,
+    Rehearsal,
+    findings,
+    taken,
+    translated,
+    translated_json,
+    unlike_for,
+)
+from vfiotool.lab.twin_facts import TwinHost
+from vfiotool.lab.twin_plan import TwinPlan
+from vfiotool.lab.twin_run import Twin, running_twin
+
+POLICY = "/run/policy.toml"
+_PART_LIMIT_S = 600.0
+# In a twin a reset that hangs must not hang QEMU, and with it the whole guest: as from hardware,
+# there is no answer but all ones.
+_IN_A_TWIN = {"reset-hangs": "reset-lost"}
+
+
+def rehearse(
+    host: TwinHost,
+    plan: TwinPlan,
+    policy: str,
+    kernel: str,
+    *,
+    faults: Mapping[str, str] | None = None,
+    qemu: bool = True,
+    report: Callable[[Done], object] = lambda _: None,
+) -> Rehearsal:
+    """Play the policy (its text) in the twin of `host`. `faults` are what devices do wrong, by the
+    host's addresses (`FAULT_NAMES`); `report` is told of each command as it ends.
+
+    Raises what `running_twin` raises, NotFound for a fault of a device that is none of the twin's,
+    KernelError.
+    """
+    for address in faults or {}:
+        if address not in {one.original.address for one in plan.replays}:
+            raise NotFound(
+                f"{address} is not played by a model in the twin: it can have no fault",
+                hint="vfiotool lab twin --plan SNAPSHOT",
+            )
+    with running_twin(host, plan, kernel) as twin:
+        return _Play(twin, plan, qemu, report).play(policy, faults or {})
+
+
+class _Play:
+    """The acts, in a twin that runs."""
+
+    def __init__(
+        self, twin: Twin, plan: TwinPlan, qemu: bool, report: Callable[[Done], object]
+    ) -> None:
+        self.report = report
+        self.twin = twin
+        self.plan = plan
+        self.qemu = qemu
+        self.back = {new: old for old, new in plan.addresses.items()}
+        self.done: list[Done] = []
+        self.devices: list[str] = []
+
+    def play(self, policy: str, faults: Mapping[str, str]) -> Rehearsal:
+        guest, addresses = self.twin.guest, self.plan.addresses
+        text = translated(policy, addresses).encode()
+        guest.exec(["sh", "-c", f"cat > {POLICY}"], input=text)
+        for address, name in faults.items():
+            self.twin.models[address].faults.set(_IN_A_TWIN.get(name, name))
+        held = None
+        self.part("as-planned", ACTS[0])
+        self.devices = taken(self.of("plan").found) if self.has("plan") else []
+        if self.has("start twice") and self.of("start twice").exit_code is None:
+            self.part("undo", ACTS[0])
+            self.lift(faults)
+            self.part("after", ACTS[0])
+        elif self.has("apply") and self.of("apply").exit_code == 0 and self.devices:
+            # An act begins where the one before it left the host as it was.
+            if self.restored():
+                self.part("killed", ACTS[1])
+            if self.restored():
+                held = self.hold()
+        return Rehearsal(
+            tuple(self.done), held, unlike_for(self.devices, self.plan), findings(self.done)
+        )
+
+    def hold(self) -> str | None:
+        """The last act: a device that does not come back from its reset when its VM has gone."""
+        able = [one for one in self.devices if one in self.twin.models]
+        able = [one for one in able if self.twin.models[one].has_reset]
+        self.part("held", ACTS[2])
+        if self.done[-1].exit_code:
+            return None
+        if not able:
+            self.part("let-go", ACTS[2])
+        else:
+            faults = self.twin.models[able[0]].faults
+            before, faults.reset = faults.reset, "lost"
+            self.part("let-go", ACTS[2])
+            faults.reset = before
+        self.part("after", ACTS[2])
+        return able[0] if able else None
+
+    def lift(self, faults: Mapping[str, str]) -> None:
+        """The faults end, so that the twin can be brought to its end."""
+        for address in faults:
+            self.twin.models[address].faults.reset = "none"
+
+    def restored(self) -> bool:
+        """Whether the last act ended with everything as before."""
+        return self.done[-1].name == "compare" and self.done[-1].exit_code == 0
+
+    def has(self, name: str) -> bool:
+        return any(one.name == name for one in self.done)
+
+    def of(self, name: str) -> Done:
+        return next(one for one in self.done if one.name == name)
+
+    def part(self, name: str, act: str) -> None:
+        """Play a part of the rehearsal in the guest, and keep what its commands did."""
+        addresses = self.plan.addresses
+        told = {
+            "policy": POLICY,
+            "devices": [addresses.get(one, one) for one in self.devices],
+            "mark": [addresses[one] for one in self.twin.models],
+            "qemu": self.qemu,
+        }
+
+        def take(row: dict[str, Any]) -> None:
+            one = Done(
+                act,
+                row["name"],
+                row["exit_code"],
+                row.get("seconds", 0.0),
+                translated_json(row.get("json"), self.back),
+                translated(row.get("text", ""), self.back),
+            )
+            self.done.append(one)
+            self.report(one)
+
+        play_part(self.twin.guest, name, told, take)
+
+
+def play_part(
+    guest: Guest, name: str, told: Mapping[str, Any], take: Callable[[dict[str, Any]], object]
+) -> None:
+    """Play a part, and hand on the report of each of its commands as it comes.
+
+    Raises KernelError where the part itself ends early.
+    """
+    words = [str(Path(sys.prefix) / "bin/python"), "-m", inside.__name__, name]
+    rest, noise = b"", bytearray()
+
+    def split(kind: Kind, data: bytes) -> None:
+        nonlocal rest
+        if kind is not Kind.OUTPUT:
+            noise.extend(data)
+            return
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            take(json.loads(line))
+
+    done = guest.exec(words, input=json.dumps(told).encode(), timeout_s=_PART_LIMIT_S, sink=split)
+    if done.exit_code:
+        raise KernelError(f"the rehearsal broke off: {noise.decode(errors='replace')[-600:]}")
