@@ -163,3 +163,14 @@ def test_only_routes_without_addresses_are_flushed_as_routes() -> None:
     small.addresses(("eth1", "10.9.0.1/16"))
     (entry,) = survey(small.host(), NIC).blockers
     assert entry.remedy == "ip address flush dev eth1"
+
+
+def test_a_console_over_the_network_that_shows_no_target_is_unseen() -> None:
+    """Kernels before 6.7 do not show the one that the module was loaded with."""
+    small = SmallHost()
+    small.network(NIC, "eth1")
+    small.file("/sys/module/netconsole/initstate", "live")
+    assert ("unseen", paths.SYS_NETCONSOLE) in kinds(small, NIC)
+    small.file(f"{paths.SYS_NETCONSOLE}/cmdline0/dev_name", "eth9")
+    small.folders |= {paths.SYS_NETCONSOLE, f"{paths.SYS_NETCONSOLE}/cmdline0"}
+    assert ("unseen", paths.SYS_NETCONSOLE) not in kinds(small, NIC)

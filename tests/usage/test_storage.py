@@ -50,6 +50,36 @@ def test_without_other_namespaces_tables_the_own_mountinfo_is_read(small: SmallH
     assert found(small) == [("mounted", "/mnt")]
 
 
+@pytest.mark.parametrize(
+    "above",
+    [
+        "40 36 0:99 / /mnt/a rw - tmpfs other rw",
+        "40 36 8:17 / /mnt/a rw - ext4 /dev/sdb1 rw",
+        "40 35 0:99 / /mnt rw - tmpfs other rw",
+    ],
+)
+def test_what_is_mounted_over_a_mount_is_not_unmounted_for_it(small: SmallHost, above: str) -> None:
+    """`umount` of the mount point would end the use of something else."""
+    below = "self\t36 35 259:0 / /mnt/a rw - ext4 /dev/nvme0n1 rw"
+    root = "self\t35 1 8:1 / / rw - ext4 /dev/sda1 rw"
+    small.mounts(root, below)
+    (entry,) = blockers(small.host(), DISK)
+    assert entry.remedy == "umount /mnt/a"
+    small.mounts(root, below, f"self\t{above}")
+    (entry,) = blockers(small.host(), DISK)
+    assert entry.remedy is None
+    assert " hides it" in entry.detail
+
+
+def test_a_target_whose_configfs_is_not_mounted_is_unseen(small: SmallHost) -> None:
+    """It runs on, and what it exports cannot be looked up."""
+    small.file("/sys/module/target_core_mod/initstate", "live")
+    (entry,) = blockers(small.host(), DISK)
+    assert (entry.kind, entry.subject) == ("unseen", "/sys/kernel/config/target/core")
+    small.folders.add("/sys/kernel/config/target/core")
+    assert found(small) == []
+
+
 def test_a_mount_of_another_namespace_is_named_once_with_its_process(small: SmallHost) -> None:
     small.mounts(
         mount("259:0", "/data", "/dev/nvme0n1", pid="77"),

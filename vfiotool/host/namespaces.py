@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vfiotool.host.paths import PROC
-from vfiotool.host.processes import DENIED, GONE, plain, processes, tables_of, threads
+from vfiotool.host.processes import (
+    DENIED,
+    GONE,
+    living,
+    plain,
+    processes,
+    tables_of,
+    threads,
+    unlisted,
+)
 
 _NAME = re.compile(r"(net|mnt):\[(\d+)\]")
 # Ways into one namespace that are kept: a process may end before it is used.
@@ -53,11 +62,11 @@ def find_namespaces(kind: str) -> Found:
     tables: set[str] = set()
     for pid in processes():
         try:
-            table = os.readlink(f"{PROC}/{pid}/ns/mnt")
+            table = os.readlink(f"{PROC}/{living(pid)}/ns/mnt")
             for place, number in _of_process(pid, kind):
                 _keep(found, place, number)
             if table not in tables:
-                for place, number in _mounted(pid, kind):
+                for place, number in _mounted(living(pid), kind):
                     _keep(found, place, number)
                 tables.add(table)
         except OSError as error:
@@ -66,6 +75,7 @@ def find_namespaces(kind: str) -> Found:
             if error.errno not in DENIED:
                 raise
             found.hidden += 1
+    found.unknown += unlisted()
     return found
 
 

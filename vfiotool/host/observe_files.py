@@ -8,8 +8,17 @@ import re
 import stat
 from collections.abc import Iterator
 
+from vfiotool.host.in_flight import files_in_flight, waiting
 from vfiotool.host.namespaces import find_namespaces
-from vfiotool.host.paths import PROC, SYS, SYS_BLOCK, SYS_DEV_NUMBERS
+from vfiotool.host.paths import (
+    OWN_FILES,
+    PROC,
+    PROC_PCI,
+    SYS,
+    SYS_BLOCK,
+    SYS_DEV_NUMBERS,
+    SYS_PCI_DEVICES,
+)
 from vfiotool.host.probe import answer_of
 from vfiotool.host.processes import (
     DENIED,
@@ -17,16 +26,21 @@ from vfiotool.host.processes import (
     command,
     counted,
     enter_namespace,
+    living,
     plain,
     processes,
     tables_of,
     type_and_number,
+    unlisted,
 )
 
 # Memory and terminals: open everywhere, and no part of any device (admin-guide/devices.txt).
 _COMMON_MAJORS = frozenset({1, 5, *range(136, 144)})
 _FUSE = (10, 229)
+_MEMORY = (1, 1)
 _PCI_FILE = re.compile(r".*(/devices/pci.*)/(resource\d\w*|config|rom)")
+# The older way to a function's registers: `ioctl` and `mmap` (drivers/pci/proc.c).
+_PCI_PROC = re.compile(rf".*{PROC_PCI}/([0-9a-f:]+)/([0-9a-f]{{2}}\.[0-7])")
 _VFIO_DEVICE = "anon_inode:[vfio-device]"
 _IO_URING = "anon_inode:[io_uring]"
 # The line of fdinfo that tells which device it is (drivers/vfio/vfio_main.c, since Linux 6.17).
@@ -34,6 +48,10 @@ _SYSPATH = "vfio-device-syspath:"
 # `    0: /dev/nvme0n1` below `UserFiles:` (io_uring/fdinfo.c).
 _REGISTERED = re.compile(r"\s*\d+: (.+)")
 _TRIES = 5
+# include/uapi/linux/io_uring.h: where a ring's entries are mapped, once for each ring.
+_IORING_OFF_SQES = 0x10000000
+# include/linux/ioport.h: a region of memory, not of ports.
+_IORESOURCE_MEM = 0x200
 
 # A node as it is called by who has it, and the device's path below /sys.
 Node = tuple[str, str]
@@ -64,7 +82,7 @@ def open_nodes() -> str:
             name = command(pid)
             lines |= {(pid, name, *node) for node in found}
     text = [f"{pid}\t{name}\t{node}\t{device}" for pid, name, node, device in sorted(lines)]
-    text += [f"!\t{what}" for what in sorted(looked.unknown)]
+    text += [f"!\t{what}" for what in (*sorted(looked.unknown), *unlisted())]
     if hidden:
         text.append(f"!\tthe open files of {counted(hidden)} that may not be looked into")
     return "".join(f"{line}\n" for line in text)
@@ -75,8 +93,12 @@ class _Nodes:
 
     def __init__(self) -> None:
         self.unknown: set[str] = set()
+        self.sockets: dict[str, list[Node]] = {}
+        self._functions: list[tuple[int, int, str]] | None = None
         self._devices: dict[tuple[str, int, int], str] = {}
         self._regular: set[str] = set()
+        # Of the files that are mapped, those that are the host's memory.
+        self.memories: set[str] = set()
 
     def of(self, path: str, called: str) -> Node | None:
         """The node at `path`; None if it is no device's. Raises OSError."""
@@ -101,6 +123,12 @@ class _Nodes:
                 self._devices[key] = f"{kind}/{major}:{minor}"
         return self._devices[key]
 
+    def memory(self, first: int, last: int) -> Iterator[str]:
+        """The functions whose registers lie at physical addresses, as `/dev/mem` gives them."""
+        if self._functions is None:
+            self._functions = list(_registers())
+        yield from (path for start, end, path in self._functions if start <= last and first <= end)
+
     def mapped(self, path: str, file: str, called: str) -> Node | None:
         """As `of`, for a mapping; `file` tells files apart, so that libraries are asked once."""
         if file in self._regular:
@@ -108,6 +136,9 @@ class _Nodes:
         found = self.of(path, called)
         if found is None:
             self._regular.add(file)
+            mode, *number = type_and_number(path)
+            if stat.S_ISCHR(mode) and tuple(number) == _MEMORY:
+                self.memories.add(file)
         return found
 
 
@@ -126,9 +157,9 @@ def _node_of(pid: int, table: str, number: str, looked: _Nodes) -> Iterator[Node
     link = f"{table}/{number}"
     target = os.readlink(link)
     if target.startswith("/"):
-        match = _PCI_FILE.fullmatch(target)
-        if match is not None:
-            yield plain(target), f"{SYS}{match[1]}"
+        device = _function_of(target)
+        if device is not None:
+            yield plain(target), device
             return
         found = looked.of(link, target)
         if found is not None:
@@ -138,6 +169,66 @@ def _node_of(pid: int, table: str, number: str, looked: _Nodes) -> Iterator[Node
         yield target, told[0].partition(":")[2].strip() if told else "?"
     elif target == _IO_URING:
         yield from _registered(pid, table, number, looked)
+    elif target.startswith("socket:"):
+        yield from _in_flight(pid, table, number, target, looked)
+
+
+def _function_of(path: str) -> str | None:
+    """The function below /sys of which a path names a file of registers, wherever it is mounted."""
+    match = _PCI_FILE.fullmatch(path)
+    if match is not None:
+        return f"{SYS}{match[1]}"
+    match = _PCI_PROC.fullmatch(path)
+    if match is None:
+        return None
+    bus = match[1] if match[1].count(":") else f"0000:{match[1]}"
+    return os.path.realpath(f"{SYS_PCI_DEVICES}/{bus}:{match[2]}")
+
+
+def _in_flight(pid: int, table: str, number: str, target: str, looked: _Nodes) -> Iterator[Node]:
+    """Nodes that wait in a socket for somebody to take them, each socket asked once."""
+    if target not in looked.sockets:
+        looked.sockets[target] = []
+        count = waiting(_info(table, number))
+        if count:
+            looked.sockets[target] = list(_waiting_in(pid, table, number, count, looked))
+    yield from looked.sockets[target]
+
+
+def _waiting_in(pid: int, table: str, number: str, count: int, looked: _Nodes) -> Iterator[Node]:
+    task = int(table.split("/")[-2])
+    unknown = f"on their way through a socket of pid {pid}"
+
+    def look(descriptor: str) -> Iterator[str]:
+        inner = _Nodes()
+        # What waits in a socket is asked of it by files_in_flight, not of its number here.
+        if not os.readlink(f"{OWN_FILES}/{descriptor}").startswith("socket:"):
+            yield from map("\t".join, _node_of(pid, OWN_FILES, descriptor, inner))
+        yield from (f"!\t{what}" for what in inner.unknown)
+
+    try:
+        lines = files_in_flight(pid, task, int(number), look)
+    except OSError as error:
+        if error.errno != errno.ETIMEDOUT:
+            raise
+        lines = [f"!\t{count} files"]
+    for line in lines:
+        first, _, second = line.partition("\t")
+        if first == "!":
+            looked.unknown.add(f"{second} {unknown}")
+        else:
+            yield first, second
+
+
+def _registers() -> Iterator[tuple[int, int, str]]:
+    """First and last physical address of each region of each PCI function, and its path."""
+    for name in os.listdir(SYS_PCI_DEVICES):
+        path = f"{SYS_PCI_DEVICES}/{name}"
+        with open(f"{path}/resource", encoding="ascii") as file:
+            regions = [[int(word, 16) for word in line.split()] for line in file]
+        for start, end, flags in regions:
+            if flags & _IORESOURCE_MEM:
+                yield start, end, os.path.realpath(path)
 
 
 def _info(table: str, number: str) -> list[str]:
@@ -179,29 +270,60 @@ def _registered(pid: int, table: str, number: str, looked: _Nodes) -> Iterator[N
 
 def _mapped(pid: int, looked: _Nodes) -> Iterator[Node]:
     """Nodes that are mapped, though their descriptors may be closed."""
-    with open(f"{PROC}/{pid}/maps", encoding="utf-8", errors="backslashreplace") as file:
+    task, rings = living(pid), 0
+    with open(f"{PROC}/{task}/maps", encoding="utf-8", errors="backslashreplace") as file:
         lines = file.read().splitlines()
     for line in lines:
         words = line.split(None, 5)
         if len(words) < 6 or words[5].startswith("["):
             continue
-        span, _, _, device, inode, called = words
+        span, _, offset, number, inode, called = words
         if called == _VFIO_DEVICE:
             yield called, "?"
-            continue
-        match = _PCI_FILE.fullmatch(called) if called.startswith("/") else None
-        if match is not None:
-            yield plain(called), f"{SYS}{match[1]}"
+        elif called == _IO_URING:
+            rings += int(offset, 16) == _IORING_OFF_SQES
         elif called.startswith("/"):
             try:
-                found = looked.mapped(f"{PROC}/{pid}/map_files/{span}", f"{device} {inode}", called)
+                yield from _mapping(task, span, offset, (f"{number} {inode}", called), looked)
             except OSError as error:
                 # Gone meanwhile; or a name whose numbers are padded otherwise in the two places.
                 if error.errno not in GONE:
                     raise
-                continue
-            if found is not None:
-                yield found
+    # A ring lives on while it is mapped, and with it what is registered with it.
+    if rings and rings > _rings(pid):
+        looked.unknown.add(f"the files registered with io_uring by pid {pid}, which closed it")
+
+
+def _mapping(
+    task: int, span: str, offset: str, file: tuple[str, str], looked: _Nodes
+) -> Iterator[Node]:
+    number, called = file
+    device = _function_of(called)
+    if device is not None:
+        yield plain(called), device
+        return
+    path = f"{PROC}/{task}/map_files/{span}"
+    found = looked.mapped(path, number, called)
+    if found is not None:
+        yield found
+    elif number in looked.memories:
+        first, last = (int(end, 16) for end in span.split("-"))
+        start = int(offset, 16)
+        for device in looked.memory(start, start + last - first - 1):
+            yield plain(called), device
+
+
+def _rings(pid: int) -> int:
+    """How many io_urings the process has descriptors of."""
+    found = 0
+    for table in tables_of(pid):
+        for number in os.listdir(table):
+            try:
+                found += os.readlink(f"{table}/{number}") == _IO_URING
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+    return found
 
 
 def mounts() -> str:

@@ -55,7 +55,10 @@ PROC_NVIDIA = "/proc/driver/nvidia/gpus"
 PROC_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 PROC_OSRELEASE = "/proc/sys/kernel/osrelease"
 # How a program names what its caller has opened for it.
+OWN_FILES = "/proc/self/fd"
 OWN_DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+# As it stands below any mount of /proc.
+PROC_PCI = "/bus/pci"
 PROC_ARCH = "/proc/sys/kernel/arch"
 PROC_ROUTE = "/proc/net/route"
 PROC_PACKET = "/proc/net/packet"

@@ -37,6 +37,63 @@ def threads(pid: int) -> list[int]:
         raise
 
 
+def living(pid: int) -> int:
+    """The thread that stands for a process: its first, unless that has ended before the others.
+
+    A process whose first thread is gone shows no files, maps or namespaces in its own folder; it
+    is in its other threads' (the kernel keeps the first as a zombie). Raises OSError.
+    """
+    if os.path.exists(f"{PROC}/{pid}/ns/mnt"):
+        return pid
+    return next(
+        (one for one in threads(pid) if os.path.exists(f"{PROC}/{pid}/task/{one}/ns/mnt")), pid
+    )
+
+
+# include/linux/proc_ns.h: the first PID namespace has this number on every host.
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+
+
+def unlisted() -> list[str]:
+    """Why this host may have processes that /proc does not list, in words.
+
+    It belongs to a PID namespace, and shows no process outside that; and `hidepid` hides those
+    that a program without CAP_SYS_PTRACE may not look into. Raises OSError.
+    """
+    why = []
+    if not all(_is_of_the_host(pid) for pid in ("self", "1")):
+        why.append("the processes outside of this PID namespace")
+    with open(f"{PROC}/self/mountinfo", encoding="utf-8", errors="backslashreplace") as file:
+        own = [line.split() for line in file if " - proc " in line]
+    options = {part for words in own if words[4] == PROC for part in words[-1].split(",")}
+    if options & _HIDING and not _may_trace():
+        why.append("the processes that hidepid hides")
+    return why
+
+
+def _is_of_the_host(pid: str) -> bool:
+    try:
+        return os.readlink(f"{PROC}/{pid}/ns/pid") == _FIRST_PID_NAMESPACE
+    except OSError as error:
+        # One that may not be looked into is counted where it is; a /proc without it is no host's.
+        if error.errno in DENIED:
+            return True
+        if error.errno in GONE:
+            return False
+        raise
+
+
+# Documentation/filesystems/proc.rst, 4: by number before Linux 5.8.
+_HIDING = frozenset({"hidepid=invisible", "hidepid=ptraceable", "hidepid=2", "hidepid=4"})
+_CAP_SYS_PTRACE = 19
+
+
+def _may_trace() -> bool:
+    with open(f"{PROC}/self/status", encoding="ascii", errors="replace") as file:
+        told = [line.split()[1] for line in file if line.startswith("CapEff:")]
+    return bool(told) and bool(int(told[0], 16) >> _CAP_SYS_PTRACE & 1)
+
+
 def tables_of(pid: int) -> Iterator[str]:
     """The folders of the process's tables of open files: one, unless threads have their own."""
     yield f"{PROC}/{pid}/fd"
@@ -50,13 +107,14 @@ def _share_files(first: int, second: int) -> bool:
     if number is None:
         return False
     zero = ctypes.c_ulong(0)
-    return bool(_libc().syscall(number, first, second, _KCMP_FILES, zero, zero) == 0)
+    return bool(libc().syscall(number, first, second, _KCMP_FILES, zero, zero) == 0)
 
 
 _loaded: list[ctypes.CDLL] = []
 
 
-def _libc() -> ctypes.CDLL:
+def libc() -> ctypes.CDLL:
+    """The C library, for system calls that Python does not have."""
     if not _loaded:
         _loaded.append(ctypes.CDLL(None, use_errno=True))
     return _loaded[0]
@@ -64,7 +122,7 @@ def _libc() -> ctypes.CDLL:
 
 def enter_namespace(descriptor: int) -> None:
     """Move this process, a child of its own, into the namespace behind a descriptor."""
-    if _libc().setns(descriptor, 0):
+    if libc().setns(descriptor, 0):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 
@@ -86,7 +144,7 @@ def type_and_number(path: str) -> tuple[int, int, int]:
     Raises OSError.
     """
     buffer = (ctypes.c_ubyte * _STATX_BYTES)()
-    if _libc().statx(_AT_FDCWD, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, buffer):
+    if libc().statx(_AT_FDCWD, path.encode(), _AT_STATX_DONT_SYNC, _STATX_TYPE, buffer):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
     mode, *_ = _MODE.unpack_from(buffer, _MODE_AT)

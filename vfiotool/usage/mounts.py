@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vfiotool.host.paths import (
@@ -47,6 +47,8 @@ class Mount:
     type: str
     source: str
     lower: str = ""
+    id: str = ""
+    parent: str = ""
 
 
 def read_mounts(host: Sight) -> tuple[Mount, ...]:
@@ -74,7 +76,8 @@ def parse_mount(pid: str, line: str) -> Mount | None:
         options = tail[2].split(",") if len(tail) > 2 else []
         named = [text for text in options if text.startswith(("lowerdir=", "lowerdir+="))]
         lower = unescape(named[0].partition("=")[2].partition(":")[0]) if named else ""
-    return Mount(pid, head[2], unescape(head[4]), tail[0], unescape(tail[1]), lower)
+    point, source = unescape(head[4]), unescape(tail[1])
+    return Mount(pid, head[2], point, tail[0], source, lower, head[0], head[1])
 
 
 def unescape(text: str) -> str:
@@ -102,7 +105,7 @@ def mounted(
             layer = names[shared.get(through, through)]
         seen_members.add(layer.name)
         key = (layer.name, mount.point)
-        found.setdefault(key, (layer.chain[0], _mount_blocker(address, layer, mount)))
+        found.setdefault(key, (layer.chain[0], _mount_blocker(address, layer, mount, mounts)))
     for member in sorted(set(shared.values()) - seen_members):
         detail = f"{chain_text(names[member])} is part of a mounted file system of several devices"
         evidence = f"{SYS_FS_BTRFS} or {SYS_FS_BCACHEFS} lists {member}"
@@ -111,8 +114,13 @@ def mounted(
     return list(found.values())
 
 
-def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
+def _mount_blocker(address: str, layer: Layer, mount: Mount, mounts: tuple[Mount, ...]) -> Blocker:
     where = "" if mount.pid == "self" else f" in {_namespace_text(mount.pid)}"
+    # What `umount` would take instead: the mount that the path leads to.
+    same = [other for other in mounts if other.pid == mount.pid]
+    above = _hiding(mount, {other.id: other for other in same})
+    if above is not None:
+        where += f", where {above.source} ({above.type}) on {above.point} hides it"
     table = mount.pid if mount.pid.startswith("/") else f"{PROC}/{mount.pid}/mountinfo"
     vital = None
     if mount.point in _VITAL:
@@ -123,9 +131,25 @@ def _mount_blocker(address: str, layer: Layer, mount: Mount) -> Blocker:
         mount.point,
         f"{chain_text(layer)} is mounted on {mount.point} ({mount.type}){where}",
         f"{table}: {mount.number} {mount.point} from {mount.source}",
-        None if vital else _unmount(mount),
+        None if vital or above is not None else _unmount(mount),
         vital,
     )
+
+
+def _hiding(mount: Mount, known: Mapping[str, Mount]) -> Mount | None:
+    """The mount that the mount point's path leads to instead: upon it, or upon a folder above."""
+    seen: set[str] = set()
+    one: Mount | None = mount
+    while one is not None and one.id not in seen:
+        seen.add(one.id)
+        for other in known.values():
+            upon = other.parent == one.id and other.point == one.point
+            folder = other.point.rstrip("/") + "/"
+            beside = other.parent == one.parent and one.point.startswith(folder)
+            if other.id != one.id and (upon or beside):
+                return other
+        one = known.get(one.parent)
+    return None
 
 
 def vital_mounts(host: Sight) -> tuple[Mount, ...]:
@@ -224,7 +248,9 @@ def shared_folders(host: Sight, address: str, path: str) -> list[Blocker]:
         for mount in read_mounts(host) if tag or driver == "virtiofs" else ():
             by_tag = mount.type == "9p" and tag and mount.source == tag
             if by_tag or (mount.type == "virtiofs" and driver == "virtiofs"):
-                found.append(_mount_blocker(address, Layer(name, None, (name,)), mount))
+                found.append(
+                    _mount_blocker(address, Layer(name, None, (name,)), mount, read_mounts(host))
+                )
         over = _over_hidden(host) if tag or driver == "virtiofs" else None
         if over is not None and (len(found) == before or over.point in _VITAL):
             found.append(_below_overlay(address, name, over))

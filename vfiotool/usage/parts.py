@@ -170,7 +170,12 @@ def _engine_modules(sight: Sight, function: PciFunction) -> frozenset[str]:
 def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> list[Blocker]:
     """Kernel consoles over the network, on an interface of it or what stands on one."""
     found = []
-    for target in sight.listdir(SYS_NETCONSOLE):
+    targets = sight.listdir(SYS_NETCONSOLE)
+    if interfaces and not targets and sight.exists(f"{SYS_MODULE}/netconsole/initstate"):
+        # Nobody loads it for nothing: configfs is not mounted, or this kernel does not show there
+        # the target that it was loaded with (drivers/net/netconsole.c, before 6.7).
+        sight.miss(SYS_NETCONSOLE, "netconsole is loaded and none of its targets shows")
+    for target in targets:
         base = f"{SYS_NETCONSOLE}/{target}"
         name = sight.read(f"{base}/dev_name")
         if name in interfaces and sight.read_int(f"{base}/enabled"):

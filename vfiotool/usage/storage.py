@@ -13,6 +13,7 @@ from vfiotool.host.paths import (
     PROC_ZFS,
     SYS_BLOCK,
     SYS_LIO_CORE,
+    SYS_MODULE,
     SYS_NVME_TARGETS,
 )
 from vfiotool.usage.blocker import Blocker, Usage
@@ -176,6 +177,8 @@ def _scsi_targets(
 ) -> list[_Export]:
     """LIO's back ends, by the number that each prints, or a file back end's path."""
     found: list[_Export] = []
+    if host.exists(f"{SYS_MODULE}/target_core_mod/initstate") and not host.exists(SYS_LIO_CORE):
+        host.miss(SYS_LIO_CORE, "the SCSI target is loaded, its configfs not mounted")
     for adapter in host.listdir(SYS_LIO_CORE):
         for name in host.listdir(f"{SYS_LIO_CORE}/{adapter}"):
             base = f"{SYS_LIO_CORE}/{adapter}/{name}"
