@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 def on_terminal(
@@ -19,6 +19,7 @@ def on_terminal(
     env: Mapping[str, str] | None = None,
     typed: bytes = b"",
     timeout_s: float = 60.0,
+    program: Sequence[str] = ("-m", "vfiotool"),
 ) -> tuple[int, str]:
     """The exit code and all that appears on the terminal; `typed` is typed once it has begun."""
     master, slave = pty.openpty()
@@ -27,7 +28,7 @@ def on_terminal(
     mine = ("NO_COLOR", "PAGER", "COLUMNS", "LINES")
     kept = {key: value for key, value in os.environ.items() if key not in mine}
     process = subprocess.Popen(
-        [sys.executable, "-m", "vfiotool", *arguments],
+        [sys.executable, *program, *arguments],
         stdin=slave,
         stdout=slave,
         stderr=slave,

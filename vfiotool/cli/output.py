@@ -88,12 +88,18 @@ def emit_line(payload: Mapping[str, object]) -> None:
 
 
 def write(*parts: Part) -> None:
-    """A line. What could steer a terminal is escaped, newlines too."""
+    """A line, on a terminal folded to its width. What could steer a terminal is escaped, newlines
+    too."""
     colour = coloured(sys.stdout)
-    texts = [
-        paint(part, "", colour) if isinstance(part, str) else paint(*part, colour) for part in parts
-    ]
-    _send("".join(texts).rstrip() + "\n" if not colour else "".join(texts) + "\n")
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    lines = [[(escape_line(text), style) for text, style in pairs]]
+    if sys.stdout.isatty():
+        from vfiotool.cli.fold import fold, width_of
+
+        lines = fold(lines[0], width_of(sys.stdout))
+    for line in lines:
+        texts = [paint(text, style, colour) for text, style in line]
+        _send(("".join(texts) if colour else "".join(texts).rstrip()) + "\n")
 
 
 def text(block: str) -> None:
@@ -102,46 +108,27 @@ def text(block: str) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Part]]) -> None:
-    """A header and rows in columns; on a terminal cut to its width, the last column first.
+    """A header and rows in columns; on a terminal as many columns as fit (`cut`).
 
     Prints nothing for no rows.
     """
     cells = [[part if isinstance(part, tuple) else (part, "") for part in row] for row in rows]
     if not cells:
         return
-    head = [(name, "bold") for name in header]
+    lines = [[(escape_line(text), style) for text, style in row] for row in cells]
+    lines.insert(0, [(name, "bold") for name in header])
+    widths = [max(len(line[number][0]) for line in lines) for number in range(len(header))]
     if sys.stdout.isatty():
-        _rich_table(head, cells)
-        return
-    lines = [head, *cells]
-    widths = [max(len(escape_line(line[n][0])) for line in lines) for n in range(len(header))]
+        from vfiotool.cli.fold import cut, width_of
+
+        widths = cut(widths, width_of(sys.stdout))
+    ellipsis = "…" if encoding_of(sys.stdout) == "utf-8" else "..."
     for line in lines:
-        padding = [width - len(escape_line(part[0])) for part, width in zip(line, widths)]  # noqa: B905
-        parts = [(text + " " * more, style) for (text, style), more in zip(line, padding)]  # noqa: B905
         joined: list[Part] = []
-        for number, part in enumerate(parts):
-            joined += [part] if number == len(parts) - 1 else [part, "  "]
-        last = joined[-1]
-        joined[-1] = (last[0].rstrip(), last[1]) if isinstance(last, tuple) else last.rstrip()
-        write(*joined)
-
-
-def _rich_table(head: list[tuple[str, str]], rows: list[list[tuple[str, str]]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-    for number, (name, _) in enumerate(head):
-        last = number == len(head) - 1
-        grid.add_column(name, no_wrap=True, overflow="ellipsis", min_width=6 if last else len(name))
-    for row in rows:
-        grid.add_row(*(Text(escape_line(text), style=_rich_style(style)) for text, style in row))
-    console().print(grid)
-
-
-def _rich_style(style: str) -> str:
-    """Of a terminal without colours no style is asked for at all."""
-    return style if coloured(sys.stdout) else ""
+        for (text, style), width in zip(line, widths):  # noqa: B905
+            shown = text if len(text) <= width else text[: width - len(ellipsis)] + ellipsis
+            joined += [(shown, style), " " * (width - len(shown) + 2)]
+        write(*joined[:-1])
 
 
 class _Sink:
