@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -276,6 +279,40 @@ def test_a_socket_of_this_machine_that_is_bound_is_found() -> None:
     if not sockets:
         pytest.skip("this kernel has no socket diagnosis")
     assert BoundSocket(socket.if_nametoindex("lo"), "udp", port) in sockets
+
+
+LINK_LOCAL = """
+import re, socket, subprocess
+from vfiotool.netlink.traffic import read_bound_sockets
+
+def ip(command):
+    return subprocess.run(["ip", *command.split()], capture_output=True, text=True).stdout
+
+ip("link add v0 type veth peer name v1")
+for name in ("lo", "v0", "v1"):
+    ip(f"link set {name} up")
+for name in ("v0", "v1"):
+    while "tentative" in (text := ip(f"-6 address show dev {name}")) or "fe80" not in text:
+        pass
+service = socket.create_server(("::", 7000), family=socket.AF_INET6)
+plain = socket.create_connection(("::1", 7000))
+print({item.index for item in read_bound_sockets()})
+address = re.search("fe80[^/ ]*", ip("-6 address show dev v1"))[0]
+connection = socket.create_connection((f"{address}%v0", 7000), timeout=30)
+ends = {socket.if_nametoindex("v0"), socket.if_nametoindex("v1")}
+print({item.index for item in read_bound_sockets()} == ends)
+"""
+
+
+def test_a_connection_over_a_link_local_address_is_found() -> None:
+    """The interface has no address that somebody gave it, and the connection ends with it."""
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        pytest.skip("no iproute2 or util-linux here")
+    command = ["unshare", "--net", sys.executable, "-c", LINK_LOCAL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("a network namespace needs CAP_SYS_ADMIN")
+    assert done.stdout.splitlines() == ["set()", "True"], done.stderr
 
 
 def test_a_kernel_without_the_socket_diagnosis_has_no_sockets_to_tell(

@@ -43,6 +43,12 @@ _PORT_AT, _IF_AT = 4, 40
 _AF_INET, _AF_INET6 = 2, 10
 _TCP_LISTEN = 1 << 10
 _ALL_STATES = 0xFFFFFFFF
+# All but listening ones and those in TIME_WAIT, which the kernel alone has.
+_CONNECTED = _ALL_STATES & ~(_TCP_LISTEN | 1 << 6)
+# A program for the kernel: INET_DIAG_BC_S_COND, where to go on if so and if not; family, bits of
+# the prefix, any port, fe80::/10. So that it does not tell all connections of a busy host.
+_DIAG_BYTECODE = 1
+_LINK_LOCAL = struct.pack("=BBHBBxxi16s", 7, 28, 32, _AF_INET6, 10, -1, b"\xfe\x80" + bytes(14))
 _SOCKETS = (("tcp", 6, _TCP_LISTEN), ("udp", 17, _ALL_STATES), ("raw", 255, _ALL_STATES))
 # What a kernel that was built without the facility answers. rtnetlink.c, rtnetlink_rcv_msg, for
 # tc: then there is no such rule. sock_diag.c, __sock_diag_cmd, and inet_diag_lock_handler: the
@@ -53,7 +59,8 @@ _NOT_BUILT = {NETLINK_ROUTE: errno.EOPNOTSUPP, NETLINK_SOCK_DIAG: errno.ENOENT}
 
 @dataclass(frozen=True, slots=True)
 class BoundSocket:
-    """A listening TCP, a UDP or a raw socket that is bound to an interface (SO_BINDTODEVICE)."""
+    """A socket that is bound to an interface: listening TCP, UDP or raw (SO_BINDTODEVICE), or a
+    TCP connection over a link-local address."""
 
     index: int
     protocol: str
@@ -110,6 +117,11 @@ def read_bound_sockets() -> Iterator[BoundSocket]:
                 NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request, f"list {protocol} sockets"
             ):
                 yield from parse_socket(protocol, message.payload)
+    request = _DIAG_REQUEST.pack(_AF_INET6, 6, 0, _CONNECTED) + nested(
+        _DIAG_BYTECODE, _LINK_LOCAL, flag=False
+    )
+    for message in _dump(NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request, "list connections"):
+        yield from parse_socket("tcp", message.payload)
 
 
 def parse_socket(protocol: str, payload: bytes) -> Iterable[BoundSocket]:

@@ -149,7 +149,7 @@ def take_down(host: Sight, name: str) -> str | None:
     if host.exists(f"{base}/backing_dev"):
         return f"zramctl --reset {DEV}/{name}"
     if host.isdir(f"{base}/md"):
-        return f"mdadm --stop {DEV}/{name}"
+        return f"mdadm --stop {DEV}/{shlex.quote(name)}"
     return f"echo 1 > {base}/bcache/stop" if host.isdir(f"{base}/bcache") else None
 
 

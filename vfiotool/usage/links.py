@@ -7,6 +7,7 @@ the host's own sysfs does not show it: IFLA_LINK and IFLA_LINK_NETNSID do
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -138,4 +139,4 @@ def in_namespace(where: str) -> str:
     if where.isdecimal():
         return f"nsenter --target {where} --net"
     path = where if where.startswith("/") else f"{PROC}/{where}/ns/net"
-    return f"nsenter --net={path}"
+    return f"nsenter --net={shlex.quote(path)}"

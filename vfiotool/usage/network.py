@@ -127,7 +127,7 @@ def _memberships(
             detail = f"the {kind} {upper} stands on {name}"
             evidence = f"{SYS_NET}/{name}/upper_{upper}"
             if not host.exists(evidence):
-                evidence = f"ip -details link show {upper}"
+                evidence = f"ip -details link show {shlex.quote(upper)}"
             remedy = f"ip link delete {shlex.quote(upper)}"
         ends = None if upper in vital else remedy
         found.append(
@@ -162,7 +162,7 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
         facts, evidence = [], []
         if cidrs:
             facts.append(f"has {', '.join(cidrs)}")
-            evidence.append(f"ip address show dev {name}")
+            evidence.append(f"ip address show dev {shlex.quote(name)}")
         defaults = [route for route in own_routes if route.startswith("default")]
         if defaults:
             facts.append(f"carries the default route ({'; '.join(defaults)})")
@@ -172,7 +172,7 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
         if own_routes:
             tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
             if any(" table " in route for route in own_routes):
-                evidence.append(f"ip route show table all dev {name}")
+                evidence.append(f"ip route show table all dev {shlex.quote(name)}")
             else:
                 evidence.append(f"{', '.join(sorted(tables))} name {name}")
         hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
@@ -322,7 +322,7 @@ def _other_namespaces(
         if upper.addresses:
             detail += f", with {', '.join(upper.addresses)}"
         remedy = f"{in_namespace(upper.where)} ip link delete {shlex.quote(upper.name)}"
-        evidence = f"{_evidence(upper.where)}: ip -details link show {upper.name}"
+        evidence = f"{_evidence(upper.where)}: ip -details link show {shlex.quote(upper.name)}"
         found.append(
             Blocker("bridge-or-bond", function.address, upper.name, detail, evidence, remedy)
         )

@@ -9,6 +9,7 @@ Documentation/driver-api/dmaengine, Documentation/networking/netconsole.rst.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection
 
 from vfiotool.devices.attached import owners
@@ -180,7 +181,7 @@ def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str
         name = sight.read(f"{base}/dev_name")
         if name in interfaces and sight.read_int(f"{base}/enabled"):
             detail = f"the kernel's console runs over {name} (netconsole)"
-            remedy = f"echo 0 > {base}/enabled"
+            remedy = f"echo 0 > {shlex.quote(base)}/enabled"
             blocker = Blocker(
                 "console", function.address, name or target, detail, f"{base}/enabled is 1", remedy
             )

@@ -35,11 +35,11 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
             found.append(Blocker("packet-socket", address, name, detail, evidence))
         elif sockets:
             detail = f"a program has a socket bound to {name} ({', '.join(sockets)})"
-            evidence = f"ss --all --numeric dev {name}"
+            evidence = f"ss --all --numeric dev {shlex.quote(name)}"
             found.append(Blocker("packet-socket", address, name, detail, evidence))
         elif name in graph.own and graph.own[name].has_xdp:
             detail = f"an XDP program sees the packets of {name} first"
-            evidence = f"ip link show {name}"
+            evidence = f"ip link show {shlex.quote(name)}"
             remedy = f"ip link set {shlex.quote(name)} xdp off"
             found.append(Blocker("packet-socket", address, name, detail, evidence, remedy))
         found += _rules(address, name, facts)
@@ -57,7 +57,7 @@ def _rules(address: str, name: str, facts: Iterable[str]) -> list[Blocker]:
         found.append(Blocker("traffic-rule", address, name, detail, evidence))
     elif "filtered" in facts:
         detail = f"tc filters take packets of {name}"
-        evidence = f"tc filter show dev {name} ingress, egress"
+        evidence = f"tc filter show dev {shlex.quote(name)} ingress, egress"
         quoted = shlex.quote(name)
         remedy = f"tc filter del dev {quoted} ingress; tc filter del dev {quoted} egress"
         found.append(Blocker("traffic-rule", address, name, detail, evidence, remedy))
