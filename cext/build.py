@@ -36,6 +36,7 @@ HEADERS = (
     "virtio/packed_log.h",
     "virtio/dirty.h",
     "virtio/io.h",
+    "virtio/port.h",
     "virtio/block.h",
     "virtio/limits.h",
     "virtio/worker.h",

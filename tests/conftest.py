@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -75,6 +75,18 @@ def no_real_waiting(
     monkeypatch.setattr(time, "sleep", sleep)
     yield
     assert slept <= SLEEP_LIMIT_S, f"slept for {slept:.1f} s: wait for a condition, or inject time"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """An interrupt that leaves a test fails that test, where it would end a worker of xdist and
+    with it the whole run. A person's Ctrl-C reaches the process that hands out the tests too."""
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            pytest.fail("a KeyboardInterrupt left the test")
+        raise
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,13 @@
-"""Write docs/man, docs/completions and docs/commands.md: `python -m tests.draw_pages`."""
+"""Write what docs/ has from the code (man, completions, commands.md, api.md).
+
+`python -m tests.draw_pages`
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tests import draw_api
 from vfiotool.cli.completing import SHELLS
 from vfiotool.cli.pages import man_pages, reference
 
@@ -18,6 +22,7 @@ def texts() -> dict[Path, str]:
     for shell, name in FILES.items():
         found[ROOT / "docs" / "completions" / name] = SHELLS[shell]
     found[ROOT / "docs" / "commands.md"] = reference()
+    found[ROOT / "docs" / "api.md"] = draw_api.reference()
     return found
 
 

@@ -103,6 +103,12 @@ def test_the_site_lists_every_page() -> None:
     assert {page.name for page in PAGES[1:]} <= listed
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")}
+    assert {page for page in pages if f"({page})" not in readme} == set()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="there is no mkdocs here: make site"

@@ -135,15 +135,16 @@ int vt_nvme_enter(struct vt_nvme_queue *q)
 {
 	int result = 0;
 
+	/* In a child the rings are not mapped: MADV_DONTFORK. And it may be busy there for ever, with
+	 * a thread that is the parent's. */
+	if (q->generation != vt_fork_generation)
+		return -ESTALE;
 	/* Who stops the queue pair must not have to find the moment between two of our calls. */
 	if (leaving(q))
 		return -ESHUTDOWN;
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return leaving(q) ? -ESHUTDOWN : -EBUSY;
-	/* In a child the rings are not mapped: MADV_DONTFORK. */
-	if (q->generation != vt_fork_generation)
-		result = -ESTALE;
-	else if (q->gate && !vt_gate_enter(q->gate))
+	if (q->gate && !vt_gate_enter(q->gate))
 		result = -EACCES;
 	if (result)
 		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
@@ -162,6 +163,9 @@ int vt_nvme_leave(struct vt_nvme_queue *q, int result)
 
 int vt_nvme_stop(struct vt_nvme_queue *q)
 {
+	/* Every call is turned away in a child, and who was in one is not there to leave. */
+	if (q->generation != vt_fork_generation)
+		return 0;
 	__atomic_store_n(&q->stopping, 1, __ATOMIC_RELAXED);
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return __atomic_load_n(&q->stopped, __ATOMIC_ACQUIRE) ? 0 : -EBUSY;
@@ -285,6 +289,61 @@ int vt_nvme_submit_many(struct vt_nvme_queue *q, const struct vt_nvme_io *patter
 	if (done)
 		ring(&q->tail_bell, q->tail);
 	return vt_nvme_leave(q, done ? (int)done : result);
+}
+
+/* The data pointers of a command on pages apart from each other. */
+static int set_pages(struct vt_nvme_queue *q, uint16_t index, const struct vt_nvme_io *io,
+		     const uint64_t *entries, struct command *command)
+{
+	uint64_t page = q->page_size, room = page / sizeof(uint64_t);
+	uint64_t count = (entries[0] % page + io->bytes + page - 1) / page;
+	uint64_t *list;
+
+	if (entries[0] % 4 || count - 1 > room || (count > 2 && !q->lists))
+		return -EINVAL;
+	command->prp1 = htole64(entries[0]);
+	if (count == 2)
+		command->prp2 = htole64(entries[1]);
+	if (count <= 2)
+		return 0;
+	list = q->lists + index * room;
+	for (uint64_t i = 1; i < count; i++)
+		list[i - 1] = htole64(entries[i]);
+	command->prp2 = htole64(q->lists_iova + index * page);
+	return 0;
+}
+
+int vt_nvme_put(struct vt_nvme_queue *q, const struct vt_nvme_io *io, const uint64_t *entries)
+{
+	struct vt_nvme_io bare = *io;
+	struct command *command;
+	uint16_t index;
+	int result = vt_nvme_enter(q);
+
+	if (result)
+		return result;
+	if (q->in_flight == q->depth)
+		return vt_nvme_leave(q, 0);
+	index = next_index(q);
+	command = &q->commands[q->tail];
+	bare.bytes = 0;
+	result = vt_nvme_make(q, index, &bare, command);
+	if (!result && io->bytes)
+		result = set_pages(q, index, io, entries, command);
+	if (result)
+		return vt_nvme_leave(q, result);
+	take_index(q, index, io->tag, ticks());
+	return vt_nvme_leave(q, 1);
+}
+
+int vt_nvme_tell(struct vt_nvme_queue *q)
+{
+	int result = vt_nvme_enter(q);
+
+	if (result)
+		return result;
+	ring(&q->tail_bell, q->tail);
+	return vt_nvme_leave(q, 0);
 }
 
 int vt_nvme_submit_raw(struct vt_nvme_queue *q, const void *bytes, uint64_t tag)

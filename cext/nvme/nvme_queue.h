@@ -69,7 +69,8 @@ struct vt_nvme_counters {
 int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queue);
 /* No call that begins after this one touches rings or doorbells: they return -ESHUTDOWN. -EBUSY
  * while another thread is still inside: a poll then ends as soon as it sees this, a load as
- * vt_nvme_halt and vt_nvme_abandon say; then again, until 0. */
+ * vt_nvme_halt and vt_nvme_abandon say; then again, until 0. In a child process, where every call
+ * returns -ESTALE, 0 at once. */
 int vt_nvme_stop(struct vt_nvme_queue *queue);
 void vt_nvme_free(struct vt_nvme_queue *queue);
 /* Ends a running vt_nvme_poll or vt_nvme_run soon; with vt_nvme_abandon the only call allowed from
@@ -94,6 +95,14 @@ int vt_nvme_submit_many(struct vt_nvme_queue *queue, const struct vt_nvme_io *pa
 			uint64_t stride, uint64_t slots);
 /* One command of 64 bytes as it stands, but for its command identifier: 1, or 0 if full. */
 int vt_nvme_submit_raw(struct vt_nvme_queue *queue, const void *command, uint64_t tag);
+
+/* Makes a command whose data lies in pages apart from each other, not told to the controller before
+ * vt_nvme_tell: `entries` are the PRP entries of it in order (4.1.1; all but the first begin a page),
+ * of which `io->bytes` says how many there are; io->iova is not looked at. Returns 1, 0 if the queue
+ * is full, -EINVAL for more entries than a list has. */
+int vt_nvme_put(struct vt_nvme_queue *queue, const struct vt_nvme_io *io, const uint64_t *entries);
+/* Writes the doorbell for what was put. 0, or why nothing can be told. */
+int vt_nvme_tell(struct vt_nvme_queue *queue);
 
 /* Takes completions: waits until there are `least` (or none is in flight), or `timeout_ns` has
  * passed. `done` has `room` places of which the first `*held` are filled already; those taken are

@@ -23,6 +23,13 @@ int vt_handle_take(PyObject *handle);
  * meanwhile and nobody else uses it. Needs the interpreter's lock. */
 void vt_handle_give(PyObject *handle);
 
+/* read_folder(path, files, links), a function of the module: a list of what the files of these names
+ * below `path` hold, as bytes, and one of where the links lead, as str; an errno in the place of
+ * what failed. If `path` itself cannot be opened, its errno stands everywhere. The names are tuples
+ * of str or bytes. A file of more than a megabyte is EFBIG. NULL with an exception set for
+ * arguments of other types, names with a NUL, and want of memory. */
+PyObject *vt_read_folder(PyObject *module, PyObject *arguments);
+
 /* Adds the type that `spec` describes to the module as `name`: 0, or -1 with an exception set. */
 int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec);
 /* Add one type each: 0, or -1 with an exception set. */

@@ -54,6 +54,9 @@ static PyMethodDef functions[] = {
 	{ "irq_action", irq_action, METH_VARARGS,
 	  "irq_action(device, index, start, count, action): VFIO_DEVICE_SET_IRQS without data;\n"
 	  "0 or a negative errno." },
+	{ "read_folder", vt_read_folder, METH_VARARGS,
+	  "read_folder(path, files, links): what the files of these names below a folder hold, and\n"
+	  "where the links lead; an errno in the place of what failed." },
 	{ "fork_generation", fork_generation, METH_NOARGS,
 	  "How many forks lie between this process and the one that loaded the library." },
 	{ NULL, NULL, 0, NULL },

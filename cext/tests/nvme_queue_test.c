@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "nvme/nvme_queue.h"
+#include "nvme/nvme_ring.h"
 #include "tests/nvme_controller.h"
 #include "vfio/gate.h"
 
@@ -398,8 +399,15 @@ static void a_child_is_turned_away(void)
 	pid_t child = fork();
 
 	if (!child)
-		_exit(vt_nvme_submit(queue, &io, 1) == -ESTALE ? 0 : 1);
+		_exit(vt_nvme_submit(queue, &io, 1) == -ESTALE && !vt_nvme_stop(queue) ? 0 : 1);
 	CHECK(waitpid(child, &status, 0) == child && status == 0);
+	/* Also where it was busy, with a thread that the child does not have. */
+	CHECK(!vt_nvme_enter(queue));
+	child = fork();
+	if (!child)
+		_exit(vt_nvme_submit(queue, &io, 1) == -ESTALE && !vt_nvme_stop(queue) ? 0 : 1);
+	CHECK(waitpid(child, &status, 0) == child && status == 0);
+	CHECK(!vt_nvme_leave(queue, 0));
 	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
 	end(&device, queue);
 }

@@ -205,8 +205,11 @@ static void range_job(struct vt_blk_work *work, struct vt_io_job *job)
 		return;
 	}
 	job->kind = VT_IO_ALLOCATE;
-	job->flags = FALLOC_FL_KEEP_SIZE | (unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
 	job->length = length;
+	/* A controller is told that a range is not needed, which promises no zeros. */
+	if (work->disk->place.block_bytes && work->type == T_DISCARD)
+		return;
+	job->flags = FALLOC_FL_KEEP_SIZE | (unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE);
 }
 
 static bool next_piece(struct vt_blk_work *work, struct vt_io_job *job)
@@ -381,49 +384,80 @@ void vt_blk_end(struct vt_request *request)
 	free(request);
 }
 
-int64_t vt_blk_continue(struct vt_request *request, struct vt_io *io, int64_t result)
+/* Begin a job where the disk is. Return: -EINPROGRESS; -EAGAIN if the ring has no room, so that it
+ * is done at once; or the job's result, which is an error. */
+static int64_t begin_job(const struct vt_disk *disk, const struct vt_blk_means *means,
+			 const struct vt_io_job *job, struct vt_request *request)
+{
+	if (disk->place.block_bytes)
+		return means->port ? vt_port_begin(means->port, &disk->place, job, means->memory,
+						   request) :
+				     -EIO;
+	return means->io && vt_io_begin(means->io, job, request) ? -EINPROGRESS : -EAGAIN;
+}
+
+/* Begin the next job, or answer when none is left. */
+static int64_t carry_on(struct vt_request *request, const struct vt_blk_means *means)
+{
+	struct vt_blk_work *work = request->work;
+	struct vt_io_job job;
+	int64_t result;
+
+	while (next_job(work, &job)) {
+		if (!means)
+			return -ECANCELED;
+		result = begin_job(work->disk, means, &job, request);
+		if (result == -EINPROGRESS)
+			return result;
+		take_result(work, &job, result == -EAGAIN ? vt_io_do(&job) : result);
+	}
+	return answered(work);
+}
+
+int64_t vt_blk_continue(struct vt_request *request, const struct vt_blk_means *means,
+			int64_t result)
 {
 	struct vt_blk_work *work = request->work;
 	struct vt_io_job job;
 
 	/* The job is the one that next_job named last: nothing has changed since. */
 	if (next_job(work, &job)) {
-		if (!io && (result == -ECANCELED || result == -EINTR || result == -EAGAIN))
+		if (!means && (result == -ECANCELED || result == -EINTR || result == -EAGAIN))
 			return -ECANCELED;
 		take_result(work, &job, result);
 	}
-	while (next_job(work, &job)) {
-		if (!io)
-			return -ECANCELED;
-		if (vt_io_begin(io, &job, request))
-			return -EINPROGRESS;
-		take_result(work, &job, vt_io_do(&job));
-	}
-	return answered(work);
+	return carry_on(request, means);
 }
 
-/* Begin what is left with the thread's ring, or finish it here. */
+/* Begin what is left by the thread's means, or finish it here. */
 static int64_t begin(struct vt_blk_work *work, const struct vt_chain *chain,
-		     const struct iovec *segments, struct vt_io *io, struct vt_request **request)
+		     const struct iovec *segments, const struct vt_blk_means *means,
+		     struct vt_request **request)
 {
+	bool is_file = !work->disk->place.block_bytes;
 	struct vt_request *made;
 	struct vt_io_job job;
+	int64_t result;
 
-	if (!io || work->disk->quick || !next_job(work, &job))
+	if (is_file && (!means->io || work->disk->quick || !next_job(work, &job)))
 		return finish(work);
-	try_now(work);
+	if (is_file)
+		try_now(work);
 	if (!next_job(work, &job))
 		return answered(work);
 	made = kept(work, chain, segments);
-	if (!made)
-		return finish(work);
-	next_job(made->work, &job);
-	if (!vt_io_begin(io, &job, made)) {
-		free(made);
-		return finish(work);
+	if (!made) {
+		if (is_file)
+			return finish(work);
+		work->answer = S_IOERR;
+		return answered(work);
 	}
-	*request = made;
-	return -EINPROGRESS;
+	result = carry_on(made, means);
+	if (result != -EINPROGRESS)
+		free(made);
+	else
+		*request = made;
+	return result;
 }
 
 /* Make a range of a disk in memory zeros, and give its pages back where they are whole. */
@@ -505,8 +539,8 @@ static void get_id(const struct vt_disk *disk, const struct iovec *writable, uin
 }
 
 int64_t vt_blk_begin(struct vt_disk *disk, const struct vt_blk_mode *mode,
-		     const struct vt_chain *chain, const struct iovec *segments, struct vt_io *io,
-		     struct vt_request **request)
+		     const struct vt_chain *chain, const struct iovec *segments,
+		     const struct vt_blk_means *means, struct vt_request **request)
 {
 	const struct iovec *writable = segments + chain->readable;
 	struct cursor readable = { .segments = segments, .count = chain->readable };
@@ -560,5 +594,5 @@ int64_t vt_blk_begin(struct vt_disk *disk, const struct vt_blk_mode *mode,
 	}
 	if (disk->memory || work.answer != S_OK)
 		return answered(&work);
-	return begin(&work, chain, segments, io, request);
+	return begin(&work, chain, segments, means, request);
 }

@@ -12,6 +12,7 @@
 #include <sys/uio.h>
 
 #include "virtio/io.h"
+#include "virtio/port.h"
 #include "virtio/ring.h"
 
 #define VT_SECTOR 512u
@@ -30,6 +31,7 @@ struct vt_disk_settings {
 	bool read_only;
 	bool discard;         /* holes can be punched, and discard was announced */
 	char id[VT_BLK_ID_BYTES]; /* the serial, padded with zeros */
+	struct vt_port_place place; /* on an NVMe controller, if place.block_bytes is not 0; `fd` is -1 */
 };
 
 /* Counters of one disk since it was opened; each is exact, not all of one moment. */
@@ -55,6 +57,13 @@ struct vt_blk_mode {
 	bool write_through;   /* it negotiated no flush: a write that is answered is on the disk */
 };
 
+/* By what the calling thread reaches disks; each may be NULL. */
+struct vt_blk_means {
+	struct vt_io *io;             /* its ring; without one files are waited for */
+	struct vt_port *port;         /* to the controller of this disk, if it is on one */
+	const struct vt_memory *memory; /* in which the chain's segments lie */
+};
+
 /* A request that waits for its disk. What it moves data to and from, and where its answer goes, has
  * to stay mapped until it has ended. */
 struct vt_request {
@@ -67,21 +76,22 @@ struct vt_request {
 };
 
 /* Do one request, or begin it. `segments` are those of the chain; they and the chain are copied if
- * they are needed for longer. `io` is the calling thread's ring; without one (NULL) everything is
- * done at once, as what needs no waiting always is.
+ * they are needed for longer. Without a ring everything on a file is done at once, as what needs no
+ * waiting always is.
  *
  * Return: the number of bytes to report as written (the status included); -EPROTO for a chain that
  * has no room for a header and a status, which breaks the ring it came from; -EINPROGRESS with
- * `*request`, whose result vt_io_reap gives with the request as its tag.
+ * `*request`, whose result vt_io_reap or vt_port_reap gives with the request as its tag.
  */
 int64_t vt_blk_begin(struct vt_disk *disk, const struct vt_blk_mode *mode,
-		     const struct vt_chain *chain, const struct iovec *segments, struct vt_io *io,
-		     struct vt_request **request);
+		     const struct vt_chain *chain, const struct iovec *segments,
+		     const struct vt_blk_means *means, struct vt_request **request);
 
-/* Go on with a request, whose job ended with `result`. Without a ring (NULL) nothing more is begun.
+/* Go on with a request, whose job ended with `result`. Without means (NULL) nothing more is begun.
  * Return: the bytes to report as written; -EINPROGRESS, when another job was begun; -ECANCELED, when
  * one would have had to be: the request is not answered, and doing it again does no harm. */
-int64_t vt_blk_continue(struct vt_request *request, struct vt_io *io, int64_t result);
+int64_t vt_blk_continue(struct vt_request *request, const struct vt_blk_means *means,
+			int64_t result);
 
 /* Free a request that has ended. */
 void vt_blk_end(struct vt_request *request);

@@ -84,12 +84,15 @@ static int open_memory(struct vt_disk *disk, int fd)
 
 int vt_disk_open(const struct vt_disk_settings *settings, struct vt_disk **disk)
 {
+	uint32_t block = settings->place.block_bytes;
 	struct vt_disk *made;
 	int result;
 
 	*disk = NULL;
 	if (!settings->size || settings->size % VT_SECTOR || settings->offset % VT_SECTOR ||
-	    settings->size > (uint64_t)INT64_MAX - settings->offset)
+	    settings->size > (uint64_t)INT64_MAX - settings->offset ||
+	    (block && (settings->fd >= 0 || block < VT_SECTOR || block & (block - 1) ||
+		       (settings->size | settings->offset) % block)))
 		return -EINVAL;
 	made = calloc(1, sizeof(*made));
 	if (!made)
@@ -100,8 +103,12 @@ int vt_disk_open(const struct vt_disk_settings *settings, struct vt_disk **disk)
 	made->read_only = settings->read_only;
 	made->discard = settings->discard;
 	memcpy(made->id, settings->id, sizeof(made->id));
-	result = settings->fd >= 0 && !settings->mapped ? open_file(made, settings) :
-							  open_memory(made, settings->fd);
+	made->place = settings->place;
+	if (made->place.block_bytes)
+		result = 0;
+	else
+		result = settings->fd >= 0 && !settings->mapped ? open_file(made, settings) :
+								  open_memory(made, settings->fd);
 	if (result) {
 		vt_disk_close(made);
 		return result;

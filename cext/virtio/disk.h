@@ -10,7 +10,8 @@ struct vt_disk {
 	bool quick;      /* the file lies in memory: nothing is gained by waiting for it elsewhere */
 	bool holds;      /* its file system may wait where it was asked not to */
 	int no_nowait[2]; /* the file system does not know RWF_NOWAIT for reads, for writes */
-	uint8_t *memory; /* of a disk in memory; NULL for a file */
+	uint8_t *memory; /* of a disk in memory; NULL for others */
+	struct vt_port_place place; /* of a disk on a controller */
 	uint64_t offset, size;
 	uint64_t mapped; /* bytes at `memory` */
 	bool read_only, discard;

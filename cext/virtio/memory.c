@@ -16,6 +16,7 @@ struct mapped {
 	uint8_t *mapping; /* from the file's first byte on: hugetlbfs maps whole pages only */
 	size_t mapping_size;
 	int slot;
+	uint64_t io;      /* for devices; UINT64_MAX: they do not reach it */
 };
 
 struct vt_memory {
@@ -126,6 +127,7 @@ static int map_region(struct vt_memory *memory, const struct vt_region *announce
 		.host = (uint8_t *)at + announced->offset,
 		.mapping = at,
 		.mapping_size = (size_t)wanted,
+		.io = UINT64_MAX,
 	};
 	madvise(at, (size_t)wanted, MADV_DONTFORK);
 	madvise(at, (size_t)wanted, MADV_DONTDUMP);
@@ -292,6 +294,35 @@ uint64_t vt_memory_guest(const struct vt_memory *memory, const void *host)
 			return region->guest + (uint64_t)(byte - region->host);
 	}
 	return UINT64_MAX;
+}
+
+int vt_memory_set_io(struct vt_memory *memory, uint32_t index, uint64_t io)
+{
+	if (index >= memory->count || io > UINT64_MAX - memory->regions[index].size)
+		return -EINVAL;
+	memory->regions[index].io = io;
+	return 0;
+}
+
+uint64_t vt_memory_io(const struct vt_memory *memory, const void *host, uint64_t *left)
+{
+	const uint8_t *byte = host;
+
+	for (uint32_t i = 0; i < memory->count; i++) {
+		const struct mapped *region = &memory->regions[i];
+		uint64_t inside = (uint64_t)(byte - region->host);
+
+		if (byte < region->host || inside >= region->size || region->io == UINT64_MAX)
+			continue;
+		*left = region->size - inside;
+		return region->io + inside;
+	}
+	return UINT64_MAX;
+}
+
+uint32_t vt_memory_references(const struct vt_memory *memory)
+{
+	return (uint32_t)__atomic_load_n(&memory->references, __ATOMIC_ACQUIRE);
 }
 
 uint32_t vt_memory_places(const struct vt_memory *memory, struct vt_place *places, uint32_t room)

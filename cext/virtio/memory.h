@@ -65,6 +65,17 @@ void *vt_memory_user(const struct vt_memory *memory, uint64_t user, uint64_t len
 /* The guest address of a byte that vt_memory_segments found. Return: it, or UINT64_MAX. */
 uint64_t vt_memory_guest(const struct vt_memory *memory, const void *host);
 
+/* Have devices reach region `index`, in the order of vt_memory_places, at `io` and on: before the
+ * map is given to anybody. Return: 0, or -EINVAL. */
+int vt_memory_set_io(struct vt_memory *memory, uint32_t index, uint64_t io);
+
+/* Where devices reach a byte that vt_memory_segments found; `*left` bytes from there on lie in its
+ * region. Return: the address, or UINT64_MAX. */
+uint64_t vt_memory_io(const struct vt_memory *memory, const void *host, uint64_t *left);
+
+/* How many references there are: the requests in flight hold one each. */
+uint32_t vt_memory_references(const struct vt_memory *memory);
+
 /* A region as it lies here. */
 struct vt_place {
 	uint64_t host; /* the address of its first byte in this process */

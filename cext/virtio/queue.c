@@ -76,6 +76,7 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 		return -ENOMEM;
 	made->worker = worker;
 	made->disk = settings->disk;
+	made->port = settings->port;
 	made->size = settings->layout.size;
 	made->mode = settings->mode;
 	made->call_is_vduse = settings->call_is_vduse;
@@ -118,7 +119,7 @@ static int run_stop(struct vt_command *command)
 		epoll_ctl(queue->worker->epoll, EPOLL_CTL_DEL, queue->kick_fd, NULL);
 	vt_queue_forget(queue);
 	if (queue->pending) {
-		if (queue->suspending)
+		if (queue->suspending && queue->worker->io && !queue->port)
 			for (struct vt_request *one = queue->waiting; one; one = one->next)
 				vt_io_cancel(queue->worker->io, one);
 		/* Run again by whoever completes the last request. */
@@ -168,21 +169,36 @@ static int run_move_away(struct vt_command *command)
 	return queue->pending ? -EBUSY : run_stop(command);
 }
 
+/* The port of a worker that stands for the queue's. Return: it, or NULL. */
+static struct vt_port *port_there(const struct vt_queue *queue, const struct vt_worker *worker)
+{
+	for (uint32_t i = 0; i < worker->port_count; i++)
+		if (vt_port_controller(worker->ports[i]) == vt_port_controller(queue->port))
+			return worker->ports[i];
+	return NULL;
+}
+
 int vt_queue_move(struct vt_queue *queue, struct vt_worker *worker)
 {
 	struct vt_command leave = { .run = run_move_away, .queue = queue };
 	struct vt_command enter = { .run = run_start, .queue = queue };
 	struct vt_command back = enter;
 	struct vt_worker *old = queue->worker;
+	struct vt_port *before = queue->port, *port = NULL;
 	int result;
 
+	/* Ports come and go by the calls of the thread that calls this one. */
+	if (before && !(port = port_there(queue, worker)))
+		return -ENXIO;
 	result = vt_worker_ask(old, &leave);
 	if (result)
 		return result;
 	queue->worker = worker;
+	queue->port = port;
 	result = vt_worker_ask(worker, &enter);
 	if (result) {
 		queue->worker = old;
+		queue->port = before;
 		vt_worker_ask(old, &back);
 	}
 	return result;

@@ -68,6 +68,7 @@ static bool published_early(struct vt_worker *worker, struct vt_queue *queue, ui
 
 uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most)
 {
+	struct vt_blk_means means = { worker->io, queue->port, queue->memory };
 	int got = vt_ring_fetch(queue->ring, worker->chains, most, worker->arena, VT_ARENA);
 	bool completed = false;
 	uint64_t began;
@@ -84,7 +85,7 @@ uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t mos
 		const struct iovec *segments = worker->arena + chain->first;
 		struct vt_request *request;
 		int64_t written = vt_blk_begin(queue->disk, &queue->mode, chain, segments,
-					       worker->io, &request);
+					       &means, &request);
 
 		if (written == -EINPROGRESS) {
 			request->queue = queue;
@@ -112,31 +113,51 @@ static void leave(struct vt_worker *worker, struct vt_queue *queue)
 	vt_worker_answer(worker, command, command->run(command));
 }
 
-void vt_serve_finished(struct vt_worker *worker)
+/* Go on with a request whose job has ended; if that was its last, its queue is put into the list. */
+static void finish(struct vt_worker *worker, struct vt_request *request, int64_t result,
+		   struct vt_queue **finished)
+{
+	struct vt_queue *queue = request->queue;
+	struct vt_blk_means means = { worker->io, queue->port, request->memory };
+	int64_t written = vt_blk_continue(request, queue->suspending ? NULL : &means, result);
+
+	if (written == -EINPROGRESS)
+		return;
+	if (written != -ECANCELED)
+		complete(worker, queue, request->memory, &request->chain, request->segments,
+			 written);
+	forget(queue, request);
+	if (!queue->unpublished) {
+		queue->unpublished = true;
+		queue->next_finished = *finished;
+		*finished = queue;
+	}
+}
+
+static void reap_port(struct vt_worker *worker, struct vt_port *port, struct vt_queue **finished)
+{
+	int64_t result;
+	void *tag;
+
+	/* As many as a queue has commands: others are served as well. */
+	for (uint32_t i = 0; i < VT_BATCH && vt_port_reap(port, &tag, &result); i++)
+		finish(worker, tag, result, finished);
+}
+
+bool vt_serve_finished(struct vt_worker *worker)
 {
 	struct vt_queue *finished = NULL;
 	uint64_t now = vt_now_ns();
+	bool any;
 	int32_t result;
 	void *tag;
 
-	while (vt_io_reap(worker->io, &tag, &result)) {
-		struct vt_request *request = tag;
-		struct vt_queue *queue = request->queue;
-		int64_t written = vt_blk_continue(request, queue->suspending ? NULL : worker->io,
-						  result);
-
-		if (written == -EINPROGRESS)
-			continue;
-		if (written != -ECANCELED)
-			complete(worker, queue, request->memory, &request->chain,
-				 request->segments, written);
-		forget(queue, request);
-		if (!queue->unpublished) {
-			queue->unpublished = true;
-			queue->next_finished = finished;
-			finished = queue;
-		}
-	}
+	while (worker->io && vt_io_reap(worker->io, &tag, &result))
+		finish(worker, tag, result, &finished);
+	for (uint32_t i = 0; i < worker->port_count; i++)
+		if (vt_port_is_busy(worker->ports[i]))
+			reap_port(worker, worker->ports[i], &finished);
+	any = finished;
 	while (finished) {
 		struct vt_queue *queue = finished;
 
@@ -150,4 +171,5 @@ void vt_serve_finished(struct vt_worker *worker)
 		}
 		leave(worker, queue);
 	}
+	return any;
 }

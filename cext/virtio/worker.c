@@ -192,6 +192,8 @@ static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t n
 		if (queue->window_ns > worker->poll_ns)
 			queue->window_ns = worker->poll_ns;
 	}
+	if (queue->port && !vt_port_is_busy(queue->port))
+		worker->port_at = now;
 	got = vt_serve(worker, queue, most);
 	account(queue, worker->chains, got, now);
 	worker->since_events += got;
@@ -310,7 +312,7 @@ static void take_events(struct vt_worker *worker, int timeout_ms)
 			asked = true;
 		} else if (source == &worker->timer) {
 			empty(worker->timer);
-		} else if (source != &worker->io) {
+		} else if (source != &worker->io && source != worker->ports) {
 			kicked(worker, source, events[i].events);
 		}
 	}
@@ -320,7 +322,7 @@ static void take_events(struct vt_worker *worker, int timeout_ms)
 		if (worker->due <= now)
 			unpark(worker, now);
 	}
-	if (worker->io && vt_io_ready(worker->io))
+	if ((worker->io && vt_io_ready(worker->io)) || worker->port_count)
 		vt_serve_finished(worker);
 	/* After the rest: a command may free a queue that an event names. */
 	if (asked)
@@ -332,6 +334,7 @@ static bool attend_io(struct vt_worker *worker)
 {
 	bool started;
 
+	vt_attend_ports(worker);
 	if (!worker->io)
 		return true;
 	started = vt_io_submit(worker->io);
@@ -366,7 +369,10 @@ static void *work(void *argument)
 		int patience_ms = attend_io(worker) ? -1 : 1;
 
 		if (!worker->awake) {
-			take_events(worker, patience_ms);
+			if (!vt_watches_ports(worker))
+				take_events(worker, patience_ms);
+			else if (++rounds % ROUNDS == 0)
+				take_events(worker, 0);
 			continue;
 		}
 		visit_all(worker);

@@ -30,6 +30,7 @@ struct vt_queue_settings {
 	struct vt_ring_layout layout;
 	uint32_t base;                /* the next available entry */
 	struct vt_disk *disk;         /* has to stay until the queue is stopped */
+	struct vt_port *port;         /* of the worker, to the disk's controller; or NULL */
 	struct vt_blk_mode mode;
 	int kick_fd;                  /* eventfd that the driver writes; -1: none, the ring is polled */
 	int call_fd;                  /* eventfd that the driver waits for; -1: none */
@@ -51,6 +52,19 @@ int vt_worker_start(uint32_t poll_us, struct vt_worker **worker);
 
 /* End a worker that has no queues. Return: 0, or -EBUSY. */
 int vt_worker_stop(struct vt_worker *worker);
+
+/* Have a worker use a port, for the queues whose disks are behind it. Return: 0, -ENOSPC for too
+ * many, or what epoll_ctl says. */
+int vt_worker_add_port(struct vt_worker *worker, struct vt_port *port);
+
+/* Have a worker use a port no more. Return: 0, or -EBUSY while something is out. */
+int vt_worker_remove_port(struct vt_worker *worker, struct vt_port *port);
+
+/* vt_port_down, in the worker's thread. */
+void vt_worker_port_down(struct vt_worker *worker, struct vt_port *port);
+
+/* vt_port_up, in the worker's thread. */
+void vt_worker_port_up(struct vt_worker *worker, struct vt_port *port, bool works);
 
 /* Have queues that wait for their limits ask again: after limits were changed. */
 void vt_worker_recheck(struct vt_worker *worker);
@@ -74,7 +88,7 @@ uint32_t vt_queue_stop(struct vt_queue *queue);
 uint32_t vt_queue_suspend(struct vt_queue *queue);
 
 /* Have another worker serve a queue from now on. Return: 0; or a negative errno, and the queue is
- * where it was: -EBUSY while it waits for its disk. */
+ * where it was: -EBUSY while it waits for its disk, -ENXIO if the worker has no port to that. */
 int vt_queue_move(struct vt_queue *queue, struct vt_worker *worker);
 
 /* Requests that the queue did since its start. */

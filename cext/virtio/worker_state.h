@@ -11,12 +11,14 @@
 
 #define VT_BATCH 64u
 #define VT_ARENA (2u * VT_CHAIN_SEGMENTS)
+#define VT_WORKER_PORTS 16u
 
 struct vt_queue {
 	struct vt_worker *worker;
 	struct vt_ring *ring;
 	struct vt_memory *memory, *log_memory;
 	struct vt_disk *disk;
+	struct vt_port *port;   /* of its worker, to its disk; or NULL */
 	struct vt_blk_mode mode;
 	int kick_fd, call_fd, error_fd;
 	bool call_is_vduse;
@@ -64,6 +66,9 @@ struct vt_worker {
 	struct vt_queue *awake, *parked;
 	uint64_t due;           /* of the parked queue whose time comes first; UINT64_MAX: none */
 	struct vt_io *io;       /* NULL where there is no io_uring */
+	struct vt_port *ports[VT_WORKER_PORTS];
+	uint32_t port_count;
+	uint64_t port_at;       /* when one of them had an answer last */
 	struct vt_worker_figures figures;
 	struct iovec arena[VT_ARENA];
 	struct vt_chain chains[VT_BATCH];
@@ -89,8 +94,15 @@ void vt_worker_answer(struct vt_worker *worker, struct vt_command *command, int 
  * disk is begun. Return: how many requests were taken. */
 uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most);
 
-/* Go on with, or complete, the requests whose disk has answered. */
-void vt_serve_finished(struct vt_worker *worker);
+/* Go on with, or complete, the requests whose disk has answered. Return: whether there was one. */
+bool vt_serve_finished(struct vt_worker *worker);
+
+/* Take what controllers have answered, and tell them what was begun. */
+void vt_attend_ports(struct vt_worker *worker);
+
+/* Whether a controller is to be looked at rather than slept on: it was quick of late, or it signals
+ * nothing. */
+bool vt_watches_ports(struct vt_worker *worker);
 
 /* For commands: have the worker look at a queue by itself from now on, or no more. */
 void vt_queue_wake(struct vt_queue *queue);

@@ -10,6 +10,8 @@ the kernel's driver and two on vfio-pci; then measures in turn, one block a read
              the last line that it prints is taken for its reads a second
     C        the loop of `vfiotool nvme bench`
     Python   a loop in Python over batches: take what is done, at least half; send as many anew
+    shared   a SharedQueue, command by command: one thread with all the depth, and four with a
+             quarter of it each
 
 Prints medians and best rounds, and ratios of each. An emulated guest's absolute figures mean
 nothing; its ratios do, and the best round is the one that other work on the machine disturbed
@@ -28,8 +30,9 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +179,53 @@ def python_loop(address: str, backend: str, size: int, depth: int, seconds: floa
     return total / spent
 
 
+def shared_queue(
+    address: str, backend: str, size: int, depth: int, seconds: float, *, threads: int
+) -> float:
+    from vfiotool.drivers.nvme import SharedQueue
+    from vfiotool.drivers.nvme import spec as nvme_spec
+    from vfiotool.drivers.nvme.controller import Controller
+    from vfiotool.vfio import Device
+
+    with Device.open(address, backend=backend) as device:
+        controller = Controller(device)
+        disk, clock = controller.namespace(1), time.perf_counter
+        buffer = device.dma.alloc(depth * 4096)
+        totals: list[int] = []
+
+        def work(number: int, shared: SharedQueue, end: float) -> None:
+            lbas = random.choices(range(disk.blocks), k=1 << 12)
+            out: deque[tuple[int, int]] = deque()
+            mine = range(number, depth, threads)
+            for slot in mine:
+                begun = shared.begin(nvme_spec.READ, disk, lbas[slot], 1, buffer, slot * 4096)
+                out.append((begun, slot))
+            total = 0
+            while clock() < end:
+                begun, slot = out.popleft()
+                shared.end(begun)
+                total += 1
+                lba = lbas[total & 0xFFF]
+                begun = shared.begin(nvme_spec.READ, disk, lba, 1, buffer, slot * 4096)
+                out.append((begun, slot))
+            totals.append(total)
+            for begun, _ in out:
+                shared.end(begun)
+
+        with SharedQueue(controller.create_queue(128)) as shared:
+            begin = clock()
+            workers = [
+                threading.Thread(target=work, args=(number, shared, begin + seconds))
+                for number in range(threads)
+            ]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            spent = clock() - begin
+    return sum(totals) / spent
+
+
 def inside(options: argparse.Namespace) -> int:
     nodes = {size: block_device(find(f"kernel{size}")) for size in (512, 4096)}
     disks = {size: find(f"vfio{size}") for size in (512, 4096)}
@@ -194,6 +244,11 @@ def inside(options: argparse.Namespace) -> int:
             if depth > 1:
                 rate = python_loop(disk, options.backend, size, depth, seconds)
                 seen[*key, "Python"].append(rate)
+                for threads in (1, 4):
+                    rate = shared_queue(
+                        disk, options.backend, size, depth, seconds, threads=threads
+                    )
+                    seen[*key, f"shared {threads}"].append(rate)
     table = [
         {
             "size_bytes": size,
@@ -215,7 +270,7 @@ def show(table: list[dict[str, object]]) -> None:
     print(f"Linux {os.uname().release}; reads a second: median (best) of the rounds")
     rows = {(row["size_bytes"], row["depth"], row["way"]): row for row in table}
     for (size, depth, way), row in rows.items():
-        line = f"{size:>5} B  QD{depth:<3} {way:<7} {row['median_iops']:>9,} ({row['best_iops']:,})"
+        line = f"{size:>5} B  QD{depth:<3} {way:<8} {row['median_iops']:>9,} ({row['best_iops']:,})"
         base = rows[size, depth, "kernel"]
         ratios = [f"{row[k] / base[k]:.1f}" for k in ("median_iops", "best_iops")]  # type: ignore[operator]
         line += f"   {ratios[0]} ({ratios[1]}) times the kernel"
@@ -223,6 +278,10 @@ def show(table: list[dict[str, object]]) -> None:
             other = rows[size, depth, "peer"]
             ratios = [f"{row[k] / other[k]:.2f}" for k in ("median_iops", "best_iops")]  # type: ignore[operator]
             line += f", {ratios[0]} ({ratios[1]}) times the peer"
+        if way == "shared 4":
+            other = rows[size, depth, "shared 1"]
+            ratios = [f"{row[k] / other[k]:.2f}" for k in ("median_iops", "best_iops")]  # type: ignore[operator]
+            line += f", {ratios[0]} ({ratios[1]}) times one thread"
         print(line)
 
 

@@ -1,10 +1,11 @@
 """Disks over vhost-user, beside qemu-storage-daemon, with the neutral client blkio-bench.
 
-    python -m tests.bench.bench_vhost_blk [--rounds N] [--seconds S]
+    python -m tests.bench.bench_vhost_blk [--rounds N] [--seconds S] [--only memory|file|python]
 
 4 KiB random reads and writes at depth 1, 32 and 128: a disk in memory beside the peer's null-co,
 and a file on tmpfs beside the peer's raw file; ours without polling and with the adaptive polling
-that the table names. Who begins changes from round to round. The table has the median of the ratios
+that the table names; and a disk in memory that is a class in Python, at depth 32, beside the peer's
+null-co. Who begins changes from round to round. The table has the median of the ratios
 of each round; processor time is that of both processes, server and client, for each operation.
 """
 
@@ -106,6 +107,36 @@ def measure(found: peers.Peers, server: Served, depth: int, kind: str, seconds: 
     return Result(kiops, spent * 1e6 / (kiops * 1000 * seconds))
 
 
+def python_command(path: Path) -> list[str]:
+    name = "vfiotool.virtio.storage:MemoryStorage"
+    return [
+        sys.executable,
+        "-m",
+        "vfiotool",
+        "serve",
+        "vhost-user",
+        name,
+        "--socket-path",
+        str(path),
+    ]
+
+
+def compare_python(
+    found: peers.Peers, stack: ExitStack, folder: Path, rounds: int, seconds: int
+) -> None:
+    """A disk that is a class in Python, and the peer's of as many bytes."""
+    print(f"a class in Python, {rounds} rounds of {seconds} s", flush=True)
+    path = folder / "peer-python"
+    command = peer_command(found, f"driver=null-co,size={64 << 20},read-zeroes=on", path)
+    peer = Served("peer", stack.enter_context(running(command, found.env(), path)), str(path))
+    path = folder / "python"
+    pid = stack.enter_context(running(python_command(path), dict(os.environ), path))
+    ours = Served("ours", pid, str(path))
+    fill(found, ours)
+    for kind in ("randread", "randwrite"):
+        line(found, peer, ours, 32, kind, rounds, seconds, 0)
+
+
 def fill(found: peers.Peers, server: Served) -> None:
     """Write a disk once: what is compared later is not the first use of its memory."""
     command = [*found.command("blkio-bench"), "--runtime=2", "--iodepth=4", "--blocksize=1048576"]
@@ -185,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=1)
+    parser.add_argument("--only", choices=("memory", "file", "python"))
     given = parser.parse_args()
     found = peers.find()
     if isinstance(found, str):
@@ -192,8 +224,12 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for name, servers in serve_all(found, stack, folder).items():
+            if given.only not in (None, name.split()[0]):
+                continue
             print(f"{name}, {given.rounds} rounds of {given.seconds} s", flush=True)
             compare(found, stack, servers, given.rounds, given.seconds)
+        if given.only in (None, "python"):
+            compare_python(found, stack, folder, given.rounds, given.seconds)
 
 
 if __name__ == "__main__":

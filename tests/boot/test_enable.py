@@ -38,6 +38,7 @@ from vfiotool.boot.texts import (
     MODPROBE,
     POLICY,
     UDEV_RULES,
+    late_service,
     quote_argument,
     service,
     udev_value,
@@ -188,6 +189,12 @@ def test_systemd_finds_nothing_wrong_with_the_units(
     )
     complaints = [line for line in done.stderr.splitlines() if "vfiotool" in line]
     assert not complaints, done.stderr
+
+
+@pytest.mark.parametrize("text", [service(COMMAND, [], 10), late_service(COMMAND, [])])
+def test_the_manual_page_that_a_unit_names_is_there(text: str) -> None:
+    pages = re.findall(r"(?m)^Documentation=man:([\w-]+)\((\d)\)$", text)
+    assert pages and all((ROOT / f"docs/man/{name}.{part}").exists() for name, part in pages)
 
 
 def test_the_unit_stands_before_networks_and_vm_managers() -> None:

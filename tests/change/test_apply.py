@@ -37,9 +37,11 @@ def journal(kernel: FakeKernel) -> Iterator[Journal]:
 
 
 def pend(
-    journal: Journal, transaction: int | None, pid: int = os.getpid(), since: str = "7"
+    journal: Journal, transaction: int | None, pid: int | None = None, since: str = "7"
 ) -> str:
-    entry = {"transaction": transaction, "pid": pid, "since": since, "after": 0}
+    # Asked here: the process that imported this may have been this one's parent.
+    maker = os.getpid() if pid is None else pid
+    entry = {"transaction": transaction, "pid": maker, "since": since, "after": 0}
     journal.pending.replace("token", seal(entry))
     return "token"
 

@@ -26,6 +26,7 @@ from tests.fakes.kernel import FakeKernel
 from tests.fakes.neighbour import Meddling, WatchedKernel
 from vfiotool.change.steps.state import Binding
 from vfiotool.host.host import Host
+from vfiotool.host.tree import Tree
 
 METHODS = (
     "read",
@@ -72,6 +73,12 @@ class RemoteTree:
 
     def __init__(self, served: Any) -> None:
         self.served = served
+
+    def read_many(
+        self, folder: str, files: tuple[str, ...], links: tuple[str, ...] = ()
+    ) -> tuple[list[bytes | int], list[str | int]]:
+        # One by one, each a request.
+        return Tree.read_many(self, folder, files, links)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in (*METHODS, "vf_settings"):

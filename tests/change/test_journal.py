@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from tests.change.changing import EDU, NVME, binding, do, furnished, releasing, 
 from tests.fakes.kernel import FakeKernel
 from vfiotool.change.folder import Folder
 from vfiotool.change.journal import Journal, parse_record
-from vfiotool.change.locks import held
+from vfiotool.change.locks import held, try_lock
 from vfiotool.change.recover import recover
-from vfiotool.change.sealed import unseal
+from vfiotool.change.sealed import seal, unseal
 from vfiotool.errors import KernelError, Refused, Stuck, UsageError
 from vfiotool.policy.parse import parse_policy
 from vfiotool.policy.saved import DesiredState
@@ -90,6 +91,41 @@ def test_a_damaged_record_is_named_by_its_file(
     path.write_bytes(line + b"\n")
     with pytest.raises(KernelError, match=f"{path}: the journal is damaged"):
         journal.history()
+
+
+def test_a_record_whose_first_line_is_of_another_kind_is_damaged(
+    kernel: FakeKernel, folder: str
+) -> None:
+    do(kernel.host(), Journal(kernel.host(), folder), binding(EDU))
+    first, rest = done_file(folder).read_bytes().split(b"\n", 1)
+    assert parse_record(seal(unseal(first)) + rest) is not None
+    with pytest.raises(KernelError, match="damaged at line 1: 'step' begins no transaction"):
+        parse_record(seal({**unseal(first), "t": "step"}) + rest)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_looking_for_open_changes_keeps_no_files_open(
+    kernel: FakeKernel, folder: str, locked: bool
+) -> None:
+    """One that another works on, and one that ended before its first line."""
+    journal = Journal(kernel.host(), folder)
+    do(kernel.host(), journal, binding(EDU))
+    path = done_file(folder)
+    data = path.read_bytes()
+    path.with_suffix(".open").write_bytes(data[: data.rindex(b"\n", 0, -1) + 1])
+    path.unlink()
+    empty = path.with_name("2.open")
+    empty.touch(mode=0o600)
+    with ExitStack() as stack:
+        if locked:
+            for file in (path.with_suffix(".open"), empty):
+                assert try_lock(stack.enter_context(file.open("rb")).fileno())
+        before = len(os.listdir("/proc/self/fd"))
+        ((record, transaction),) = journal.unfinished()
+        assert record.number == 1 and (transaction is None) == locked
+        if transaction is not None:
+            transaction.release()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -199,6 +235,53 @@ def test_names_that_leave_a_folder_are_refused(name: str, tmp_path: Path) -> Non
     with pytest.raises(UsageError):
         folder.replace(name, b"x")
     assert list(tmp_path.iterdir()) == [tmp_path / "state"]
+
+
+def test_a_folder_is_closed_once(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "state"))
+    number = folder.descriptor
+    folder.close()
+    with pytest.raises(OSError):
+        os.fstat(number)
+    # Whoever has the number now keeps it.
+    other = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(other, number)
+    folder.close()
+    os.fstat(number)
+    for opened in {other, number}:
+        os.close(opened)
+
+
+class Waiting:
+    """A time of its own, in which `act` happens at the first pause."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.now, self.act = 100.0, act
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert self.now < 200.0, "it waits for ever"
+        self.now += seconds
+        act, self.act = self.act, lambda: None
+        act()
+
+
+def test_a_lock_is_waited_for_until_its_time_and_no_longer(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = Folder(folder)
+    other = locks.open("group-7", os.O_RDWR | os.O_CREAT)
+    assert try_lock(other)
+    waiting = Waiting(lambda: None)
+    monkeypatch.setattr("vfiotool.change.locks.time", waiting)
+    with pytest.raises(KernelError, match="has been changing group 7 for over 5 s"):
+        held(locks, ["group-7"], 5).__enter__()
+    assert 105 <= waiting.now < 106
+    waiting.act = lambda: os.close(other)
+    with held(locks, ["group-7"], 5):
+        assert waiting.now < 107
 
 
 def test_a_lock_is_waited_for_and_dies_with_its_process(folder: str) -> None:

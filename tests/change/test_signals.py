@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.change.changing import EDU, NVME, Make, binding, do, furnished, run_folder
 from tests.fakes.kernel import FakeKernel
+from tests.fakes.strikes import struck
 from vfiotool.change.journal import Journal
 from vfiotool.change.recover import recover
 from vfiotool.change.signals import Interrupted
@@ -102,8 +102,7 @@ def test_an_interrupted_access_leaves_no_answer_for_the_next(tmp_path: Path) -> 
     os.mkfifo(pipe)
     plain.write_text("plain")
     child = WriterProcess()
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), struck(0.2):
         # Opening a pipe to write waits for its reader, as a device's lock is waited for.
         child.write_attribute(str(pipe), b"x", 30.0)
     assert not child.usable()

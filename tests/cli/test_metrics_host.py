@@ -9,6 +9,9 @@ import pytest
 from vfiotool.change.audit import AuditTrail, read_audit
 from vfiotool.cli import metrics
 from vfiotool.cli.main import main
+from vfiotool.policy.parse import parse_policy
+from vfiotool.policy.saved import DesiredState
+from vfiotool.snapshot.load import open_root
 
 HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
 
@@ -32,3 +35,32 @@ def test_the_last_change_of_each_outcome(tmp_path: Path, monkeypatch: pytest.Mon
         ({"outcome": "committed"}, found[2].at),
         ({"outcome": "rolled-back"}, found[1].at),
     ]
+
+
+def test_drift_is_counted_from_the_policy_that_was_applied_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "version = 1\n"
+    for address in ("0000:02:01.0", "0000:77:00.0"):
+        text += f'[[device]]\nmatch = {{ address = "{address}" }}\n'
+        text += 'driver = "vfio-pci"\ngroup = "whole"\n'
+    kept = DesiredState(str(tmp_path))
+    monkeypatch.setattr("vfiotool.policy.saved.DesiredState", lambda: kept)
+    monkeypatch.setattr("vfiotool.change.journal.Journal.existing", lambda host: None)
+    host = open_root(str(HOSTS / "shared-group"))
+    assert metrics._drift(host) == []
+    kept.save(parse_policy(text, "p.toml"), None)
+    steps, refused = metrics._drift(host)
+    ((_, count),) = steps.samples
+    assert count > 0
+    ((_, count),) = refused.samples
+    assert count > 0
+
+
+def test_a_policy_that_cannot_be_read_is_no_failure_of_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "applied.json").write_text("{")
+    monkeypatch.setattr("vfiotool.policy.saved.DesiredState", lambda: DesiredState(str(tmp_path)))
+    assert metrics._drift(open_root(str(HOSTS / "shared-group"))) == []
+    assert "no drift in the metrics" in capsys.readouterr().err

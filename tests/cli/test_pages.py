@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,6 +36,16 @@ def test_every_command_and_every_option_stands_in_its_page_and_in_the_reference(
                 assert f".B {roff(typed)}\n" in text, (name, typed)
                 assert meaning and roff(meaning) in text, (name, typed)
         assert f"vfiotool\\-{name}(1)" in pages["vfiotool.1"]
+
+
+def test_the_pages_name_every_variable_of_the_environment_that_changes_what_is_printed() -> None:
+    read: set[str] = set()
+    for path in (ROOT / "vfiotool/cli").rglob("*.py"):
+        read |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"', path.read_text()))
+    # How Python itself is told what its streams take.
+    read -= {"PYTHONIOENCODING", "PYTHONUTF8"}
+    whole, page = reference(), man_pages()["vfiotool.1"]
+    assert read and all(f"| `{name}` |" in whole and f".B {name}\n" in page for name in read)
 
 
 @pytest.mark.skipif(shutil.which("man") is None, reason="there is no man here")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vfiotool.cli.drive.opening import driver_and_device
-from vfiotool.drivers import DEMOS, driver_of, find_driver
+from vfiotool.drivers import DEMOS, demo, driver_of, find_driver, register_map
 from vfiotool.errors import NotFound, UsageError
 
 
@@ -40,6 +40,16 @@ def test_a_device_finds_its_driver(ids: tuple[int, int, int], name: str | None) 
 @pytest.mark.parametrize("name", DEMOS)
 def test_every_driver_declares_what_it_drives(name: str) -> None:
     assert import_module(DEMOS[name]).DRIVES[name]
+
+
+def test_drivers_are_listed_and_found_as_their_documents_spell_them() -> None:
+    assert demo("pci-testdev") is demo("pci_testdev")
+    with pytest.raises(NotFound) as refused:
+        demo("edo")
+    assert refused.value.hint == "one of: edu, mbochs, mdpy, mtty, nvme, pci-testdev"
+    device: Any = None
+    with pytest.raises(NotFound, match="declares registers"):
+        register_map("edo", device)
 
 
 def test_the_drivers_name_may_be_left_out() -> None:

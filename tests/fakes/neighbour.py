@@ -21,7 +21,7 @@ from vfiotool.change.recover import recover
 from vfiotool.change.steps.state import Binding, read_binding
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
-from vfiotool.host.tree import OsTree
+from vfiotool.host.tree import OsTree, Tree
 
 READS = ("read", "listdir", "readlink", "exists", "isdir")
 
@@ -64,6 +64,12 @@ class WatchedKernel:
     def __init__(self, kernel: FakeKernel, watch: Watch) -> None:
         self._kernel, self._watch = kernel, watch
 
+    def read_many(
+        self, folder: str, files: tuple[str, ...], links: tuple[str, ...] = ()
+    ) -> tuple[list[bytes | int], list[str | int]]:
+        # One by one, each under watch.
+        return Tree.read_many(self, folder, files, links)  # type: ignore[arg-type]
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._kernel, name)
         return _watched(method, self._watch) if name in (*READS, "write_attribute") else method
@@ -77,6 +83,12 @@ class WatchedTree(OsTree):
         for name in READS:
             setattr(self, name, _watched(getattr(self, name), watch))
         self._watch = watch
+
+    def read_many(
+        self, folder: str, files: tuple[str, ...], links: tuple[str, ...] = ()
+    ) -> tuple[list[bytes | int], list[str | int]]:
+        # One by one, each under watch.
+        return Tree.read_many(self, folder, files, links)
 
     def child(self) -> Any:
         return _WatchedChild(super().child(), self._watch)

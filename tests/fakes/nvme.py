@@ -146,6 +146,7 @@ class FakeNvme:
         self._words = (ctypes.c_uint32 * (PAGE // 4)).from_buffer(self._bells)
         self._ending = False
         self.lock = threading.RLock()
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._live, daemon=True)
 
     def __enter__(self) -> FakeNvme:
@@ -159,6 +160,9 @@ class FakeNvme:
         self._thread.join()
 
     def alloc(self, size: int, *, align: int = PAGE) -> Memory:
+        # As a Device: before the lock, which a thread of the parent may hold for ever.
+        if os.getpid() != self._process:
+            raise UsageError("this process is a child of the one that opened the device")
         with self.lock:
             found = Memory(self.buffers, size, self.next_iova)
             # A hole after each buffer: a PRP that runs on hits nothing.

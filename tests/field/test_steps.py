@@ -76,8 +76,9 @@ def test_no_step_goes_through_the_controller_that_a_disk_lies_behind(case: str) 
 
 
 def test_12_the_controller_itself_takes_its_disks_along() -> None:
-    steps = ask("12", "why", "0000:00:0e.0").steps
-    assert steps[0] == "vfiotool bind 0000:00:0e.0"
+    answer = ask("12", "why", "0000:00:0e.0")
+    assert answer.steps[0] == "vfiotool bind 0000:00:0e.0"
+    assert any("10000:e1:00.0 (nvme) lies behind" in note for note in answer.lines("note:"))
 
 
 def test_47_a_disk_in_a_pool_is_exported_first() -> None:

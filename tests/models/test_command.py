@@ -63,6 +63,24 @@ def test_a_demo_runs_on_a_device_that_a_process_serves(capsys: pytest.CaptureFix
         assert "010000ed" in capsys.readouterr().out.lower()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("demo", "{}"), "liveness"), (("device", "read", "{}", "bar0", "0"), "010000ed")],
+)
+def test_a_trace_on_standard_output_is_a_stream_of_its_own(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving("edu") as (_, path):
+        command = [word.format(f"vfio-user:{path}") for word in words]
+        assert main([*command, "--trace", "-"]) == 0
+        told = capsys.readouterr()
+        assert {json.loads(line)["event"] for line in told.out.splitlines()} >= {"read"}
+        assert said in told.err
+        # The next command of this process has its standard output back.
+        assert main(command) == 0
+        assert said in capsys.readouterr().out
+
+
 def test_a_model_in_a_file_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "card.py"
     file.write_text(CARD)

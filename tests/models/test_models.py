@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,19 @@ def test_a_dump_shows_the_registers(name: str) -> None:
     with opened({"edu": EduModel, "nvme": NvmeModel}[name]()) as device:
         dumped = {register.name: value for register, value, _ in register_map(name, device).dump()}
         assert dumped["identification" if name == "edu" else "version"]
+
+
+def test_what_is_no_number_is_named_by_its_type() -> None:
+    with opened(EduModel()) as device:
+        wrong: Any = "4"
+        region = device.region(0)
+        for call in (
+            lambda: device.region(wrong[:0] or None),  # type: ignore[arg-type]
+            lambda: region.read32(wrong),
+            lambda: region.write32(wrong, 0),
+        ):
+            with pytest.raises(TypeError, match=r"'\w+' object cannot be interpreted"):
+                call()
 
 
 @pytest.mark.parametrize("twin", [True, False])

@@ -10,6 +10,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from tests.oracles.fetched import fetch
 from vfiotool.errors import VfiotoolError
 from vfiotool.lab.kernels import packages
 from vfiotool.lab.kernels.cache import cache_root
@@ -25,7 +26,7 @@ def schema_of(suite: str) -> Path | str:
     folder = cache_root() / "oracles" / f"libvirt-{suite}"
     if not (folder / _SCHEMA).exists():
         try:
-            _fetch(suite, [RELEASES[suite]], folder, dependencies=False)
+            fetch(suite, [RELEASES[suite]], folder / _SCHEMA, folder, dependencies=False)
         except (VfiotoolError, OSError) as error:
             return f"libvirt's schemas of {suite} cannot be fetched: {error}"
     return folder / _SCHEMA
@@ -41,25 +42,10 @@ def xmllint() -> tuple[str, dict[str, str]] | str:
     codename = packages.os_release().get("VERSION_CODENAME", "bookworm")
     if not program.exists():
         try:
-            _fetch(codename, ["libxml2-utils"], folder, dependencies=True)
+            fetch(codename, ["libxml2-utils"], program, folder, dependencies=True)
         except (VfiotoolError, OSError) as error:
             return f"xmllint cannot be fetched: {error}"
     return str(program), {**os.environ, "LD_LIBRARY_PATH": packages.library_path(folder)}
-
-
-def _fetch(suite: str, names: list[str], folder: Path, *, dependencies: bool) -> None:
-    if not packages.is_debian():
-        raise OSError("this is not Debian")
-    apt = packages.Apt(f"oracle-{suite}", suite)
-    apt.sources = apt.sources[:1]
-    apt.update()
-    store = folder.with_suffix(".packages")
-    if dependencies:
-        found = apt.download_missing(*names)
-    else:
-        found = apt.download(*names, into=store) or sorted(store.glob("*.deb"))
-    for package in found:
-        packages.unpack(package, folder)
 
 
 def faults(suite: str, xml: str) -> str:

@@ -52,6 +52,7 @@ SCHEMA_OF = {
     "boot status": "boot-status",
     "boot run": "boot-run",
     "vm check": "vm-check",
+    "vm run": "vm-run",
     "vm qemu": "vm-arguments",
     "vm libvirt": "vm-libvirt",
     "vm cloud-hypervisor": "vm-arguments",

@@ -13,6 +13,7 @@ import pytest
 from tests.fakes.kernel import FakeKernel
 from vfiotool.change.plans.bind import plan_bind
 from vfiotool.change.plans.facts import read_facts
+from vfiotool.change.remarks import remarks
 from vfiotool.cli.main import main
 from vfiotool.devices.drivers import canonical_name, kernel_name, read_missing
 from vfiotool.errors import Foretold, UsageError
@@ -124,6 +125,23 @@ def test_a_name_that_no_driver_has_is_refused_before_anything_is_written() -> No
         "load-module",
         "bind-driver",
     ]
+
+
+def test_a_record_without_a_list_of_modules_says_that_a_name_could_not_be_checked() -> None:
+    host = host_with_modules().host()
+
+    def notes(driver: str) -> tuple[str, ...]:
+        facts = read_facts(host, ["0000:01:00.0"], drivers_wanted=[driver])
+        return remarks(host, plan_bind(facts, ["0000:01:00.0"], driver))
+
+    (note,) = notes("nvm")
+    assert note.startswith("no driver named nvm is registered, and whether a module brings it")
+    assert note.endswith("did you mean nvme?")
+    assert "did you mean" not in notes("uio_pci_generic")[0]
+    # Names that vfiotool knows, and a list that was read, leave nothing to say.
+    assert notes("vfio-pci") == notes("none") == ()
+    host = host_with_modules(dep="kernel/drivers/uio/uio_pci_generic.ko:\n").host()
+    assert notes("uio_pci_generic") == ()
 
 
 def test_a_driver_may_be_built_in_loaded_or_an_alias_and_is_not_missing_then() -> None:

@@ -322,5 +322,14 @@ def test_malformed_mount_lines_are_passed_over(line: str) -> None:
     assert parse_mount("self", line) is None
 
 
+@pytest.mark.parametrize(
+    ("options", "lower"),
+    [("", ""), (" rw", ""), (" rw,lowerdir=/a\\040b:/c,upperdir=/d", "/a b")],
+)
+def test_the_lower_folder_of_an_overlay_is_read_where_it_is_told(options: str, lower: str) -> None:
+    parsed = parse_mount("self", f"40 1 0:30 / / rw - overlay overlay{options}")
+    assert parsed is not None and parsed.lower == lower
+
+
 def test_octal_escapes_are_undone() -> None:
     assert unescape("/a\\040b\\134c\\011") == "/a b\\c\t"

@@ -84,6 +84,17 @@ def test_automatic_ipv6_routes_are_no_use_but_a_gateway_is(small: SmallHost) -> 
     assert read_routes(Sight(small.host())) == {"eth1": ["default ::/0 via fe80::a"]}
 
 
+def test_ipv6_routes_to_a_network_and_through_a_gateway_are_uses(small: SmallHost) -> None:
+    zero, peer = "0" * 32, "fe80000000000000000000000000000a"
+    small.file(
+        "/proc/net/ipv6_route",
+        f"20010db8{'0' * 24} 40 {zero} 00 {zero} 00000100 00000001 00000000 00000001 eth1\n"
+        f"fe80{'0' * 28} 0a {zero} 00 {peer} 00000100 00000001 00000000 00000003 eth1",
+    )
+    routes = ["2001:db8::/64", "fe80::/10 via fe80::a"]
+    assert read_routes(Sight(small.host())) == {"eth1": routes}
+
+
 def test_the_callers_ssh_session_is_named_and_never_cut_by_a_remedy(small: SmallHost) -> None:
     small.network(NIC, "eth1")
     small.addresses(("eth1", "10.0.2.15/24"))
@@ -155,15 +166,17 @@ def test_an_interface_in_another_network_namespace_is_found(small: SmallHost) ->
     small.file(
         "/proc/vfiotool/net-namespaces",
         f"321\teth1\t{path}\t10.9.0.1/24,fd00::1/64\n"
+        f"321\teth3\t{path}\t\n"
         "321\teth2\t/sys/devices/pci0000:00/0000:09:00.0\t\n"
         "!\tnetwork namespaces of 2 processes of other users",
     )
     usage = survey(small.host(), NIC)
-    entry, unseen = usage.blockers
+    entry, bare, unseen = usage.blockers
     assert (
         entry.detail
         == "eth1 lives in the network namespace of pid 321 with 10.9.0.1/24, fd00::1/64"
     )
+    assert bare.detail == "eth3 lives in the network namespace of pid 321"
     assert entry.evidence == "/proc/321/ns/net"
     assert (unseen.kind, unseen.subject) == ("unseen", "net-namespaces")
 

@@ -113,6 +113,18 @@ def test_a_crypto_engine_is_used_while_an_algorithm_of_its_driver_is(
     assert [kind for kind, _, _ in found(engine("4xxx", references, module), ENGINE)] == kinds
 
 
+@pytest.mark.parametrize(
+    ("driver", "kinds"), [("virtio_crypto", ["crypto-engine"]), ("virtio_rng", [])]
+)
+def test_a_virtio_function_is_a_crypto_engine_by_its_driver(driver: str, kinds: list[str]) -> None:
+    small = SmallHost()
+    path = small.function(ENGINE, class_code="100000", driver="virtio-pci")
+    small.link(f"{path}/virtio3/driver", f"/sys/bus/virtio/drivers/{driver}")
+    entry = f"name : cbc(aes)\ndriver : virtio_aes\nmodule : {driver}\nrefcnt : 2"
+    small.file(paths.PROC_CRYPTO, entry)
+    assert [kind for kind, _, _ in found(small, ENGINE)] == kinds
+
+
 def test_an_algorithm_in_use_is_no_use_of_another_class_of_device() -> None:
     small = engine("4xxx", 2)
     small.function("0000:06:00.0", class_code="00ff00", driver="4xxx")

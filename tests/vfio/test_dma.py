@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import pickle
 import weakref
 from collections.abc import Iterator
 
@@ -43,6 +44,13 @@ def is_memory(address: int) -> bool:
 
 def test_one_space_has_one_set_of_buffers(space: FakeSpace, dma: Dma) -> None:
     assert dma_of(space) is dma
+
+
+def test_buffers_and_spaces_are_not_pickled_and_say_why(space: FakeSpace, dma: Dma) -> None:
+    with dma.alloc(PAGE) as buffer:
+        for thing in (buffer, space, dma):
+            with pytest.raises(TypeError, match="cannot be pickled or copied: it holds"):
+                pickle.dumps(thing)
 
 
 def test_a_roll_back_that_failed_keeps_memory_and_addresses(space: FakeSpace, dma: Dma) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.fakes.strikes import struck
 from vfiotool.errors import UsageError
 from vfiotool.native.library import Eventfd, eventfd
 from vfiotool.vfio.trace import Trace, differences, load
@@ -49,16 +50,8 @@ def test_a_wait_ends_at_its_deadline_also_after_a_signal(event: Eventfd) -> None
 
 
 def test_a_wait_without_limit_is_ended_by_an_exception_from_a_signal(event: Eventfd) -> None:
-    def stop(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    old = signal.signal(signal.SIGALRM, stop)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.02)
-        with pytest.raises(KeyboardInterrupt):
-            event.wait(None)
-    finally:
-        signal.signal(signal.SIGALRM, old)
+    with pytest.raises(KeyboardInterrupt), struck(0.02):
+        event.wait(None)
 
 
 def test_another_thread_runs_while_one_waits(event: Eventfd) -> None:

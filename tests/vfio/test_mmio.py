@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import signal
 import struct
 import threading
 import time
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.strikes import struck
 from vfiotool.errors import UsageError
 from vfiotool.native.library import WINDOW_READ, WINDOW_WRITE, Window
 
@@ -287,18 +287,10 @@ def test_the_gate_tells_c_whether_it_may_access(memory: Memory) -> None:
 
 
 def test_a_signal_interrupts_a_poll(memory: Memory) -> None:
-    def stop(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    old = signal.signal(signal.SIGALRM, stop)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        begin = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            memory.window._poll_until(START, 4, 1, 1, 30_000_000_000)
-        assert time.monotonic() - begin < 5
-    finally:
-        signal.signal(signal.SIGALRM, old)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), struck(0.05):
+        memory.window._poll_until(START, 4, 1, 1, 30_000_000_000)
+    assert time.monotonic() - begin < 5
 
 
 def in_child(action: object) -> int:

@@ -35,8 +35,10 @@ ODD_64 = (*ODD, 1 << 48, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1
 class Attacker:
     """One hostile connection."""
 
-    def __init__(self, path: str, rng: random.Random) -> None:
-        self.front = Frontend(path, queues=2, memory=MEMORY)
+    def __init__(self, path: str, rng: random.Random, queues: int) -> None:
+        self.front = Frontend(path, queues=queues, memory=MEMORY)
+        # The one that is attacked.
+        self.ring = self.front.rings[rng.randrange(queues)]
         self.front.socket.settimeout(5.0)
         self.rng = rng
         self.sent = 0
@@ -64,7 +66,7 @@ class Attacker:
         self.front.memory[at : at + 16] = entry
 
     def offer(self, head: int) -> None:
-        self.front.add(self.front.rings[0], head & 0xFFFF)
+        self.front.add(self.ring, head & 0xFFFF)
         self.sent += 1
 
     def chain(self) -> None:
@@ -82,7 +84,7 @@ class Attacker:
             if rng.random() < 0.15:
                 address = self.number()
             next_ = rng.choice((head + number + 1, head, number, 0xFFFF, SIZE))
-            self.entry(16 * ((head + number) % SIZE), address, length, flags, next_)
+            self.entry(self.ring.at + 16 * ((head + number) % SIZE), address, length, flags, next_)
         self.offer(head)
 
     def table(self) -> None:
@@ -95,12 +97,18 @@ class Attacker:
         head = rng.randrange(SIZE)
         length = rng.choice((16, 128, 129, 1 << 20, (1 << 32) - 16, 0))
         place = rng.choice((GUEST + at, GUEST + MEMORY - 16, self.number()))
-        self.entry(16 * head, place, length, INDIRECT | rng.choice((0, 0, NEXT, WRITE)), head)
+        self.entry(
+            self.ring.at + 16 * head,
+            place,
+            length,
+            INDIRECT | rng.choice((0, 0, NEXT, WRITE)),
+            head,
+        )
         self.offer(head)
 
     def indices(self) -> None:
         """Heads that are not there or come twice, and an index that jumps."""
-        ring, rng = self.front.rings[0], self.rng
+        ring, rng = self.ring, self.rng
         head = rng.choice((0, 0, SIZE - 1, SIZE, 0xFFFF))
         for _ in range(rng.randrange(1, 4)):
             self.offer(head)
@@ -112,14 +120,14 @@ class Attacker:
 
     def garbage(self) -> None:
         self.front.memory[0:0x4000] = self.rng.randbytes(0x4000)
-        os.eventfd_write(self.front.rings[self.rng.randrange(2)].kick, 1)
+        os.eventfd_write(self.rng.choice(self.front.rings).kick, 1)
         self.sent += 1
 
     def shrink(self) -> None:
         """The memory goes while it is in use."""
         self.chain()
         os.ftruncate(self.front.fd, self.rng.choice((0, 4096, 0x3000, MEMORY // 2)))
-        os.eventfd_write(self.front.rings[0].kick, 1)
+        os.eventfd_write(self.ring.kick, 1)
         # This end may not look at it any more either.
         os.ftruncate(self.front.fd, MEMORY)
         self.sent += 1
@@ -147,7 +155,7 @@ class Attacker:
     def inflight(self) -> None:
         """An area of odd counts, or of odd content."""
         rng = self.rng
-        for index in range(2):
+        for index in range(len(self.front.rings)):
             self.send(VhostRequest.GET_VRING_BASE, struct.pack("<II", index, 0))
         self.front.memory[DATA : DATA + 0x2000] = rng.randbytes(0x2000)
         if rng.random() < 0.5:
@@ -157,7 +165,7 @@ class Attacker:
         area = (size, rng.choice((offset, self.number())), rng.choice((1, 2, 0, 0xFFFF)), SIZE)
         self.send(VhostRequest.SET_INFLIGHT_FD, struct.pack("<QQHH4x", *area), 1, 9)
         with suppress(AssertionError):
-            self.front.start(rng.randrange(2))
+            self.front.start(rng.randrange(len(self.front.rings)))
 
     def log(self) -> None:
         payload = struct.pack("<QQ", self.number(), self.number())
@@ -218,9 +226,9 @@ MESSAGES: tuple[Callable[[Attacker], None], ...] = (
 )
 
 
-def attack(path: str, rng: random.Random) -> int:
+def attack(path: str, rng: random.Random, queues: int = 2) -> int:
     """One connection that goes wrong; returns how many messages and rings were sent."""
-    attacker = Attacker(path, rng)
+    attacker = Attacker(path, rng, queues)
     try:
         with suppress(Closed, TimeoutError, AssertionError, OSError):
             if rng.random() < 0.8:

@@ -82,7 +82,7 @@ def service(command: tuple[str, ...], mounts: Iterable[str], wait_s: int) -> str
     """
     return f"""[Unit]
 Description=Hand devices over as the vfiotool policy says
-Documentation=man:vfiotool(8)
+Documentation=man:vfiotool-boot(1)
 DefaultDependencies=no
 After={" ".join(AFTER)}
 Before={" ".join(BEFORE)}
@@ -109,7 +109,7 @@ def late_service(command: tuple[str, ...], mounts: Iterable[str]) -> str:
     """The unit that an event of a late device starts; the instance names the device."""
     return f"""[Unit]
 Description=Hand over the late device %i as the vfiotool policy says
-Documentation=man:vfiotool(8)
+Documentation=man:vfiotool-boot(1)
 DefaultDependencies=no
 After={SERVICE} {" ".join(AFTER)}
 Before=shutdown.target

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 
 from vfiotool.change.steps.base import Step
+from vfiotool.devices.drivers import is_listed
 from vfiotool.devices.iommu import is_vfio_driver
 from vfiotool.devices.sriov import read_vfs
+from vfiotool.devices.vdpa import DRIVERS as VDPA_DRIVERS
 from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_PCI_DEVICES
+from vfiotool.host.paths import SYS_PCI_DEVICES, SYS_PCI_DRIVERS
 
 
 def remarks(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
-    """VFs that the steps destroy, other managers of them, and VFs that a token will guard.
+    """VFs that the steps destroy, other managers of them, VFs that a token will guard, and modules
+    of which it is not known whether there are any.
 
     To be asked before the steps run.
     """
     steps = tuple(steps)
-    return (*_destroyed(host, steps), *_managers(host, steps), *_tokens(host, steps))
+    return (
+        *_destroyed(host, steps),
+        *_managers(host, steps),
+        *_tokens(host, steps),
+        *_unlisted(host, steps),
+    )
 
 
 def _destroyed(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
@@ -64,4 +73,18 @@ def _tokens(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
             yield (
                 f"{owner} is on {driver}: its VFs open only with the VF token that the program "
                 "which opens it sets (vfiotool vm qemu VF --vf-token UUID)"
+            )
+
+
+def _unlisted(host: Host, steps: tuple[Step, ...]) -> Iterator[str]:
+    """Drivers of names unknown here whose module may not be there: a recorded host has no list."""
+    for driver in dict.fromkeys(step.loads for step in steps):
+        if driver is None or is_vfio_driver(driver) or driver in VDPA_DRIVERS:
+            continue
+        if is_listed(host, driver) is None:
+            near = difflib.get_close_matches(driver, sorted(host.listdir(SYS_PCI_DRIVERS)), n=1)
+            yield (
+                f"no driver named {driver} is registered, and whether a module brings it cannot be "
+                "told here: the list of modules (modules.dep) is missing"
+                + (f"; did you mean {near[0]}?" if near else "")
             )

@@ -111,7 +111,7 @@ def run_command(
     """
     from vfiotool.lab.channel import Kind
 
-    _end_on_sigterm()
+    end_on_sigterm()
 
     def forward(kind: Kind, data: bytes) -> None:
         output.forward(data, error=kind is not Kind.OUTPUT)
@@ -141,7 +141,7 @@ def shell_command(
         raise UsageError(
             "lab shell needs a terminal", hint="without one: vfiotool lab run -- COMMAND…"
         )
-    _end_on_sigterm()
+    end_on_sigterm()
     guest = _guest(machine, kernel, share, memory, cpus, append)
     _say_what_boots(guest.describe(), machine, guest.missing_models())
     with guest:
@@ -212,7 +212,7 @@ def demo_command(
     """Show a device's passthrough from end to end in a guest: refuse, bind, drive, release."""
     from vfiotool.lab import demo
 
-    _end_on_sigterm()
+    end_on_sigterm()
     return demo.main(kernel)
 
 
@@ -231,7 +231,7 @@ def _say_what_boots(description: str, machine: str, missing: tuple[str, ...]) ->
         output.say(f"lab: machine {machine} comes without {', '.join(missing)}: this QEMU has none")
 
 
-def _end_on_sigterm() -> None:
+def end_on_sigterm() -> None:
     """Have SIGTERM unwind like Ctrl-C, so that the guest ends and its scratch files go."""
 
     def leave(number: int, _frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ from vfiotool.devices.details import DetailReader
 from vfiotool.devices.identity import role_of
 from vfiotool.devices.pci import list_addresses, read_functions
 from vfiotool.devices.sriov import read_vfs
+from vfiotool.errors import VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.usage.standing import Standings
 
@@ -48,6 +49,7 @@ def metrics(context: typer.Context) -> int:
         from vfiotool.cli.serving import all_servers
 
         families += _changes()
+        families += _drift(host)
         families += server_families(all_servers())
     output.text(format_families(families))
     return 0
@@ -83,6 +85,34 @@ def _changes() -> list[Family]:
     for outcome, at in {change.outcome or "open": change.at for change in found}.items():
         last.add(at, outcome=outcome)
     return [last]
+
+
+def _drift(host: Host) -> list[Family]:
+    """How far the host is from the policy that was applied last; nothing where none was, or where
+    it may not be read."""
+    from vfiotool.change.journal import Journal
+    from vfiotool.cli.change.policy import make_plan
+    from vfiotool.policy.saved import DesiredState
+    from vfiotool.virtio.prometheus import Family
+
+    steps = Family(
+        "vfiotool_policy_drift_steps",
+        "Steps from the host's state to the policy that was applied last.",
+    )
+    refused = Family(
+        "vfiotool_policy_refusals", "Rules of that policy that cannot be followed on this host now."
+    )
+    try:
+        policy = DesiredState().load()
+        if policy is None:
+            return []
+        plan = make_plan(host, Journal.existing(host), policy, absent_ok=True, collect=True)
+    except VfiotoolError as error:
+        output.warn(f"vfiotool: no drift in the metrics: {error.message}")
+        return []
+    steps.add(len(plan.steps))
+    refused.add(len(plan.refusals) + len(plan.absent))
+    return [steps, refused]
 
 
 def _devices(host: Host) -> list[tuple[str, dict[str, str]]]:

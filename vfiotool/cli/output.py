@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
-    from typing import Any, BinaryIO
+    from typing import Any, BinaryIO, TextIO
 
     from rich.console import Console
     from rich.tree import Tree
@@ -31,15 +31,27 @@ FORMAT_VERSION = "1.0"
 # A file or a pipe has no edge to cut lines at.
 _FILE_WIDTH = 200
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 32
 
 _quiet = False
+_aside = False
 
 
 def begin(*, quiet: bool = False) -> None:
     """Say at the start of a command whether notes are wanted."""
-    global _quiet
-    _quiet = quiet
+    global _quiet, _aside
+    _quiet, _aside = quiet, False
+
+
+def step_aside() -> None:
+    """Have text for people go to standard error from here on, as standard output carries a stream
+    that a program reads."""
+    global _aside
+    _aside = True
+
+
+def _stream() -> TextIO:
+    return sys.stderr if _aside else sys.stdout
 
 
 def quiet() -> bool:
@@ -49,15 +61,15 @@ def quiet() -> bool:
 
 def _send(text: str) -> None:
     pipe = paging.target()
-    if pipe is None:
-        sys.stdout.write(encodable(text, sys.stdout))
+    if _aside or pipe is None:
+        _stream().write(encodable(text, _stream()))
     else:
         pipe(encodable(text, sys.stdout))
 
 
 def flush() -> None:
     """Have what was printed leave this process now: for what is printed as it happens."""
-    sys.stdout.flush()
+    _stream().flush()
 
 
 def emit(payload: Mapping[str, object]) -> None:
@@ -90,13 +102,13 @@ def emit_line(payload: Mapping[str, object]) -> None:
 def write(*parts: Part) -> None:
     """A line, on a terminal folded to its width. What could steer a terminal is escaped, newlines
     too."""
-    colour = coloured(sys.stdout)
+    colour = coloured(_stream())
     pairs = [(part, "") if isinstance(part, str) else part for part in parts]
     lines = [[(escape_line(text), style) for text, style in pairs]]
-    if sys.stdout.isatty():
+    if _stream().isatty():
         from vfiotool.cli.fold import fold, width_of
 
-        lines = fold(lines[0], width_of(sys.stdout))
+        lines = fold(lines[0], width_of(_stream()))
     for line in lines:
         texts = [paint(text, style, colour) for text, style in line]
         _send(("".join(texts) if colour else "".join(texts).rstrip()) + "\n")
@@ -118,11 +130,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Part]]) -> None:
     lines = [[(escape_line(text), style) for text, style in row] for row in cells]
     lines.insert(0, [(name, "bold") for name in header])
     widths = [max(len(line[number][0]) for line in lines) for number in range(len(header))]
-    if sys.stdout.isatty():
+    if _stream().isatty():
         from vfiotool.cli.fold import cut, width_of
 
-        widths = cut(widths, width_of(sys.stdout))
-    ellipsis = "…" if encoding_of(sys.stdout) == "utf-8" else "..."
+        widths = cut(widths, width_of(_stream()))
+    ellipsis = "…" if encoding_of(_stream()) == "utf-8" else "..."
     for line in lines:
         joined: list[Part] = []
         for (text, style), width in zip(line, widths):  # noqa: B905

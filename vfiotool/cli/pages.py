@@ -32,11 +32,21 @@ EXIT_CODES = (
 FILES = (
     ("/run/vfiotool", "journal, locks and what each device was bound to, until reboot"),
     ("/etc/vfiotool", "the applied policy, and the policy of vfiotool boot enable"),
+    ("/var/log/vfiotool/changes.log", "every change, by whom, for vfiotool history --since"),
+)
+NO_SETTINGS = (
+    "There is no file of settings: defaults are those that each command's help shows, the driver "
+    "is the one that the kernel's modules offer for a device, and what is wanted of a host stands "
+    "in a policy. A change takes no setting from its caller's environment."
 )
 ENVIRONMENT = (
     ("NO_COLOR", "no colours"),
-    ("PAGER", "what long listings are shown with on a terminal"),
+    ("FORCE_COLOR", "colours in files and pipes too"),
+    ("TERM", "dumb: neither colours, pages nor progress"),
+    ("LC_ALL", "C or POSIX: only ASCII is printed"),
+    ("PAGER", "what long listings are shown with on a terminal; root is shown them with less"),
     ("XDG_CACHE_HOME", "where the lab keeps QEMU, kernels and guests"),
+    ("XDG_RUNTIME_DIR", "where a user's servers keep their control sockets"),
 )
 
 
@@ -151,7 +161,8 @@ def _main_page() -> str:
         lines += _rows((f"vfiotool-{name}(1)", help) for name, help in rows)
     lines += [".SH OPTIONS", *_rows(_global_rows())]
     lines += ['.SH "EXIT STATUS"', *_rows((str(code), text) for code, text in EXIT_CODES)]
-    lines += [".SH FILES", *_rows(FILES), ".SH ENVIRONMENT", *_rows(ENVIRONMENT)]
+    lines += [".SH FILES", roff(NO_SETTINGS), *_rows(FILES)]
+    lines += [".SH ENVIRONMENT", *_rows(ENVIRONMENT)]
     lines += _see_also(["vfiotool-why", "vfiotool-bind", "vfiotool-vm"], ["lspci(8)", "virsh(1)"])
     return "\n".join(lines) + "\n"
 
@@ -232,6 +243,10 @@ def reference() -> str:
         "Exit codes:",
         "",
         *_table((str(code), text) for code, text in EXIT_CODES),
+        "",
+        NO_SETTINGS,
+        "",
+        *_table((*FILES, *ENVIRONMENT)),
     ]
     for section, rows in sections():
         lines += ["", f"## {section}"]

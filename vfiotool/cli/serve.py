@@ -20,6 +20,7 @@ from vfiotool.cli.serve_options import (
     DirectOption,
     FileOption,
     LockOption,
+    NvmeOption,
     OffsetOption,
     PollOption,
     QueuesOption,
@@ -76,6 +77,7 @@ app.command(
     epilog=examples(
         "vfiotool serve vhost-user-blk --socket-path /run/vm1.sock --blk-file /srv/vm1.raw",
         "vfiotool serve vhost-user-blk --socket-path /run/scratch.sock --ram 4G --queues 4",
+        "vfiotool serve vhost-user-blk --socket-path /run/vm1.sock --nvme 01:00.0/1",
     ),
 )
 def vhost_user_blk(
@@ -83,6 +85,7 @@ def vhost_user_blk(
     fd: FdOption = None,
     blk_file: FileOption = None,
     ram: RamOption = None,
+    nvme: NvmeOption = None,
     read_only: ReadOnlyOption = False,
     offset: OffsetOption = "0",
     size: SizeOption = None,
@@ -118,6 +121,7 @@ def vhost_user_blk(
         queues=queues,
         direct=direct,
         lock=lock,
+        nvme=nvme,
     )
     rate = parse_rate(iops_limit, bandwidth_limit, burst, dashes=True)
     settings = ExportSettings("disk", socket_path or "", disk, rate)

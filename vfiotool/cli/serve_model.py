@@ -25,8 +25,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODULE:CLASS",
-        help="A Model's class, FILE.py:CLASS, or one of edu, nvme, pci_testdev.",
-        autocompletion=candidates.words(*SHIPPED),
+        help="A Model's class, FILE.py:CLASS, or one of edu, nvme, pci-testdev.",
+        autocompletion=candidates.words(*(name.replace("_", "-") for name in SHIPPED)),
     ),
 ]
 PathOption = Annotated[str, typer.Option("--socket-path", metavar="PATH", help="Listen there.")]

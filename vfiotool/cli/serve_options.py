@@ -17,12 +17,20 @@ FileOption = Annotated[
 RamOption = Annotated[
     str | None, typer.Option("--ram", metavar="SIZE", help="A disk in memory, as 512M or 4G.")
 ]
+NvmeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--nvme",
+        metavar="ADDRESS[/NSID]",
+        help="A namespace of an NVMe disk on a VFIO driver; 1 if none is said.",
+    ),
+]
 ReadOnlyOption = Annotated[bool, typer.Option("--read-only", help="Refuse writes.")]
 OffsetOption = Annotated[
-    str, typer.Option("--offset", metavar="BYTES", help="Where the disk begins in the file.")
+    str, typer.Option("--offset", metavar="BYTES", help="Where the disk begins there.")
 ]
 SizeOption = Annotated[
-    str | None, typer.Option("--size", metavar="BYTES", help="Of the file, serve so much.")
+    str | None, typer.Option("--size", metavar="BYTES", help="Serve so much of it.")
 ]
 SerialOption = Annotated[str, typer.Option("--serial", metavar="TEXT", help="At most 20 bytes.")]
 BlockSizeOption = Annotated[int, typer.Option("--block-size", metavar="BYTES", help="512 to 4096.")]
@@ -63,18 +71,20 @@ def disk_of(
     queues: int,
     direct: bool,
     lock: str = "always",
+    nvme: str | None = None,
 ) -> DiskSettings:
     """The disk that the options name. Raises UsageError naming the option at fault."""
     from vfiotool.virtio.block import DiskSettings
     from vfiotool.virtio.exports import parse_size
 
-    if (blk_file is None) == (ram is None):
-        raise UsageError("give one of --blk-file and --ram")
+    if sum(given is not None for given in (blk_file, ram, nvme)) != 1:
+        raise UsageError("give one of --blk-file, --ram and --nvme")
     if ram is not None and (size is not None or offset != "0"):
-        raise UsageError("--offset and --size are of --blk-file, not of --ram")
+        raise UsageError("--offset and --size are of --blk-file and --nvme, not of --ram")
     wanted = ram if ram is not None else size
     return DiskSettings(
         path=blk_file,
+        nvme=nvme,
         size=None if wanted is None else parse_size(wanted, "--ram" if ram else "--size"),
         offset=parse_size(offset, "--offset"),
         read_only=read_only,

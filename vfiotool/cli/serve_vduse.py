@@ -15,6 +15,7 @@ from vfiotool.cli.serve_options import (
     BlockSizeOption,
     DirectOption,
     FileOption,
+    NvmeOption,
     OffsetOption,
     PollOption,
     QueuesOption,
@@ -38,6 +39,7 @@ def vduse_blk(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The device, /dev/vduse/NAME.")],
     blk_file: FileOption = None,
     ram: RamOption = None,
+    nvme: NvmeOption = None,
     read_only: ReadOnlyOption = False,
     offset: OffsetOption = "0",
     size: SizeOption = None,
@@ -76,24 +78,28 @@ def vduse_blk(
         block_size=block_size,
         queues=queues,
         direct=direct,
+        nvme=nvme,
     )
     with ExitStack() as stack:
         disk = BlockDisk(settings)
         stack.callback(disk.close)
-        workers = []
-        for _ in range(threads):
-            workers.append(Worker(poll_us))
-            stack.callback(workers[-1].close)
+        workers = [Worker(poll_us) for _ in range(threads)]
+        for worker in workers:
+            stack.callback(worker.close)
         device = VduseDevice(name, disk, _BLOCK, workers, log=log_path(name), report=output.warn)
         stack.callback(end, device)
         save_disk(name, settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: device.stop())
+        _end_by_signals(device)
         stack.enter_context(asked(device))
         if attach != "none" and device.is_new:
             _attach(device, attach)
         device.run()
     return 0
+
+
+def _end_by_signals(device: VduseDevice) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: device.stop())
 
 
 @contextmanager

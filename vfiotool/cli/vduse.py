@@ -207,7 +207,7 @@ def _settings(name: str, blk_file: str | None) -> DiskSettings | None:
     settings = saved_disk(name)
     if settings is None:
         raise UsageError(f"which disk {name} was is not known", hint="name it: --blk-file PATH")
-    if settings.path is None:
+    if settings.path is None and settings.nvme is None:
         raise Refused(
             f"{name} was a disk in memory, which ended with its server: what it held is lost",
             hint=f"to answer what waits from an empty disk: vfiotool serve vduse-blk {name} --ram"

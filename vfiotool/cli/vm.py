@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from vfiotool.change.steps.vf_network import read_settings
-from vfiotool.cli import candidates, output
-from vfiotool.cli.context import SELECTORS, area, examples, host_of, uuid_of, wants_json
-from vfiotool.devices.inventory import Inventory, read_inventory
+from vfiotool.cli import candidates, output, vm_run
+from vfiotool.cli.context import area, examples, wants_json
+from vfiotool.cli.vm_devices import (
+    HandedArgument,
+    Iommufd,
+    Memory,
+    Release,
+    Script,
+    Token,
+    Vcpus,
+    chosen_devices,
+    find_token,
+    ready_devices,
+    require_ready,
+)
 from vfiotool.devices.platform import read_platform
-from vfiotool.devices.selector import resolve
-from vfiotool.devices.vdpa import read_devices
-from vfiotool.errors import UsageError, VfiotoolError
-from vfiotool.host.host import Host
-from vfiotool.netlink.route import VfSettings
-from vfiotool.policy.facts import read_policy_facts
-from vfiotool.policy.saved import ETC_FOLDER, DesiredState
+from vfiotool.errors import UsageError
 from vfiotool.vm import (
     cloud_hypervisor,
     incus,
@@ -39,51 +42,25 @@ from vfiotool.vm.finding import (
     WantedGuest,
     parse_memory,
 )
-from vfiotool.vm.handed import SOCKETS, VDPA, Handed, handed, handed_socket, handed_vdpa
+from vfiotool.vm.handed import Handed
 from vfiotool.vm.machine import machine_of
 from vfiotool.vm.releases import oldest, require_release
 from vfiotool.vm.script import start_script
 
-_Token = Annotated[
-    str | None,
-    typer.Option(
-        metavar="UUID",
-        help="The token of VFs whose PF is on vfio-pci; default: the applied policy's.",
-    ),
-]
-
-HandedArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="DEVICE…",
-        help=f"{SELECTORS} Also vdpa:NAME, vhost-user-blk:SOCKET, vhost-user-net:SOCKET, "
-        "vfio-user:SOCKET.",
-        autocompletion=candidates.devices,
-    ),
-]
-Memory = Annotated[
-    str | None, typer.Option("--memory", metavar="SIZE", help="The VM's memory, such as 16G.")
-]
-Vcpus = Annotated[
-    int, typer.Option("--vcpus", min=1, metavar="N", help="With --script: the VM's processors.")
-]
-Release = Annotated[
-    str | None,
-    typer.Option(
-        "--release",
-        metavar="X.Y",
-        help="The program's release; refused if it is older than what is printed.",
-    ),
-]
-Script = Annotated[
-    bool,
-    typer.Option("--script", help="Print a whole start script: bind, start, release at its end."),
-]
-Iommufd = Annotated[bool, typer.Option("--iommufd", help="Through iommufd, not through the group.")]
 _READY = ("ready", "bold green")
 _NOT_READY = ("not ready", "bold red")
 
 app = area("Hand devices to a virtual machine: checks, and what its configuration needs.")
+
+
+app.command(
+    "run",
+    epilog=examples(
+        "vfiotool vm run 0000:05:01.0",
+        "vfiotool vm run 01:00.0 --kernel 6.12 --command 'dmesg | tail'",
+        "vfiotool lab run --machine full -- sh -c 'vfiotool bind 03:00.0; vfiotool vm run 03:00.0'",
+    ),
+)(vm_run.run)
 
 
 @app.command(
@@ -111,7 +88,7 @@ def check(
     ] = "qemu",
     iommufd: Iommufd = False,
     viommu: Annotated[bool, typer.Option("--viommu", help="The VM has a virtual IOMMU.")] = False,
-    vf_token: _Token = None,
+    vf_token: Token = None,
 ) -> int:
     """Check whether a virtual machine can open the devices now; exit code 1 if not.
 
@@ -126,8 +103,8 @@ def check(
         )
     size = None if memory is None else parse_memory(memory)
     wanted = WantedGuest(size, vcpus, hypervisor, iommufd, viommu)
-    host, inventory, chosen = _chosen(context, devices)
-    token = _find_token(host, chosen, vf_token)
+    host, inventory, chosen = chosen_devices(context, devices)
+    token = find_token(host, chosen, vf_token)
     found = preflight.check(host, inventory, chosen, wanted, token)
     ready = all(item.severity != BLOCKER for item in found)
     notes = [note for device in chosen for note in preflight.notes(host, inventory, device)]
@@ -172,22 +149,6 @@ def _print_finding(item: PreflightFinding) -> None:
         output.write((f"    {line}", "cyan"))
 
 
-def _find_token(host: Host, devices: list[Handed], given: str | None) -> str | None:
-    """The VF token that was given, or that the applied policy names for a device's guard."""
-    if given is not None:
-        return uuid_of("--vf-token", given)
-    guards = {device.guard for device in devices} - {None}
-    if not guards or not host.live or not os.path.isdir(ETC_FOLDER):
-        return None
-    policy = DesiredState().load()
-    rules = () if policy is None else tuple(rule for rule in policy.sriov if rule.vf_token)
-    if policy is None or not rules:
-        return None
-    named = replace(policy, devices=(), sriov=rules, mdevs=(), vdpas=())
-    found = zip(rules, read_policy_facts(host, named).sriov, strict=True)
-    return next((rule.vf_token for rule, names in found if guards & set(names)), None)
-
-
 @app.command(
     "qemu",
     epilog=examples(
@@ -201,19 +162,19 @@ def qemu_options(
     context: typer.Context,
     devices: HandedArgument,
     iommufd: Iommufd = False,
-    vf_token: _Token = None,
+    vf_token: Token = None,
     memory: Memory = None,
     vcpus: Vcpus = 2,
     release: Release = None,
     script: Script = False,
 ) -> int:
     """Print the options (-device vfio-pci) for a q35 machine of QEMU."""
-    host, inventory, chosen = _chosen(context, devices)
-    token = _find_token(host, chosen, vf_token)
+    host, inventory, chosen = chosen_devices(context, devices)
+    token = find_token(host, chosen, vf_token)
     features = qemu.features_of(chosen, iommufd=iommufd, vf_token=token)
     require_release(qemu.PROGRAM, release, features)
     if not script:
-        _require_ready(host, inventory, chosen, token)
+        require_ready(host, inventory, chosen, token)
     size = None if memory is None else parse_memory(memory)
     if script and size is None:
         memory, size = "1G", parse_memory("1G")
@@ -244,10 +205,10 @@ def libvirt_elements(
     Elements that need the domain's memory shared (vDPA, vhost-user) come with a comment that says
     so.
     """
-    host, inventory, chosen = _chosen(context, devices)
+    host, inventory, chosen = chosen_devices(context, devices)
     features = libvirt.features_of(chosen, iommufd=iommufd)
     require_release(libvirt.PROGRAM, release, features)
-    _require_ready(host, inventory, chosen)
+    require_ready(host, inventory, chosen)
     text = libvirt.hostdevs(chosen, iommufd=iommufd)
     needs = oldest(libvirt.PROGRAM, features)
     shared = libvirt.needs_shared_memory(chosen)
@@ -279,11 +240,11 @@ def ch_options(
 ) -> int:
     """Print cloud-hypervisor's options (--device)."""
     program = cloud_hypervisor.PROGRAM
-    host, inventory, chosen = _chosen(context, devices)
+    host, inventory, chosen = chosen_devices(context, devices)
     features = cloud_hypervisor.features_of(chosen)
     require_release(program, release, features)
     if not script:
-        _require_ready(host, inventory, chosen)
+        require_ready(host, inventory, chosen)
     size = None if memory is None else parse_memory(memory)
     if script and size is None:
         memory, size = "1G", parse_memory("1G")
@@ -301,7 +262,7 @@ def kubevirt_resources(context: typer.Context, devices: HandedArgument) -> int:
 
     Network VFs go to the SR-IOV device plug-in and network operator, whose resources are printed.
     """
-    documents = kubevirt.resources(_ready(context, devices))
+    documents = kubevirt.resources(ready_devices(context, devices))
     if wants_json(context):
         output.emit({"resources": documents})
     else:
@@ -315,7 +276,7 @@ def kubevirt_resources(context: typer.Context, devices: HandedArgument) -> int:
 )
 def proxmox_lines(context: typer.Context, devices: HandedArgument) -> int:
     """Print the lines of a Proxmox VE configuration (hostpci0)."""
-    lines = proxmox.lines(_ready(context, devices))
+    lines = proxmox.lines(ready_devices(context, devices))
     if wants_json(context):
         output.emit({"lines": lines})
     else:
@@ -329,75 +290,12 @@ def proxmox_lines(context: typer.Context, devices: HandedArgument) -> int:
 )
 def incus_devices(context: typer.Context, devices: HandedArgument) -> int:
     """Print the devices of an Incus virtual machine as YAML."""
-    found = incus.devices_of(_ready(context, devices))
+    found = incus.devices_of(ready_devices(context, devices))
     if wants_json(context):
         output.emit(found)
     else:
         output.text(yaml_text.document(found))
     return 0
-
-
-def _chosen(context: typer.Context, names: list[str]) -> tuple[Host, Inventory, list[Handed]]:
-    host = host_of(context)
-    inventory = read_inventory(host)
-    found: dict[str, Handed] = {}
-    for name in names:
-        kind, _, rest = name.partition(":")
-        if kind in SOCKETS:
-            device = handed_socket(kind, rest)
-        elif kind == VDPA:
-            device = handed_vdpa(host, rest, _virtio_of(host, rest))
-        else:
-            device = _with_network(host, handed(inventory, resolve(host, name)))
-        found.setdefault(device.name, device)
-    return host, inventory, list(found.values())
-
-
-def _with_network(host: Host, device: Handed) -> Handed:
-    """A network VF with what its physical function's interface was told of it."""
-    function = device.function
-    if function is None or function.physfn is None:
-        return device
-    if not (function.class_code or "").startswith("02"):
-        return device
-    try:
-        settings = read_settings(host, function.physfn) or ()
-    except VfiotoolError:
-        settings = ()
-    own = [one for one in settings if one.index == function.vf_index]
-    index = function.vf_index
-    return replace(device, network=own[0] if own else VfSettings(0 if index is None else index))
-
-
-def _virtio_of(host: Host, name: str) -> str | None:
-    """What a vDPA device is, where netlink can be asked."""
-    try:
-        known = {device.name: device.type for device in read_devices(host)}
-    except VfiotoolError:
-        return None
-    return known.get(name)
-
-
-def _ready(context: typer.Context, names: list[str]) -> list[Handed]:
-    """The devices; on the running host only if a VM could open each of them now."""
-    host, inventory, chosen = _chosen(context, names)
-    _require_ready(host, inventory, chosen)
-    return chosen
-
-
-def _require_ready(
-    host: Host,
-    inventory: Inventory,
-    chosen: list[Handed],
-    vf_token: str | None = None,
-) -> None:
-    """Refuse what a VM could not open now; on a host that is elsewhere it is only said."""
-    if host.live:
-        preflight.require_ready(host, inventory, chosen, vf_token)
-        return
-    for device in chosen:
-        for finding in preflight.findings(host, inventory, device, vf_token):
-            output.warn(f"vfiotool: {device.name} is not ready there: {finding.detail}")
 
 
 def _say_needs(program: str, release: str) -> None:

@@ -94,11 +94,14 @@ class Attached:
 
     def interfaces(self, path: str) -> tuple[str, ...]:
         """The interfaces of the device at `path` that this network namespace shows, sorted."""
-        return tuple(sorted(_parts(path, self.net, self._nets)))
+        own = _parts(path, self.net, self._nets)
+        return tuple(sorted(own)) if own else ()
 
     def disks(self, path: str) -> tuple[str, ...]:
         """The whole disks of the device at `path`, sorted."""
         own = self.blocks(path)
+        if not own:
+            return ()
         paths = self.block
         inside = {name for name in own if any(paths[name].startswith(paths[o] + "/") for o in own)}
         return tuple(
@@ -112,6 +115,8 @@ class Attached:
         device `nvme0c1n2` is, and names it.
         """
         own = set(_parts(path, self.block, self._blocks))
+        if not own:
+            return ()
         for name in tuple(own):
             match = _HIDDEN_PATH.fullmatch(name)
             head = None if match is None else f"nvme{match[1]}n{match[2]}"
@@ -120,6 +125,11 @@ class Attached:
                 below = self.block[head] + "/"
                 own |= {head, *(n for n, where in self.block.items() if where.startswith(below))}
         return tuple(sorted(own))
+
+    @property
+    def owners(self) -> frozenset[str]:
+        """The paths of the functions that have block devices or interfaces."""
+        return frozenset((*self._blocks, *self._nets))
 
     @cached_property
     def block(self) -> dict[str, str]:
@@ -150,6 +160,9 @@ def _by_owner(paths: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _parts(path: str, paths: Mapping[str, str], index: Mapping[str, list[str]]) -> list[str]:
     """The names of what is part of the device at `path`: mdevs and vDPA devices have no index."""
-    if Address.is_address(path.rpartition("/")[2]):
-        return index.get(path, [])
+    own = index.get(path)
+    if own is not None:
+        return own
+    if not paths or Address.is_address(path.rpartition("/")[2]):
+        return []
     return [name for name, where in paths.items() if is_part_of(path, where)]

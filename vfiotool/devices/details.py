@@ -17,6 +17,7 @@ from vfiotool.devices.config.layout import Value
 from vfiotool.devices.config.vpd import Vpd, parse_vpd
 from vfiotool.devices.drivers import canonical_name
 from vfiotool.devices.pci import (
+    BRIDGE_CLASSES,
     Link,
     PciFunction,
     VfIndices,
@@ -39,9 +40,6 @@ from vfiotool.host.paths import (
 )
 
 _ALIAS = re.compile(rb"^alias vfio_pci:(\S+) (\S+)$", re.MULTILINE)
-# Functions with a bridge's header are refused (drivers/vfio/pci/vfio_pci_core.c,
-# vfio_pci_core_register_device): PCI-to-PCI, CardBus and semi-transparent bridges.
-_BRIDGE_CLASSES = ("0604", "0607", "0609")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,7 @@ class DetailReader:
         self._drivers: dict[str, str | None] = {}
         self._vf_indices = VfIndices(host)
         self._link_of = Once(link_of, SPACES_KEPT)
+        self._serial_of = Once(_serial_number, SPACES_KEPT)
         self._attached = Attached(host)
 
     def functions(self, addresses: Iterable[str]) -> tuple[PciFunction, ...]:
@@ -113,7 +112,7 @@ class DetailReader:
             vfs=vfs,
             interfaces=self._attached.interfaces(function.path),
             disks=self._attached.disks(function.path),
-            serial=serial_of(host, function, config),
+            serial=serial_of(host, function, None if config is None else self._serial_of(config)),
         )
 
     def _link(self, address: str, config: ConfigSpace | None) -> Link | None:
@@ -128,7 +127,7 @@ class DetailReader:
         all (Documentation/driver-api/vfio.rst; kmod's modules.alias, include/linux/pci.h,
         PCI_DRIVER_OVERRIDE_DEVICE_VFIO). One that is built in shows as a registered driver.
         """
-        if function.modalias is None or (function.class_code or "").startswith(_BRIDGE_CLASSES):
+        if function.modalias is None or (function.class_code or "").startswith(BRIDGE_CLASSES):
             return None
         if function.modalias not in self._drivers:
             self._drivers[function.modalias] = self._best_driver(function.modalias)
@@ -182,6 +181,8 @@ class DetailReader:
         return frozenset(self._host.listdir(DEV_VFIO))
 
     def _group_node(self, group: int | None) -> str | None:
+        if not self._group_nodes:
+            return None
         for name in (f"{group}", f"noiommu-{group}"):
             if name in self._group_nodes:
                 return f"{DEV_VFIO}/{name}"
@@ -221,6 +222,10 @@ def link_of(space: ConfigSpace) -> Link | None:
         max_speed_gts=_speed(best),
         max_width=_width(ability["max_width"]),
     )
+
+
+def _serial_number(space: ConfigSpace) -> str | None:
+    return space.serial
 
 
 def _speed(value: Value) -> float | None:

@@ -59,6 +59,12 @@ def read_missing(host: Host, names: Iterable[str], registered: frozenset[str]) -
     return frozenset(name for name in wanted if name.replace("-", "_") not in known)
 
 
+def is_listed(host: Host, driver: str) -> bool | None:
+    """Whether a module of that name is listed; None where the list of modules cannot be read."""
+    known = _module_names(host)
+    return None if known is None else driver.replace("-", "_") in known
+
+
 def _module_names(host: Host) -> frozenset[str] | None:
     """All that modprobe would find, with underscores; None where the list cannot be read."""
     release = host.read(PROC_OSRELEASE)

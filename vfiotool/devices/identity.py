@@ -8,6 +8,9 @@ one read less would hang on kernels that take the device's lock for it (see `rea
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
+
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_IOMMU_GROUPS, SYS_MDEV_DEVICES, SYS_PCI_DEVICES, SYS_VFIO_DEV
 from vfiotool.host.tree import Tree
@@ -28,9 +31,14 @@ _VFIO_DRIVERS = frozenset({"vfio-fsl-mc", "vfio-platform", "vfio-amba", "vfio-cd
 
 _ALIAS_LENGTH = len("pci:v00008086d000010C9sv00008086sd0000A03Cbc02sc00i00")
 
+# The file and the link that tell what a function is and who has it, for `Tree.read_many`.
+IDENTITY = (("modalias",), ("driver",))
+
 _VANISHED: Facts = (None, None, None, None, "unbound")
 
 
+# A host has thousands of functions and few drivers.
+@lru_cache(maxsize=256)
 def is_vfio_driver(driver: str) -> bool:
     """Whether a driver's name is that of a VFIO driver (vfio-pci or a variant of it)."""
     name = driver.replace("_", "-")
@@ -88,10 +96,11 @@ class GroupScan:
                 continue
             base = f"{SYS_PCI_DEVICES}/{name}"
             # The same for every VF of a function: parsed once.
-            key = _read_modalias(tree, base)
+            (alias,), (driver,) = tree.read_many(base, *IDENTITY)
+            key = modalias_of(alias, driver)
             facts = None if key is None else known.get(key)
             if facts is None:
-                text = read_uevent(tree, base) if key is None else _as_uevent(*key, base)
+                text = read_uevent(tree, base) if key is None else as_uevent(*key, base)
                 if text is None:
                     found.append((name, self._foreign(group, name)))
                     continue
@@ -115,12 +124,10 @@ class GroupScan:
                 self._nodes = False
         return self._nodes and self._tree.isdir(f"{SYS_PCI_DEVICES}/{address}/vfio-dev")
 
-    def attribute(self, group: int, name: str) -> bytes | None:
-        """A group's `type` or `reserved_regions`, without the final newline; None if absent."""
-        try:
-            return self._tree.read(f"{SYS_IOMMU_GROUPS}/{group}/{name}").rstrip()
-        except OSError:
-            return None
+    def attributes(self, group: int, names: tuple[str, ...]) -> tuple[bytes | None, ...]:
+        """What these files of a group hold; None in the place of what is absent."""
+        found, _ = self._tree.read_many(f"{SYS_IOMMU_GROUPS}/{group}", names)
+        return tuple([None if isinstance(content, int) else content for content in found])
 
     def _foreign(self, group: int, name: str) -> Facts:
         """A member that is no readable PCI function: an mdev, another bus's device, or gone."""
@@ -144,31 +151,30 @@ def read_uevent(tree: Tree, base: str) -> bytes | None:
     uevent_show), and so hangs for as long as somebody keeps a device that is being unbound. It is
     read where there is no `modalias`, which a running kernel always has.
     """
-    found = _read_modalias(tree, base)
+    (alias,), (driver,) = tree.read_many(base, *IDENTITY)
+    found = modalias_of(alias, driver)
     if found is not None:
-        return _as_uevent(*found, base)
+        return as_uevent(*found, base)
     try:
         return tree.read(f"{base}/uevent")
     except OSError:
         return _from_attributes(tree, base)
 
 
-def _read_modalias(tree: Tree, base: str) -> tuple[bytes, str] | None:
-    """A function's `modalias` and driver ("" for none); None where there is no `modalias`."""
-    try:
-        alias = tree.read(f"{base}/modalias").rstrip()
-    except OSError:
+def modalias_of(alias: bytes | int, driver: str | int) -> tuple[bytes, str] | None:
+    """A function's `modalias` and driver ("" for none), as `read_many` gives what IDENTITY names;
+    None where there is no `modalias`."""
+    if isinstance(alias, int):
         return None
+    alias = alias.rstrip()
     if len(alias) < _ALIAS_LENGTH or not alias.startswith(b"pci:v"):
         return None
-    try:
-        return alias, tree.readlink(f"{base}/driver").rpartition("/")[2]
-    except OSError:
-        return alias, ""
+    return alias, "" if isinstance(driver, int) else driver.rpartition("/")[2]
 
 
-def _as_uevent(alias: bytes, driver_name: str, base: str) -> bytes:
-    driver = driver_name.encode()
+def as_uevent(alias: bytes, driver_name: str, base: str) -> bytes:
+    """What `uevent` of the function at `base` would tell, by its `modalias` and driver."""
+    driver = os.fsencode(driver_name)
     # pci:v00008086d000010C9sv00008086sd0000A03Cbc02sc00i00 (drivers/pci/pci-sysfs.c, modalias_show)
     return b"".join(
         (

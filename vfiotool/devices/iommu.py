@@ -18,7 +18,7 @@ from vfiotool.devices.identity import (
     parse_windows,
     role_of,
 )
-from vfiotool.devices.pci import PciFunction, PciIdentity
+from vfiotool.devices.pci import PciFunction, is_bridge_class
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_IOMMU
 
@@ -40,12 +40,14 @@ __all__ = [
     "is_viable",
     "iter_groups",
     "list_groups",
-    "member_of",
     "parse_reserved_regions",
     "read_group",
     "read_groups",
     "role_of",
 ]
+
+
+_FILES = ("reserved_regions", "name", "type")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +73,15 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class IommuGroup:
-    """One group. `viable` is what VFIO_GROUP_GET_STATUS would say now."""
+    """One group. `viable` is what VFIO_GROUP_GET_STATUS would say now; `noiommu`: VFIO made it for
+    a device without an IOMMU (drivers/vfio/group.c, vfio_noiommu_group_alloc)."""
 
     id: int
     type: str | None
     viable: bool
     reserved_regions: tuple[ReservedRegion, ...]
     devices: tuple[GroupMember, ...]
+    noiommu: bool = False
 
     @property
     def bridges_in_the_way(self) -> tuple[str, ...]:
@@ -89,7 +93,6 @@ class IommuGroup:
         )
 
 
-@lru_cache(maxsize=64)
 def parse_reserved_regions(text: str) -> tuple[ReservedRegion, ...]:
     """Lines of `start end type`; malformed ones are passed over."""
     return tuple(ReservedRegion(*window) for window in parse_windows(text))
@@ -106,23 +109,32 @@ def bridge_in_the_way(class_code: str | None, driver: str | None) -> bool:
 
     Not CardBus bridges (class 0607), which take their cards along (drivers/pcmcia/yenta_socket.c).
     """
-    code = class_code or ""
-    return code.startswith("06") and not code.startswith("0607") and role_of(driver) == "host"
+    if not is_bridge_class(class_code) or (class_code or "").startswith("0607"):
+        return False
+    return role_of(driver) == "host"
 
 
 class GroupReader:
     """`read_group` for one group after another, parsing what they have in common once.
 
-    Members that are among `functions` (by address) are not read again.
+    Members that are among `functions` (by address) are not read again. Without `types` each
+    group's `type` is None: what is asked of thousands of groups can do without.
     """
 
-    def __init__(self, host: Host, functions: Mapping[str, PciFunction] | None = None) -> None:
+    def __init__(
+        self,
+        host: Host,
+        functions: Mapping[str, PciFunction] | None = None,
+        *,
+        types: bool = True,
+    ) -> None:
+        self._types = types
         given = {name: _facts_of(function) for name, function in (functions or {}).items()}
         self._scan = GroupScan(host, given)
 
     def read(self, group: int) -> IommuGroup | None:
         """One group, or None if there is none of that id (any more)."""
-        return _read_group(self._scan, group)
+        return _read_group(self._scan, group, types=self._types)
 
 
 def read_group(host: Host, group: int) -> IommuGroup | None:
@@ -130,19 +142,33 @@ def read_group(host: Host, group: int) -> IommuGroup | None:
     return _read_group(GroupScan(host), group)
 
 
-def _read_group(scan: GroupScan, group: int) -> IommuGroup | None:
+def _read_group(scan: GroupScan, group: int, *, types: bool = True) -> IommuGroup | None:
     found = scan.members(group)
     if found is None:
         return None
     members = tuple(GroupMember(name, *facts) for name, facts in found)
-    domain = scan.attribute(group, "type")
-    regions = scan.attribute(group, "reserved_regions") or b""
+    attributes = scan.attributes(group, _FILES if types else _FILES[:2])
+    regions, noiommu, domain = _attributes(*attributes)
     return IommuGroup(
         id=group,
-        type=None if domain is None else domain.decode("utf-8", "backslashreplace"),
+        type=domain,
         viable=is_viable(members),
-        reserved_regions=parse_reserved_regions(regions.decode("utf-8", "backslashreplace")),
+        reserved_regions=regions,
         devices=members,
+        noiommu=noiommu,
+    )
+
+
+# Most groups of a host have the same.
+@lru_cache(maxsize=64)
+def _attributes(
+    regions: bytes | None, name: bytes | None, domain: bytes | None = None
+) -> tuple[tuple[ReservedRegion, ...], bool, str | None]:
+    """A group's reserved regions, whether VFIO made it without an IOMMU, and its domain type."""
+    return (
+        parse_reserved_regions((regions or b"").decode("utf-8", "backslashreplace")),
+        name is not None and name.strip() == b"vfio-noiommu",
+        None if domain is None else domain.rstrip().decode("utf-8", "backslashreplace"),
     )
 
 
@@ -168,18 +194,6 @@ def iter_groups(host: Host) -> Iterator[IommuGroup]:
 def _facts_of(function: PciFunction) -> Facts:
     role = "vfio" if function.on_vfio else role_of(function.driver)
     return (function.vendor, function.device, function.class_code, function.driver, role)
-
-
-def member_of(identity: PciIdentity) -> GroupMember:
-    """A PCI function as a member of its group."""
-    return GroupMember(
-        address=identity.address,
-        vendor=identity.vendor,
-        device=identity.device,
-        class_code=identity.class_code,
-        driver=identity.driver,
-        role=role_of(identity.driver),
-    )
 
 
 def group_as_json(group: IommuGroup) -> dict[str, object]:

@@ -5,16 +5,24 @@ Source: Documentation/ABI/testing/sysfs-bus-pci, Documentation/PCI/sysfs-pci.rst
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import isfinite
 from typing import NamedTuple
 
-from vfiotool.devices.identity import is_vfio_driver, parse_id_pair, read_uevent
+from vfiotool.devices.identity import (
+    as_uevent,
+    is_vfio_driver,
+    modalias_of,
+    parse_id_pair,
+    read_uevent,
+)
 from vfiotool.errors import UsageError
 from vfiotool.host.host import Host
-from vfiotool.host.paths import SYS_PCI_DEVICES
+from vfiotool.host.paths import SYS_PCI_DEVICES, SYS_VFIO_DEV
 
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE | re.ASCII
@@ -25,6 +33,7 @@ _IORESOURCE_MEM = 0x200
 _IORESOURCE_PREFETCH = 0x2000
 _IORESOURCE_MEM_64 = 0x100000
 _UNSET = " 0x0000000000000000"
+_UNUSED = "0x0000000000000000 0x0000000000000000 0x0000000000000000"
 # Six BARs and the expansion ROM; later lines are SR-IOV BARs and bridge windows.
 _OWN_RESOURCES = 7
 
@@ -60,6 +69,18 @@ class Address(NamedTuple):
         return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"
 
 
+# PCI-to-PCI, CardBus and semi-transparent bridges: functions with a bridge's header are refused
+# (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_register_device).
+BRIDGE_CLASSES = ("0604", "0607", "0609")
+
+
+def is_bridge_class(class_code: str | None) -> bool:
+    """Whether it is the base class 06h, bridge device (PCI Code and ID Assignment, 1.7), but for
+    0680h, "other bridge device": so vendors call what is none, such as NVIDIA's NVSwitch and the
+    network cards of nForce chipsets."""
+    return class_code is not None and class_code[:2] == "06" and class_code[:4] != "0680"
+
+
 @dataclass(frozen=True, slots=True)
 class PciIdentity:
     """What one read of `uevent` tells of a function.
@@ -77,8 +98,8 @@ class PciIdentity:
 
     @property
     def is_bridge(self) -> bool:
-        """Whether the base class is 06h, bridge device (PCI Code and ID Assignment, 1.7)."""
-        return self.class_code is not None and self.class_code.startswith("06")
+        """As `is_bridge_class`."""
+        return is_bridge_class(self.class_code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +140,8 @@ class PciFunction(PciIdentity):
     `path` is its directory below `/sys/devices`; `iommu` the IOMMU that it sits behind (`dmar0`);
     `label` the firmware's name for it (Documentation/ABI/testing/sysfs-bus-pci, label);
     `has_vfio_device`: its driver has made a VFIO device of it (`vfio-dev/`, since Linux 6.1).
+    `unread`: what of it is there, as far as is known, and could not be read (`"driver"`): it is
+    None here and not absent.
     """
 
     path: str
@@ -139,6 +162,7 @@ class PciFunction(PciIdentity):
     iommu: str | None = None
     label: str | None = None
     has_vfio_device: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def on_vfio(self) -> bool:
@@ -180,7 +204,7 @@ def parse_resource(text: str) -> tuple[BarRegion, ...]:
     """The BARs and ROM of a `resource` file; unset and malformed lines are passed over."""
     regions = []
     for index, line in enumerate(text.split("\n", _OWN_RESOURCES)[:_OWN_RESOURCES]):
-        if line.endswith(_UNSET):
+        if line == _UNUSED or line.endswith(_UNSET):
             continue
         try:
             first, last, kind = line.split()
@@ -189,16 +213,10 @@ def parse_resource(text: str) -> tuple[BarRegion, ...]:
             continue
         if not flags & (_IORESOURCE_IO | _IORESOURCE_MEM) or end < start or end == 0:
             continue
-        regions.append(
-            BarRegion(
-                index=index,
-                start=start,
-                size=end - start + 1,
-                kind="io" if flags & _IORESOURCE_IO else "mem",
-                prefetchable=bool(flags & _IORESOURCE_PREFETCH),
-                bits=64 if flags & _IORESOURCE_MEM_64 else 32,
-            )
-        )
+        kind = "io" if flags & _IORESOURCE_IO else "mem"
+        bits = 64 if flags & _IORESOURCE_MEM_64 else 32
+        prefetchable = bool(flags & _IORESOURCE_PREFETCH)
+        regions.append(BarRegion(index, start, end - start + 1, kind, prefetchable, bits))
     return tuple(regions)
 
 
@@ -253,85 +271,189 @@ def read_functions(
     for all at once and with a deadline: it is None for a device that is stuck in an unbind
     (drivers/pci/pci-sysfs.c, driver_override_show; drivers/pci/iov.c, sriov_numvfs_show).
     """
-    parents: dict[str, str | None] = {}
-    totals: dict[str, int | None] = {}
-    locked = []
-    for name in addresses:
-        base = f"{SYS_PCI_DEVICES}/{name}"
-        parents[name] = host.linkname(f"{base}/physfn")
-        # A VF has no VFs: an attribute less to look for on hosts that have thousands of them.
-        totals[name] = host.read_int(f"{base}/sriov_totalvfs") if parents[name] is None else None
-        locked.append(f"{base}/driver_override")
-        if totals[name] is not None:
-            locked.append(f"{base}/sriov_numvfs")
-    answers = host.read_guarded(locked)
     indices = VfIndices(host) if indices is None else indices
-    found = []
-    for name, parent in parents.items():
-        index = None if parent is None else indices.of(parent).get(name)
-        function = _read_function(host, name, answers, totals[name], parent, index)
-        if function is not None and links:
-            function = replace(function, link=read_link(host, name))
-        if function is not None:
-            found.append(function)
-    return tuple(found)
+    reader = _FunctionReader(host, indices)
+    paths = host.realpaths(SYS_PCI_DEVICES, addresses)
+    found = [item for item in map(reader.read, paths, paths.values()) if item is not None]
+    answers = host.read_guarded(reader.locked)
+    return tuple(_complete(host, item, answers, links=links) for item in found)
 
 
-def _read_function(
-    host: Host,
-    address: str,
-    answers: Mapping[str, str | None],
-    total_vfs: int | None,
-    physfn: str | None,
-    vf_index: int | None,
-) -> PciFunction | None:
-    base = f"{SYS_PCI_DEVICES}/{address}"
-    text = read_uevent_text(host, base)
-    path = host.realpath(base)
-    if text is None or path is None:
+# What a function's folder tells with one call.
+_FILES = (
+    *("resource", "modalias", "revision", "numa_node", "reset_method", "power_state"),
+    "d3cold_allowed",
+)
+_LINKS = ("iommu_group", "driver", "iommu", "physfn")
+# What the kernel answers for a link that is not there, of a function that may have gone.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.EINVAL)
+# These are not looked for below VFs, of which hosts have thousands.
+_PF_FILES = ("sriov_totalvfs", "sriov_drivers_autoprobe", "label")
+
+
+class _Shared(NamedTuple):
+    """What functions have in common, so that it is parsed once: see `PciFunction`.
+
+    `ids` are vendor, device, those of the subsystem, and the class code.
+    """
+
+    ids: tuple[str | None, str | None, str | None, str | None, str | None]
+    driver: str | None
+    revision: str | None
+    driver_override: str | None
+    numa_node: int | None
+    physfn: str | None
+    reset_methods: tuple[str, ...]
+    modalias: str | None
+    power_state: str | None
+    d3cold_allowed: bool | None
+    iommu: str | None
+    unread: tuple[str, ...]
+
+
+class _FunctionReader:
+    """Reads one function after another, parsing what they have in common once.
+
+    `locked` has the paths of what the kernel answers under the lock of the devices read; where no
+    kernel answers, that is `sriov_numvfs` alone, which few have.
+    """
+
+    def __init__(self, host: Host, indices: VfIndices) -> None:
+        self._host = host
+        self._indices = indices
+        self._files = _FILES if host.live else (*_FILES, "driver_override")
+        self._known: dict[tuple[bytes | str | int, ...], _Shared] = {}
+        self.locked: list[str] = []
+
+    def read(self, address: str, path: str) -> PciFunction | None:
+        """All but what is read under the device's lock; None if the function is gone."""
+        host = self._host
+        base = f"{SYS_PCI_DEVICES}/{address}"
+        (resource, *files), (group, *links) = host.tree.read_many(base, self._files, _LINKS)
+        key = (*files, *links)
+        shared = self._known.get(key)
+        if shared is None:
+            shared = self._share(base, files, links)
+            if shared is None:
+                return None
+            if not isinstance(files[0], int):
+                self._known[key] = shared
+        if host.live:
+            self.locked.append(f"{base}/driver_override")
+        ids, driver, revision, override, numa_node, physfn = shared[:6]
+        is_display = ids[4] is not None and ids[4].startswith("03")
+        number = "" if isinstance(group, int) else group.rpartition("/")[2]
+        sriov, label = (None, None) if physfn is not None else self._read_pf(base)
+        return PciFunction(
+            address,
+            *ids,
+            driver,
+            path,
+            revision,
+            override,
+            int(number) if number.isdecimal() else None,
+            numa_node,
+            _flag(host.read_int(f"{base}/boot_vga")) if is_display else None,
+            sriov,
+            physfn,
+            None if physfn is None else self._indices.of(physfn).get(address),
+            shared.reset_methods,
+            parse_resource(_text(resource) or ""),
+            None,
+            shared.modalias,
+            shared.power_state,
+            shared.d3cold_allowed,
+            shared.iommu,
+            label,
+            driver is not None and self._has_vfio_devices and host.isdir(f"{base}/vfio-dev"),
+            shared.unread,
+        )
+
+    def _read_pf(self, base: str) -> tuple[Sriov | None, str | None]:
+        """What a function that is no VF may have: VFs of its own, but for their number, and the
+        firmware's label."""
+        total, autoprobe, label = map(_text, self._host.tree.read_many(base, _PF_FILES)[0])
+        if (most := _number(total)) is None:
+            return None, label
+        self.locked.append(f"{base}/sriov_numvfs")
+        return Sriov(most, None, _flag(_number(autoprobe))), label
+
+    @cached_property
+    def _has_vfio_devices(self) -> bool:
+        """Whether any function may have one; so it is too where that cannot be seen."""
+        try:
+            return bool(self._host.tree.listdir(SYS_VFIO_DEV))
+        except OSError as error:
+            return error.errno != errno.ENOENT
+
+    def _share(
+        self, base: str, files: Sequence[bytes | int], links: Sequence[str | int]
+    ) -> _Shared | None:
+        driver, iommu, physfn = links
+        known = modalias_of(files[0], driver)
+        if known is not None:
+            text: str | None = as_uevent(*known, base).decode("utf-8", "backslashreplace")
+        else:
+            text = read_uevent_text(self._host, base)
+        if text is None:
+            return None
+        keys = parse_uevent(text)
+        revision, numa, resets, power, d3cold, *override = map(_text, files[1:])
+        numa_node = _number(numa)
+        return _Shared(
+            ids=_ids(keys),
+            driver=keys.get("DRIVER"),
+            revision=None if revision is None else revision.removeprefix("0x"),
+            driver_override=_override(override[0]) if override else None,
+            numa_node=None if numa_node is None or numa_node < 0 else numa_node,
+            physfn=_last(physfn),
+            reset_methods=tuple((resets or "").split()),
+            modalias=keys.get("MODALIAS"),
+            power_state=power,
+            d3cold_allowed=_flag(_number(d3cold)),
+            iommu=_last(iommu),
+            unread=tuple(
+                name
+                for name, link in (("driver", driver), ("physfn", physfn))
+                if isinstance(link, int) and link not in _ABSENT
+            ),
+        )
+
+
+def _override(text: str | None) -> str | None:
+    return None if text in ("", "(null)") else text
+
+
+def _text(found: bytes | int) -> str | None:
+    """As `Host.read` tells a file."""
+    return None if isinstance(found, int) else found.decode("utf-8", "backslashreplace").strip()
+
+
+def _number(text: str | None) -> int | None:
+    """As `Host.read_int` tells a file."""
+    try:
+        return None if text is None else int(text, 0)
+    except ValueError:
         return None
-    keys = parse_uevent(text)
-    vendor, device, subsystem_vendor, subsystem_device, class_code = _ids(keys)
 
-    def read(name: str) -> str | None:
-        return host.read(f"{base}/{name}")
 
-    def number(name: str) -> int | None:
-        return host.read_int(f"{base}/{name}")
+def _last(link: str | int) -> str | None:
+    """As `Host.linkname` tells a link."""
+    return None if isinstance(link, int) else link.rpartition("/")[2]
 
-    def link(name: str) -> str | None:
-        return host.linkname(f"{base}/{name}")
 
-    is_display = (class_code or "").startswith("03")
-    group, revision = link("iommu_group"), read("revision")
-    override, numa_node = answers.get(f"{base}/driver_override"), number("numa_node")
-    return PciFunction(
-        address=address,
-        vendor=vendor,
-        device=device,
-        subsystem_vendor=subsystem_vendor,
-        subsystem_device=subsystem_device,
-        class_code=class_code,
-        driver=keys.get("DRIVER"),
-        path=path,
-        revision=None if revision is None else revision.removeprefix("0x"),
-        driver_override=None if override in (None, "", "(null)") else override,
-        iommu_group=int(group) if group is not None and group.isdecimal() else None,
-        numa_node=None if numa_node is None or numa_node < 0 else numa_node,
-        boot_vga=_flag(number("boot_vga")) if is_display else None,
-        sriov=_sriov(number, total_vfs, answers.get(f"{base}/sriov_numvfs")),
-        physfn=physfn,
-        vf_index=vf_index,
-        reset_methods=tuple((read("reset_method") or "").split()),
-        regions=parse_resource(read("resource") or ""),
-        link=None,
-        modalias=keys.get("MODALIAS"),
-        power_state=read("power_state"),
-        d3cold_allowed=_flag(number("d3cold_allowed")),
-        iommu=link("iommu"),
-        label=read("label") if physfn is None else None,
-        has_vfio_device="DRIVER" in keys and host.isdir(f"{base}/vfio-dev"),
-    )
+def _complete(
+    host: Host, function: PciFunction, answers: Mapping[str, str | None], *, links: bool
+) -> PciFunction:
+    """The function with what its device's lock guards, and its link if that is asked for."""
+    base = f"{SYS_PCI_DEVICES}/{function.address}"
+    override = _override(answers.get(f"{base}/driver_override"))
+    if override is not None:
+        function = replace(function, driver_override=override)
+    count = answers.get(f"{base}/sriov_numvfs")
+    if function.sriov is not None and count is not None and count.isdecimal():
+        function = replace(function, sriov=replace(function.sriov, num_vfs=int(count)))
+    return replace(function, link=read_link(host, function.address)) if links else function
 
 
 def _flag(value: int | None) -> bool | None:
@@ -357,28 +479,18 @@ def _lanes(width: int | None) -> int | None:
     return None if width in (0, 255) else width
 
 
-def _sriov(
-    number: Callable[[str], int | None], total_vfs: int | None, num_vfs: str | None
-) -> Sriov | None:
-    if total_vfs is None:
-        return None
-    return Sriov(
-        total_vfs=total_vfs,
-        num_vfs=int(num_vfs) if num_vfs is not None and num_vfs.isdecimal() else None,
-        autoprobe=_flag(number("sriov_drivers_autoprobe")),
-    )
-
-
 def read_vf_indices(host: Host, physfn: str) -> dict[str, int]:
     """The index of each VF of a physical function by the VF's address (its `virtfnN` links)."""
     base = f"{SYS_PCI_DEVICES}/{physfn}"
-    indices = {}
-    for name in host.listdir(base):
-        number = name.removeprefix("virtfn")
-        address = host.linkname(f"{base}/{name}") if number.isdecimal() else None
-        if number != name and address is not None:
-            indices[address] = int(number)
-    return indices
+    names = tuple(
+        name for name in host.listdir(base) if name[:6] == "virtfn" and name[6:].isdecimal()
+    )
+    targets = host.tree.read_many(base, (), names)[1] if names else []
+    return {
+        target.rpartition("/")[2]: int(name[6:])
+        for name, target in zip(names, targets, strict=True)
+        if not isinstance(target, int)
+    }
 
 
 class VfIndices:

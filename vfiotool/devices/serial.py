@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from vfiotool.devices.config.decode import ConfigSpace, read_config
+from vfiotool.devices.config.decode import read_config
 from vfiotool.devices.config.vpd import parse_vpd
 from vfiotool.devices.pci import PciFunction
 from vfiotool.host.host import Host
@@ -58,10 +58,10 @@ def read_serial_number(host: Host, address: str) -> str | None:
     return None
 
 
-def serial_of(host: Host, function: PciFunction, config: ConfigSpace | None) -> str | None:
-    """A function's one serial number: its Device Serial Number, or else its drive's."""
-    if config is not None and config.serial is not None:
-        return config.serial
+def serial_of(host: Host, function: PciFunction, own: str | None) -> str | None:
+    """A function's one serial number: its Device Serial Number, which is `own`, or its drive's."""
+    if own is not None:
+        return own
     if not (function.class_code or "").startswith("01"):
         return None
     return next((text for text in _drive_serials(host, function.path) if text), None)

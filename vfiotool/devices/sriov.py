@@ -5,9 +5,10 @@ Source: Documentation/PCI/pci-iov-howto.rst, Documentation/ABI/testing/sysfs-bus
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vfiotool.devices.pci import read_vf_indices
+from vfiotool.devices.pci import PciFunction, read_vf_indices
 from vfiotool.errors import Stuck
 from vfiotool.host.host import Host
 from vfiotool.host.paths import ESWITCH, SYS_PCI_DEVICES
@@ -24,10 +25,19 @@ class VirtualFunction:
     iommu_group: int | None
 
 
-def read_vfs(host: Host, pf: str) -> tuple[VirtualFunction, ...]:
-    """The enabled VFs of a physical function, by index; empty for any other device."""
+def read_vfs(
+    host: Host, pf: str, functions: Mapping[str, PciFunction] | None = None
+) -> tuple[VirtualFunction, ...]:
+    """The enabled VFs of a physical function, by index; empty for any other device.
+
+    Those of `functions`, by address, are taken as they were read.
+    """
     found = []
     for address, index in read_vf_indices(host, pf).items():
+        known = (functions or {}).get(address)
+        if known is not None and not known.unread:
+            found.append(VirtualFunction(pf, index, address, known.driver, known.iommu_group))
+            continue
         group = host.linkname(f"{SYS_PCI_DEVICES}/{address}/iommu_group")
         found.append(
             VirtualFunction(

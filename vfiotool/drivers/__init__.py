@@ -5,7 +5,7 @@ A driver here can check its device: `demo` runs it and reports each check.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -51,12 +51,18 @@ Demo = Callable[[Device], Iterator[Check]]
 
 
 def demo(name: str) -> Demo:
-    """The demo called `name`. Raises NotFound, listing those there are."""
-    module = DEMOS.get(name)
+    """The demo called `name`, with dashes or underscores. Raises NotFound, listing those there
+    are."""
+    module = DEMOS.get(name.replace("-", "_"))
     if module is None:
-        raise NotFound(f"there is no demo {name!r}", hint=f"one of: {', '.join(sorted(DEMOS))}")
+        raise NotFound(f"there is no demo {name!r}", hint=f"one of: {_names()}")
     found: Demo = import_module(module).demo
     return found
+
+
+def _names(drivers: Iterable[str] = DEMOS) -> str:
+    """Drivers as people spell them, and as the devices' documents do."""
+    return ", ".join(sorted(name.replace("_", "-") for name in drivers))
 
 
 def register_map(name: str, device: Device) -> RegisterMap:
@@ -67,10 +73,9 @@ def register_map(name: str, device: Device) -> RegisterMap:
         for driver, module in DEMOS.items()
         if (found := getattr(import_module(module), "registers_of", None))
     }
-    if name not in declared:
-        names = ", ".join(sorted(declared))
-        raise NotFound(f"no driver {name!r} declares registers", hint=f"one of: {names}")
-    bound: RegisterMap = declared[name](device)
+    if name.replace("-", "_") not in declared:
+        raise NotFound(f"no driver {name!r} declares registers", hint=f"one of: {_names(declared)}")
+    bound: RegisterMap = declared[name.replace("-", "_")](device)
     return bound
 
 
@@ -91,7 +96,7 @@ def driver_of(device: Device) -> str:
         raise NotFound(
             f"no driver of vfiotool drives {device.name} "
             f"({device.vendor:04x}:{device.device:04x}, class {device.class_code:06x})",
-            hint=f"name one: {', '.join(sorted(DEMOS))}",
+            hint=f"name one: {_names()}",
             device=device.name,
         )
     return name

@@ -120,6 +120,19 @@ class Host:
             return path if self.exists(path) else None
         return os.path.normpath(os.path.join(os.path.dirname(path), target))
 
+    def realpaths(self, folder: str, names: Iterable[str]) -> dict[str, str]:
+        """`realpath` of many names of one folder, without those that are not there."""
+        names = tuple(names)
+        found: dict[str, str] = {}
+        for name, target in zip(names, self.tree.read_many(folder, (), names)[1], strict=True):
+            if isinstance(target, int):
+                path = self.realpath(f"{folder}/{name}")
+            else:
+                path = os.path.normpath(f"{folder}/{target}")
+            if path is not None:
+                found[name] = path
+        return found
+
     def exists(self, path: str) -> bool:
         return self.tree.exists(path)
 

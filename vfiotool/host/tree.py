@@ -12,9 +12,14 @@ from vfiotool.host.paths import OBSERVED, OTHER_TOOLS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from typing import TypeVar
 
     from vfiotool.host.child import WriterProcess
     from vfiotool.netlink.codec import Message, Request
+
+    _Names = tuple[str, ...]
+    _ReadFolder = Callable[[str, _Names, _Names], tuple[list[bytes | int], list[str | int]]]
+    _Answer = TypeVar("_Answer")
 
 _READ_BYTES = 1 << 16
 _HOPS = 40
@@ -60,6 +65,17 @@ class Tree:
         """A file whose reading may wait for a device's lock. Raises Stuck after `timeout_s`."""
         return self.read(path)
 
+    def read_many(
+        self, folder: str, files: tuple[str, ...], links: tuple[str, ...] = ()
+    ) -> tuple[list[bytes | int], list[str | int]]:
+        """What several files of a folder hold, and where links of it lead, in the order of the
+        names.
+
+        The errno stands in the place of what failed; no OSError is raised.
+        """
+        contents = [_or_errno(self.read, f"{folder}/{name}") for name in files]
+        return contents, [_or_errno(self.readlink, f"{folder}/{name}") for name in links]
+
     def writer_pid(self) -> int | None:
         """The process that the next write runs in, where writes have one of their own."""
         return None
@@ -77,6 +93,13 @@ class Tree:
         raise read_only_root(self.name)
 
 
+def _or_errno(ask: Callable[[str], _Answer], path: str) -> _Answer | int:
+    try:
+        return ask(path)
+    except OSError as error:
+        return error.errno or errno.EIO
+
+
 class OsTree(Tree):
     """A directory laid out like `/`; with `root=""` the machine itself."""
 
@@ -86,6 +109,8 @@ class OsTree(Tree):
         self.name = self.root or "this host"
         self.answers_netlink = self.live
         self._child: WriterProcess | None = None
+        # Imported when it is needed: a C extension takes time to load.
+        self._read_folder: _ReadFolder | None = None
 
     def read(self, path: str) -> bytes:
         if path.startswith(OBSERVED) and (self.live or path == OTHER_TOOLS):
@@ -106,6 +131,15 @@ class OsTree(Tree):
 
     def listdir(self, path: str) -> list[str]:
         return os.listdir(self.root + path)
+
+    def read_many(
+        self, folder: str, files: tuple[str, ...], links: tuple[str, ...] = ()
+    ) -> tuple[list[bytes | int], list[str | int]]:
+        if self._read_folder is None:
+            from vfiotool.native.folder import read_folder
+
+            self._read_folder = read_folder
+        return self._read_folder(self.root + folder, files, links)
 
     def readlink(self, path: str) -> str:
         return os.readlink(self.root + path)

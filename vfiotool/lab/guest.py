@@ -266,6 +266,7 @@ class Guest:
         return {
             "LAYER": str(layer or ""),
             "RELEASE": self.kernel.release,
+            "IMAGE": str(self.kernel.image.resolve()),
             "MODULES": str(modules.resolve()) if modules else "",
             "RW_SIZE": "75%",
             "HIDDEN": hidden_folders(carried),

@@ -5,10 +5,16 @@ It is written anew for each boot (a few megabytes, some ten milliseconds): nothi
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import shlex
+import shutil
 import stat
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from vfiotool.errors import Unsupported
 
 # A virtio IOMMU's driver first: behind one the root's own device is not probed before it is there.
 BOOT_MODULES = (
@@ -25,6 +31,26 @@ INSIDE = Path(__file__).parent / "inside"
 def module_name(path: str) -> str:
     """`kernel/fs/9p/9p.ko.xz` -> `9p`, with the kernel's underscores."""
     return Path(path).name.partition(".ko")[0].replace("-", "_")
+
+
+def module_bytes(path: Path) -> bytes:
+    """A module's content, unpacked: .ko, .ko.gz, .ko.xz or .ko.zst. Raises Unsupported."""
+    content = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(content)
+    if path.suffix == ".gz":
+        return gzip.decompress(content)
+    if path.suffix != ".zst":
+        return content
+    program = shutil.which("zstd")
+    if program is None:
+        raise Unsupported(
+            "this kernel's modules are packed with zstd, which is not here",
+            hint="install your distribution's zstd",
+        )
+    return subprocess.run(
+        [program, "-dc"], input=content, stdout=subprocess.PIPE, check=True
+    ).stdout
 
 
 def parse_modules_dep(text: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -130,4 +156,11 @@ def initramfs(
     return archive.finish()
 
 
-__all__ = ["Archive", "initramfs", "loading_order", "module_name", "settings_text"]
+__all__ = [
+    "Archive",
+    "initramfs",
+    "loading_order",
+    "module_bytes",
+    "module_name",
+    "settings_text",
+]

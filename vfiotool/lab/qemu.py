@@ -98,6 +98,19 @@ def find() -> Qemu:
     return _not_too_old(_probe((found,), ()))
 
 
+def find_here(given: str | None = None) -> Qemu:
+    """The QEMU that a user's own machines run on: `given`, the installed one, else the lab's.
+
+    Raises Unsupported without one, and where it is too old.
+    """
+    found = shutil.which(given or PROGRAM, path=needs.search_path())
+    if found is not None:
+        return _not_too_old(_probe((found,), ()))
+    if given is not None:
+        raise Unsupported(f"{given[:200]} is not a program", hint="leave --qemu out")
+    return find()
+
+
 @functools.cache
 def find_newer() -> Qemu:
     """A QEMU that has vfio-user devices: this machine's if it does, else one fetched for it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.native.library import failed, ffi, lib
@@ -113,6 +113,25 @@ class MemoryMap:
     def is_broken(self) -> bool:
         return bool(lib.vt_memory_is_broken(self.handle))
 
+    @property
+    def references(self) -> int:
+        """Who looks into it: its owner, the queues, and each request in flight."""
+        return int(lib.vt_memory_references(self.handle))
+
+    def places(self) -> list[tuple[int, int, int]]:
+        """(address here, bytes, guest address) of its regions."""
+        table = ffi.new("struct vt_place[]", lib.VT_MEMORY_REGIONS)
+        count = lib.vt_memory_places(self.handle, table, lib.VT_MEMORY_REGIONS)
+        return [(one.host, one.size, one.guest) for one in table[0:count]]
+
+    def view(self, address: int, size: int) -> memoryview:
+        """Memory here as bytes; of the map, which outlives it."""
+        return memoryview(ffi.buffer(ffi.cast("uint8_t *", address), size)).cast("B")
+
+    def set_io(self, place: int, io: int) -> None:
+        """Devices reach the region `place` of `places` at `io` and on; before queues have it."""
+        _done(lib.vt_memory_set_io(self.handle, place, io), "tell where devices reach memory")
+
 
 def log_bytes(queue_size: int, *, packed: bool = False) -> int:
     """The bytes of one queue's in-flight log, rounded so that the next one is aligned."""
@@ -120,9 +139,19 @@ def log_bytes(queue_size: int, *, packed: bool = False) -> int:
     return (size + LOG_ALIGNMENT - 1) // LOG_ALIGNMENT * LOG_ALIGNMENT
 
 
+@dataclass(frozen=True, slots=True)
+class PortPlace:
+    """Where on a controller a disk is; see vt_port_place."""
+
+    nsid: int
+    block_bytes: int
+    trims: bool
+    zeroes: bool
+
+
 class RawDisk:
-    """A disk in memory (`fd` None, or a sealed memfd and `mapped`) or in a raw file from `offset`
-    on; sizes in bytes.
+    """A disk in memory (`fd` None, or a sealed memfd and `mapped`), in a raw file, or at a `place`
+    behind the ports of its queues, from `offset` on; sizes in bytes.
 
     `direct_fd` is the same file opened with O_DIRECT, for requests that are aligned; others go
     through the page cache. The descriptors are duplicated. Raises UsageError for sizes that are no
@@ -140,8 +169,12 @@ class RawDisk:
         read_only: bool = False,
         discard: bool = True,
         serial: str = "",
+        place: PortPlace | None = None,
     ) -> None:
         settings = ffi.new("struct vt_disk_settings *")
+        if place is not None:
+            for field in fields(place):
+                setattr(settings.place, field.name, getattr(place, field.name))
         settings.fd = -1 if fd is None else fd
         settings.mapped = mapped
         settings.direct_fd = -1 if direct_fd is None else direct_fd
@@ -165,6 +198,15 @@ class RawDisk:
         lib.vt_disk_close(handle)
 
 
+class _Port(Protocol):
+    """A port as its worker and queues see it (native.port)."""
+
+    handle: Any
+
+    def close(self) -> None:
+        """End it."""
+
+
 class Worker:
     """A thread that serves queues; `poll_us` limits how long it looks at idle rings."""
 
@@ -173,6 +215,7 @@ class Worker:
         _done(lib.vt_worker_start(poll_us, made), "start a worker")
         self.handle = made[0]
         self.queues = 0
+        self.ports: list[_Port] = []
 
     def figures(self) -> WorkerFigures:
         values = ffi.new("struct vt_worker_figures *")
@@ -185,6 +228,8 @@ class Worker:
 
     def close(self) -> None:
         """End the thread. Raises KernelError (EBUSY) while it serves queues."""
+        for port in list(self.ports):
+            port.close()
         if self.handle != ffi.NULL:
             _done(lib.vt_worker_stop(self.handle), "stop a worker")
             self.handle = ffi.NULL
@@ -230,6 +275,7 @@ class ServedQueue:
         dirty: WrittenPages | None = None,
         share: LimitShare | None = None,
         call_index: int | None = None,
+        port: _Port | None = None,
         ended: Callable[[], None] = lambda: None,
     ) -> None:
         settings = ffi.new("struct vt_queue_settings *")
@@ -247,6 +293,8 @@ class ServedQueue:
             dirty.fill(settings.dirty)
         if share is not None:
             settings.share = share.handle
+        if port is not None:
+            settings.port = port.handle
         made = ffi.new("struct vt_queue **")
         _done(lib.vt_queue_start(worker.handle, settings, made), "start a queue")
         self.handle = made[0]
@@ -272,10 +320,11 @@ class ServedQueue:
         return base
 
     def move(self, worker: Worker) -> bool:
-        """Have another worker serve it; whether it does now: not while it waits for its disk.
+        """Have another worker serve it; whether it does now: not while it waits for its disk, nor
+        where the worker has no port to that.
         Raises KernelError as epoll_ctl does; it stays where it is then."""
         result = int(lib.vt_queue_move(self.handle, worker.handle))
-        if result == -errno.EBUSY:
+        if result in (-errno.EBUSY, -errno.ENXIO):
             return False
         _done(result, "move a queue")
         self.worker.queues -= 1

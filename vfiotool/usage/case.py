@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from vfiotool.devices.acs import Merger, find_mergers
 from vfiotool.devices.iommu import GroupReader, IommuGroup
-from vfiotool.devices.mdev import Mdev, read_mdevs
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.platform import Platform, read_platform
 from vfiotool.devices.reset import lacks_reset
@@ -19,7 +18,6 @@ from vfiotool.host.distribution import Distribution, read_distribution
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     PROC_OSRELEASE,
-    SYS_IOMMU_GROUPS,
     SYS_LOCKDOWN,
     SYS_MODULE,
     SYS_PCI_DRIVERS,
@@ -27,6 +25,11 @@ from vfiotool.host.paths import (
 from vfiotool.usage.blocker import Usage
 from vfiotool.usage.sight import Sight
 from vfiotool.usage.survey import look
+
+# Few commands meet a mediated device.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vfiotool.devices.mdev import Mdev
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,13 @@ class CaseReader:
         host: Host,
         functions: Mapping[str, PciFunction] | None = None,
         groups: Mapping[int, IommuGroup] | None = None,
+        *,
+        types: bool = True,
     ) -> None:
+        """Without `types` a group's domain type is not read (`GroupReader`)."""
         self._host = host
-        self._sight = Sight(host)
-        self._group_reader = GroupReader(host, functions)
+        self._sight = Sight(host, functions)
+        self._group_reader = GroupReader(host, functions, types=types)
         self._functions = functions or {}
         self._groups: dict[int, IommuGroup | None] = dict(groups or {})
         self._usages: dict[str, Usage] = {}
@@ -101,6 +107,8 @@ class CaseReader:
         if function is not None:
             return self.of(function, reasons=reasons)
         if self._mdevs is None:
+            from vfiotool.devices.mdev import read_mdevs
+
             self._mdevs = {mdev.uuid: mdev for mdev in read_mdevs(self._host)}
         mdev = self._mdevs.get(name)
         if mdev is None:
@@ -125,7 +133,7 @@ class CaseReader:
         if reasons and group is not None and len(group.devices) > 1:
             members = {member.address for member in group.devices}
             mergers = find_mergers(self._host, name, function.path, members)
-        noiommu = group is not None and self._is_noiommu(group.id)
+        noiommu = group is not None and group.noiommu
         others = self._neighbours(usages.keys() - {name})
         return Case(
             self.facts,
@@ -171,9 +179,6 @@ class CaseReader:
         if name not in self._usages:
             self._usages[name] = look(self._sight, name, function)
         return self._usages[name]
-
-    def _is_noiommu(self, number: int) -> bool:
-        return self._host.read(f"{SYS_IOMMU_GROUPS}/{number}/name") == "vfio-noiommu"
 
 
 def read_case(host: Host, name: str, *, reasons: bool = False) -> Case:

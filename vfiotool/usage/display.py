@@ -46,14 +46,14 @@ def _boot_vga(host: Sight, function: PciFunction) -> list[Blocker]:
     if not function.boot_vga and not host.read_int(evidence):
         return []
     detail = "the firmware's display: the host's console is shown there"
-    text_mode = _bound_console(host, "VGA")
+    text_mode = bound_console(host, "VGA")
     if text_mode is not None:
         detail += f", now in text mode ({text_mode})"
     evidence = f"{SYS_PCI_DEVICES}/{function.address}/boot_vga is 1"
     return [Blocker("boot-vga", function.address, function.address, detail, evidence)]
 
 
-def _bound_console(host: Sight, kind: str) -> str | None:
+def bound_console(host: Sight, kind: str) -> str | None:
     """The vtconsole of that kind (`VGA`, `frame buffer`) that is bound, as a sysfs path."""
     for name in host.listdir(SYS_VTCONSOLE):
         base = f"{SYS_VTCONSOLE}/{name}"
@@ -81,7 +81,7 @@ def _connectors(host: Sight, function: PciFunction) -> list[Blocker]:
 
 def _frame_buffers(host: Sight, function: PciFunction) -> list[Blocker]:
     """The frame buffers of the function, if the kernel's console draws on frame buffers."""
-    console = _bound_console(host, "frame buffer")
+    console = bound_console(host, "frame buffer")
     found = []
     for name in host.listdir(SYS_GRAPHICS) if console is not None else []:
         path = host.realpath(f"{SYS_GRAPHICS}/{name}")

@@ -8,7 +8,7 @@ the host's own sysfs does not show it: IFLA_LINK and IFLA_LINK_NETNSID do
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from vfiotool.devices.attached import owners
@@ -59,6 +59,11 @@ class Graph:
             if item.device:
                 for owner in owners(item.device):
                     self._owned.setdefault(owner, []).append(item)
+
+    @property
+    def owners(self) -> Collection[str]:
+        """The paths of the functions that have interfaces, in whatever namespace."""
+        return self._owned
 
     def of_function(self, path: str) -> list[Interface]:
         """The interfaces of the PCI function at `path`, in whatever namespace they live."""

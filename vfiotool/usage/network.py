@@ -9,7 +9,6 @@ columns of the route tables.
 
 from __future__ import annotations
 
-import ipaddress
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -228,8 +227,10 @@ def _caller(host: Sight) -> tuple[str, str] | None:
 
 
 def _is_automatic(cidr: str) -> bool:
+    from ipaddress import ip_interface
+
     try:
-        interface = ipaddress.ip_interface(cidr)
+        interface = ip_interface(cidr)
     except ValueError:
         return False
     return interface.version == 6 and interface.is_link_local
@@ -257,13 +258,15 @@ def read_routes(host: Sight) -> dict[str, list[str]]:
 
 
 def _parse_routes4(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
+    from ipaddress import IPv4Address
+
     for line in lines:
         words = line.split()
         try:
             flags = int(words[3], 16)
             target, gateway, mask = (
                 # Network byte order, printed as a number of the host's.
-                ipaddress.IPv4Address(bytes.fromhex(words[column])[::-1])
+                IPv4Address(bytes.fromhex(words[column])[::-1])
                 for column in (1, 2, 7)
             )
         except (ValueError, IndexError):
@@ -275,12 +278,12 @@ def _parse_routes4(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 
 def _parse_routes6(lines: Iterable[str]) -> Iterable[tuple[str, str]]:
+    from ipaddress import IPv6Address
+
     for line in lines:
         words = line.split()
         try:
-            target, gateway = (
-                ipaddress.IPv6Address(bytes.fromhex(words[column])) for column in (0, 4)
-            )
+            target, gateway = (IPv6Address(bytes.fromhex(words[column])) for column in (0, 4))
             prefix, flags = int(words[1], 16), int(words[8], 16)
             name = words[9]
         except (ValueError, IndexError):

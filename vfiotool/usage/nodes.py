@@ -20,6 +20,7 @@ from vfiotool.usage.sight import Sight
 
 # Its driver shows sysfs no device of the node (drivers of NVIDIA's own; devices.txt, 195 char).
 _NVIDIA_MAJOR = 195
+_NOBODY = Usage(())
 
 
 def node_usage(
@@ -30,8 +31,10 @@ def node_usage(
     `disks` are the block devices on it, which may lie elsewhere in /sys; `group` its VFIO group,
     whose node stands for the device too.
     """
+    lines = read_open_nodes(host)
+    if not lines.all:
+        return _NOBODY
     own = _nodes_outside_sysfs(host, address, group)
-    lines = host.once("open nodes by owner", _by_owner)
     # An NVMe namespace has a second, generic node (drivers/nvme/host/core.c, nvme_cdev_add).
     volumes = {*disks, *(f"ng{name[4:]}" for name in disks if name.startswith("nvme"))}
     holders: dict[str, list[str]] = {}
@@ -59,7 +62,7 @@ def node_usage(
     return Usage(tuple(found))
 
 
-class _Lines:
+class OpenNodes:
     """The lines of open nodes by the function that each is part of, and by the node's names."""
 
     def __init__(self, lines: list[list[str]]) -> None:
@@ -91,8 +94,9 @@ def _held_group(host: Sight, group: int, who: list[str]) -> dict[str, list[str]]
     return {}
 
 
-def _by_owner(host: Sight) -> _Lines:
-    return _Lines(host.observed(OPEN_NODES))
+def read_open_nodes(host: Sight) -> OpenNodes:
+    """Who has which node open, read once."""
+    return host.once("open nodes by owner", lambda sight: OpenNodes(sight.observed(OPEN_NODES)))
 
 
 def _nodes_outside_sysfs(host: Sight, address: str, group: int | None) -> set[str]:

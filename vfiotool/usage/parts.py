@@ -31,7 +31,7 @@ from vfiotool.usage.sight import Sight
 _EV_KEY = 1
 _KEY_ENTER, _KEY_A = 28, 30
 # include/linux/pci_ids.h: encryption controllers, and co-processors, as QAT calls itself.
-_CRYPTO_CLASSES = ("10", "0b40")
+CRYPTO_CLASSES = ("10", "0b40")
 
 
 def parts_usage(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> Usage:
@@ -54,14 +54,18 @@ def _class_devices(
     sight: Sight, function: PciFunction, kind: str, folder: str, judge: _Judge
 ) -> list[Blocker]:
     """A class's devices that are part of the function and, as `judge` says, in use."""
-    paths = sight.once(("class", folder), lambda look: _by_owner(look, folder))
     found = []
-    for name in paths.get(function.path, ()):
+    for name in class_by_owner(sight, folder).get(function.path, ()):
         detail = judge(sight, name, f"{folder}/{name}")
         if detail is not None:
             evidence = f"{folder}/{name}"
             found.append(Blocker(kind, function.address, name, detail, evidence))
     return found
+
+
+def class_by_owner(sight: Sight, folder: str) -> dict[str, list[str]]:
+    """A class's devices by the paths of the functions that each is part of."""
+    return sight.once(("class", folder), lambda look: _by_owner(look, folder))
 
 
 def _by_owner(sight: Sight, folder: str) -> dict[str, list[str]]:
@@ -162,7 +166,7 @@ def _engine_modules(sight: Sight, function: PciFunction) -> frozenset[str]:
             driver = sight.linkname(f"{function.path}/{name}/driver")
             found |= {driver} if driver == "virtio_crypto" else set()
     code = function.class_code or ""
-    if code.startswith(_CRYPTO_CLASSES) and function.driver is not None:
+    if code.startswith(CRYPTO_CLASSES) and function.driver is not None:
         module = sight.linkname(f"{SYS_PCI_DRIVERS}/{function.driver}/module")
         found |= {module or function.driver}
     return frozenset(name for name in found if name)

@@ -50,7 +50,8 @@ def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     if _root_sees_more(case.facts, blockers):
         note = "what root can see alone was not looked at; nothing else can be said before"
         return Advice((f"sudo vfiotool why {function.address}",), (), (note,))
-    notes = tuple(dict.fromkeys(_what_the_steps_end(blockers)))
+    ended = (*_what_the_steps_end(blockers), *_what_goes_along(case, function))
+    notes = tuple(dict.fromkeys(ended))
     first = _platform_steps(blockers, case.facts)
     if first:
         return Advice(first)
@@ -84,6 +85,17 @@ def _what_the_steps_end(blockers: Iterable[Blocker]) -> Iterable[str]:
             yield f"{blocker.remedy} removes all of its VFs, from virtual machines too"
         elif blocker.kind == "open-file" and blocker.remedy is not None:
             yield f"fuser only shows who has {blocker.subject} open: end that before the next step"
+
+
+def _what_goes_along(case: Case, function: PciFunction) -> Iterable[str]:
+    """What the host loses with a controller that makes a domain of its own (VMD)."""
+    for name, other in case.neighbours.items():
+        behind = name != function.address and is_part_of(function.path, other.path)
+        if behind and other.driver is not None and not other.is_bridge:
+            yield (
+                f"{name} ({other.driver}) lies behind {function.address} and leaves the host with "
+                "it"
+            )
 
 
 def _advise_mdev(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
@@ -208,8 +220,7 @@ def _another_way(
 ) -> Iterable[str]:
     """What parts the device from neighbours that have to stay."""
     keepers = dict.fromkeys(blocker.device for blocker in blockers if blocker.vital)
-    bridge = (function.class_code or "").startswith("06")
-    if function.address in keepers or function.physfn is not None or bridge:
+    if function.address in keepers or function.physfn is not None or function.is_bridge:
         return
     card = function.address.rpartition(".")[0]
     staying = []

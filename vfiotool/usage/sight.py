@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from vfiotool.devices.attached import Attached
+from vfiotool.devices.pci import PciFunction
 from vfiotool.errors import VfiotoolError, errno_name
 from vfiotool.host.host import Host
 from vfiotool.host.paths import OBSERVED, OBSERVED_END
@@ -56,6 +57,18 @@ class _NotingTree(Tree):
     def readlink(self, path: str) -> str:
         return self._note(path, self.inner.readlink, link=True)
 
+    def read_many(
+        self, folder: str, files: tuple[str, ...], links: tuple[str, ...] = ()
+    ) -> tuple[list[bytes | int], list[str | int]]:
+        contents, targets = self.inner.read_many(folder, files, links)
+        for name, content in zip(files, contents, strict=True):
+            if isinstance(content, int) and not _is_absent(content, link=False):
+                self._sight.miss(f"{folder}/{name}", reason_of(content))
+        for name, target in zip(links, targets, strict=True):
+            if isinstance(target, int) and not _is_absent(target, link=True):
+                self._sight.miss(f"{folder}/{name}", reason_of(target))
+        return contents, targets
+
     def exists(self, path: str) -> bool:
         return self.inner.exists(path)
 
@@ -75,7 +88,11 @@ def _is_absent(number: int, *, link: bool) -> bool:
 
 
 def _reason(error: OSError) -> str:
-    number = error.errno or 0
+    return reason_of(error.errno or 0)
+
+
+def reason_of(number: int) -> str:
+    """An errno in words."""
     return f"{os.strerror(number)} ({errno_name(number)})"
 
 
@@ -86,8 +103,10 @@ class Sight:
     could not see, whether it was this part or an earlier one that asked first.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, functions: Mapping[str, PciFunction] | None = None) -> None:
+        """`functions` were read already, by address."""
         self._host = host
+        self.functions = functions or {}
         # For the readers of devices: what they cannot read is noted too.
         self.host = Host(_NotingTree(host.tree, self), live=host.live, name=host.name)
         self.attached = Attached(self)
@@ -110,7 +129,8 @@ class Sight:
             self._values[key] = (value, unseen)
             return value
         known, unseen = self._values[key]
-        self._unseen.update(dict.fromkeys(unseen))
+        if unseen:
+            self._unseen.update(dict.fromkeys(unseen))
         return known  # type: ignore[return-value]
 
     def miss(self, what: str, why: str) -> None:

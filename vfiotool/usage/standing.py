@@ -12,6 +12,9 @@ from vfiotool.usage.blocker import Blocker
 from vfiotool.usage.case import Case, CaseReader
 from vfiotool.usage.verdict import judge, word_of
 
+# So many texts of blockers are kept.
+_TEXTS_KEPT = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -28,6 +31,31 @@ class Standing:
         }
 
 
+class StandingWriter:
+    """Writes one standing after another as JSON text; what stands in the way of many devices, such
+    as a member of their group, is encoded once."""
+
+    def __init__(self) -> None:
+        from json import JSONEncoder
+
+        self._encode = JSONEncoder().encode
+        # By identity: the blockers of a group are the same for each of its members.
+        self._texts: dict[int, tuple[Blocker, str]] = {}
+
+    def text(self, standing: Standing) -> str:
+        """The members of `Standing.as_json`, each with a comma after it."""
+        blockers = ", ".join([self._blocker(blocker) for blocker in standing.blockers])
+        return f'"verdict": "{standing.verdict}", "blockers": [{blockers}], '
+
+    def _blocker(self, blocker: Blocker) -> str:
+        known = self._texts.get(id(blocker))
+        if known is None:
+            if len(self._texts) >= _TEXTS_KEPT:
+                self._texts.clear()
+            known = self._texts[id(blocker)] = (blocker, self._encode(blocker.as_json()))
+        return known[1]
+
+
 class Standings:
     """Judges one device after another by one look at the host, as `why` would.
 
@@ -40,7 +68,7 @@ class Standings:
         functions: Mapping[str, PciFunction] | None = None,
         groups: Mapping[int, IommuGroup] | None = None,
     ) -> None:
-        self._cases = CaseReader(host, functions, groups)
+        self._cases = CaseReader(host, functions, groups, types=False)
         # How many devices nothing stands against but that somebody else than root looked.
         self.unseen = 0
 

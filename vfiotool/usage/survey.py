@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from vfiotool.devices.identity import role_of
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.sriov import read_vfs
-from vfiotool.devices.vduse import read_vduse
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     NET_ADDRESSES,
@@ -29,6 +28,7 @@ from vfiotool.usage.display import display_usage
 from vfiotool.usage.layers import stack_on
 from vfiotool.usage.network import interfaces_above, network_usage
 from vfiotool.usage.nodes import node_usage
+from vfiotool.usage.occupied import may_be_used
 from vfiotool.usage.parts import parts_usage
 from vfiotool.usage.sight import Sight, Unseen
 from vfiotool.usage.storage import storage_usage
@@ -36,12 +36,15 @@ from vfiotool.usage.storage import storage_usage
 __all__ = ["Blocker", "Usage", "blockers", "look", "survey"]
 
 _NONE: Mapping[str, PciFunction] = {}
+_NOTHING = Usage(())
 # What a storage or network driver makes of a function, when it is neither a disk nor an
 # interface: a SCSI host, an NVMe controller, a port; a domain of its own; an RDMA device.
 _CLASSES = {"01": SYS_BLOCK, "02": SYS_NET}
 _ADAPTER = re.compile(
-    r"(ata|host)\d+|nvme|mmc_host|pci[0-9a-f]+:[0-9a-f]+|infiniband|ieee80211|uio"
+    r"^((ata|host)\d+|nvme|mmc_host|pci[0-9a-f]+:[0-9a-f]+|infiniband|ieee80211|uio)$",
+    re.MULTILINE,
 )
+_VIRTIO = re.compile(r"^virtio.*$", re.MULTILINE)
 
 
 def blockers(
@@ -57,12 +60,14 @@ def survey(host: Host, address: str, functions: Mapping[str, PciFunction] = _NON
     A device that is gone has no users. Functions that have been read already (by address) are not
     read again; usage itself is always read anew.
     """
-    return look(Sight(host), address, functions.get(address))
+    return look(Sight(host, functions), address, functions.get(address))
 
 
 def look(sight: Sight, address: str, function: PciFunction | None = None) -> Usage:
     """`survey` of one device after another by one sight, which reads each thing once."""
     found, unseen = sight.noted(lambda: _look(sight, address, function))
+    if not unseen:
+        return found
     failed = dict.fromkeys(_unseen(address, item) for item in unseen)
     return Usage((*found.blockers, *failed), found.unknown)
 
@@ -75,6 +80,8 @@ def _unseen(address: str, item: Unseen) -> Blocker:
 
 
 def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
+    for name in () if function is None else function.unread:
+        sight.miss(f"{SYS_PCI_DEVICES}/{address}/{name}", "it is there, and cannot be read")
     function = function or read_function(sight.host, address)
     if function is None:
         path = sight.realpath(f"{SYS_MDEV_DEVICES}/{address}")
@@ -84,6 +91,12 @@ def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
         if path is None and sight.readlink(f"{SYS_PCI_DEVICES}/{address}") is not None:
             sight.miss(address, "it is there, and cannot be read")
         return Usage(()) if path is None else _vdpa_usage(sight, address, path)
+    if not may_be_used(sight, function):
+        parts = [
+            _vf_usage(sight, function),
+            node_usage(sight, address, function.path, (), function.iommu_group),
+        ]
+        return _join([*parts, *_out_of_sight(sight, function, parts)])
     parts = [
         _vf_usage(sight, function),
         storage_usage(sight, address, function.path, virtio=function.driver == "virtio-pci"),
@@ -93,21 +106,29 @@ def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
         _children(sight, function),
         _open_nodes(sight, address, function.path, function.iommu_group),
     ]
-    if not any(part.blockers for part in parts) and _is_out_of_sight(sight, function):
-        # A tree that has no such class at all was never asked for it.
-        if sight.host.live or sight.exists(_CLASSES[(function.class_code or "")[:2]]):
-            why = f"{function.driver} has it, and no interface, disk or adapter of it can be seen"
-            sight.miss(address, why)
-        else:
-            parts.append(Usage((), (f"what {function.driver} makes of {address}",)))
+    parts += _out_of_sight(sight, function, parts)
     own_net = sight.attached.interfaces(function.path)
     if own_net and not sight.host.live and not sight.exists(NET_ADDRESSES):
         parts.append(Usage((), ("the addresses of the interfaces",)))
     return _join(parts)
 
 
+def _out_of_sight(sight: Sight, function: PciFunction, parts: Iterable[Usage]) -> list[Usage]:
+    """What cannot be known of a function of which nothing can be seen; noted where it could be."""
+    if any(part.blockers for part in parts) or not _is_out_of_sight(sight, function):
+        return []
+    # A tree that has no such class at all was never asked for it.
+    if sight.host.live or sight.exists(_CLASSES[(function.class_code or "")[:2]]):
+        why = f"{function.driver} has it, and no interface, disk or adapter of it can be seen"
+        sight.miss(function.address, why)
+        return []
+    return [Usage((), (f"what {function.driver} makes of {function.address}",))]
+
+
 def _join(parts: Iterable[Usage]) -> Usage:
-    parts = tuple(parts)
+    parts = tuple(part for part in parts if part.blockers or part.unknown)
+    if len(parts) < 2:
+        return parts[0] if parts else _NOTHING
     found = dict.fromkeys(blocker for part in parts for blocker in part.blockers)
     unknown = dict.fromkeys(text for part in parts for text in part.unknown)
     return Usage(tuple(found), tuple(unknown))
@@ -130,13 +151,13 @@ def _is_out_of_sight(sight: Sight, function: PciFunction) -> bool:
     attached = sight.attached
     if attached.interfaces(function.path) or attached.blocks(function.path):
         return False
-    names = sight.listdir(function.path)
-    for name in tuple(names):
-        if name.startswith("virtio"):
-            if sight.readlink(f"{function.path}/{name}/driver") is None:
-                return False
-            names = [*names, *sight.listdir(f"{function.path}/{name}")]
-    return not any(_ADAPTER.fullmatch(name) for name in names)
+    # Not kept by the sight: hosts have thousands of these, and each is looked at once.
+    names = sight.host.listdir(function.path)
+    for name in _VIRTIO.findall("\n".join(names)):
+        if sight.readlink(f"{function.path}/{name}/driver") is None:
+            return False
+        names = [*names, *sight.listdir(f"{function.path}/{name}")]
+    return _ADAPTER.search("\n".join(names)) is None
 
 
 def _mdev_usage(sight: Sight, uuid: str, path: str) -> Usage:
@@ -166,6 +187,8 @@ def _vdpa_usage(sight: Sight, name: str, path: str) -> Usage:
 def _server_usage(sight: Sight, name: str) -> Usage:
     """A VDUSE device with a driver and no server: letting go waits for an answer, for ever with
     requests in flight, and holds the lock of all of vDPA meanwhile."""
+    from vfiotool.devices.vduse import read_vduse
+
     devices = sight.once("vduse devices", lambda at: read_vduse(at.host))
     device = next((item for item in devices if item.name == name and item.waits), None)
     if device is None:
@@ -187,7 +210,7 @@ def _vf_usage(sight: Sight, function: PciFunction) -> Usage:
     total = f"{SYS_PCI_DEVICES}/{function.address}/sriov_totalvfs"
     if function.physfn is not None or (function.sriov is None and sight.read(total) is None):
         return Usage(())
-    vfs = read_vfs(sight.host, function.address)
+    vfs = read_vfs(sight.host, function.address, sight.functions)
     if not vfs:
         return Usage(())
     users = [

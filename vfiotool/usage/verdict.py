@@ -9,10 +9,11 @@ the host itself use it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vfiotool.devices.acs import reasons
 from vfiotool.devices.iommu import IommuGroup, group_as_json
-from vfiotool.devices.pci import PciFunction
+from vfiotool.devices.pci import BRIDGE_CLASSES, PciFunction
 from vfiotool.devices.vgpu import Vgpu, type_path
 from vfiotool.host.paths import (
     SYS_IOMMU,
@@ -80,9 +81,9 @@ def judge(case: Case) -> tuple[Blocker, ...]:
     found += _iommu_blockers(case, function)
     found += _driver_blockers(case.facts, function)
     for member in _other_members(case.name, group):
-        found.append(_group_member(member, group))
+        found.append(_group_member(*member, None if group is None else group.id))
         found += case.usages[member[0]].blockers
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found)) if len(found) > 1 else tuple(found)
 
 
 def word_of(case: Case, blockers: tuple[Blocker, ...]) -> str:
@@ -148,13 +149,7 @@ def device_notes(case: Case) -> list[str]:
         ]
     if case.vgpu is not None:
         return [f"it is a vGPU of type {case.vgpu.current}, which a change of its driver destroys"]
-    code = "" if case.function is None else case.function.class_code or ""
-    if code.startswith("06"):
-        return [
-            f"{case.name} is a part of the platform (class {code}): a guest hardly needs it, "
-            "and can stop this host with it"
-        ]
-    if not case.no_reset:
+    if not case.no_reset or (case.function is not None and case.function.is_bridge):
         return []
     return [
         f"the kernel has no reset method for {case.name}: it keeps its state when a guest ends, so "
@@ -188,11 +183,13 @@ def _other_members(address: str, group: IommuGroup | None) -> list[tuple[str, st
     ]
 
 
-def _group_member(member: tuple[str, str], group: IommuGroup | None) -> Blocker:
-    where = "" if group is None else f"{SYS_IOMMU_GROUPS}/{group.id}/devices/{member[0]}"
-    number = "" if group is None else f" {group.id}"
-    detail = f"{member[0]} in the same group{number} is on the host's driver {member[1]}"
-    return Blocker("group-member", member[0], member[0], detail, where)
+# Each member of a group is asked about by all the others.
+@lru_cache(maxsize=4096)
+def _group_member(address: str, driver: str, group: int | None) -> Blocker:
+    where = "" if group is None else f"{SYS_IOMMU_GROUPS}/{group}/devices/{address}"
+    number = "" if group is None else f" {group}"
+    detail = f"{address} in the same group{number} is on the host's driver {driver}"
+    return Blocker("group-member", address, address, detail, where)
 
 
 def _iommu_blockers(case: Case, function: PciFunction) -> list[Blocker]:
@@ -235,8 +232,11 @@ def _driver_blockers(facts: HostFacts, function: PciFunction) -> list[Blocker]:
     """Functions that no VFIO driver takes, and hosts that have none."""
     address = function.address
     base = f"{SYS_PCI_DEVICES}/{address}"
-    if (function.class_code or "")[:4] in ("0604", "0607"):
+    if function.is_bridge and not function.on_vfio:
         detail = "it is a bridge, and vfio-pci takes devices only"
+        if (function.class_code or "")[:4] not in BRIDGE_CLASSES:
+            # Such as a host or an ISA bridge: the kernel would let vfio-pci have it.
+            detail = "it is a bridge of the platform, and stays with the host"
         evidence = f"{base}/class is {function.class_code}"
         return [Blocker("no-driver", address, address, detail, evidence)]
     if f"{function.vendor}:{function.device}" in _DENIED and not facts.denylist_off:

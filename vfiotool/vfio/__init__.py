@@ -56,6 +56,7 @@ from vfiotool.vfio.gfx import (
 )
 from vfiotool.vfio.irq import IRQ_NAMES, Interrupt, Interrupts, InterruptSet
 from vfiotool.vfio.migration import STATE_NAMES, DirtyLog, Migration, SaveReport, probe
+from vfiotool.vfio.opened import refuse_child
 from vfiotool.vfio.region import Config, Mapping, Region, Registers
 from vfiotool.vfio.registers import BoundRegister, Register, RegisterMap
 from vfiotool.vfio.space import AddressSpace, StillMapped
@@ -116,5 +117,6 @@ __all__ = [
     "primary_plane",
     "probe",
     "read_plane",
+    "refuse_child",
     "user_message",
 ]

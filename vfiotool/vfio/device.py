@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import operator
 import struct
 import threading
 import uuid
@@ -55,6 +56,9 @@ FEATURES = {
     10: "bus-master",
     11: "dma-buf",
 }
+_LOW_POWER_ENTRY, _LOW_POWER_ENTRY_WITH_WAKEUP, _LOW_POWER_EXIT = 3, 4, 5
+# Whether the device may sleep after it was set. A device that a signal woke may sleep again.
+_LOW_POWER = {_LOW_POWER_ENTRY: True, _LOW_POWER_ENTRY_WITH_WAKEUP: True, _LOW_POWER_EXIT: False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +211,7 @@ class Device(OpenDevice):
         space, also by name: "bar0" to "bar5", "rom", "config", "vga". Raises UsageError where the
         device has none."""
         self.refuse_closed()
-        if isinstance(index, str):
-            index = self._region_called(index)
+        index = self._region_called(index) if isinstance(index, str) else operator.index(index)
         if index not in self._regions:
             info = self._region_info(index)
             if info is None or not info.size:
@@ -388,9 +391,22 @@ class Device(OpenDevice):
 
     def feature(self, number: int, operation: int, data: bytes = b"") -> bytes:
         """VFIO_DEVICE_FEATURE: `operation` is FEATURE_GET or FEATURE_SET, `data` goes in and
-        comes back. Raises Unsupported where the kernel or the device has no such feature."""
+        comes back. Raises Unsupported where the kernel or the device has no such feature. What
+        lets the device sleep, or wakes it, is as `low_power`."""
+        flags = number | operation
+        if flags & FEATURE_SET and not flags & FEATURE_PROBE and flags & 0xFFFF in _LOW_POWER:
+            self.refuse_closed()
+            answers: list[bytes] = []
+            self.reach.low_power(
+                _LOW_POWER[flags & 0xFFFF], lambda: answers.append(self._feature(flags, data))
+            )
+            return answers[0]
+        return self._feature(flags, data)
+
+    def _feature(self, flags: int, data: bytes = b"") -> bytes:
+        number = flags & 0xFFFF
         with self.use() as fd:
-            result, answer = native.feature(fd, number | operation, data)
+            result, answer = native.feature(fd, flags, data)
         if result < 0:
             name = FEATURES.get(number, str(number))
             failure = native.failed(result, f"feature {name} of {self.name}", device=self.name)
@@ -415,8 +431,7 @@ class Device(OpenDevice):
         """Let the kernel put the device to sleep until it is accessed again, or wake it. Mapped
         accesses would be bus errors meanwhile: they are refused. Raises Unsupported where the
         kernel has no such feature (before Linux 6.1)."""
-        self.refuse_closed()
-        self.reach.low_power(on, lambda: self.feature(3 if on else 5, FEATURE_SET))
+        self.feature(_LOW_POWER_ENTRY if on else _LOW_POWER_EXIT, FEATURE_SET)
 
     def on_close(self, quiesce: Callable[[], object]) -> None:
         """Call `quiesce` first of all when the device is closed; the last registered goes first."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.native import library as native
 from vfiotool.vfio.iova import PAGE, IovaAllocator
+from vfiotool.vfio.opened import refuse_pickle
 from vfiotool.vfio.space import AddressSpace, StillMapped
 from vfiotool.vfio.trace import Trace
 
@@ -68,6 +69,8 @@ class DmaBuffer:
         self._generation = native.fork_generation()
         if own:
             _live.add(self)
+
+    __reduce_ex__ = refuse_pickle
 
     def __repr__(self) -> str:
         state = ", closed" if self.closed else f", pinned {self.pins} times" if self.pins else ""
@@ -336,6 +339,7 @@ class Dma:
         iova: int | None = None,
         read: bool = True,
         write: bool = True,
+        file: int | None = None,
     ) -> DmaBuffer:
         """Map memory of your own for devices: an mmap (of a memfd, a file, nothing), a numpy array,
         a bytearray, an array; whatever has one run of bytes. It is neither copied nor freed here.
@@ -361,6 +365,7 @@ class Dma:
         place = self._place(size, 0, limit_bits, iova)
         buffer = DmaBuffer(self, whole, whole.nbytes, place + within, own=False)
         try:
+            buffer.file = None if file is None else os.dup(file)
             self._map([buffer], read, write)
         except BaseException:
             self._give_up([buffer])

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.native import library as native
 from vfiotool.vfio.caps import IrqInfo
-from vfiotool.vfio.opened import OpenDevice
+from vfiotool.vfio.opened import OpenDevice, refuse_pickle
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
 IRQ_NAMES = {INTX: "intx", MSI: "msi", MSIX: "msix", ERR: "err", REQ: "req"}
@@ -50,6 +50,8 @@ class Interrupt(native.Eventfd):
         device, info = owner.owner.device, owner.info
         self._maskable = "maskable" in info.flags
         self._arm(device.handle, info.index, vector, self._maskable)
+
+    __reduce_ex__ = refuse_pickle
 
     def __repr__(self) -> str:
         state = "off" if self.descriptor < 0 else "on"

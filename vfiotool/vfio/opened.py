@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from vfiotool.errors import UsageError
 from vfiotool.native import library as native
@@ -22,6 +23,14 @@ def refuse_child(generation: int) -> None:
             "this process is a child of the one that opened the device",
             hint="open the device after the fork, in the process that drives it",
         )
+
+
+def refuse_pickle(thing: object, _protocol: object) -> NoReturn:
+    """For `__reduce_ex__` of what belongs to one process: raises TypeError, which says why."""
+    raise TypeError(
+        f"a {type(thing).__name__} cannot be pickled or copied: it holds descriptors and mappings "
+        "of this process; open the device by its name in the process that drives it"
+    )
 
 
 class OpenDevice:
@@ -46,6 +55,8 @@ class OpenDevice:
         self._calls = calls or KernelCalls(handle)
         self.info: DeviceInfo = parse_device(self.calls.device_info(name))
         self.reach = Reach(name, self._config_reader() if self.info.is_pci else None)
+
+    __reduce_ex__ = refuse_pickle
 
     def _config_reader(self) -> Callable[[int, int], int] | None:
         config = self.ask_region(CONFIG_REGION)

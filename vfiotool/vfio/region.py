@@ -8,6 +8,7 @@ Offsets are bytes from the region's start; values are unsigned; PCI's byte order
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Literal, Protocol
 from vfiotool.errors import TimedOut, UsageError, VfiotoolError
 from vfiotool.native import library as native
 from vfiotool.vfio.caps import Area, RegionInfo
-from vfiotool.vfio.opened import OpenDevice
+from vfiotool.vfio.opened import OpenDevice, refuse_pickle
 
 _FORMATS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
@@ -102,7 +103,7 @@ class Region:
         vfio-pci of kernels before 6.10 makes two accesses of 4 bytes out of one of 8 here (it had
         no 64-bit accessors); a `Mapping` never does.
         """
-        if width not in _FORMATS or offset % width:
+        if width not in _FORMATS or operator.index(offset) % width:
             raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
         position = self._position(offset, width, write=False)
         value = self.device.calls.read(position, width, lambda: self._what(offset, width))
@@ -114,7 +115,7 @@ class Region:
 
     def write(self, offset: int, value: int, width: int) -> None:
         """Store `value` into the register of `width` bytes at `offset`; see `read`."""
-        if width not in _FORMATS or offset % width:
+        if width not in _FORMATS or operator.index(offset) % width:
             raise UsageError(f"an access of {width} bytes at {offset:#x} is not aligned to itself")
         if not 0 <= value < 1 << 8 * width:
             raise UsageError(f"{value:#x} does not fit {width} bytes")
@@ -260,6 +261,8 @@ class Mapping(native.Window):
                 -(error.errno or 0), f"map {self.description}", device=region.device.name
             ) from error
         region.device.reach.add(self)
+
+    __reduce_ex__ = refuse_pickle
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.start:#x}+{self.size:#x}"

@@ -42,8 +42,15 @@ class Register:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.width not in (1, 2, 4, 8) or self.offset < 0 or self.offset % self.width:
-            raise UsageError(f"register at {self.offset:#x}: {self.width} bytes do not fit there")
+        if self.width not in (1, 2, 4, 8):
+            raise UsageError(
+                f"register at {self.offset:#x}: it has 1, 2, 4 or 8 bytes, not {self.width}"
+            )
+        if self.offset < 0 or self.offset % self.width:
+            raise UsageError(
+                f"register at {self.offset:#x}: {self.width} bytes do not fit there: its offset is "
+                "no multiple of them"
+            )
         taken = 0
         for name, (high, low) in self.fields.items():
             if not 0 <= low <= high < 8 * self.width:

@@ -26,7 +26,13 @@ from vfiotool.host.paths import DEV_VFIO, PROC
 from vfiotool.native import library as native
 from vfiotool.vfio.calls import DeviceCalls
 from vfiotool.vfio.iova import PAGE
-from vfiotool.vfio.opened import OpenDevice, enter_open, leave_open, refuse_child
+from vfiotool.vfio.opened import (
+    OpenDevice,
+    enter_open,
+    leave_open,
+    refuse_child,
+    refuse_pickle,
+)
 from vfiotool.vfio.target import Target, bus_windows
 
 CONTAINER_NODE = f"{DEV_VFIO}/vfio"
@@ -100,6 +106,8 @@ class AddressSpace(native.Mapper, ABC):
         # What holds memory of the space: closed after its devices.
         self.closers: list[Callable[[], object]] = []
         _live.add(self)
+
+    __reduce_ex__ = refuse_pickle
 
     def __repr__(self) -> str:
         inside = ", ".join(entry.target.name for entry in self.attachments) or "no device"

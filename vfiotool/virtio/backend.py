@@ -190,7 +190,7 @@ class Frontend:
             vring.kick = vring.call = vring.error = None
         self._set_regions([])
         if self.memory is not None:
-            self.memory.close()
+            self.device.leave(self.memory)
             self.memory = None
         self._drop_log()
         self._set_dirty(None, 0, 0, None)
@@ -284,18 +284,25 @@ class Frontend:
 
     def _publish(self, regions: list[MemoryRegion]) -> None:
         """Map these regions and put them under the running queues; nothing changes on an error."""
-        fresh = MemoryMap(regions) if regions else None
+        fresh = self._mapped(regions) if regions else None
         self._set_regions(regions)
         old, self.memory = self.memory, fresh
         for vring in self.vrings:
-            if vring.queue is None:
-                continue
             if fresh is None:
                 self._stop(vring)
-            else:
+            elif vring.queue is not None:
                 vring.queue.set_memory(fresh)
         if old is not None:
-            old.close()
+            self.device.leave(old)
+
+    def _mapped(self, regions: list[MemoryRegion]) -> MemoryMap:
+        fresh = MemoryMap(regions)
+        try:
+            self.device.reach(fresh, regions)
+        except BaseException:
+            fresh.close()
+            raise
+        return fresh
 
     def _drop_log(self) -> None:
         if self.log is not None:

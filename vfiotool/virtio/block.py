@@ -14,17 +14,30 @@ import struct
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from enum import IntFlag
+from typing import TYPE_CHECKING
 
 from vfiotool.errors import Refused, UsageError, from_oserror
 from vfiotool.native.limits import LimitShare
-from vfiotool.native.virtqueue import DiskFigures, RawDisk, ServedQueue, Worker
+from vfiotool.native.virtqueue import (
+    DiskFigures,
+    MemoryMap,
+    MemoryRegion,
+    RawDisk,
+    ServedQueue,
+    Worker,
+)
 from vfiotool.virtio.served import QueueStart, VirtioFeature
+
+if TYPE_CHECKING:
+    from vfiotool.virtio.nvme import NvmeRange
 
 SECTOR = 512
 MOST_SEGMENTS = 254
 MOST_RANGES = 16
 _MOST_RANGE_SECTORS = 1 << 21
 _LARGEST = 1 << 62
+# Of one NVMe command.
+_MOST_BLOCKS = 65536
 _CONFIG = struct.Struct("<QII HBB I BBHI BBH II I II B3x")
 # QEMU's locks on an image (block/file-posix.c): a byte for each permission that is used, and one
 # for each that is not shared. Bits: consistent read 0, write 1, write unchanged 2, resize 3.
@@ -52,7 +65,8 @@ class BlockFeature(IntFlag):
 
 @dataclass(frozen=True)
 class DiskSettings:
-    """A disk as it is asked for. Bytes; `path` None is a disk in memory of `size` bytes."""
+    """A disk as it is asked for. Bytes; without `path` and `nvme` it is a disk in memory of `size`
+    bytes."""
 
     path: str | None = None
     size: int | None = None
@@ -63,6 +77,8 @@ class DiskSettings:
     queues: int = 1
     direct: bool = False
     """Past the page cache (O_DIRECT), where a request is aligned."""
+    nvme: str | None = None
+    """`ADDRESS[/NSID]`: a namespace of an NVMe controller on a VFIO driver, or part of it."""
     lock: str = "always"
     """When the image is locked: `always`, or `running`, while a machine runs on it: two servers may
     have it open then, and the machine moves from one to the other."""
@@ -81,12 +97,12 @@ def check(settings: DiskSettings) -> None:
         raise UsageError(f"a disk reaches to {_LARGEST} bytes at most, by its offset and size each")
     if settings.size is not None and (settings.size <= 0 or settings.size % size):
         raise UsageError(f"--size {settings.size}: not a multiple of the block size {size}")
-    if settings.path is None and settings.size is None:
+    if settings.path is None and settings.nvme is None and settings.size is None:
         raise UsageError("a disk in memory has no size", hint="give it: --ram 1G")
     if settings.lock not in LOCKS:
         raise UsageError(f"--lock {settings.lock[:20]!r}: not one of {', '.join(LOCKS)}")
     if settings.direct and settings.path is None:
-        raise UsageError("--direct is of a file, not of a disk in memory")
+        raise UsageError("--direct is of a file alone")
     if len(settings.serial.encode()) > 20 or not settings.serial.isprintable():
         raise UsageError(f"--serial {settings.serial!r}: not at most 20 printable bytes")
 
@@ -112,7 +128,11 @@ class BlockDisk:
                 stack.callback(os.close, image)
             check(settings)
             descriptor, direct, available = None, None, settings.size or 0
-            if settings.path is not None:
+            self.range = _range(settings)
+            if self.range is not None:
+                stack.callback(self.range.close)
+                available = self.range.available
+            elif settings.path is not None:
                 if image is None:
                     descriptor = _open(settings)
                     stack.callback(os.close, descriptor)
@@ -135,8 +155,8 @@ class BlockDisk:
             self.size = settings.size if settings.size is not None else available
             if self.size > available or not self.size:
                 raise UsageError(
-                    f"{settings.path}: holds {available} bytes from offset {settings.offset} on,"
-                    f" not {self.size}"
+                    f"{settings.path or settings.nvme}: holds {available} bytes from offset"
+                    f" {settings.offset} on, not {self.size}"
                 )
             self.raw = RawDisk(
                 self.size,
@@ -146,6 +166,7 @@ class BlockDisk:
                 offset=settings.offset,
                 read_only=settings.read_only,
                 serial=settings.serial,
+                place=None if self.range is None else self.range.place,
             )
             stack.callback(self.raw.close)
             self.share = LimitShare()
@@ -172,7 +193,11 @@ class BlockDisk:
 
     def config(self) -> bytes:
         """`struct virtio_blk_config` up to the write-zeroes fields."""
-        block = self.settings.block_size
+        block = self.block_size
+        most = _MOST_RANGE_SECTORS
+        if self.range is not None:
+            # What one Write Zeroes command takes.
+            most = min(most, _MOST_BLOCKS * self.range.block_bytes // SECTOR)
         return _CONFIG.pack(
             self.size // SECTOR,
             0,  # size_max: not offered
@@ -188,10 +213,10 @@ class BlockDisk:
             1,  # writeback
             0,
             self.settings.queues,
-            _MOST_RANGE_SECTORS,
+            most,
             MOST_RANGES,
             block // SECTOR,
-            _MOST_RANGE_SECTORS,
+            most,
             MOST_RANGES,
             1,  # zeros may unmap
         )
@@ -199,6 +224,25 @@ class BlockDisk:
     @property
     def queues(self) -> int:
         return self.settings.queues
+
+    @property
+    def block_size(self) -> int:
+        """What the driver is told, in bytes: no less than the blocks that the disk has."""
+        own = SECTOR if self.range is None else self.range.block_bytes
+        return max(self.settings.block_size, own)
+
+    def reach(self, memory: MemoryMap, regions: list[MemoryRegion]) -> None:
+        """Have the disk reach a machine's memory by itself, if it does that at all. Raises
+        KernelError where there is no room for it."""
+        if self.range is not None:
+            self.range.host.reach(memory, regions)
+
+    def leave(self, memory: MemoryMap) -> None:
+        """Close a map, once the disk cannot reach it any more."""
+        if self.range is not None:
+            self.range.host.leave(memory)
+        else:
+            memory.close()
 
     def write_config(self, offset: int, data: bytes) -> None:
         raise UsageError("no field of a disk's configuration can be written")
@@ -228,8 +272,15 @@ class BlockDisk:
             unlock(self.image)
 
     def _queue(self, workers: list[Worker], features: int, start: QueueStart) -> ServedQueue:
+        worker = min(workers, key=lambda worker: worker.queues)
+        port = None
+        if self.range is not None:
+            # The queue may be moved to any of them.
+            for one in workers:
+                self.range.host.port(one)
+            port = self.range.host.port(worker)
         return ServedQueue(
-            min(workers, key=lambda worker: worker.queues),
+            worker,
             self.raw,
             start.memory,
             start.layout,
@@ -242,6 +293,7 @@ class BlockDisk:
             dirty=start.dirty,
             call_index=start.call_index,
             share=self.share,
+            port=port,
             ended=self._queue_ended,
         )
 
@@ -260,6 +312,14 @@ class BlockDisk:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _range(settings: DiskSettings) -> NvmeRange | None:
+    if settings.nvme is None:
+        return None
+    from vfiotool.virtio.nvme import NvmeRange
+
+    return NvmeRange(settings.nvme, settings.offset, settings.size, read_only=settings.read_only)
 
 
 def _open(settings: DiskSettings) -> int:

@@ -3,7 +3,7 @@
 version = 1
 [[export]]
 name = "vm1"                     # the serial, unless `serial` is given
-blk_file = "/srv/vm1.raw"        # or ram = "1G"
+blk_file = "/srv/vm1.raw"        # or ram = "1G", or nvme = "0000:01:00.0/1"
 socket_path = "/run/vm1.sock"
 queues = 4
 iops_limit = 20000               # also: bandwidth_limit = "200M", burst (seconds), weight
@@ -31,6 +31,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _KINDS: dict[str, type] = {
     "name": str,
     "blk_file": str,
+    "nvme": str,
     "socket_path": str,
     "serial": str,
     "read_only": bool,
@@ -211,13 +212,14 @@ def _parse_export(table: dict[str, Any]) -> ExportSettings:
         raise UsageError("socket_path is missing")
     if not table["socket_path"].startswith("/"):
         raise UsageError(f"socket_path {table['socket_path']!r}: not an absolute path")
-    if ("ram" in table) == ("blk_file" in table):
-        raise UsageError("give one of blk_file and ram")
+    if sum(key in table for key in ("ram", "blk_file", "nvme")) != 1:
+        raise UsageError("give one of blk_file, ram and nvme")
     if "ram" in table and ("offset" in table or "size" in table):
-        raise UsageError("offset and size are of blk_file, not of ram")
+        raise UsageError("offset and size are of blk_file and nvme, not of ram")
     sizes = {key: parse_size(table[key], key) for key in _SIZES if key in table}
     disk = DiskSettings(
         path=table.get("blk_file"),
+        nvme=table.get("nvme"),
         size=sizes.get("ram", sizes.get("size")),
         offset=sizes.get("offset", 0),
         read_only=table.get("read_only", False),
@@ -230,7 +232,7 @@ def _parse_export(table: dict[str, Any]) -> ExportSettings:
     check(disk)
     if "group" in table and not _NAME.fullmatch(table["group"]):
         raise UsageError(f"group {table['group'][:64]!r}: letters, digits and ._- only, 64 at most")
-    for key in ("socket_path", "blk_file"):
+    for key in ("socket_path", "blk_file", "nvme"):
         if "\0" in table.get(key, ""):
             raise UsageError(f"{key} {table[key][:64]!r}: a path has no zero bytes")
     weight = parse_weight(table.get("weight", WEIGHT))

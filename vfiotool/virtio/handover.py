@@ -28,7 +28,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vfiotool.errors import KernelError, UsageError, VfiotoolError
+from vfiotool.errors import KernelError, Refused, UsageError, VfiotoolError
 from vfiotool.native.limits import Rate
 from vfiotool.native.virtqueue import DiskFigures, MemoryRegion
 from vfiotool.virtio.backend import Frontend
@@ -175,6 +175,8 @@ def _pack_frontend(frontend: Frontend, receiver: Receiver, parcel: Parcel) -> di
 
 def _pack_export(export: Export, parcel: Parcel) -> dict[str, Any]:
     assert isinstance(export.device, BlockDisk) and export.listener is not None
+    if export.device.range is not None:
+        raise Refused(f"{export.name} is on an NVMe controller, which one process has")
     return {
         "name": export.name,
         "socket_path": export.path,

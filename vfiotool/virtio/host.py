@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.native.direct import DirectQueue, QueueRequest
-from vfiotool.native.virtqueue import MemoryMap, Worker, WrittenPages
+from vfiotool.native.virtqueue import MemoryMap, MemoryRegion, Worker, WrittenPages
 from vfiotool.virtio.device import VirtioDevice
 from vfiotool.virtio.served import QueueStart
 from vfiotool.virtio.server import Export, Report, Server, listen
@@ -275,6 +275,12 @@ class DeviceHost:
                 self.device.driver_wrote(field)
 
         self.call(take)
+
+    def reach(self, memory: MemoryMap, regions: list[MemoryRegion]) -> None:
+        """Classes reach memory by the views that they get."""
+
+    def leave(self, memory: MemoryMap) -> None:
+        memory.close()
 
     def start_queue(
         self, _workers: list[Worker], index: int, features: int, start: QueueStart

@@ -42,7 +42,10 @@ def _escaped(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return _escaped(text).replace('"', '\\"')
+    """A label's value. Unprintables come as `?`: a device's name may hold what a terminal obeys,
+    and the format has no escapes for them."""
+    plain = "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+    return _escaped(plain).replace('"', '\\"')
 
 
 def server_families(servers: Iterable[Mapping[str, Any]]) -> list[Family]:

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Protocol
 
-from vfiotool.native.virtqueue import MemoryMap, RingLayout, Worker, WrittenPages
+from vfiotool.native.virtqueue import (
+    MemoryMap,
+    MemoryRegion,
+    RingLayout,
+    Worker,
+    WrittenPages,
+)
 
 
 class VirtioFeature(IntFlag):
@@ -78,6 +84,13 @@ class ServedDevice(Protocol):
 
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote there. Raises UsageError for what cannot be written."""
+
+    def reach(self, memory: MemoryMap, regions: list[MemoryRegion]) -> None:
+        """A driver's memory, before a queue has it: for what moves data by itself. Raises
+        KernelError where there is no room for it; the map stays the caller's then."""
+
+    def leave(self, memory: MemoryMap) -> None:
+        """Close a map that `reach` was given and that no queue is to use any more."""
 
     def start_queue(
         self, workers: list[Worker], index: int, features: int, start: QueueStart

@@ -55,16 +55,12 @@ def arguments(
     words = _memory(devices, memory_bytes)
     if iommufd and any(device.through_vfio for device in devices):
         words += ["-object", "iommufd,id=iommufd0"]
-    ports: dict[str, list[Handed]] = {}
     for number, device in enumerate(devices):
-        if _on_pci(device):
-            ports.setdefault(slot_of(device), []).append(device)
-        else:
+        if not _on_pci(device):
             words += ["-device", _without_port(device, number, choice)]
-    for number, members in enumerate(ports.values()):
-        port = f"vfio-rp{number}"
-        chassis, slot = number + 100, _FIRST_SLOT - number // 8
-        place = f"addr={slot:#x}.{number % 8}" + (",multifunction=on" if number % 8 == 0 else "")
+    for number, members in enumerate(_ports(devices)):
+        port, chassis, (slot, function) = f"vfio-rp{number}", number + 100, _port_place(number)
+        place = f"addr={slot:#x}.{function}" + (",multifunction=on" if function == 0 else "")
         words += ["-device", f"pcie-root-port,id={port},bus=pcie.0,chassis={chassis},{place}"]
         if not members[0].through_vfio:
             words += _served(members[0], port, number)
@@ -72,6 +68,31 @@ def arguments(
         for device, function in zip(members, guest_functions(members), strict=True):
             words += ["-device", _device(device, port, function, len(members) > 1, choice)]
     return words
+
+
+def _ports(devices: Sequence[Handed]) -> list[list[Handed]]:
+    """Who shares a root port, for each of them: the functions of one slot."""
+    ports: dict[str, list[Handed]] = {}
+    for device in devices:
+        if _on_pci(device):
+            ports.setdefault(slot_of(device), []).append(device)
+    return list(ports.values())
+
+
+def _port_place(number: int) -> tuple[int, int]:
+    """Slot and function of a root port on the guest's root bus."""
+    return _FIRST_SLOT - number // 8, number % 8
+
+
+def guest_places(devices: Sequence[Handed]) -> dict[str, str]:
+    """Where the guest finds each device: its root port's address there and its function, such as
+    `0000:00:1b.0/0`. What is not on PCI in the guest is left out."""
+    found = {}
+    for number, members in enumerate(_ports(devices)):
+        slot, port_function = _port_place(number)
+        for device, function in zip(members, guest_functions(members), strict=True):
+            found[device.name] = f"0000:00:{slot:02x}.{port_function}/{function}"
+    return found
 
 
 def features_of(devices: Iterable[Handed], *, iommufd: bool, vf_token: str | None) -> set[str]:

@@ -1,12 +1,13 @@
 """Eswitch modes, MSI-X counts and VFs of a function on vfio-pci, on the fake kernel.
 
 No card with an eswitch can be emulated, and the lab's kernels have no netdevsim: what the drivers
-demand is modelled in tests/fakeswitch.py after their sources.
+demand is modelled in tests/fakes/switch.py after their sources.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.fakes.kernel import FAULTS, Fault
 from tests.fakes.switch import DEFAULT_MSIX, ICE, MLX, SwitchKernel
 from tests.policy.test_plan import HEAD, apply, plan_on
 from vfiotool.change.journal import Journal
-from vfiotool.change.plans.facts import read_facts
+from vfiotool.change.plans.facts import Facts, read_facts
 from vfiotool.change.plans.sriov import plan_vf_count
 from vfiotool.change.recover import recover
 from vfiotool.change.remarks import remarks
@@ -120,6 +121,23 @@ def test_vfs_that_stay_are_kept_from_their_drivers_while_mlx5_switches(folder: s
     assert drivers == ["mlx5_core", "vfio-pci"]
     undo(host, journal)
     assert kernel.state() == before
+
+
+def test_vfs_without_a_driver_or_out_of_sight_are_not_parked_while_mlx5_switches(
+    folder: str,
+) -> None:
+    kernel = SwitchKernel()
+    do(kernel.host(), Journal(kernel.host(), folder), counting(MLX, 2))
+    apply(kernel, sriov(MLX, 2, 'vf = [ { index = 1, driver = "none" } ]'), folder)
+    facts = read_facts(kernel.host(), [MLX], eswitch_wanted=True)
+
+    def planned(facts: Facts) -> list[str]:
+        steps = plan_vf_count(facts, MLX, 2, eswitch="switchdev")
+        return [f"{step.verb} {step.ends()[0]}->{step.ends()[1]}" for step in steps]
+
+    switch = "set-eswitch-mode legacy->switchdev"
+    assert planned(facts) == ["bind-driver mlx5_core->None", switch, "bind-driver None->mlx5_core"]
+    assert planned(replace(facts, devices={MLX: facts.devices[MLX]})) == [switch]
 
 
 def test_mlx5_in_switchdev_goes_back_to_legacy_for_another_number_of_vfs(folder: str) -> None:

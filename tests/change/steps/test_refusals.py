@@ -242,6 +242,13 @@ def test_the_ids_of_vfs_are_facts() -> None:
     assert sriov.vf_device == "10ca"
 
 
+def test_a_kernel_that_does_not_tell_the_ids_of_vfs_leaves_them_unknown() -> None:
+    kernel = furnished()
+    kernel._remove(f"{kernel.host().realpath(f'/sys/bus/pci/devices/{NIC}')}/sriov_vf_device")
+    sriov = read_facts(kernel.host(), [NIC]).devices[NIC].sriov
+    assert sriov is not None and sriov.vf_device is None
+
+
 def test_an_empty_record_is_named_as_damaged(journal: tuple[FakeKernel, Journal]) -> None:
     kernel, log = journal
     do(kernel.host(), log, counting(NIC, 1))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import pytest
 
 from tests.fakes.nvme import FakeNvme
+from tests.fakes.strikes import struck
 from vfiotool.drivers.nvme import Controller, IoQueue, Namespace, SharedQueue
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.errors import KernelError, UsageError
@@ -234,40 +232,23 @@ def test_a_poll_ends_when_memory_decode_is_turned_off(
     assert len(queue.poll(1)) == 1
 
 
-def interrupt_after(seconds: float) -> None:
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
 def test_ctrl_c_loses_nothing_that_was_taken(fake: Any, disk: Namespace, queue: IoQueue) -> None:
     memory = fake.alloc(4096)
     source = random.Random(1)
     interrupts = 0
-
-    def strike(_: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        while frame is not None:
-            if "drivers/nvme/" in frame.f_code.co_filename and "tests" not in (
-                frame.f_code.co_filename
-            ):
-                interrupts += 1
-                raise KeyboardInterrupt
-            frame = frame.f_back
-        signal.setitimer(signal.ITIMER_REAL, 1e-5)
-
-    signal.signal(signal.SIGALRM, strike)
     for n in range(60):
         count = source.randrange(2, 20)
         for tag in range(count):
             assert queue.send(nvme_spec.READ, disk, tag, 1, memory, tag=tag)
         got: list[int] = []
-        signal.setitimer(signal.ITIMER_REAL, source.random() * 0.001 + 1e-6)
         while len(got) < count:
             taken = []
-            with contextlib.suppress(KeyboardInterrupt):
-                taken = queue.poll(count - len(got))
+            try:
+                with struck(source.random() * 0.001 + 1e-6, below="vfiotool/drivers/nvme/"):
+                    taken = queue.poll(count - len(got))
+            except KeyboardInterrupt:
+                interrupts += 1
             got += [done.tag for done in taken]
-        signal.setitimer(signal.ITIMER_REAL, 0)
         assert sorted(got) == list(range(count)), n
         assert queue.pair.in_flight == 0 and not memory.pins
     assert interrupts > 5
@@ -278,8 +259,7 @@ def test_a_read_that_ctrl_c_ends_leaves_its_places_to_the_device(
 ) -> None:
     fake.disk[:] = data = os.urandom(len(fake.disk))
     fake.hold = True
-    interrupt_after(0.05)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), struck(0.05):
         queue.read(disk, 0, 2000)
     late = len(fake.held)
     fake.hold = False

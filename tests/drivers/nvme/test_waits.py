@@ -382,3 +382,24 @@ def test_a_second_controller_on_a_device_is_refused(fake: Any) -> None:
         Controller(fake)
     first.close()
     assert Controller(fake).namespaces() == [1]
+
+
+def test_coroutines_that_wait_for_room_get_it_in_their_order(
+    fake: Any, controller: Controller, disk: Namespace
+) -> None:
+    """Those whose command has just ended send their next one behind all who wait."""
+    queue = controller.create_queue(4)
+    counts = [0] * 12
+
+    async def again_and_again(shared: AsyncQueue, memory: Any, number: int) -> None:
+        while sum(counts) < 600:
+            await shared.read(disk, number, 1, memory, 512 * number)
+            counts[number] += 1
+
+    async def main() -> None:
+        with fake.alloc(12 * 512) as memory:
+            async with AsyncQueue(queue) as shared:
+                await asyncio.gather(*(again_and_again(shared, memory, n) for n in range(12)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert min(counts) >= max(counts) - 4, counts

@@ -20,7 +20,8 @@ def driver_name(text: str) -> str:
     if DRIVER.fullmatch(text) is None:
         raise UsageError(
             f"{text[:80]!r} cannot be a driver's name",
-            hint="give a name as under bus/pci/drivers, such as vfio-pci, or none to park",
+            hint=f"give a name as under {SYS_PCI_DRIVERS}, such as vfio-pci, or none to leave it "
+            "without a driver",
         )
     return text
 
@@ -99,8 +100,8 @@ def _refuse_unfit(facts: Facts, device: DeviceFacts, driver: str) -> None:
         if driver == "none" and bridge_in_the_way(device.class_code, device.binding.driver):
             return
         raise Refused(
-            f"{device.address} is a bridge: it is not given away with what lies behind it",
-            hint=f"bridges stay with their driver; name the devices behind {device.address}",
+            f"{device.address} is a bridge (class {device.class_code}): bridges stay with the host",
+            hint=f"name the devices behind {device.address}, if there are any",
             device=device.address,
         )
     if not is_vfio_driver(driver):

@@ -23,7 +23,7 @@ from vfiotool.devices.drivers import (
     read_missing,
     read_variants,
 )
-from vfiotool.devices.pci import Address, parse_uevent, read_uevent_text
+from vfiotool.devices.pci import Address, is_bridge_class, parse_uevent, read_uevent_text
 from vfiotool.devices.sriov import read_eswitch_mode, read_vfs
 from vfiotool.devices.vgpu import type_path
 from vfiotool.errors import NotFound
@@ -77,7 +77,7 @@ class DeviceFacts:
 
     @property
     def is_bridge(self) -> bool:
-        return self.class_code is not None and self.class_code.startswith("06")
+        return is_bridge_class(self.class_code)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,11 @@ class Step(ABC):
         return None
 
     @property
+    def loads(self) -> str | None:
+        """The driver that some module has to bring for this step."""
+        return None
+
+    @property
     def remakes_vfs_of(self) -> str | None:
         """The physical function whose VFs are all gone after it, or other ones."""
         return None

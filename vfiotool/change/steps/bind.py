@@ -264,6 +264,10 @@ class LoadModule(Step):
     def holds(self, host: Host) -> bool:
         return driver_registered(host, self.bus, self.driver)
 
+    @property
+    def loads(self) -> str | None:
+        return self.driver
+
     def run(self, writer: Writer) -> None:
         if self.holds(writer.host):
             return
@@ -274,7 +278,7 @@ class LoadModule(Step):
                 raise KernelError(
                     f"no driver named {self.driver} is registered, and no module brings it: "
                     f"{error.message}",
-                    hint="give the name of a driver under bus/pci/drivers",
+                    hint=f"ls {BUSES[self.bus].drivers} shows the names",
                     errno_name=error.errno_name,
                 ) from error
             raise Unsupported(

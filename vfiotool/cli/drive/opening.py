@@ -33,7 +33,8 @@ TraceOption = Annotated[
     typer.Option(
         "--trace",
         metavar="FILE",
-        help="Record every access there, as JSON lines; - for standard output.",
+        help="Record every access there, as JSON lines; - for standard output, and text goes to "
+        "standard error.",
         autocompletion=candidates.files,
     ),
 ]
@@ -85,7 +86,9 @@ def opened(
                 file = sys.stdout if trace == "-" else open(trace, "w")  # noqa: SIM115
             except OSError as error:
                 raise output.cannot("write", trace, error) from error
-            if file is not sys.stdout:
+            if trace == "-":
+                output.step_aside()
+            else:
                 stack.enter_context(file)
             record = Trace(file)
         # What a process serves is named by its socket, and is no device of the host's.

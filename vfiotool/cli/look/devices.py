@@ -71,13 +71,14 @@ def _print_json(host: Host, chosen: Sequence[str]) -> None:
     from vfiotool.devices.as_json import FunctionWriter
     from vfiotool.devices.details import DetailReader
     from vfiotool.devices.names import read_names
-    from vfiotool.usage.standing import Standings
+    from vfiotool.usage.standing import Standings, StandingWriter
 
     reader, writer = DetailReader(host), FunctionWriter(read_names(host))
+    verdicts = StandingWriter()
     functions = reader.functions(chosen)
     standings = Standings(host, {function.address: function for function in functions})
     rows = (
-        writer.text(function, reader.read(function), standings.of(function).as_json())
+        writer.text(function, reader.read(function), verdicts.text(standings.of(function)))
         for function in functions
     )
     output.emit_rows("devices", rows)

@@ -34,6 +34,8 @@ STANDARD_HOPS = 48
 # Each capability takes at least eight bytes: include/uapi/linux/pci_regs.h, PCI_EXT_CAP_*.
 EXTENDED_HOPS = (4096 - 256) // 8
 HEADER_BYTES = 64
+# The whole of it (PCI Express Base Specification 6.0, 7.2).
+CONFIG_BYTES = 4096
 _EXTENDED_START = 0x100
 # So many results are kept: there are fewer kinds of functions than functions.
 SPACES_KEPT, CAPABILITIES_KEPT = 512, 4096
@@ -156,7 +158,7 @@ def read_config(host: Host, address: str) -> ConfigSpace | None:
     Reading wakes a suspended device up for a moment, as lspci does.
     """
     try:
-        data = host.read_bytes(f"{SYS_PCI_DEVICES}/{address}/config")
+        data = host.read_at(f"{SYS_PCI_DEVICES}/{address}/config", 0, CONFIG_BYTES)
     except OSError:
         return None
     return parse_config(data)
@@ -166,7 +168,7 @@ def read_config(host: Host, address: str) -> ConfigSpace | None:
 @lru_cache(maxsize=SPACES_KEPT)
 def parse_config(data: bytes) -> ConfigSpace:
     """Decode up to 4096 bytes of configuration space; never raises, whatever they hold."""
-    data = data[:4096]
+    data = data[:CONFIG_BYTES]
     problems: list[str] = []
     if len(data) < HEADER_BYTES:
         return ConfigSpace(len(data), False, None, (), ("shorter than a header",))

@@ -40,7 +40,10 @@ class AsyncQueue:
         self.queue = queue
         self.timeout_s = timeout_s
         self._waiting: set[asyncio.Future[Completion]] = set()
+        # Those that wait for room, in their order; and how many of them have their turn, but did
+        # not come to use it yet: room is not given to others before them.
         self._for_room: deque[asyncio.Future[None]] = deque()
+        self._turns = 0
         self._poller: asyncio.Task[None] | None = None
         self._descriptor = -1
         self._open = False
@@ -139,8 +142,13 @@ class AsyncQueue:
         commands = self.queue.commands
         send = self.queue.sender(opcode, disk, lba, blocks, buffer, offset, 0)
         number = 0
+        waited = False
         while not number:
             self._refuse_closed()
+            if not waited and (self._for_room or not self._spare()):
+                await self._room(deadline, what, again=False)
+                waited = True
+                continue
             future: asyncio.Future[Completion] = loop.create_future()
 
             def ended(done: Completion, future: asyncio.Future[Completion] = future) -> None:
@@ -150,7 +158,8 @@ class AsyncQueue:
 
             number = commands.start(send, holds=holds, call=True, ended=ended)
             if not number:
-                await self._room(deadline, what)
+                await self._room(deadline, what, again=waited)
+                waited = True
         self._waiting.add(future)
         self._start_poller()
         try:
@@ -171,28 +180,39 @@ class AsyncQueue:
             raise UsageError("the queue is used outside its `async with`")
         self.queue.refuse_closed()
 
-    async def _room(self, deadline: Deadline, what: str) -> None:
+    async def _room(self, deadline: Deadline, what: str, *, again: bool) -> None:
+        """Wait for a turn: behind all others, or before them if one was in vain (`again`)."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._for_room.append(turn)
+        if again:
+            self._for_room.appendleft(turn)
+        else:
+            self._for_room.append(turn)
         self._start_poller()
+        used = False
         try:
             async with asyncio.timeout(_finite(deadline)):
                 await turn
+            used = True
         except TimeoutError:
             raise self.queue.commands.timed_out(what, deadline) from None
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._wake_one()  # the turn was ours, and we do not take it
-            raise
         finally:
             if turn in self._for_room:
                 self._for_room.remove(turn)
+            elif turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._turns -= 1
+                if not used:
+                    self._wake_one()  # the turn was ours, and we do not take it
+
+    def _spare(self) -> bool:
+        """Whether there is room that nobody has been given."""
+        return self.queue.depth - self.queue.pair.in_flight > self._turns
 
     def _wake_one(self) -> None:
-        while self._for_room:
+        while self._for_room and self._spare():
             turn = self._for_room.popleft()
             if not turn.done():
                 turn.set_result(None)
+                self._turns += 1
                 return
 
     def _start_poller(self) -> None:
@@ -209,8 +229,7 @@ class AsyncQueue:
                 if self._reap():
                     deadline = Deadline(None)
                 self.queue.commands.health.watch(deadline)
-                if self.queue.pair.in_flight < self.queue.depth:
-                    self._wake_one()
+                self._wake_one()
             except VfiotoolError as error:
                 # Nothing more will come.
                 self._fail(error)

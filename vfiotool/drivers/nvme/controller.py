@@ -342,6 +342,7 @@ class Controller:
         as the controller takes, but no more than 128 entries, where left out); polled, or
         signalled by MSI-X `vector`, which is then this queue's alone. Raises UsageError where
         there is no room for more."""
+        self.health.refuse_child()
         self.health.refuse()
         with self._making:
             taken = {*self.queues, *(queue.number for queue in self._undead)}
@@ -397,6 +398,7 @@ class Controller:
     def delete_queue(self, queue: IoQueue, timeout_s: float | None = None) -> None:
         """End a pair of I/O queues (5.6, 5.7); what was in flight does not come back. Where the
         controller does not answer its memory is kept until `reset` or `close`."""
+        self.health.refuse_child()
         with self._making:
             number = queue.number
             queue.closed = True
@@ -435,6 +437,7 @@ class Controller:
         The remedy after a time-out or a fatal status. Raises KernelError where the controller does
         not come up, and stays failed then.
         """
+        self.health.refuse_child()
         if self._closed:
             raise UsageError(f"the controller {self.device.name} is closed")
         with self._making, contextlib.ExitStack() as stack:
@@ -481,12 +484,13 @@ class Controller:
 
     def close(self) -> None:
         """Shut the controller down (3.6.1), disable it, free its memory, turn its interrupts off.
-        Closing twice is nothing. With a controller that does not answer it takes at most 15 s.
+        Closing twice is nothing, and so it is in a child process. With a controller that does not
+        answer it takes at most 15 s.
 
         Raises KernelError, after all of it, where the controller did not finish its shutdown: what
         its write cache held may be lost.
         """
-        if self._closed:
+        if self._closed or (hasattr(self, "health") and self.health.in_child):
             return
         status = self._status()
         reachable = status not in (None, ALL_ONES)

@@ -9,6 +9,8 @@ import time
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.spec import NvmeRegisters
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
+from vfiotool.native.library import fork_generation
+from vfiotool.vfio import refuse_child
 
 ALL_ONES = 0xFFFFFFFF
 RESET_HINT = "Controller.reset(), or close the device and: vfiotool device reset"
@@ -27,9 +29,20 @@ class Health:
         self.registers = registers
         self.failure: str | None = None
         self.closed = False
+        self._generation = fork_generation()
         self._looked = 0.0
         self._told = 0
         self._lock = threading.Lock()
+
+    @property
+    def in_child(self) -> bool:
+        """Whether this is a child of the process that brought the controller up."""
+        return self._generation != fork_generation()
+
+    def refuse_child(self) -> None:
+        """Raises UsageError in a child process. Before any lock is taken: there it may be held for
+        ever, by a thread that is the parent's."""
+        refuse_child(self._generation)
 
     def tell(self, failure: str | None) -> None:
         """What a reset makes of it: what others read from the registers before is out of date."""

@@ -88,6 +88,11 @@ class IoQueue:
             raise UsageError(f"blocks {lba} to {lba + blocks} of a disk of {disk.blocks}")
         size = iova = 0
         if buffer is not None:
+            if not hasattr(buffer, "iova"):
+                raise UsageError(
+                    f"a {type(buffer).__name__} is not a DMA buffer",
+                    hint="make one of your own memory: device.dma.map(memory)",
+                )
             size = blocks * disk.transfer_bytes
             if size > self.max_transfer:
                 raise UsageError(f"{size} bytes; the controller takes {self.max_transfer}")

@@ -123,6 +123,12 @@ class QueuePair:
         self._held = ffi.new("uint32_t *")
         self._count = ffi.new("struct vt_nvme_counters *")
 
+    @property
+    def handle(self) -> Any:
+        """The struct vt_nvme_queue *, for C that sends in place of this object. It is there until
+        `close`; nothing but `stop` and `restart` may be called here meanwhile."""
+        return self._queue
+
     def _layout(self) -> Any:
         rings, doorbells = self.rings, self.doorbells
         layout = ffi.new("struct vt_nvme_layout *")

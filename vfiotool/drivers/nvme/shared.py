@@ -59,6 +59,7 @@ class SharedInFlight:
     ) -> int:
         """Send a command as soon as there is room; its number, for `result`."""
         pair = self.commands.pair
+        self.commands.health.refuse_child()
         with self._turn:
             while True:
                 self._refuse_closed()
@@ -71,6 +72,7 @@ class SharedInFlight:
         """The completion of command `number`. Raises KernelError when it did not come in time;
         if it comes later it is put aside."""
         results = self.commands.results
+        self.commands.health.refuse_child()
         try:
             with self._turn:
                 if self._until(lambda: number in results, deadline, what):
@@ -80,7 +82,10 @@ class SharedInFlight:
             self.commands.give_up(number)
 
     def close(self) -> None:
-        """Who waits is told (UsageError), and nobody is at the commands when this returns."""
+        """Who waits is told (UsageError), and nobody is at the commands when this returns. Nothing
+        in a child process."""
+        if self.commands.health.in_child:
+            return
         with self._turn:
             self._closed = True
             self.commands.turn = None
@@ -92,12 +97,14 @@ class SharedInFlight:
 
     def send(self, send: Send, ended: Ended) -> None:
         """Send a command for which nobody waits; `ended` gets its completion."""
+        self.commands.health.refuse_child()
         with self._turn:
             if not self.commands.start(send, call=True, ended=ended):
                 raise UsageError(f"{self.commands.what} is full")
 
     def look(self) -> None:
         """Take what has come, without waiting."""
+        self.commands.health.refuse_child()
         with self._turn:
             self.commands.look()
             self._turn.notify_all()

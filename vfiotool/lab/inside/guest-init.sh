@@ -70,4 +70,10 @@ if [ -n "$MODULES" ]; then
     $B mkdir -p "/root/lib/modules/$RELEASE"
     $B mount --bind "$state/host$MODULES" "/root/lib/modules/$RELEASE"
 fi
+# The kernel's image where a machine has its own.
+if [ -r "$state/host$IMAGE" ]; then
+    $B mkdir -p /root/boot
+    : >"/root/boot/vmlinuz-$RELEASE"
+    $B mount --bind "$state/host$IMAGE" "/root/boot/vmlinuz-$RELEASE"
+fi
 exec $B switch_root /root /run/lab/busybox sh /run/lab/second.sh
