@@ -152,6 +152,7 @@ class DirectQueue:
         # Called at each completion, unless whoever completes publishes by itself.
         self.completed: Callable[[], None] | None = None
         self.has_log = log is not None
+        self._logs = bool(lib.vt_direct_logs(self._handle))
         self._views = GuestViews(memory)
         self._fields = ffi.new("uint32_t[]", _FIELDS * lib.VT_DIRECT_BATCH)
         self._numbers = memoryview(ffi.buffer(self._fields)).cast("I")
@@ -206,7 +207,7 @@ class DirectQueue:
         if self._handle == ffi.NULL:
             return
         handle = self._own()
-        if written and lib.vt_direct_logs(handle):
+        if written and self._logs:
             left = written
             for view in request.writable:
                 size = min(left, len(view))
@@ -261,6 +262,7 @@ class DirectQueue:
         if dirty is not None:
             dirty.fill(settings)
         result = lib.vt_direct_set_dirty_log(self._own(), settings)
+        self._logs = bool(lib.vt_direct_logs(self._handle))
         if result < 0:
             raise failed(result, "log what a queue writes", branches=_REFUSED)
 

@@ -25,7 +25,11 @@ from vfiotool.virtio.server import Export, Report, Server, listen
 DRAIN_S = 5.0
 # Control waits so much longer than that for the loop.
 _LOOP_S = 15.0
-_ROUNDS = 16
+# Requests handed over at a time: the driver goes on with those while the next ones are answered.
+_BATCH = 16
+_ROUNDS = 64
+# How long a queue that had work is looked at before it waits for a kick.
+_LOOK_S = 1e-4
 
 _T = TypeVar("_T")
 
@@ -50,6 +54,7 @@ class _LoopQueue:
         self._tasks: set[asyncio.Task[None]] = set()
         self._flight: dict[int, QueueRequest] = {}
         self._due = False
+        self._worked_at = 0.0
         self.direct.completed = self.publish_soon
         if self._kick is not None:
             host.loop.add_reader(self._kick, self._kicked)
@@ -89,17 +94,22 @@ class _LoopQueue:
             return
         self.direct.notify(on=False)
         for _ in range(_ROUNDS):
-            requests = self.direct.fetch()
+            requests = self.direct.fetch(_BATCH)
             if not requests:
-                if why := self.direct.broken():
-                    self._break(why)
-                elif self.direct.notify(on=True):
-                    self.host.loop.call_soon(self._turn)
+                self._rest()
                 return
+            self._worked_at = self.host.loop.time()
             self._hand_over(requests)
             if not self.direct.is_open or (self._task is not None and device.ordered):
                 return
         self.host.loop.call_soon(self._turn)
+
+    def _rest(self) -> None:
+        """There was nothing: look again soon if there was something just now, or ask for kicks."""
+        if why := self.direct.broken():
+            self._break(why)
+        elif self.host.loop.time() - self._worked_at < _LOOK_S or self.direct.notify(on=True):
+            self.host.loop.call_soon(self._turn)
 
     def _hand_over(self, requests: list[QueueRequest]) -> None:
         self._flight.update((request.head, request) for request in requests)
