@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from cext.build import build_with_sanitizers
+from tests.models.served import serving
 from tests.native.test_cext import sanitizer_libraries
 from tests.virtio.frontend import Frontend
 from tests.virtio.hostile import attack
 from tests.virtio.test_serve import connect
+from vfiotool.models.nvme import NvmeModel
 
 ROOT = Path(__file__).resolve().parents[2]
 MILLION = 1_000_000
@@ -53,17 +55,26 @@ def check(honest: Frontend, number: int) -> None:
     assert honest.read(number % 1000, 512) == data
 
 
-def bombard(tmp_path: Path, count: int, seed: int) -> None:
-    """Send so many malformed messages and rings."""
+def exports(tmp_path: Path, controller: str | None) -> Path:
+    """An exports file of two disks: images, or ranges of an NVMe controller's namespace."""
     file = tmp_path / "exports.toml"
     text = "version = 1\n"
-    for name in ("hostile", "honest"):
+    for number, name in enumerate(("hostile", "honest")):
         image = tmp_path / f"{name}.raw"
         with image.open("wb") as raw:
             raw.truncate(1 << 20)
-        text += f'[[export]]\nname = "{name}"\nblk_file = "{image}"\nqueues = 2\n'
+        disk = f'blk_file = "{image}"'
+        if controller is not None:
+            disk = f'nvme = "{controller}/1"\noffset = {number << 20}\nsize = {1 << 20}'
+        text += f'[[export]]\nname = "{name}"\n{disk}\nqueues = 2\n'
         text += f'socket_path = "{tmp_path / name}"\n'
     file.write_text(text)
+    return file
+
+
+def bombard(tmp_path: Path, count: int, seed: int, controller: str | None = None) -> None:
+    """Send so many malformed messages and rings."""
+    file = exports(tmp_path, controller)
     server, rng, sent, connections = sanitized(file), random.Random(seed), 0, 0
     try:
         honest = connect(tmp_path / "honest", server)
@@ -102,6 +113,21 @@ def bombard(tmp_path: Path, count: int, seed: int) -> None:
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_hostile_front_ends_harm_nobody_else(tmp_path: Path) -> None:
     bombard(tmp_path, 2_000, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_hostile_front_ends_of_an_nvme_disk_write_in_their_range_alone(tmp_path: Path) -> None:
+    model = NvmeModel(3 << 11)
+    model.disk[2 << 20 :] = b"\xa5" * (1 << 20)
+    with serving(model) as served:
+        bombard(tmp_path, int(os.environ.get("VFIOTOOL_HOSTILE", 1_000)), 3, served.name)
+    assert set(model.disk[2 << 20 :]) == {0xA5}
+    # The honest one wrote these, and nobody else to its range.
+    for number in range(1000):
+        found = bytes(model.disk[(1 << 20) + 512 * number :][:512])
+        assert found == bytes(512) or found[:8] * 64 == found
+        assert int.from_bytes(found[:8], "little") in (0, *range(number, 1 << 20, 1000))
 
 
 @pytest.mark.proof
