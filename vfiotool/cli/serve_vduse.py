@@ -91,10 +91,16 @@ def vduse_blk(
         save_disk(name, settings)
         _end_by_signals(device)
         stack.enter_context(asked(device))
-        if attach != "none" and device.is_new:
-            _attach(device, attach)
+        _attach(device, attach)
         device.run()
     return 0
+
+
+def _attach(device: VduseDevice, how: str) -> None:
+    from vfiotool.virtio.vduse_service import attach
+
+    if how != "none" and device.is_new:
+        attach(device.name, how, output.warn, device.stop)
 
 
 def _end_by_signals(device: VduseDevice) -> None:
@@ -143,31 +149,6 @@ def asked(device: VduseDevice) -> Iterator[None]:
 
 def end(device: VduseDevice) -> None:
     """Give the device back; remove it, and what is kept of it, if it is on no bus."""
-    from vfiotool.virtio.vduse_files import forget
+    from vfiotool.virtio.vduse_service import end as give_back
 
-    device.close()
-    if device.remove_unused():
-        forget(device.name)
-    else:
-        output.warn(
-            f"{device.name} is still on the vDPA bus: its requests wait for the next server;"
-            f" to remove it: vfiotool vdpa remove {device.name}"
-        )
-
-
-def _attach(device: VduseDevice, attach: str) -> None:
-    """Put the device on the vDPA bus, from another process: the kernel asks this one meanwhile."""
-    import subprocess
-    import sys
-    import threading
-
-    command = [sys.executable, "-I", "-m", "vfiotool", "vdpa", "add", device.name, "vduse"]
-    command += ["--driver", "virtio_vdpa" if attach == "virtio" else "vhost_vdpa"]
-
-    def run() -> None:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            output.warn(f"{device.name} was not attached: vdpa add ended with {done.returncode}")
-            device.stop()
-
-    threading.Thread(target=run, name="attach", daemon=True).start()
+    give_back(device, output.warn)

@@ -4,7 +4,7 @@ version = 1
 [[export]]
 name = "vm1"                     # the serial, unless `serial` is given
 blk_file = "/srv/vm1.raw"        # or ram = "1G", or nvme = "0000:01:00.0/1"
-socket_path = "/run/vm1.sock"
+socket_path = "/run/vm1.sock"    # or vduse = "vm1", with attach = "virtio" or "vhost"
 queues = 4
 iops_limit = 20000               # also: bandwidth_limit = "200M", burst (seconds), weight
 group = "tenant-a"               # shares that group's limit
@@ -33,6 +33,8 @@ _KINDS: dict[str, type] = {
     "blk_file": str,
     "nvme": str,
     "socket_path": str,
+    "vduse": str,
+    "attach": str,
     "serial": str,
     "read_only": bool,
     "block_size": int,
@@ -42,6 +44,7 @@ _KINDS: dict[str, type] = {
     "direct": bool,
     "lock": str,
 }
+ATTACH = ("virtio", "vhost", "none")
 _SIZES = ("ram", "offset", "size")
 _LIMITS = ("iops_limit", "bandwidth_limit", "burst")
 _MOST_A_SECOND, _LARGEST_WEIGHT, _LONGEST_BURST_S = 1 << 40, 10_000, 60
@@ -49,7 +52,8 @@ _MOST_A_SECOND, _LARGEST_WEIGHT, _LONGEST_BURST_S = 1 << 40, 10_000, 60
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """One export as the file has it. `rate` is its own; `group` names a GroupSettings."""
+    """One export as the file has it. `rate` is its own; `group` names a GroupSettings. With `vduse`
+    it is that VDUSE device, and `attach` where it is put: virtio, vhost or none."""
 
     name: str
     socket_path: str
@@ -57,6 +61,8 @@ class ExportSettings:
     rate: Rate = UNLIMITED
     weight: int = WEIGHT
     group: str | None = None
+    vduse: str | None = None
+    attach: str = "none"
 
     def is_disk_of(self, other: ExportSettings) -> bool:
         """Whether the two differ in limits alone, which change without disturbing anybody."""
@@ -170,7 +176,10 @@ def parse_exports(text: str, name: str) -> ExportsFile:
     exports = _parse_tables(content.get("export", []), "export", _parse_export, faults)
     groups = _parse_tables(content.get("group", []), "group", _parse_group, faults)
     faults += _twice([export.name for export in exports], "name")
-    faults += _twice([export.socket_path for export in exports], "socket_path")
+    faults += _twice(
+        [export.socket_path for export in exports if export.socket_path], "socket_path"
+    )
+    faults += _twice([export.vduse for export in exports if export.vduse], "vduse")
     faults += _twice([group.name for group in groups], "group")
     # Where no group has a limit the names are labels; where one has, another name is a slip.
     known = {group.name for group in groups}
@@ -200,6 +209,26 @@ def _parse_group(table: dict[str, Any]) -> GroupSettings:
     return GroupSettings(_parse_name(table), rate)
 
 
+def _check_way(table: dict[str, Any]) -> None:
+    """By what drivers reach it: a socket, or VDUSE."""
+    if "vduse" in table:
+        if "socket_path" in table:
+            raise UsageError("give one of socket_path and vduse")
+        if not _NAME.fullmatch(table["vduse"]):
+            raise UsageError(
+                f"vduse {table['vduse'][:64]!r}: letters, digits and ._- only, 64 at most"
+            )
+        if table.get("attach", "none") not in ATTACH:
+            raise UsageError(f"attach {table['attach'][:20]!r}: not one of {', '.join(ATTACH)}")
+        return
+    if "attach" in table:
+        raise UsageError("attach is of vduse, not of socket_path")
+    if "socket_path" not in table:
+        raise UsageError("socket_path is missing")
+    if not table["socket_path"].startswith("/"):
+        raise UsageError(f"socket_path {table['socket_path']!r}: not an absolute path")
+
+
 def _parse_export(table: dict[str, Any]) -> ExportSettings:
     if unknown := sorted(table.keys() - _KINDS.keys() - {*_SIZES, *_LIMITS}):
         known = ", ".join(sorted([*_KINDS, *_SIZES, *_LIMITS]))
@@ -208,10 +237,7 @@ def _parse_export(table: dict[str, Any]) -> ExportSettings:
         if key in table and type(table[key]) is not kind:
             raise UsageError(f"{key} = {table[key]!r}: not of type {kind.__name__}")
     name = _parse_name(table)
-    if "socket_path" not in table:
-        raise UsageError("socket_path is missing")
-    if not table["socket_path"].startswith("/"):
-        raise UsageError(f"socket_path {table['socket_path']!r}: not an absolute path")
+    _check_way(table)
     if sum(key in table for key in ("ram", "blk_file", "nvme")) != 1:
         raise UsageError("give one of blk_file, ram and nvme")
     if "ram" in table and ("offset" in table or "size" in table):
@@ -237,4 +263,13 @@ def _parse_export(table: dict[str, Any]) -> ExportSettings:
             raise UsageError(f"{key} {table[key][:64]!r}: a path has no zero bytes")
     weight = parse_weight(table.get("weight", WEIGHT))
     rate = parse_rate(*(table.get(key) for key in _LIMITS))
-    return ExportSettings(name, table["socket_path"], disk, rate, weight, table.get("group"))
+    return ExportSettings(
+        name,
+        table.get("socket_path", ""),
+        disk,
+        rate,
+        weight,
+        table.get("group"),
+        table.get("vduse"),
+        table.get("attach", "none"),
+    )

@@ -174,7 +174,9 @@ def _pack_frontend(frontend: Frontend, receiver: Receiver, parcel: Parcel) -> di
 
 
 def _pack_export(export: Export, parcel: Parcel) -> dict[str, Any]:
-    assert isinstance(export.device, BlockDisk) and export.listener is not None
+    assert isinstance(export.device, BlockDisk)
+    if export.listener is None:
+        raise Refused(f"{export.name} is a VDUSE device, which one process has")
     if export.device.range is not None:
         raise Refused(f"{export.name} is on an NVMe controller, which one process has")
     return {

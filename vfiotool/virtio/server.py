@@ -28,6 +28,7 @@ from vfiotool.virtio.exports import ExportSettings, GroupSettings
 from vfiotool.virtio.message import ProtocolError, Receiver
 from vfiotool.virtio.served import ServedDevice
 from vfiotool.virtio.shares import Groups
+from vfiotool.virtio.vduse_service import VduseService
 
 Report = Callable[[str], None]
 _SEND_TIMEOUT_S = 5.0
@@ -49,7 +50,8 @@ class Connection:
 
 
 class Export:
-    """A device behind a listening socket, or behind one connection that was handed over.
+    """A device behind a listening socket, behind one connection that was handed over, or by a
+    `service` that brings drivers to it.
 
     `listener` belongs to the export from now on; `path` is removed with it.
     """
@@ -60,11 +62,13 @@ class Export:
         device: ServedDevice,
         listener: socket.socket | None,
         path: str | None = None,
+        service: VduseService | None = None,
     ) -> None:
         self.name = name
         self.device = device
         self.listener = listener
         self.path = path
+        self.service = service
         self.connections: list[Connection] = []
         self.rate, self.weight = UNLIMITED, WEIGHT
         self.group: str | None = None
@@ -81,6 +85,9 @@ def open_export(settings: ExportSettings, *, lasting: bool = False) -> Export:
     """The export's disk and socket; `lasting` as BlockDisk has it. Raises what BlockDisk and
     `listen` do; nothing stays then."""
     disk = BlockDisk(settings.disk, lasting=lasting)
+    if settings.vduse is not None:
+        service = VduseService(settings.vduse, disk, settings.attach)
+        return Export(settings.name, disk, None, service=service)
     try:
         listener = listen(settings.socket_path)
     except BaseException:
@@ -117,7 +124,16 @@ class Server:
         self.close()
 
     def add(self, export: Export) -> None:
-        """Serve an export from now on."""
+        """Serve an export from now on. Raises what its service does, if it has one; it is closed
+        then."""
+        if export.service is not None:
+            try:
+                export.service.begin(self.workers, self.report)
+            except BaseException:
+                export.device.close()
+                raise
+            self.exports[export.name] = export
+            return
         assert export.listener is not None
         self.exports[export.name] = export
         self._selector.register(export.listener, selectors.EVENT_READ, lambda: self._accept(export))
@@ -150,6 +166,8 @@ class Server:
         if export.path is not None and unlink:
             with suppress(OSError):
                 os.unlink(export.path)
+        if export.service is not None:
+            export.service.end()
         export.device.close()
 
     def adopt(self, name: str, device: ServedDevice, connection: socket.socket) -> None:
@@ -233,6 +251,8 @@ class Server:
     def resize(self, name: str) -> bool:
         """Take an export's image as large as it is now, and tell its driver."""
         export = self.exports[name]
+        if export.service is not None:
+            return export.service.resize()
         if not export.device.resize():
             return False
         for connection in export.connections:

@@ -42,6 +42,7 @@ def _export(server: Server, export: Export) -> dict[str, Any]:
         "name": export.name,
         "socket_path": export.path,
         "blk_file": disk.settings.path if disk else None,
+        "vduse": export.service.name if export.service else None,
         "nvme": disk.settings.nvme if disk else None,
         "size": disk.size if disk else None,
         "read_only": disk.settings.read_only if disk else None,
