@@ -44,6 +44,7 @@ ENVIRONMENT = (
     ("FORCE_COLOR", "colours in files and pipes too"),
     ("TERM", "dumb: neither colours, pages nor progress"),
     ("LC_ALL", "C or POSIX: only ASCII is printed"),
+    ("COLUMNS", "the width of a terminal, instead of what it tells"),
     ("PAGER", "what long listings are shown with on a terminal; root is shown them with less"),
     ("XDG_CACHE_HOME", "where the lab keeps QEMU, kernels and guests"),
     ("XDG_RUNTIME_DIR", "where a user's servers keep their control sockets"),
