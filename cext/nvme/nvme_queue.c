@@ -490,6 +490,16 @@ int vt_nvme_identifier(const struct vt_nvme_queue *q, uint64_t tag)
 	return -ENOENT;
 }
 
+const uint32_t *vt_nvme_in_flight(const struct vt_nvme_queue *q)
+{
+	return &q->in_flight;
+}
+
+const uint64_t *vt_nvme_submitted(const struct vt_nvme_queue *q)
+{
+	return &q->submitted;
+}
+
 void vt_nvme_count(const struct vt_nvme_queue *q, struct vt_nvme_counters *counters)
 {
 #define READ(counter) __atomic_load_n(&q->counter, __ATOMIC_RELAXED)

@@ -118,6 +118,11 @@ int vt_nvme_poll_tags(struct vt_nvme_queue *queue, uint64_t *tags, uint32_t room
 /* The command identifier of the command that is out with this tag, or -ENOENT. */
 int vt_nvme_identifier(const struct vt_nvme_queue *queue, uint64_t tag);
 
+/* Where the numbers of commands that are out, and that were sent, can be read at any time, also by
+ * other threads, as long as the queue pair is there: for who cannot afford a call. */
+const uint32_t *vt_nvme_in_flight(const struct vt_nvme_queue *queue);
+const uint64_t *vt_nvme_submitted(const struct vt_nvme_queue *queue);
+
 void vt_nvme_count(const struct vt_nvme_queue *queue, struct vt_nvme_counters *counters);
 
 #endif

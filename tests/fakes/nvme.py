@@ -139,6 +139,7 @@ class FakeNvme:
         self.features: dict[int, int] = {}
         self.nsids = [1]
         self.command_sets, self.sets_of = 1, {1: 0}
+        self.arbitration = 0  # CAP.AMS
         self._shutting: float | None = None
         self.irqs = SimpleNamespace(msix=self._msix)
         self.sets: list[FakeInterrupts] = []
@@ -205,7 +206,7 @@ class FakeNvme:
         if self.gone:
             return 0xFFFFFFFF
         if offset == 0:
-            return 2 << 24 | 1 << 16 | self.entries - 1
+            return 2 << 24 | self.arbitration << 17 | 1 << 16 | self.entries - 1
         if offset == 4:
             return self.command_sets << (37 - 32)
         if offset == 8:

@@ -78,7 +78,7 @@ def test_data_may_begin_within_a_page(fake: Any, offset: int) -> None:
 def test_a_controller_that_does_not_come_up_is_named(
     fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vfiotool.drivers.nvme.controller.time", FakeClock())
+    monkeypatch.setattr("vfiotool.drivers.nvme.health.time", FakeClock())
     fake.ready = False
     with pytest.raises(KernelError, match="not ready within 1 s") as caught:
         Controller(fake)

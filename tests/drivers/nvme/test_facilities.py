@@ -38,6 +38,34 @@ def queue(controller: Controller) -> IoQueue:
     return controller.create_queue(16)
 
 
+def test_queues_have_priorities_where_arbitration_is_weighted(fake: Any) -> None:
+    with pytest.raises(Unsupported, match="no weighted round robin"):
+        Controller(fake, weighted=True)
+    fake.arbitration = 1
+    controller = Controller(fake, weighted=True)
+    assert fake.registers[0x14] >> 11 & 7 == 1, "CC.AMS"
+    queues = [controller.create_queue(16, priority=name) for name in ("low", "urgent", "high")]
+    queues.append(controller.create_queue(16))
+
+    def priorities() -> list[int]:
+        sent = [entry for entry in fake.commands_seen if entry[0] == nvme_spec.CREATE_SQ]
+        return [struct.unpack_from("<I", entry, 44)[0] >> 1 & 3 for entry in sent[-4:]]
+
+    assert priorities() == [3, 0, 1, 0]
+    fake.commands_seen.clear()
+    controller.reset()
+    assert priorities() == [3, 0, 1, 0] and fake.registers[0x14] >> 11 & 7 == 1
+    disk = controller.namespace(1)
+    assert all(queue.read(disk, 0, 1) == bytes(512) for queue in queues)
+    with pytest.raises(UsageError, match="no queue of priority 'first'"):
+        controller.create_queue(16, priority="first")
+    controller.close()
+    plain = Controller(fake)
+    assert fake.registers[0x14] >> 11 & 7 == 0
+    with pytest.raises(UsageError, match="no queue of priority 'low'"):
+        plain.create_queue(16, priority="low")
+
+
 def test_a_log_is_read_in_pieces(fake: Any, controller: Controller) -> None:
     fake.logs[0x42] = data = os.urandom(10000)
     assert admin.log_page(controller, 0x42, 10000) == data

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -58,12 +57,15 @@ class Controller:
     Raises Unsupported for what is not an NVMe controller or lacks the NVM command set, UsageError
     while `device` has another Controller that is not closed, KernelError when it does not come up.
     When `device` is closed the controller is shut down first, so that no DMA is left when its
-    memory goes. Admin commands can come from any thread.
+    memory goes. Admin commands can come from any thread. `weighted` gives queues priorities
+    (weighted round robin, 3.4.4; `admin.Feature.ARBITRATION` has the weights) or is Unsupported.
     """
 
     _closed: bool = False
 
-    def __init__(self, device: Device, *, shadow_doorbells: bool = False) -> None:
+    def __init__(
+        self, device: Device, *, shadow_doorbells: bool = False, weighted: bool = False
+    ) -> None:
         if device.info.is_pci and device.class_code != nvme_spec.CLASS_CODE:
             raise Unsupported(f"{device.name} is not an NVMe controller", device=device.name)
         other = _open.get(device, lambda: None)()
@@ -78,6 +80,9 @@ class Controller:
         # The doorbells are mapped also where the registers before them cannot be.
         self.bar = access if isinstance(access, Mapping) else region.map(nvme_spec.DOORBELLS)
         self._capabilities = self.registers.capabilities.fields()
+        if weighted and not self._capabilities["arbitration"] & 1:
+            raise Unsupported(f"{device.name} has no weighted round robin between its queues")
+        self._weighted = weighted
         self._timeout_s = max(1.0, self._capabilities["timeout"] * 0.5)
         self.page_bytes = _PAGE << self._capabilities["page_min"]
         self.health = Health(device.name, self.registers)
@@ -144,26 +149,11 @@ class Controller:
             # CC.CSS 110b: all command sets that it has (3.1.3.5), zoned namespaces among them.
             command_set=6 if self._capabilities["command_sets"] >> 6 & 1 else 0,
             page_size=self._capabilities["page_min"],
+            arbitration=int(self._weighted),
             sq_entry_size=6,
             cq_entry_size=4,
         )
-        self._await_ready()
-
-    def _await_ready(self) -> None:
-        end = time.monotonic() + self._timeout_s
-        while True:
-            status = self.registers.status.fields()
-            if status["fatal"]:
-                raise KernelError(f"{self.device.name} reports a fatal error (CSTS.CFS)")
-            if status["ready"]:
-                return
-            if time.monotonic() >= end:
-                raise KernelError(
-                    f"{self.device.name} was not ready within {self._timeout_s:g} s",
-                    hint=_OFFLINE_HINT,
-                    errno_name="ETIMEDOUT",
-                )
-            time.sleep(1e-3)
+        self.health.await_ready(self._timeout_s, _OFFLINE_HINT)
 
     def _alloc(self, size: int) -> DmaBuffer:
         buffer = self.device.dma.alloc(size, align=self.page_bytes)
@@ -337,13 +327,20 @@ class Controller:
             on.add(count - len(on))
         self.interrupts = list(on.vectors)
 
-    def create_queue(self, entries: int | None = None, *, vector: int | None = None) -> IoQueue:
+    def create_queue(
+        self, entries: int | None = None, *, vector: int | None = None, priority: str = "urgent"
+    ) -> IoQueue:
         """A new pair of I/O queues (5.4, 5.5) for up to `entries` - 1 commands in flight (as many
         as the controller takes, but no more than 128 entries, where left out); polled, or
-        signalled by MSI-X `vector`, which is then this queue's alone. Raises UsageError where
-        there is no room for more."""
+        signalled by MSI-X `vector`, which is then this queue's alone; of a `priority` other than
+        urgent only where they are `weighted`. Raises UsageError where there is no room for more."""
         self.health.refuse_child()
         self.health.refuse()
+        if priority not in nvme_spec.PRIORITIES or not (self._weighted or priority == "urgent"):
+            raise UsageError(
+                f"no queue of priority {priority!r} on {self.device.name}",
+                hint=f"{', '.join(nvme_spec.PRIORITIES)}, of a Controller(device, weighted=True)",
+            )
         with self._making:
             taken = {*self.queues, *(queue.number for queue in self._undead)}
             number = next(n for n in range(1, 0xFFFF) if n not in taken)
@@ -358,13 +355,14 @@ class Controller:
             completions = entries if interrupt else min(limit, max(1024, 2 * entries))
             rings = self._rings(number, entries, completions, lists=True, lazy=interrupt is None)
             try:
-                self._create(rings, vector)
+                self._create(rings, vector, priority)
                 pair = QueuePair(rings, self._doorbells(number))
             except VfiotoolError:
                 self._free(*rings.buffers)
                 raise
             commands = InFlight(pair, self.health, interrupt)
             queue = IoQueue(commands, self.device, self.max_transfer, self.delete_queue)
+            queue.priority = priority
             self.queues[number] = queue
             return queue
 
@@ -382,13 +380,14 @@ class Controller:
                 )
         return interrupt
 
-    def _create(self, rings: Rings, vector: int | None) -> None:
+    def _create(self, rings: Rings, vector: int | None, priority: str) -> None:
         create, number = nvme_spec.command, rings.id
         signals = 0 if vector is None else vector << 16 | 1 << 1
         dwords = (number | (rings.cq_entries - 1) << 16, signals | 1)
         self.admin(create(nvme_spec.CREATE_CQ, prp1=rings.completion.iova, dwords=dwords))
         try:
-            dwords = (number | (rings.sq_entries - 1) << 16, number << 16 | 1)
+            flags = nvme_spec.PRIORITIES[priority] << 1 | 1
+            dwords = (number | (rings.sq_entries - 1) << 16, number << 16 | flags)
             self.admin(create(nvme_spec.CREATE_SQ, prp1=rings.submission.iova, dwords=dwords))
         except VfiotoolError:
             with contextlib.suppress(VfiotoolError):
@@ -478,7 +477,7 @@ class Controller:
             self._set_doorbell_buffers()
         for queue in self.queues.values():
             vectors = {id(one): number for number, one in enumerate(self.interrupts)}
-            self._create(queue.pair.rings, vectors.get(id(queue.interrupt)))
+            self._create(queue.pair.rings, vectors.get(id(queue.interrupt)), queue.priority)
         for queue in self.queues.values():
             queue.commands.after_reset(resubmit=resubmit)
 

@@ -140,6 +140,24 @@ class Health:
                 if deadline.passed:
                     raise
 
+    def await_ready(self, timeout_s: float, hint: str) -> None:
+        """Until an enabled controller is ready. Raises KernelError (ETIMEDOUT, with `hint`), and
+        at once where it reports a fatal status."""
+        end = time.monotonic() + timeout_s
+        while True:
+            status = self.registers.status.fields()
+            if status["fatal"]:
+                raise KernelError(f"{self.name} reports a fatal error (CSTS.CFS)")
+            if status["ready"]:
+                return
+            if time.monotonic() >= end:
+                raise KernelError(
+                    f"{self.name} was not ready within {timeout_s:g} s",
+                    hint=hint,
+                    errno_name="ETIMEDOUT",
+                )
+            time.sleep(1e-3)
+
     def timed_out(self, what: str, deadline: Deadline, strays: int = 0) -> KernelError:
         """The error of a command that did not end in time, with what the registers say."""
         with contextlib.suppress(VfiotoolError):

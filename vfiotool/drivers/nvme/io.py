@@ -42,6 +42,7 @@ class IoQueue:
         self.device = device
         self.max_transfer = max_transfer
         self.closed = False
+        self.priority = "urgent"  # told apart where the controller's arbitration is weighted
         self._delete = delete
         self._bounce: DmaBuffer | None = None
 

@@ -121,7 +121,9 @@ class QueuePair:
         self._queue = ffi.gc(made[0], lib.vt_nvme_free)
         self._done = ffi.new("struct vt_nvme_done[]", self.depth)
         self._held = ffi.new("uint32_t *")
-        self._count = ffi.new("struct vt_nvme_counters *")
+        # Read in place: a call would let go of the interpreter's lock, and other threads in.
+        self._in_flight = lib.vt_nvme_in_flight(self._queue)
+        self._submitted = lib.vt_nvme_submitted(self._queue)
 
     @property
     def handle(self) -> Any:
@@ -245,15 +247,13 @@ class QueuePair:
     @property
     def in_flight(self) -> int:
         """How many commands are out."""
-        lib.vt_nvme_count(self._queue, self._count)
-        found: int = self._count.in_flight
+        found: int = self._in_flight[0]
         return found
 
     @property
     def submitted(self) -> int:
         """How many commands were sent so far."""
-        lib.vt_nvme_count(self._queue, self._count)
-        found: int = self._count.submitted
+        found: int = self._submitted[0]
         return found
 
     def identifier(self, tag: int) -> int:

@@ -39,6 +39,9 @@ FEATURE_QUEUES = 0x07
 ASSIGN_PRIMARY, SECONDARY_OFFLINE, ASSIGN_SECONDARY, SECONDARY_ONLINE = 1, 7, 8, 9
 QUEUE_RESOURCES, INTERRUPT_RESOURCES = 0, 1
 
+# Priority of a submission queue where arbitration is weighted: 5.4, figure 161.
+PRIORITIES = {"urgent": 0, "high": 1, "medium": 2, "low": 3}
+
 _COMMAND = struct.Struct("<BBHI8xQQQ6I")
 
 
@@ -53,6 +56,7 @@ class NvmeRegisters(RegisterMap):
         fields={
             "queue_entries": (15, 0),
             "contiguous": (16, 16),
+            "arbitration": (18, 17),
             "timeout": (31, 24),
             "stride": (35, 32),
             "command_sets": (44, 37),
