@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from vfiotool.change import guard
 from vfiotool.cli.main import main
 from vfiotool.devices.vduse import VduseNode, read_vduse
+from vfiotool.errors import Refused
 from vfiotool.host.host import Host
 from vfiotool.host.paths import BLOCK_CLAIM, MOUNTS, OPEN_NODES, SYS_BLOCK
 from vfiotool.host.tree import MemoryTree
@@ -80,3 +82,13 @@ def test_a_host_without_vduse_has_none(
     assert main(["--root", "fixtures/hosts/virtio-iommu", "--json", "vduse", "list"]) == 0
     assert json.loads(capsys.readouterr().out) == {"format_version": "1.0", "vduses": []}
     assert main(["--root", "fixtures/hosts/virtio-iommu", "vduse", "rescue", "vd0"]) in (2, 3)
+
+
+def test_no_allowance_takes_one_without_a_server_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its removal would wait for ever and hold all of vDPA's lock."""
+    host = a_host(in_flight="1  0")
+    found = tuple(item for item in blockers(host, "vd0") if item.kind == "no-server")
+    monkeypatch.setattr(guard, "find_blockers", lambda *_: found)
+    with pytest.raises(Refused, match="its server is gone") as refused:
+        guard.refuse_uses(host, (), [guard.Allowance("no-server", "vd0")])
+    assert (refused.value.hint or "").startswith("vfiotool vduse rescue vd0")

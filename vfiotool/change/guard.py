@@ -78,7 +78,22 @@ def uses_left(
     """The uses that the steps would cut off and that are not allowed by kind and name."""
     permits = {(entry.kind, entry.what) for entry in allowed}
     found = find_blockers(host, steps)
-    return tuple(entry for entry in found if (entry.kind, entry.subject) not in permits)
+    return tuple(
+        entry
+        for entry in found
+        if (entry.kind, entry.subject) not in permits or not KINDS[entry.kind].can_be_allowed
+    )
+
+
+def _remedy(left: tuple[Blocker, ...]) -> str:
+    """What to do about these: where one of them is never permitted, the command that ends it."""
+    for entry in left:
+        if not KINDS[entry.kind].can_be_allowed:
+            return (
+                f"{entry.remedy or f'vfiotool why {entry.device}'} (--allow does not permit this)"
+            )
+    allows = " ".join(dict.fromkeys(f"--allow {entry.kind}:{entry.subject}" for entry in left))
+    return f"end that use first (see: vfiotool why {left[0].device}); to override: {allows}"
 
 
 def refuse_uses(host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] = ()) -> None:
@@ -87,9 +102,8 @@ def refuse_uses(host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] 
     if not left:
         return
     lines = [f"{entry.device} {entry.kind}: {entry.detail} [{entry.evidence}]" for entry in left]
-    allows = " ".join(dict.fromkeys(f"--allow {entry.kind}:{entry.subject}" for entry in left))
     raise Refused(
         "refusing: device is in use: " + "; ".join(lines),
-        hint=f"end that use first (see: vfiotool why {left[0].device}); to override: {allows}",
+        hint=_remedy(left),
         device=left[0].device,
     )

@@ -13,8 +13,9 @@ class BlockerKind:
     ends something that the host does, so a change is refused unless it is allowed by name;
     `ends_with_driver`: it ends when the driver lets go, and in no other way, so that binding is
     told to cut it off; `can_be_mended`: some command leads to the goal all the same; `holds`: it
-    keeps a virtual machine from opening a device that is on a VFIO driver already; `order`: of
-    the commands that end uses, those of the lowest number come first.
+    keeps a virtual machine from opening a device that is on a VFIO driver already;
+    `can_be_allowed`: `--allow` permits it, since the change ends then, and what is lost is known;
+    `order`: of the commands that end uses, those of the lowest number come first.
     """
 
     name: str
@@ -24,6 +25,7 @@ class BlockerKind:
     ends_with_driver: bool = False
     can_be_mended: bool = True
     holds: bool = False
+    can_be_allowed: bool = True
     order: int = 9
 
 
@@ -150,6 +152,7 @@ KINDS = {
             "it is a VDUSE device whose server is gone or does not answer: detaching it would hang",
             "`/sys/class/vduse`, `/proc/*/fd`, the disk's `inflight`",
             holds=True,
+            can_be_allowed=False,
             order=0,
         ),
         BlockerKind(
