@@ -87,7 +87,8 @@ def emit_rows(key: str, rows: Iterable[str]) -> None:
     pending = iter(rows)
     separator = "\n"
     while some := list(islice(pending, _ROWS_AT_ONCE)):
-        _send(separator + ",\n".join(some))
+        _send(separator)
+        _send(",\n".join(some))
         separator = ",\n"
     _send("\n]}\n")
 

@@ -12,7 +12,14 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 
 from vfiotool.devices.attached import Attached
-from vfiotool.devices.config.decode import HEADER_BYTES, SPACES_KEPT, ConfigSpace, Once, read_config
+from vfiotool.devices.config.decode import (
+    HEADER_BYTES,
+    SPACES_KEPT,
+    ConfigSpace,
+    Once,
+    parse_config,
+    read_config,
+)
 from vfiotool.devices.config.layout import Value
 from vfiotool.devices.config.vpd import Vpd, parse_vpd
 from vfiotool.devices.drivers import canonical_name
@@ -81,10 +88,20 @@ class DetailReader:
         self._link_of = Once(link_of, SPACES_KEPT)
         self._serial_of = Once(_serial_number, SPACES_KEPT)
         self._attached = Attached(host)
+        self._configs: dict[str, ConfigSpace] = {}
 
     def functions(self, addresses: Iterable[str]) -> tuple[PciFunction, ...]:
         """The functions of these addresses, in their order; those that are gone are left out."""
-        return read_functions(self._host, addresses, links=False, indices=self._vf_indices)
+        return read_functions(
+            self._host,
+            addresses,
+            links=False,
+            indices=self._vf_indices,
+            keep_config=self._keep_config,
+        )
+
+    def _keep_config(self, address: str, data: bytes) -> None:
+        self._configs[address] = parse_config(data)
 
     def read_all(self, addresses: Iterable[str]) -> Iterator[tuple[PciFunction, Details]]:
         """`functions` with their details."""
@@ -98,7 +115,8 @@ class DetailReader:
         if function.sriov is not None:
             indices = self._vf_indices.of(address)
             vfs = tuple(sorted(indices, key=lambda vf: indices[vf]))
-        config = read_config(host, address)
+        # What was read with the function is used once, and read anew if it is asked for again.
+        config = self._configs.pop(address, None) or read_config(host, address)
         return Details(
             config=config,
             link=self._link(address, config),

@@ -47,7 +47,10 @@ __all__ = [
 ]
 
 
-_FILES = ("reserved_regions", "name", "type")
+# What is read of a group: all of it, what its listing shows, what a verdict asks for.
+_FILES = ("type", "reserved_regions", "name")
+_SHOWN = _FILES[:2]
+_JUDGED = _FILES[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +131,13 @@ class GroupReader:
         *,
         types: bool = True,
     ) -> None:
-        self._types = types
+        self._files = _FILES if types else _JUDGED
         given = {name: _facts_of(function) for name, function in (functions or {}).items()}
         self._scan = GroupScan(host, given)
 
     def read(self, group: int) -> IommuGroup | None:
         """One group, or None if there is none of that id (any more)."""
-        return _read_group(self._scan, group, types=self._types)
+        return _read_group(self._scan, group, self._files)
 
 
 def read_group(host: Host, group: int) -> IommuGroup | None:
@@ -142,13 +145,12 @@ def read_group(host: Host, group: int) -> IommuGroup | None:
     return _read_group(GroupScan(host), group)
 
 
-def _read_group(scan: GroupScan, group: int, *, types: bool = True) -> IommuGroup | None:
+def _read_group(scan: GroupScan, group: int, files: tuple[str, ...] = _FILES) -> IommuGroup | None:
     found = scan.members(group)
     if found is None:
         return None
     members = tuple(GroupMember(name, *facts) for name, facts in found)
-    attributes = scan.attributes(group, _FILES if types else _FILES[:2])
-    regions, noiommu, domain = _attributes(*attributes)
+    domain, regions, noiommu = _attributes(files, scan.attributes(group, files))
     return IommuGroup(
         id=group,
         type=domain,
@@ -162,13 +164,18 @@ def _read_group(scan: GroupScan, group: int, *, types: bool = True) -> IommuGrou
 # Most groups of a host have the same.
 @lru_cache(maxsize=64)
 def _attributes(
-    regions: bytes | None, name: bytes | None, domain: bytes | None = None
-) -> tuple[tuple[ReservedRegion, ...], bool, str | None]:
-    """A group's reserved regions, whether VFIO made it without an IOMMU, and its domain type."""
+    names: tuple[str, ...], contents: tuple[bytes | None, ...]
+) -> tuple[str | None, tuple[ReservedRegion, ...], bool]:
+    """A group's domain type, its reserved regions, and whether VFIO made it without an IOMMU."""
+    found = {
+        name: content.strip().decode("utf-8", "backslashreplace")
+        for name, content in zip(names, contents, strict=True)
+        if content is not None
+    }
     return (
-        parse_reserved_regions((regions or b"").decode("utf-8", "backslashreplace")),
-        name is not None and name.strip() == b"vfio-noiommu",
-        None if domain is None else domain.rstrip().decode("utf-8", "backslashreplace"),
+        found.get("type"),
+        parse_reserved_regions(found.get("reserved_regions", "")),
+        found.get("name") == "vfio-noiommu",
     )
 
 
@@ -182,11 +189,11 @@ def read_groups(host: Host) -> tuple[IommuGroup, ...]:
     return tuple(iter_groups(host))
 
 
-def iter_groups(host: Host) -> Iterator[IommuGroup]:
-    """As `read_groups`, one at a time."""
+def iter_groups(host: Host, *, plain: bool = False) -> Iterator[IommuGroup]:
+    """As `read_groups`, one at a time; `plain`: without asking which are no-IOMMU groups."""
     scan = GroupScan(host)
     for number in list_groups(host):
-        group = _read_group(scan, number)
+        group = _read_group(scan, number, _SHOWN if plain else _FILES)
         if group is not None:
             yield group
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
@@ -259,20 +259,26 @@ def read_function(host: Host, address: str) -> PciFunction | None:
 
 
 def read_functions(
-    host: Host, addresses: Iterable[str], *, links: bool = True, indices: VfIndices | None = None
+    host: Host,
+    addresses: Iterable[str],
+    *,
+    links: bool = True,
+    indices: VfIndices | None = None,
+    keep_config: Callable[[str, bytes], object] | None = None,
 ) -> tuple[PciFunction, ...]:
     """The functions of these addresses, in their order; those that are gone are left out.
 
     Without `links` each function's `link` is None: who reads configuration space anyway finds it
     there, and spares four attributes of each function. `indices` are the caller's, if it needs
-    them for more than this.
+    them for more than this. `keep_config` is told the address and configuration space of each
+    function as it is read, where it can be read.
 
     What the kernel answers under the device's lock (`driver_override`, `sriov_numvfs`) is read
     for all at once and with a deadline: it is None for a device that is stuck in an unbind
     (drivers/pci/pci-sysfs.c, driver_override_show; drivers/pci/iov.c, sriov_numvfs_show).
     """
     indices = VfIndices(host) if indices is None else indices
-    reader = _FunctionReader(host, indices)
+    reader = _FunctionReader(host, indices, keep_config)
     paths = host.realpaths(SYS_PCI_DEVICES, addresses)
     found = [item for item in map(reader.read, paths, paths.values()) if item is not None]
     answers = host.read_guarded(reader.locked)
@@ -318,10 +324,18 @@ class _FunctionReader:
     kernel answers, that is `sriov_numvfs` alone, which few have.
     """
 
-    def __init__(self, host: Host, indices: VfIndices) -> None:
+    def __init__(
+        self,
+        host: Host,
+        indices: VfIndices,
+        keep_config: Callable[[str, bytes], object] | None = None,
+    ) -> None:
         self._host = host
         self._indices = indices
+        self._keep_config = keep_config
         self._files = _FILES if host.live else (*_FILES, "driver_override")
+        if keep_config is not None:
+            self._files = (*self._files, "config")
         self._known: dict[tuple[bytes | str | int, ...], _Shared] = {}
         self.locked: list[str] = []
 
@@ -330,6 +344,8 @@ class _FunctionReader:
         host = self._host
         base = f"{SYS_PCI_DEVICES}/{address}"
         (resource, *files), (group, *links) = host.tree.read_many(base, self._files, _LINKS)
+        if self._keep_config is not None and not isinstance(config := files.pop(), int):
+            self._keep_config(address, config)
         key = (*files, *links)
         shared = self._known.get(key)
         if shared is None:

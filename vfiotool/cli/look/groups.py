@@ -80,7 +80,7 @@ def run_groups(host: Host, ids: Sequence[int], as_json: bool) -> int:
             f"no IOMMU group {text}: the ids go from {known[0]} to {known[-1]}",
             hint="vfiotool groups lists them",
         )
-    found = _read(host, ids) if ids else iter_groups(host)
+    found = _read(host, ids) if ids else iter_groups(host, plain=True)
     if as_json:
         output.emit_rows("groups", map(GroupWriter().text, found))
     else:
