@@ -62,6 +62,7 @@ def outside(options: argparse.Namespace) -> int:
     inner = [sys.executable, "-m", __spec__.name, "--inside", "--rounds", str(options.rounds)]
     inner += ["--seconds", str(options.seconds), "--backend", options.backend]
     inner += ["--peer", options.peer] if options.peer else []
+    inner += ["--ways", *options.ways, "--depths", *map(str, options.depths)]
     inner += ["--json"] if options.json else []
     arguments = {"qemu_arguments": hardware(), "load": ("nvme",), "vcpus": 1}
     with Guest("basic", options.kernel, **arguments) as guest:
@@ -234,14 +235,17 @@ def inside(options: argparse.Namespace) -> int:
     seen: dict[tuple[int, int, str], list[float]] = defaultdict(list)
     for _ in range(options.rounds):
         for size, depth in CASES:
+            if depth not in options.depths:
+                continue
             key = (size, depth)
             disk, seconds = disks[size], options.seconds
-            seen[*key, "kernel"].append(kernel(nodes[size], size, depth, seconds))
+            if "kernel" in options.ways:
+                seen[*key, "kernel"].append(kernel(nodes[size], size, depth, seconds))
             if options.peer:
                 seen[*key, "peer"].append(peer(options.peer, disk, size, depth, seconds))
             batch = max(1, depth // 2)
             seen[*key, "C"].append(ours(disk, options.backend, size, depth, batch, seconds))
-            if depth > 1:
+            if depth > 1 and "Python" in options.ways:
                 rate = python_loop(disk, options.backend, size, depth, seconds)
                 seen[*key, "Python"].append(rate)
                 for threads in (1, 4):
@@ -271,9 +275,10 @@ def show(table: list[dict[str, object]]) -> None:
     rows = {(row["size_bytes"], row["depth"], row["way"]): row for row in table}
     for (size, depth, way), row in rows.items():
         line = f"{size:>5} B  QD{depth:<3} {way:<8} {row['median_iops']:>9,} ({row['best_iops']:,})"
-        base = rows[size, depth, "kernel"]
-        ratios = [f"{row[k] / base[k]:.1f}" for k in ("median_iops", "best_iops")]  # type: ignore[operator]
-        line += f"   {ratios[0]} ({ratios[1]}) times the kernel"
+        if (size, depth, "kernel") in rows:
+            base = rows[size, depth, "kernel"]
+            ratios = [f"{row[k] / base[k]:.1f}" for k in ("median_iops", "best_iops")]  # type: ignore[operator]
+            line += f"   {ratios[0]} ({ratios[1]}) times the kernel"
         if (size, depth, "peer") in rows and way in ("C", "Python"):
             other = rows[size, depth, "peer"]
             ratios = [f"{row[k] / other[k]:.2f}" for k in ("median_iops", "best_iops")]  # type: ignore[operator]
@@ -292,6 +297,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--peer", help="another program's command line, see above")
+    ways = ["kernel", "Python"]
+    parser.add_argument("--ways", nargs="*", default=ways, choices=ways, help="beside C and peer")
+    parser.add_argument("--depths", nargs="*", type=int, default=[1, 32])
     parser.add_argument("--pin", action="store_true", help="one processor each: guest, QEMU")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)

@@ -27,6 +27,7 @@ import errno
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NoReturn
 
 from vfiotool.errors import UsageError, errno_name
@@ -47,8 +48,6 @@ _HEX_LINE = re.compile(r"# ([0-9a-f]{3,8}): ([0-9a-f]{2,64})")
 _END = re.compile(r"\[end ([0-9]{1,9})\]")
 # A name that begins like another kind of line has its first character escaped.
 _LINE_STARTS = ("[", "|", "#")
-# The kernel has errno values that libc does not name (ENOTSUPP, 524).
-_ERRNO = {errno.errorcode.get(number, str(number)): number for number in range(1, 4096)}
 _BACKSLASH = re.compile(r"\\(x[0-9a-f]{2}|\\|)")
 
 
@@ -305,7 +304,7 @@ class _Parser:
                 self._fail("nothing follows `?`")
             return NOT_CAPTURED
         if sign == "!":
-            number = _ERRNO.get(rest or "")
+            number = _errno_of(rest or "")
             if number is None:
                 self._fail("`!` is followed by the name of an errno")
             return number
@@ -381,3 +380,14 @@ class _Parser:
             # It may lack lines: better unreadable than wrong.
             self.files[self.unfinished] = errno.EIO
         return Snapshot(self.header, self.files, self.links, frozenset(self.directories), cut_off)
+
+
+@cache
+def _errno_of(name: str) -> int | None:
+    """An errno by its name, or by its number where libc has no name for it (ENOTSUPP, 524)."""
+    names = {name: number for number, name in errno.errorcode.items()}
+    if name in names:
+        return names[name]
+    number = int(name) if name.isdecimal() and name.isascii() and len(name) < 5 else 0
+    named = number in errno.errorcode or name != str(number)
+    return number if 0 < number < 4096 and not named else None

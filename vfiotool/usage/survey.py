@@ -91,20 +91,18 @@ def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
         if path is None and sight.readlink(f"{SYS_PCI_DEVICES}/{address}") is not None:
             sight.miss(address, "it is there, and cannot be read")
         return Usage(()) if path is None else _vdpa_usage(sight, address, path)
-    if not may_be_used(sight, function):
-        parts = [
-            _vf_usage(sight, function),
-            node_usage(sight, address, function.path, (), function.iommu_group),
-        ]
-        return _join([*parts, *_out_of_sight(sight, function, parts)])
+    path = function.path
+    # What the table of `occupied.py` does not tell of is asked of every function.
+    told = may_be_used(sight, function)
+    virtio = function.driver == "virtio-pci"
     parts = [
         _vf_usage(sight, function),
-        storage_usage(sight, address, function.path, virtio=function.driver == "virtio-pci"),
-        network_usage(sight, function),
-        display_usage(sight, function),
-        parts_usage(sight, function, interfaces_above(sight, function.path)),
-        _children(sight, function),
-        _open_nodes(sight, address, function.path, function.iommu_group),
+        storage_usage(sight, address, path, virtio=virtio) if told else _NOTHING,
+        network_usage(sight, function) if told else _NOTHING,
+        display_usage(sight, function) if told else _NOTHING,
+        parts_usage(sight, function, interfaces_above(sight, path)) if told else _NOTHING,
+        _children(sight, function) if told else _NOTHING,
+        _open_nodes(sight, address, path, function.iommu_group),
     ]
     parts += _out_of_sight(sight, function, parts)
     own_net = sight.attached.interfaces(function.path)
