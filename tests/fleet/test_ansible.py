@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,27 @@ def ours(tmp_path: Path) -> str:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m vfiotool "$@"\n')
     program.chmod(0o755)
     return str(program)
+
+
+@pytest.mark.parametrize("module", ["vfiotool_policy", "vfiotool_facts", "vfiotool_check"])
+def test_the_documentation_of_a_module_has_what_all_modules_take(
+    module: str, tmp_path: Path, collections: Path
+) -> None:
+    assert PLAYBOOK is not None
+    done = subprocess.run(
+        [str(Path(PLAYBOOK).with_name("ansible-doc")), "--json", f"vfiotool.host.{module}"],
+        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(collections), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    documented = json.loads(done.stdout)[f"vfiotool.host.{module}"]["doc"]["options"]
+    assert documented["executable"]["default"] == "vfiotool" and "root" in documented
+    text = (ROOT / f"ansible/plugins/modules/{module}.py").read_text()
+    taken = re.findall(r"^ +(\w+)=\{\"type\"", text, re.MULTILINE)
+    assert set(taken) <= documented.keys()
 
 
 def test_facts_and_the_gate_of_a_recorded_host(tmp_path: Path, collections: Path) -> None:

@@ -51,15 +51,8 @@ options:
       - Fail on warnings too, such as a device that works once and not twice.
     type: bool
     default: false
-  executable:
-    description:
-      - The program.
-    type: str
-    default: vfiotool
-  root:
-    description:
-      - A recorded host to look at instead of the managed one.
-    type: path
+extends_documentation_fragment:
+  - vfiotool.host.vfiotool
 attributes:
   check_mode:
     description: Only reads.

@@ -14,16 +14,8 @@ description:
 version_added: "0.1.0"
 author:
   - The vfiotool authors (@vfiotool)
-options:
-  executable:
-    description:
-      - The program.
-    type: str
-    default: vfiotool
-  root:
-    description:
-      - A recorded host to look at instead of the managed one.
-    type: path
+extends_documentation_fragment:
+  - vfiotool.host.vfiotool
 attributes:
   check_mode:
     description: Only reads.

@@ -46,15 +46,8 @@ options:
     description:
       - Whether the policy shall be applied at every boot, too. Not touched if it is left out.
     type: bool
-  executable:
-    description:
-      - The program.
-    type: str
-    default: vfiotool
-  root:
-    description:
-      - A recorded host to plan for instead of the managed one. Nothing can be applied there.
-    type: path
+extends_documentation_fragment:
+  - vfiotool.host.vfiotool
 attributes:
   check_mode:
     description: Plans without changing anything.
