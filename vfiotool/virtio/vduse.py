@@ -166,7 +166,7 @@ class VduseDevice:
     def run(self) -> None:
         """Serve until `stop` is called. A driver that is there already goes on at once."""
         if not self.is_new:
-            self._start()
+            self._try(self._start)
         selector = self._selector
         for descriptor in (self._fd, self._wake, self._fault):
             selector.register(descriptor, selectors.EVENT_READ)
@@ -176,10 +176,17 @@ class VduseDevice:
                     self._message()
                 elif key.fd == self._fault:
                     os.eventfd_read(self._fault)
-                    self._look_again()
+                    self._try(self._look_again)
                 elif isinstance(key.fileobj, socket.socket):
                     # It may have been taken away by one that came with it.
                     self._watched.get(key.fileobj, lambda: None)()
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """What a driver has set up wrongly is reported, and ends nothing but its queues."""
+        try:
+            action()
+        except (VfiotoolError, OSError) as error:
+            self._report(f"{self.name}: {getattr(error, 'message', error)}")
 
     def watch(self, source: socket.socket, action: Callable[[], None]) -> None:
         """Have `run` call `action` whenever the socket can be read."""
@@ -237,8 +244,8 @@ class VduseDevice:
         request = wire.parse_request(data)
         try:
             ok, base = True, self._do(request)
-        except VfiotoolError as error:
-            self._report(f"{self.name}: {error.message}")
+        except (VfiotoolError, OSError) as error:
+            self._report(f"{self.name}: {getattr(error, 'message', error)}")
             ok, base = False, 0
         os.write(self._fd, wire.format_response(request, ok, base))
 
