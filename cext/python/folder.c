@@ -1,4 +1,5 @@
-/* read_folder: many small files and links of one folder in one call, without the interpreter's lock.
+/* read_folder: many small files and links of one folder in one call, without the interpreter's
+ * lock.
  *
  * Listing a host reads a dozen attributes of each of its functions; the way from the root to the
  * folder is walked once for all of them, and no Python object is made but what was read.
@@ -13,7 +14,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-/* An attribute is a page at most (fs/sysfs/file.c, PAGE_SIZE): a read that gives less was the last. */
+/* An attribute is a page at most (fs/sysfs/file.c, PAGE_SIZE): a read that gives less was the last.
+ */
 #define PAGE 4096
 #define LONGEST (1u << 20)
 #define FEW 3

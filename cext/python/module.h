@@ -23,10 +23,10 @@ int vt_handle_take(PyObject *handle);
  * meanwhile and nobody else uses it. Needs the interpreter's lock. */
 void vt_handle_give(PyObject *handle);
 
-/* read_folder(path, files, links), a function of the module: a list of what the files of these names
- * below `path` hold, as bytes, and one of where the links lead, as str; an errno in the place of
- * what failed. If `path` itself cannot be opened, its errno stands everywhere. The names are tuples
- * of str or bytes. A file of more than a megabyte is EFBIG. NULL with an exception set for
+/* read_folder(path, files, links), a function of the module: a list of what the files of these
+ * names below `path` hold, as bytes, and one of where the links lead, as str; an errno in the place
+ * of what failed. If `path` itself cannot be opened, its errno stands everywhere. The names are
+ * tuples of str or bytes. A file of more than a megabyte is EFBIG. NULL with an exception set for
  * arguments of other types, names with a NUL, and want of memory. */
 PyObject *vt_read_folder(PyObject *module, PyObject *arguments);
 
