@@ -400,7 +400,8 @@ def _refuse_unviable(draft: _Draft, address: str) -> None:
         raise Refused(
             f"{address} shares group {device.group} with {name}, which stays on "
             f"{other.binding.driver}: the group would not be viable",
-            hint='park that bridge by a rule of its own: match its address, driver = "none"'
+            hint="leave that bridge without a driver by a rule of its own: match its address, "
+            'driver = "none"'
             if bridge_in_the_way(other.class_code, other.binding.driver)
             else 'group = "whole" takes the other endpoints along',
             device=address,

@@ -187,7 +187,7 @@ KINDS = {
             "group-member",
             "another device of its group is on a driver of the host",
             "the group; what uses that device is listed too. A bridge whose own driver stands in "
-            "the way (shpchp, lpc_ich) is parked with `--driver none`",
+            "the way (shpchp, lpc_ich) is left without one: `bind BRIDGE --driver none`",
             cuts_a_use=False,
         ),
         BlockerKind(
