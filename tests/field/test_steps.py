@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.field.host import FIELD, ask, folder
+from tests.field.readthrough import hosts
+from vfiotool.cli import context
+from vfiotool.cli.main import main
 from vfiotool.devices.pci import list_addresses, read_functions
 from vfiotool.snapshot.load import open_root
 from vfiotool.usage.case import CaseReader
@@ -19,6 +23,30 @@ def verdicts(path: Path) -> list[Verdict]:
     cases = CaseReader(host)
     functions = read_functions(host, list_addresses(host))
     return [explain(cases.of(function, reasons=True)) for function in functions]
+
+
+@pytest.mark.parametrize("path", hosts().values(), ids=hosts())
+def test_the_first_step_is_one_that_its_command_takes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = open_root(str(path))
+    monkeypatch.setattr(context, "open_host", lambda _: host)
+    for verdict in verdicts(path):
+        words = shlex.split(verdict.next[0]) if verdict.next else []
+        if words[:2] in (["vfiotool", "bind"], ["vfiotool", "vf"]):
+            code = main(["--root", str(path), *words[1:], "--dry-run"])
+            told = capsys.readouterr()
+            assert code == 0 and "nothing to do" not in told.out, (verdict.next[0], told.err)
+
+
+def test_44_what_is_made_from_vfs_ends_before_they_do() -> None:
+    answer = ask("44", "why", "0000:65:00.0")
+    assert answer.steps[:3] == [
+        "vfiotool vdpa remove vdpa0",
+        "vfiotool vf set 0000:65:00.0 0",
+        "vfiotool bind 0000:65:00.0",
+    ]
+    assert "0000:65:00.2: the vDPA device vdpa0 is made from it" in answer.text
 
 
 def test_06_no_step_removes_the_vf_asked_about() -> None:

@@ -136,6 +136,7 @@ KINDS = {
             "vfs-enabled",
             "it has virtual functions enabled",
             "`virtfn*`; the drivers of the VFs are named",
+            order=10,
         ),
         BlockerKind(
             "mdev-children",

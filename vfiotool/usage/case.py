@@ -12,6 +12,7 @@ from vfiotool.devices.iommu import GroupReader, IommuGroup
 from vfiotool.devices.pci import PciFunction, read_function
 from vfiotool.devices.platform import Platform, read_platform
 from vfiotool.devices.reset import lacks_reset
+from vfiotool.devices.sriov import read_vfs
 from vfiotool.devices.vgpu import Vgpu, may_be_vgpu, read_vgpu
 from vfiotool.errors import NotFound
 from vfiotool.host.distribution import Distribution, read_distribution
@@ -176,6 +177,20 @@ class CaseReader:
         return self._groups[number]
 
     def _usage(self, name: str, function: PciFunction | None) -> Usage:
+        """Who uses a device; of a PF, who uses its VFs too, which go before it can be had."""
+        own = self._own_usage(name, function)
+        if not any(blocker.kind == "vfs-enabled" for blocker in own.blockers):
+            return own
+        vfs = [
+            self._own_usage(vf.address, self._functions.get(vf.address))
+            for vf in read_vfs(self._host, name)
+        ]
+        return Usage(
+            (*own.blockers, *(blocker for usage in vfs for blocker in usage.blockers)),
+            (*own.unknown, *(text for usage in vfs for text in usage.unknown)),
+        )
+
+    def _own_usage(self, name: str, function: PciFunction | None) -> Usage:
         if name not in self._usages:
             self._usages[name] = look(self._sight, name, function)
         return self._usages[name]

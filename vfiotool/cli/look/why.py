@@ -60,7 +60,9 @@ def print_verdict(verdict: Verdict) -> None:
         answer = ("cannot be passed through", "bold red")
     output.write((verdict.address, "bold"), " ", answer, f"  ({verdict.word})")
     for blocker in verdict.blockers:
-        output.write((f"  {blocker.kind}", "red"), f"  {blocker.detail}")
+        other = blocker.device != verdict.address and blocker.device not in blocker.detail
+        whose = f"{blocker.device}: " if other else ""
+        output.write((f"  {blocker.kind}", "red"), f"  {whose}{blocker.detail}")
         output.write((f"      {blocker.evidence}", "dim"))
     for warning in verdict.warnings:
         output.write(("  warning: ", "yellow"), warning)
