@@ -251,6 +251,24 @@ def test_an_nvme_disk_is_played_with_its_own_ids_and_serial() -> None:
     model.close()
 
 
+def test_a_card_whose_pin_linux_takes_for_broken_is_played_without_one() -> None:
+    pin = bytearray(ENDPOINT)
+    pin[0x3D] = 1
+    broken = {"device": 0x1572, "config": bytes(pin)}
+    plan = planned(
+        function("0000:00:02.0", driver="i40e", **broken),
+        function("0000:00:03.0", **broken),
+        function("0000:00:04.0", driver="ixgbe", config=bytes(pin)),
+    )
+    pins = []
+    for replay in plan.replays:
+        card = played(replay)
+        pins.append(card.interrupt_counts()[0])
+        card.close()
+    assert pins == [0, 1, 1]
+    assert [lack.line[:12] for lack in plan.lacks if lack.kind == "pin"] == ["0000:00:02.0"]
+
+
 def test_a_full_root_bus_leaves_out_what_has_no_room() -> None:
     crowd = [function(f"0000:00:{slot:02x}.0") for slot in range(1, 0x1E)]
     plan = planned(*crowd, function("0000:00:1e.0"))

@@ -46,6 +46,9 @@ LACKS = {
         ),
         LackKind("config", "what was not in the snapshot cannot be replayed", (*GROUP, *_JUDGED)),
         LackKind("switch-acs", "QEMU's switch ports have no ACS", (*GROUP, *_JUDGED)),
+        LackKind(
+            "pin", "Linux knows its pin to be broken, and no stand-in driver holds it with one"
+        ),
         LackKind("stand-in", "no driver works on a replayed card"),
         LackKind(
             "use",

@@ -32,6 +32,13 @@ _VF_OFFSET, _VF_STRIDE, _VFS = 128, 2, 7
 _EXPANDERS = range(0x1C, 0, -1)
 _LAB_VENDOR = 0x1AF4
 _VIRTIO_IOMMU = 0x1AF41057
+# Cards that Linux knows to mask their interrupt pin wrongly (drivers/pci/quirks.c,
+# quirk_broken_intx_masking): uio_pci_generic, which holds cards in a twin, takes none with a pin.
+_BROKEN_INTX = frozenset(
+    {0x14250030, 0x18140601, 0x1B7C0004, 0x1102000B, 0x10EC8169}
+    | {0x80860000 | device for device in (0x1572, 0x1574, 0x1580, 0x1581, *range(0x1583, 0x158C))}
+    | {0x80860000 | device for device in (0x37D0, 0x37D1, 0x37D2)}
+)
 # QEMU's IOMMUs have 39 or 48 bits.
 _WIDE_BITS = 48
 
@@ -39,11 +46,13 @@ _WIDE_BITS = 48
 @dataclass(frozen=True)
 class Replay:
     """An endpoint that is served from the configuration space of `original`, with the properties
-    that its `-device` has; with `disk` as an NVMe controller that works."""
+    that its `-device` has; with `disk` as an NVMe controller that works, without its interrupt pin
+    where `pin` is not set."""
 
     original: TwinFunction
     properties: tuple[tuple[str, str], ...]
     disk: bool = False
+    pin: bool = True
 
 
 @dataclass(frozen=True)
@@ -376,7 +385,10 @@ def _place_endpoint(
 ) -> None:
     kind = making.stand_ins.get(one.address)
     if kind is None or kind == "nvme":
-        making.items.append(Replay(one, properties, disk=kind == "nvme"))
+        pin = one.driver is None or one.vendor << 16 | one.device not in _BROKEN_INTX
+        making.items.append(Replay(one, properties, disk=kind == "nvme", pin=pin))
+        if not pin:
+            making.lack("pin", f"{one.address}: it has no interrupt pin in the twin")
         if kind == "nvme":
             making.used[one.address] = kind
         if one.vfs:

@@ -25,6 +25,8 @@ _OF_NOBODY = ("vfio-pci", "pci-stub")
 # 16 MiB, sparse, which takes a file system.
 _DISK_BLOCKS = 32768
 _SETUP_LIMIT_S = 120.0
+# Interrupt Pin (PCI Local Bus Specification 3.0, 6.2.4).
+_PIN = 0x3D
 
 
 @dataclass(frozen=True)
@@ -116,21 +118,21 @@ def played(replay: Replay) -> Model:
     """The model that plays an endpoint. An NVMe controller has the original's ids and serial, and
     a small disk in memory."""
     one = replay.original
-    card = ReplayModel(one.config, one.resources)
+    config = one.config if replay.pin else one.config[:_PIN] + b"\0" + one.config[_PIN + 1 :]
+    card = ReplayModel(config, one.resources)
     if not replay.disk:
         # Whatever it says of itself, a reset of its bus resets a card.
         card.has_reset = True
         return card
-    config = card.config
     kind = type(
         "PlayedNvme",
         (NvmeModel,),
         {
             "vendor": one.vendor,
             "device": one.device,
-            "revision": config.data[8],
-            "subsystem": struct.unpack_from("<HH", config.data, 0x2C),
-            "resets": config.resets_by(EXPRESS),
+            "revision": card.config.data[8],
+            "subsystem": struct.unpack_from("<HH", card.config.data, 0x2C),
+            "resets": card.config.resets_by(EXPRESS),
         },
     )
     card.close()
