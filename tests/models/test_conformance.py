@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from vfiotool.errors import KernelError, NotFound, TimedOut, Unsupported, UsageE
 from vfiotool.host.host import Host
 from vfiotool.models import BarSpec, Model, reads, writes
 from vfiotool.models.bar import memory_bar
+from vfiotool.models.dma import ClientMemory
 from vfiotool.models.edu import EduModel
 from vfiotool.vfio import Device, Mapping, Register, RegisterMap, Target, Trace, find, open_space
 
@@ -403,6 +405,20 @@ def test_what_is_mapped_is_mapped_once_and_unmapped_whole(device: Device) -> Non
     assert space.unmap(0x90000, 4096) == 0
     many = device.dma.alloc_many(20, 4096)
     assert len({one.iova for one in many}) == 20
+
+
+def test_a_range_is_unmapped_with_all_that_is_in_it_and_nothing_in_part() -> None:
+    """QEMU unmaps the whole address space in large ranges when a guest's IOMMU changes a domain."""
+    memory = ClientMemory(None)  # type: ignore[arg-type]
+    for iova in (0x10000, 0x20000, 0x40000):
+        assert memory.map(3, 0, iova, 0x2000, []) == 0
+    assert memory.unmap(0x11000, 0x20000) == errno.EINVAL, "it would cut the first one"
+    assert memory.unmap(0x10000, 0x11000) == errno.EINVAL, "and this the second"
+    assert len(memory) == 3
+    assert memory.unmap(0, 1 << 18) == 0 and len(memory) == 1
+    assert memory.unmap(0, 1 << 18) == errno.ENOENT
+    assert memory.unmap(0, 1 << 39) == 0 and len(memory) == 0
+    assert memory.map(3, 0, 0x10000, 0x1000, []) == 0, "what was mapped before is not in the way"
 
 
 def test_a_slow_and_a_mute_device_and_how_long_is_waited(card: Card) -> None:

@@ -94,16 +94,24 @@ class ClientMemory:
         return 0
 
     def unmap(self, iova: int, size: int, *, everything: bool = False) -> int:
-        """0 or an errno; no access to it is under way when this returns."""
+        """0 or an errno; no access to it is under way when this returns. As VFIO has it
+        (VFIO_IOMMU_UNMAP_DMA), several mappings can go at once, but none in part: a guest's IOMMU
+        that changes a device's domain has QEMU unmap all of the address space, in large ranges.
+        """
         with self._lock:
             if everything:
                 self.clear()
                 return 0
-            at = bisect.bisect_left(self._starts, iova)
-            if at == len(self._starts) or self._starts[at] != iova or self._pieces[at].size != size:
-                return errno.EINVAL if self._within(iova, size) else errno.ENOENT
-            del self._starts[at]
-            self._pieces.pop(at).close()
+            found = self._within(iova, size)
+            if not found:
+                return errno.ENOENT
+            if found[0].iova < iova or found[-1].iova + found[-1].size > iova + size:
+                return errno.EINVAL
+            at = bisect.bisect_left(self._starts, found[0].iova)
+            del self._starts[at : at + len(found)]
+            del self._pieces[at : at + len(found)]
+            for piece in found:
+                piece.close()
         return 0
 
     def clear(self) -> None:
