@@ -136,6 +136,7 @@ def plan_twin(
     for root, slot in expanders.items():
         _place_root(making, root, slot)
     _place_vfs(making)
+    _compare_chipset(making)
     if host.nodes > 1:
         making.lack(
             "numa",
@@ -216,6 +217,17 @@ def _place_vfs(making: _Making) -> None:
                     "virtual-functions",
                     f"{one.address}: left out, the stand-in has {_VFS} virtual functions",
                 )
+
+
+def _compare_chipset(making: _Making) -> None:
+    """Functions of QEMU's chipset that the original has not are in a slot, and a group, with those
+    that it has."""
+    slot = f"0000:00:{CHIPSET_SLOT:02x}."
+    there = [one for one in making.addresses.values() if one.startswith(slot)]
+    more = [f"{slot}{number}" for number in _CHIPSET if f"{slot}{number}" not in there]
+    if there and more:
+        names = [old for old, new in making.addresses.items() if new in there]
+        making.lack("chipset", f"{', '.join(names)}: QEMU's chipset has {', '.join(more)} as well")
 
 
 def _bits(making: _Making) -> int | None:
