@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.guests.runs import need_lab
+from tests.models.qemu_cases import CASES
 from tests.models.served import serving
+from tests.models.test_conformance import Card
 from vfiotool.lab.guest import Guest
 from vfiotool.lab.machines import VfioUserDevice
 from vfiotool.models import Model
@@ -19,6 +22,7 @@ from vfiotool.models.nvme import NvmeModel
 pytestmark = pytest.mark.lab
 
 KERNEL = "6.12"
+ROOT = Path(__file__).resolve().parents[2]
 VFIOTOOL = str(Path(sys.prefix) / "bin/vfiotool")
 EDU = f"""
 set -e
@@ -90,3 +94,19 @@ def test_a_guest_s_nvme_driver_keeps_a_file_system_on_the_model() -> None:
     said = ran(model, NVME)
     # Byte for byte: what the guest reads is what the model holds.
     assert hashlib.sha256(model.disk).hexdigest() in said, said
+
+
+def test_qemu_as_the_client_passes_the_cases_of_conformance(
+    record_property: Callable[[str, object], None],
+) -> None:
+    script = f"""
+set -e
+modprobe vfio-pci
+{VFIOTOOL} bind 00:05.0
+cd {ROOT}
+{sys.executable} -m tests.models.qemu_cases 0000:00:05.0
+{VFIOTOOL} release 00:05.0
+"""
+    said = ran(Card(), script)
+    assert said.count("passed: ") == len(CASES), said
+    record_property("measured", said.partition("a register read: ")[2].partition("\n")[0])

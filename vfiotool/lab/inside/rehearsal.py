@@ -27,6 +27,8 @@ HOLDER = Path("/run/rehearsal.holder")
 # machine can be slow.
 COMMAND_LIMIT_S = 120.0
 WRITE_LIMIT_S = 5
+# The kernel waits 60 s for a device that is gone, and so does who reads its configuration space.
+STUCK_LIMIT_S = 25.0
 QEMU_LIMIT_S = 60.0
 # A start is given up this long after the kernel began to wait for a device (it waits 60 s).
 _LOOK_S = 2.0
@@ -44,9 +46,11 @@ class Part:
         self.with_qemu: bool = told.get("qemu", True)
         self.program = [sys.executable, "-m", "vfiotool"]
 
-    def tool(self, *words: str, name: str | None = None) -> dict[str, Any]:
+    def tool(
+        self, *words: str, name: str | None = None, limit_s: float = COMMAND_LIMIT_S
+    ) -> dict[str, Any]:
         """Run a command of vfiotool with --json, and report it."""
-        return self.command(name or words[0], [*self.program, "--json", *words], COMMAND_LIMIT_S)
+        return self.command(name or words[0], [*self.program, "--json", *words], limit_s)
 
     def command(
         self,
@@ -260,7 +264,7 @@ def let_go(part: Part) -> None:
 
 
 def undo(part: Part) -> None:
-    part.tool("undo", "--timeout", str(WRITE_LIMIT_S))
+    part.tool("undo", "--timeout", str(WRITE_LIMIT_S), limit_s=STUCK_LIMIT_S)
 
 
 def after(part: Part) -> None:
@@ -268,7 +272,7 @@ def after(part: Part) -> None:
     begun = time.monotonic()
     while True:
         done = part.tool("recover")
-        if done["exit_code"] != 6 or time.monotonic() - begun > COMMAND_LIMIT_S:
+        if done["exit_code"] == 0 or time.monotonic() - begun > COMMAND_LIMIT_S:
             break
         time.sleep(1.0)
     if BEFORE.read_text(encoding="utf-8") != json.dumps(state()):
