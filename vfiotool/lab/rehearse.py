@@ -107,6 +107,9 @@ def findings(done: Sequence[Done]) -> tuple[RehearsalFinding, ...]:
         decide = _DECIDERS.get(one.name, _failure)
         if one.act != ACTS[2] or one.name == "compare":
             found += decide(one)
+    if any(one.kind == "reset-hangs" for one in found):
+        # What fails after that fails because of it.
+        found = [one for one in found if one.kind not in ("stuck", "failed")]
     logs = [one for one in done if one.name == "kernel log" and one.act == ACTS[0]]
     return tuple(_with_log(one, logs) for one in dict.fromkeys(found))
 

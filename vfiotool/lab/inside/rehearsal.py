@@ -77,7 +77,8 @@ class Part:
                         # It may wait in the kernel, where no signal ends it: it is left behind.
                         _leave(child)
                         break
-        return report(name, code, time.monotonic() - begun, out, error)
+        done = report(name, code, time.monotonic() - begun, out, error)
+        return {**done, "pid": child.pid}
 
 
 def _leave(child: subprocess.Popen[bytes]) -> None:
@@ -189,7 +190,9 @@ def start(part: Part) -> dict[str, Any]:
             since.append(time.monotonic())
         return bool(since) and time.monotonic() - since[0] > _HANGS_S
 
-    return part.command("start twice", [*words, *part.devices], COMMAND_LIMIT_S, hangs)
+    done = part.command("start twice", [*words, *part.devices], COMMAND_LIMIT_S, hangs)
+    HOLDER.write_text(str(done["pid"]), encoding="utf-8")
+    return done
 
 
 def waited_for() -> str:
@@ -270,6 +273,10 @@ def undo(part: Part) -> None:
 def after(part: Part) -> None:
     """Once the device answers again: what is half done is ended, and the rest taken back."""
     begun = time.monotonic()
+    while _lives(int(HOLDER.read_text(encoding="utf-8"))):
+        if time.monotonic() - begun > COMMAND_LIMIT_S:
+            break
+        time.sleep(0.5)
     while True:
         done = part.tool("recover")
         if done["exit_code"] == 0 or time.monotonic() - begun > COMMAND_LIMIT_S:
@@ -278,6 +285,15 @@ def after(part: Part) -> None:
     if BEFORE.read_text(encoding="utf-8") != json.dumps(state()):
         part.tool("undo", "--timeout", "60")
     compare()
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there still: one that was killed ends when the kernel lets it."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] not in "ZX"
 
 
 _PARTS: dict[str, Callable[[Part], None]] = {
