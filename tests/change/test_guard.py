@@ -18,7 +18,7 @@ from tests.change.changing import (
     run_folder,
 )
 from tests.fakes.kernel import FakeKernel
-from vfiotool.change.guard import find_blockers
+from vfiotool.change.guard import find_blockers, refuse_uses
 from vfiotool.change.journal import Journal
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.bind import BindDriver, LoadModule
@@ -29,6 +29,7 @@ from vfiotool.change.steps.sriov import SetAutoprobe, SetMsixCount, SetVfCount, 
 from vfiotool.change.steps.state import ANY, PARKED, Binding
 from vfiotool.change.steps.vdpa import SetVdpaAutoprobe
 from vfiotool.change.steps.vf_network import SetVfProperty
+from vfiotool.errors import Refused
 from vfiotool.host.paths import ESWITCH, OPEN_NODES
 from vfiotool.netlink.route import VfSettings
 
@@ -138,3 +139,13 @@ def test_every_kind_of_step_is_asked_about(kernel: FakeKernel) -> None:
         "SetVdpa",
         "SetVdpaMac",
     }
+
+
+def test_what_a_refusal_proposes_can_be_typed(kernel: FakeKernel) -> None:
+    """A name that somebody else chose is no part of a command."""
+    name = "/dev/a $(touch x)"
+    device = kernel.host().realpath(f"/sys/bus/pci/devices/{NVME}")
+    kernel._put(OPEN_NODES, f"7\tcat\t{name}\t{device}\n.\n".encode())
+    with pytest.raises(Refused) as raised:
+        refuse_uses(kernel.host(), [BindDriver(NVME, NVME_DRIVER, VFIO)])
+    assert f"--allow 'open-file:{name}'" in (raised.value.hint or "")

@@ -6,6 +6,7 @@ step and each write (`writer.py`), whoever wants the change.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -92,7 +93,8 @@ def _remedy(left: tuple[Blocker, ...]) -> str:
             return (
                 f"{entry.remedy or f'vfiotool why {entry.device}'} (--allow does not permit this)"
             )
-    allows = " ".join(dict.fromkeys(f"--allow {entry.kind}:{entry.subject}" for entry in left))
+    permits = dict.fromkeys(shlex.quote(f"{entry.kind}:{entry.subject}") for entry in left)
+    allows = " ".join(f"--allow {permit}" for permit in permits)
     return f"end that use first (see: vfiotool why {left[0].device}); to override: {allows}"
 
 
