@@ -71,6 +71,20 @@ def test_what_is_mounted_over_a_mount_is_not_unmounted_for_it(small: SmallHost, 
     assert " hides it" in entry.detail
 
 
+@pytest.mark.parametrize(
+    "options", ["lowerdir=/mnt/a/l", "lowerdir=l/X,upperdir=/mnt/a/u,workdir=/w"]
+)
+def test_an_overlay_on_a_disk_is_a_use_of_it(small: SmallHost, options: str) -> None:
+    """It keeps the disk after the disk's own mount is gone; the host may run from it."""
+    small.mounts(
+        "self\t35 1 0:40 / / rw - overlay overlay rw," + options,
+        "self\t36 35 259:0 / /mnt/a rw - ext4 /dev/nvme0n1 rw",
+    )
+    assert found(small) == [("mounted", "/"), ("mounted", "/mnt/a")]
+    root, _ = blockers(small.host(), DISK)
+    assert root.vital is not None and root.remedy is None
+
+
 def test_a_target_whose_configfs_is_not_mounted_is_unseen(small: SmallHost) -> None:
     """It runs on, and what it exports cannot be looked up."""
     small.file("/sys/module/target_core_mod/initstate", "live")

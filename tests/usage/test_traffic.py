@@ -374,3 +374,32 @@ def test_a_dump_that_fails_is_no_dump_without_entries(
     for look in (read_redirected, read_filtered, lambda: list(read_bound_sockets())):
         with pytest.raises(KernelError):
             look()
+
+
+def test_a_protocol_of_the_kernels_own_is_a_use() -> None:
+    small = network()
+    table = (
+        "Type Device      Function\n0800          ip_rcv\n88ca eth1     tipc_l2_rcv_msg [tipc]\n"
+    )
+    small.file("/proc/net/ptype", table)
+    ((kind, subject, detail),) = found(small)
+    assert (kind, subject) == ("packet-socket", "eth1")
+    assert "(tipc_l2_rcv_msg [tipc])" in detail
+
+
+@pytest.mark.parametrize(
+    "row", ["ALL  eth1     packet_rcv", "0004          llc_rcv [llc]", "88ca eth9 x"]
+)
+def test_what_serves_all_interfaces_or_another_is_none_of_this(row: str) -> None:
+    small = network()
+    small.file("/proc/net/ptype", f"Type Device      Function\n{row}\n")
+    assert found(small) == []
+
+
+def test_an_rdma_device_that_stands_on_an_interface_is_a_use() -> None:
+    small = network()
+    for name, place in (("rxe0", "virtual"), ("mlx5_0", "pci0000:00/0000:02:00.0")):
+        real = f"/sys/devices/{place}/infiniband/{name}"
+        small.link(f"/sys/class/infiniband/{name}", real)
+        small.file(f"{real}/ports/1/gid_attrs/ndevs/0", "eth1")
+    assert [(kind, subject) for kind, subject, _ in found(small)] == [("bridge-or-bond", "rxe0")]

@@ -38,7 +38,8 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 class Mount:
     """One line of a mountinfo. `pid` is `self`, or a process of another mount namespace.
 
-    `lower` is the first lower folder of an overlay, as it was named when that was mounted.
+    `lower` and `upper` are the first lower folder of an overlay and its upper one, as they were
+    named when that was mounted.
     """
 
     pid: str
@@ -47,6 +48,7 @@ class Mount:
     type: str
     source: str
     lower: str = ""
+    upper: str = ""
     id: str = ""
     parent: str = ""
 
@@ -71,13 +73,15 @@ def parse_mount(pid: str, line: str) -> Mount | None:
     head, tail = left.split(), right.split()
     if not separator or len(head) < 5 or len(tail) < 2:
         return None
-    lower = ""
+    lower = upper = ""
     if tail[0] == "overlay":
         options = tail[2].split(",") if len(tail) > 2 else []
         named = [text for text in options if text.startswith(("lowerdir=", "lowerdir+="))]
         lower = unescape(named[0].partition("=")[2].partition(":")[0]) if named else ""
+        above = [text for text in options if text.startswith("upperdir=")]
+        upper = unescape(above[0].partition("=")[2]) if above else ""
     point, source = unescape(head[4]), unescape(tail[1])
-    return Mount(pid, head[2], point, tail[0], source, lower, head[0], head[1])
+    return Mount(pid, head[2], point, tail[0], source, lower, upper, head[0], head[1])
 
 
 def unescape(text: str) -> str:
@@ -95,7 +99,7 @@ def mounted(
     found: dict[tuple[str, str], Use] = {}
     seen_members: set[str] = set()
     for mount in mounts:
-        layer = numbers.get(mount.number)
+        layer = numbers.get(mount.number) or _layer_below(mount, mounts, numbers)
         if layer is None:
             sources = [block_name(host, part) for part in mount.source.split(":")]
             known = next((source for source in sources if source in names), None)
@@ -112,6 +116,18 @@ def mounted(
         blocker = Blocker("mounted", address, member, detail, evidence)
         found[(member, "")] = (names[member].chain[0], blocker)
     return list(found.values())
+
+
+def _layer_below(
+    mount: Mount, mounts: tuple[Mount, ...], numbers: Mapping[str, Layer]
+) -> Layer | None:
+    """What an overlay stands on: it keeps a file system that is mounted nowhere any more."""
+    same = [other for other in mounts if other.pid == mount.pid]
+    for folder in (mount.upper, mount.lower):
+        below = _covering(f"{folder}/", same) if folder.startswith("/") else None
+        if below is not None and below.number in numbers:
+            return numbers[below.number]
+    return None
 
 
 def _mount_blocker(address: str, layer: Layer, mount: Mount, mounts: tuple[Mount, ...]) -> Blocker:

@@ -1,7 +1,7 @@
 """Uses of an interface that need no address: sockets and programs on it, tc rules.
 
-Source: net/packet/af_packet.c, net/can/proc.c; what tc and bound sockets do is an observation
-(host/observe.py).
+Source: net/packet/af_packet.c, net/core/net-procfs.c, net/can/proc.c; what tc and bound sockets
+do is an observation (host/observe.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 
-from vfiotool.host.paths import NET_TRAFFIC, PROC_CAN, PROC_PACKET
+from vfiotool.host.paths import NET_TRAFFIC, PROC_CAN, PROC_PACKET, PROC_PROTOCOLS, SYS_RDMA
 from vfiotool.usage.blocker import Blocker
 from vfiotool.usage.links import read_graph
 from vfiotool.usage.sight import Sight
@@ -20,6 +20,8 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
     taps = host.once("packet sockets", _packet_sockets)
     can = host.once("can sockets", _can_receivers)
     traffic = host.once("traffic", _traffic)
+    kernels = host.once("kernel protocols", _kernel_protocols)
+    rdma = host.once("rdma over interfaces", _rdma)
     graph = read_graph(host)
     found = []
     for name in sorted(carriers):
@@ -28,6 +30,10 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
         if name in taps:
             detail = f"a program has a packet socket on {name}"
             evidence = f"{PROC_PACKET} has the index of {name}"
+            found.append(Blocker("packet-socket", address, name, detail, evidence))
+        elif name in kernels:
+            detail = f"the kernel speaks a protocol straight over {name} ({kernels[name]})"
+            evidence = f"{PROC_PROTOCOLS} names {name}"
             found.append(Blocker("packet-socket", address, name, detail, evidence))
         elif name in can:
             detail = f"a program receives the CAN frames of {name}"
@@ -42,6 +48,11 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
             evidence = f"ip link show {shlex.quote(name)}"
             remedy = f"ip link set {shlex.quote(name)} xdp off"
             found.append(Blocker("packet-socket", address, name, detail, evidence, remedy))
+        if name in rdma:
+            detail = f"the RDMA device {rdma[name]} stands on {name}"
+            evidence = f"{SYS_RDMA}/{rdma[name]} has no device of its own"
+            remedy = f"rdma link delete {shlex.quote(rdma[name])}"
+            found.append(Blocker("bridge-or-bond", address, rdma[name], detail, evidence, remedy))
         found += _rules(address, name, facts)
     return found
 
@@ -73,6 +84,41 @@ def _packet_sockets(host: Sight) -> frozenset[str]:
         if len(words) >= 5 and words[4].isdecimal():
             found.add(names.get(int(words[4]), ""))
     return frozenset(found)
+
+
+# Where the interface's name begins (net/core/net-procfs.c, ptype_seq_show).
+_NAME_AT = 5
+
+
+def _kernel_protocols(host: Sight) -> dict[str, str]:
+    """Interface -> what takes a protocol's packets of it alone in the kernel: TIPC, FCoE, …
+
+    Left out are packet sockets, which a table of their own tells.
+    """
+    found: dict[str, str] = {}
+    for line in (host.read(PROC_PROTOCOLS) or "").splitlines()[1:]:
+        name, _, rest = line[_NAME_AT:].partition(" ")
+        handler = rest.strip()
+        if name and not handler.startswith(("packet_", "tpacket_")):
+            found.setdefault(name, handler)
+    return found
+
+
+def _rdma(host: Sight) -> dict[str, str]:
+    """Interface -> the RDMA device that is made of it alone (rxe, siw), not one of a card's own.
+
+    Source: Documentation/ABI/stable/sysfs-class-infiniband, gid_attrs/ndevs.
+    """
+    found: dict[str, str] = {}
+    for device in host.listdir(SYS_RDMA):
+        if "/virtual/" not in (host.readlink(f"{SYS_RDMA}/{device}") or ""):
+            continue
+        ports = f"{SYS_RDMA}/{device}/ports"
+        for port in host.listdir(ports):
+            name = host.read(f"{ports}/{port}/gid_attrs/ndevs/0")
+            if name:
+                found.setdefault(name, device)
+    return found
 
 
 def _can_receivers(host: Sight) -> dict[str, str]:
