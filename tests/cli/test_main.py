@@ -311,3 +311,11 @@ def test_output_that_cannot_be_written_is_no_fault_of_vfiotools() -> None:
         )
     assert done.returncode == 5
     assert done.stderr == "vfiotool: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_standard_file_is_no_fault_and_takes_no_other_files_place(closed: str) -> None:
+    root = Path(__file__).parents[2] / "fixtures/hosts/storage-in-use"
+    command = f'"{sys.executable}" -m vfiotool --root "{root}" devices {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

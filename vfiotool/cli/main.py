@@ -17,6 +17,7 @@ _VERSION = (["--version"], ["-V"], ["version"])
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (CONTRACT, exit codes)."""
+    _open_standard_files()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments in _VERSION:
         sys.stdout.write(f"vfiotool {__version__}\n")
@@ -43,6 +44,18 @@ def main(argv: list[str] | None = None) -> int:
         return _interrupted(getattr(error, "number", None))
     except Exception as error:
         return _report(error, chosen)
+
+
+def _open_standard_files() -> None:
+    """What the caller closed leads nowhere from here on, rather than into the next file opened."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free: those below it are open by now.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _report(error: Exception, chosen: Globals) -> int:
