@@ -361,7 +361,7 @@ _ALL = (
             *(Disk(name, 32) for name in ("meta", "plain", "guarded", "zoned", "beside")),
             *(Disk(name, 32) for name in ("few1", "few2", "few3", "hot")),
             Disk("large", 64),
-            Disk("slow", 64, ("throttling.iops-total=400",)),
+            Disk("slow", 64, ("throttling.iops-total=60",)),
             Disk("bad", 64, FAILING, "file.image.filename"),
         ),
         load=("nvme",),
