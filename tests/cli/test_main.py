@@ -149,7 +149,7 @@ def test_what_lab_run_starts_keeps_its_own_options(
     guest = type("Guest", (), {"__enter__": lambda self: self, "__exit__": lambda *_: None})
     guest.exec, guest.describe, guest.missing_models = exec, lambda _: "", lambda _: ()
     monkeypatch.setattr(lab, "_guest", lambda *_: guest())
-    monkeypatch.setattr(lab, "_end_on_sigterm", lambda: None)
+    monkeypatch.setattr(lab, "end_on_sigterm", lambda: None)
     chosen = Globals()
     with pytest.raises(Seen):
         program.run(line.split(), chosen)
