@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,12 @@ sys.exit(main())
 """
 
 
+def connects(path: Path) -> bool:
+    """Whether somebody listens: a socket is there before that."""
+    with socket.socket(socket.AF_UNIX) as trial:
+        return trial.connect_ex(str(path)) == 0
+
+
 @pytest.mark.parametrize("direct", [False, True], ids=["page-cache", "direct"])
 def test_a_file_is_served_where_io_uring_is_forbidden(tmp_path: Path, direct: bool) -> None:
     image, path = tmp_path / "image", tmp_path / "socket"
@@ -39,7 +46,7 @@ def test_a_file_is_served_where_io_uring_is_forbidden(tmp_path: Path, direct: bo
     command += ["--blk-file", str(image), "--socket-path", str(path)] + ["--direct"] * direct
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     waiting = threading.Event()
-    while not path.exists():
+    while not connects(path):
         if process.poll() is not None:
             assert process.stderr is not None
             said = process.stderr.read().decode()
