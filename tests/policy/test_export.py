@@ -8,6 +8,7 @@ import pytest
 
 from tests.change.changing import EDU, NIC, NVME, counting, do, furnished, run_folder
 from vfiotool.change.journal import Journal
+from vfiotool.devices.mdev import Mdev
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.export import export_policy, policy_of, read_present_state
 from vfiotool.policy.facts import read_policy_facts
@@ -92,6 +93,15 @@ def test_a_device_whose_lock_is_held_is_a_comment_and_the_others_are_exported() 
     assert f"# not looked at: {NVME}: reading its" in text
     assert f'address = "{EDU}"' in text
     parse_policy(text)
+
+
+@pytest.mark.parametrize("lost", ["parent", "type"])
+def test_an_mdev_of_which_too_little_can_be_read_is_a_comment(lost: str) -> None:
+    mdev = Mdev("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "mtty", "mtty-1", None)
+    state = replace(read_present_state(furnished().host()), mdevs=(replace(mdev, **{lost: None}),))
+    text = policy_of(state)
+    assert f"# mdev {mdev.uuid}: its parent or type cannot be read" in text
+    assert parse_policy(text).mdevs == ()
 
 
 def test_an_ap_matrix_is_told_by_what_was_assigned() -> None:

@@ -25,6 +25,7 @@ from vfiotool.netlink.traffic import (
     read_redirected,
 )
 from vfiotool.usage.case import read_case
+from vfiotool.usage.links import in_namespace
 from vfiotool.usage.survey import survey
 from vfiotool.usage.verdict import explain
 
@@ -403,3 +404,15 @@ def test_an_rdma_device_that_stands_on_an_interface_is_a_use() -> None:
         small.link(f"/sys/class/infiniband/{name}", real)
         small.file(f"{real}/ports/1/gid_attrs/ndevs/0", "eth1")
     assert [(kind, subject) for kind, subject, _ in found(small)] == [("bridge-or-bond", "rxe0")]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("321", "nsenter --target 321 --net"),
+        ("/run/netns/a b", "nsenter --net='/run/netns/a b'"),
+        ("321/task/322", "nsenter --net=/proc/321/task/322/ns/net"),
+    ],
+)
+def test_a_command_in_a_namespace_begins_with_what_enters_it(where: str, words: str) -> None:
+    assert in_namespace(where) == words

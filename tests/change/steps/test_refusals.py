@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.change.changing import EDU, NIC, TESTDEV, binding, counting, do, furnished, run_folder
+from tests.change.changing import (
+    EDU,
+    NIC,
+    NVME,
+    TESTDEV,
+    binding,
+    counting,
+    do,
+    furnished,
+    run_folder,
+)
 from tests.fakes.kernel import FakeKernel
 from tests.fakes.vdpa import VdpaKernel
 from vfiotool.change import confirm as confirming
@@ -22,10 +32,12 @@ from vfiotool.change.plans.vdpa_facts import read_vdpa_facts
 from vfiotool.change.sealed import seal
 from vfiotool.change.steps.base import device_keys
 from vfiotool.change.steps.bind import BindDriver, Binding
+from vfiotool.change.steps.state import ANY, read_driver, read_pci_identity
 from vfiotool.change.steps.vdpa import SetVdpa, SetVdpaAutoprobe
 from vfiotool.change.steps.vf_network import SetVfProperty, interface_of, read_settings
+from vfiotool.change.writer import forget_origins
 from vfiotool.devices.vdpa import VdpaSettings
-from vfiotool.errors import KernelError, UsageError, VfiotoolError
+from vfiotool.errors import KernelError, NotFound, UsageError, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.host.paths import SYS_VDPA_AUTOPROBE
 from vfiotool.host.tree import MemoryTree
@@ -247,6 +259,33 @@ def test_a_kernel_that_does_not_tell_the_ids_of_vfs_leaves_them_unknown() -> Non
     kernel._remove(f"{kernel.host().realpath(f'/sys/bus/pci/devices/{NIC}')}/sriov_vf_device")
     sriov = read_facts(kernel.host(), [NIC]).devices[NIC].sriov
     assert sriov is not None and sriov.vf_device is None
+
+
+def test_a_device_that_is_gone_has_no_driver_to_be_read() -> None:
+    host = furnished().host()
+    assert read_driver(host, "pci", NIC) == "igb"
+    with pytest.raises(NotFound, match=r"0000:7f:00\.0 is not there"):
+        read_driver(host, "pci", "0000:7f:00.0")
+
+
+def test_an_origin_is_forgotten_by_the_goal_that_was_seen_and_by_the_kernels_choice(
+    journal: tuple[FakeKernel, Journal],
+) -> None:
+    kernel, log = journal
+    host, identity = kernel.host(), read_pci_identity(kernel.host(), NVME)
+
+    def kept(after: Binding) -> bool:
+        log.remember("pci", NVME, identity, Binding("nvme", None))
+        step = BindDriver(NVME, Binding("nvme", None), after, identity)
+        forget_origins(host, log, [step], hold=True)
+        return log.origin("pci", NVME, identity) is not None
+
+    # What was just seen to hold is not read again; what the kernel chose has to be.
+    assert kept(Binding("vfio-pci", "vfio-pci"))
+    assert not kept(Binding(ANY, None))
+    kernel._detach(NVME)
+    kernel._attach(NVME, "vfio-pci")
+    assert kept(Binding(ANY, None))
 
 
 def test_an_empty_record_is_named_as_damaged(journal: tuple[FakeKernel, Journal]) -> None:
