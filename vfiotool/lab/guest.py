@@ -69,7 +69,8 @@ class Options:
 
     `extra_drives` are raw files that the guest sees as virtio disks (writes are thrown away),
     `share` folders that it may write to, `load` modules that it loads at start, `served` devices
-    that processes serve over vfio-user.
+    that processes serve over vfio-user. `newer_qemu` is for `qemu_arguments` that only QEMU 11
+    knows.
     """
 
     memory_mib: int | None = None
@@ -83,6 +84,7 @@ class Options:
     cwd: Path | None = None
     boot_limit_s: float = BOOT_LIMIT_S
     served: tuple[machines.VfioUserDevice, ...] = ()
+    newer_qemu: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Guest:
         self.options = Options(**options)
         self.kernel = kernels.prepare(kernel)
         served = self.options.served or self.machine.served
-        self.qemu = qemu.find_newer() if served else qemu.find()
+        newer = served or self.options.newer_qemu
+        self.qemu = qemu.find_newer() if newer else qemu.find()
         self.qemu.require(self.machine)
         self.accelerator = qemu.accelerator(self.qemu, self.kernel.image)
         self.cwd = (self.options.cwd or Path.cwd()).resolve()
