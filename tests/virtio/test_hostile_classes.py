@@ -3,6 +3,7 @@ device serves an honest one afterwards."""
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -201,6 +202,7 @@ def driven(
 
 
 def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, seed: int) -> None:
+    gc.collect()  # what tests before this one left open
     before = len(os.listdir("/proc/self/fd"))
     odd = OddDriver(random.Random(seed))
     with driven(tmp_path, odd, monkeypatch) as (kernel, device, said):

@@ -65,6 +65,7 @@ class NvmeModel(NvmeCommands, Model):
     ) -> None:
         self.set_disk(blocks, shift)
         self.entries, self.shutdown_s, self.command_sets = 1024, 0.0, 1
+        self.arbitration = 0  # CAP.AMS: 1, queues have priorities, to which it gives no heed
         self.version = 0x00020000
         self.ready, self.hold, self.mute_queues, self.wrong_ids = True, False, False, False
         self.fail: dict[tuple[int, int], int] = {}
@@ -83,14 +84,14 @@ class NvmeModel(NvmeCommands, Model):
     def power_on(self) -> None:
         self.fatal = False
         self._shutting: float | None = None
-        low = self.entries - 1 | 1 << 16 | 2 << 24
-        self.set(_R.capabilities, low | self.command_sets << 37)
+        self.set(_R.capabilities, self.tell_capabilities())
         self.set(_R.version, self.version)
         self._forget()
 
     @reads(_R.capabilities)
     def tell_capabilities(self) -> int:
-        return self.entries - 1 | 1 << 16 | 2 << 24 | self.command_sets << 37
+        low = self.entries - 1 | 1 << 16 | self.arbitration << 17 | 2 << 24
+        return low | self.command_sets << 37
 
     @reads(_R.status)
     def tell_status(self) -> int:
