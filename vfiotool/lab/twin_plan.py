@@ -382,9 +382,11 @@ def _place_bridge(
     if model == "pcie-root-port" and not one.acs_on:
         making.acs_off.append(here)
     if model == "xio3130-downstream" and one.acs_on:
+        below = " ".join(far.address for far in making.host.functions if one.address in far.parents)
         making.lack(
             "switch-acs",
-            f"{one.address}: QEMU's switch ports have no ACS, the original isolates what is below",
+            f"{one.address}: QEMU's switch ports have no ACS, the original isolates what is below"
+            f" ({below or 'nothing now'})",
         )
     number = making.next_bus
     making.next_bus += 1
