@@ -1,0 +1,237 @@
+"""What `vm check` foretells, made to happen: QEMU fails with the words quoted here, the check says
+so before the start, and the check's own remedy lets QEMU open the devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.commands import modprobe
+from tests.lab.vfio_guest import EDU, PCI, bind_vfio, unbind
+from vfiotool.vfio import Device
+
+MACHINE = "full"
+KERNELS = ("6.12",)
+PROOF = "long: QEMU is started many times within an emulated guest"
+LIMIT_S = 3600.0
+
+SHARED, NEIGHBOUR = "0000:05:01.0", "0000:05:02.0"
+PF, VF = "0000:01:00.0", "0000:01:00.1"
+# Nobody's: whoever has no CAP_IPC_LOCK is held to the limit on locked memory.
+UID = 65534
+SMALL_LOCK = 64 << 20
+
+
+def run(*words: str, code: int | None = None, prefix: Sequence[str] = ()) -> str:
+    line = [*prefix, sys.executable, "-m", "vfiotool", *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert code is None or done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def findings(*words: str, prefix: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """What `vm check` says of the devices, by its kind."""
+    found = json.loads(run("--json", "vm", "check", *words, prefix=prefix))["findings"]
+    return {item["kind"]: item for item in found}
+
+
+def options(*words: str) -> list[str]:
+    """What `vm qemu` prints of devices that are ready."""
+    found: list[str] = json.loads(run("--json", "vm", "qemu", *words, code=0))["arguments"]
+    return found
+
+
+def line_of(words: Sequence[str]) -> list[str]:
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        pytest.skip("no qemu-system-x86_64 in the guest's PATH")
+    return [qemu, "-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", *words]
+
+
+def start(words: Sequence[str], prefix: Sequence[str] = ()) -> str:
+    """Start QEMU, stopped, and end it: what it says on its standard error; empty if it worked."""
+    done = subprocess.run(
+        [*prefix, *line_of(words), "-S", "-monitor", "stdio"],
+        input="quit\n",
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    said = done.stderr.strip()
+    assert bool(done.returncode) == ("qemu-system" in said and ": warning:" not in said), said
+    return said if done.returncode else ""
+
+
+def said_while_running(words: Sequence[str], wanted: str, limit_s: float) -> str:
+    """What a running QEMU says until `wanted` is among it, or for `limit_s`."""
+    process = subprocess.Popen(line_of(words), stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said, end = b"", time.monotonic() + limit_s
+    try:
+        while wanted.encode() not in said and time.monotonic() < end:
+            ready, _, _ = select.select([process.stderr], [], [], 1.0)
+            data = os.read(process.stderr.fileno(), 65536) if ready else b" "
+            if not data:
+                break
+            said += data.strip()
+    finally:
+        process.kill()
+        process.wait()
+    return said.decode()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules() -> None:
+    modprobe("vfio-pci", "vfio_iommu_type1", "uio_pci_generic")
+
+
+@pytest.fixture
+def edu() -> Iterator[str]:
+    bind_vfio(EDU)
+    yield EDU
+    unbind(EDU)
+
+
+def test_a_device_on_no_vfio_driver() -> None:
+    bind_vfio(EDU)
+    words = options(EDU)
+    unbind(EDU)
+    found = findings(EDU)["not-bound"]
+    assert "No such file or directory" in start(words)
+    run(*found["next"].split()[1:], code=0)
+    assert "not-bound" not in findings(EDU) and not start(words)
+    unbind(EDU)
+
+
+def test_a_group_that_is_not_viable() -> None:
+    for address in (SHARED, NEIGHBOUR):
+        bind_vfio(address)
+    words = options(SHARED)
+    unbind(NEIGHBOUR)
+    (PCI / NEIGHBOUR / "driver_override").write_text("uio_pci_generic")
+    (PCI.parent / "drivers_probe").write_text(NEIGHBOUR)
+    if not (PCI / NEIGHBOUR / "driver").exists():
+        pytest.skip("no host driver takes the other function here")
+    found = findings(SHARED)["group-not-viable"]
+    assert NEIGHBOUR in found["detail"]
+    said = start(words)
+    assert "is not viable" in said
+    assert "Please ensure all devices within the iommu_group are bound to their vfio bus" in said
+    unbind(NEIGHBOUR)
+    assert "group-not-viable" not in findings(SHARED) and not start(words)
+    unbind(SHARED)
+
+
+def test_a_second_user_of_the_group(edu: str) -> None:
+    words = options(edu)
+    with Device.open(edu, backend="type1"):
+        found = findings(edu)["held"]
+        assert f"ps -fp {os.getpid()}" in found["remedy"]
+        assert "Device or resource busy" in start(words)
+    assert "held" not in findings(edu) and not start(words)
+
+
+def test_the_limit_on_locked_memory(edu: str) -> None:
+    words = options(edu, "--memory", "256M")
+    group = (PCI / edu / "iommu_group").resolve().name
+    os.chown(f"/dev/vfio/{group}", UID, UID)
+    os.chmod("/dev/vfio/vfio", 0o666)
+
+    def limited(size: int) -> list[str]:
+        user = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
+        return ["prlimit", f"--memlock={size}:{size}", *user]
+
+    found = findings(edu, "--memory", "256M", prefix=limited(SMALL_LOCK))["memory-lock"]
+    said = start(words, limited(SMALL_LOCK))
+    assert "Cannot allocate memory" in said
+    enough = SMALL_LOCK + found["number"]
+    assert f"LimitMEMLOCK={enough}" in " ".join(found["remedy"])
+    more = findings(edu, "--memory", "256M", prefix=limited(enough))
+    assert "memory-lock" not in more and not start(words, limited(enough))
+
+
+def test_iommufd_on_a_kernel_without_it(edu: str) -> None:
+    if Path("/dev/iommu").exists():
+        pytest.skip("this kernel has iommufd")
+    words = [*options(edu), "-object", "iommufd,id=iommufd0"]
+    words = [f"{w},iommufd=iommufd0" if w.startswith("vfio-pci,") else w for w in words]
+    assert "no-iommufd" in findings(edu, "--iommufd")
+    said = start(words)
+    assert "/dev/iommu" in said and "No such file or directory" in said
+    assert "no-iommufd" not in findings(edu) and not start(options(edu))
+
+
+def test_a_vf_whose_pf_is_driven_from_user_space_wants_its_token() -> None:
+    enable, token = Path("/sys/module/vfio_pci/parameters/enable_sriov"), str(uuid.uuid4())
+    if not enable.exists():
+        pytest.skip("vfio-pci of this kernel cannot enable VFs")
+    enable.write_text("Y")
+    bind_vfio(PF)
+    with Device.open(PF, backend="type1") as device:
+        device.set_vf_token(uuid.UUID(token))
+        (PCI / PF / "sriov_drivers_autoprobe").write_text("0")
+        (PCI / PF / "sriov_numvfs").write_text("1")
+        bind_vfio(VF)
+        words = options(VF, "--vf-token", token)
+        without = [word.replace(f",vf-token={token}", "") for word in words]
+        assert "vf-token" in findings(VF)
+        assert "Permission denied" in start(without)
+        assert "vf-token" not in findings(VF, "--vf-token", token) and not start(words)
+    (PCI / PF / "sriov_numvfs").write_text("0")
+    (PCI / PF / "sriov_drivers_autoprobe").write_text("1")
+    unbind(PF)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Starts a server of a disk; its socket."""
+    image, socket = tmp_path / "disk.raw", tmp_path / "vm.sock"
+    image.write_bytes(bytes(1 << 20))
+    running = []
+
+    def serve() -> str:
+        words = ("serve", "vhost-user-blk", "--socket-path", str(socket), "--blk-file", str(image))
+        running.append(subprocess.Popen([sys.executable, "-m", "vfiotool", *words]))
+        end = time.monotonic() + 60
+        while not socket.exists():
+            assert time.monotonic() < end, "no server came up"
+            time.sleep(0.1)
+        return f"vhost-user-blk:{socket}"
+
+    yield serve
+    for process in running:
+        process.terminate()
+        process.wait(60)
+
+
+def test_a_socket_that_nothing_serves(served: Callable[[], str], tmp_path: Path) -> None:
+    name = f"vhost-user-blk:{tmp_path / 'vm.sock'}"
+    assert "no-socket" in findings(name)
+    where = f"socket,id=c,path={tmp_path / 'vm.sock'}"
+    said = start(["-m", "64M", "-chardev", where, "-device", "vhost-user-blk-pci,chardev=c"])
+    assert "Failed to connect to" in said and "No such file or directory" in said
+    assert served() == name
+    assert "no-socket" not in findings(name) and not start(options(name, "--memory", "64M"))
+
+
+def test_memory_that_is_not_shared(served: Callable[[], str]) -> None:
+    name = served()
+    assert "share=on" in str(findings(name)["shared-memory"]["remedy"])
+    words = options(name, "--memory", "64M")
+    at = words.index("-object")
+    private = [*words[:at], *words[at + 4 :]]
+    wanted = "consider using -object memory-backend-file share=on"
+    assert wanted in said_while_running(private, wanted, 300)
+    assert wanted not in said_while_running(words, wanted, 30)
