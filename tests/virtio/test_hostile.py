@@ -49,6 +49,16 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def assert_flat(pid: int, before: int, settled: int) -> None:
+    """A server has the descriptors and about the KiB of memory that it had once it was warm."""
+    deadline = time.monotonic() + 20
+    while descriptors(pid) > before + 16:
+        assert time.monotonic() < deadline, "descriptors were left open"
+    grown = resident_kib(pid) - settled
+    print(f"descriptors {before} and {descriptors(pid)}, {settled} KiB, {grown:+}")
+    assert grown < 64 << 10, f"{grown} KiB more than at the beginning"
+
+
 def check(honest: Frontend, number: int) -> None:
     data = number.to_bytes(8, "little") * 64
     assert honest.write(number % 1000, data) == 0
@@ -91,14 +101,9 @@ def bombard(tmp_path: Path, count: int, seed: int, controller: str | None = None
         check(honest, connections)
         assert server.poll() is None
         if settled:
-            deadline = time.monotonic() + 20
-            while descriptors(server.pid) > before + 16:
-                assert time.monotonic() < deadline, "descriptors were left open"
-            grown = resident_kib(server.pid) - settled
             took = time.monotonic() - began
             print(f"{sent} messages and rings, {connections} connections, {took:.0f} s,")
-            print(f"descriptors {before} and {descriptors(server.pid)}, {settled} KiB, {grown:+}")
-            assert grown < 64 << 10, f"{grown} KiB more than at the beginning"
+            assert_flat(server.pid, before, settled)
         honest.close()
     finally:
         server.terminate()
