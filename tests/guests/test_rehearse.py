@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.guests.runs import need_lab
-from vfiotool.cli.lab_twin import _asked_here as asked_here
-from vfiotool.cli.lab_twin import in_use_of, stand_ins_of
+from vfiotool.cli.lab_twin import asked_here, in_use_of, stand_ins_of
 from vfiotool.lab.rehearse import ACTS, Rehearsal, said
 from vfiotool.lab.rehearse_run import rehearse
 from vfiotool.lab.twin_facts import read_twin_host

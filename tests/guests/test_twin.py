@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.guests.runs import need_lab
-from vfiotool.cli.lab_twin import _asked_here as asked_here
-from vfiotool.cli.lab_twin import compare_with, in_use_of, stand_ins_of
+from vfiotool.cli.lab_twin import asked_here, compare_with, in_use_of, stand_ins_of
 from vfiotool.lab.twin_compare import is_explained
 from vfiotool.lab.twin_facts import read_twin_host
 from vfiotool.lab.twin_plan import plan_twin

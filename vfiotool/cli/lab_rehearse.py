@@ -14,7 +14,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import wants_json
-from vfiotool.cli.lab_twin import KernelOption, _asked_here, in_use_of, stand_ins_of
+from vfiotool.cli.lab_twin import KernelOption, asked_here, in_use_of, stand_ins_of
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.lab.kernels import catalogue as kernels
 
@@ -74,7 +74,7 @@ def rehearse(
     with ExitStack() as stack:
         snapshot = host or _snapshot_of_this_machine(stack)
         original = read_twin_host(snapshot)
-        devices = _asked_here(snapshot, "devices")
+        devices = asked_here(snapshot, "devices")
         plan = plan_twin(original, stand_ins_of(devices), in_use_of(devices))
         output.say(f"rehearse: a twin of {host or 'this machine'} boots")
         played = rehearse_run.rehearse(

@@ -78,7 +78,7 @@ def twin(
     from vfiotool.lab.twin_run import running_twin
 
     host = read_twin_host(snapshot)
-    devices = _asked_here(snapshot, "devices")
+    devices = asked_here(snapshot, "devices")
     made = plan_twin(host, stand_ins_of(devices), in_use_of(devices))
     if plan:
         _show_plan(context, made)
@@ -141,9 +141,9 @@ def compare_with(guest: Guest, snapshot: str, plan: TwinPlan) -> list[TwinDiffer
     from vfiotool.lab import twin_compare as compare
 
     places = plan.addresses
-    devices = _asked_here(snapshot, "devices")["devices"]
+    devices = asked_here(snapshot, "devices")["devices"]
     found = compare.compare_groups(
-        _asked_here(snapshot, "groups")["groups"], _asked_there(guest, "groups")["groups"], places
+        asked_here(snapshot, "groups")["groups"], _asked_there(guest, "groups")["groups"], places
     )
     found += compare.compare_verdicts(devices, _asked_there(guest, "devices")["devices"], places)
     wanted = [one["address"] for one in devices if _is_wanted(one) and one["address"] in places]
@@ -154,7 +154,7 @@ def compare_with(guest: Guest, snapshot: str, plan: TwinPlan) -> list[TwinDiffer
         with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
             file.write(_policy_for(wanted))
             file.flush()
-            ours = _asked_here(snapshot, "plan", file.name)
+            ours = asked_here(snapshot, "plan", file.name)
         found += compare.compare_plans(ours, _asked_there(guest, "plan", _POLICY), places)
     return found
 
@@ -183,7 +183,7 @@ def _program() -> list[str]:
     return [str(Path(sys.prefix) / "bin/python"), "-m", "vfiotool"]
 
 
-def _asked_here(snapshot: str, *command: str) -> dict[str, Any]:
+def asked_here(snapshot: str, *command: str) -> dict[str, Any]:
     """What a reading command says of the snapshot, as JSON."""
     words = [sys.executable, "-m", "vfiotool", "--root", snapshot, *command, "--json"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=False)

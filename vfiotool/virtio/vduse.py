@@ -38,8 +38,8 @@ Report = Callable[[str], None]
 
 
 def open_control() -> tuple[int, int]:
-    """/dev/vduse/control and the API version agreed on. Raises Unsupported without the module,
-    NotPermitted."""
+    """VDUSE's control node, opened, and the API version agreed on. Raises Unsupported
+    without the module, NotPermitted."""
     try:
         control = os.open(f"{DEV_VDUSE}/control", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
