@@ -155,7 +155,24 @@ def test_modules_are_those_that_the_devices_want_and_what_they_need(tmp_path: Pa
 def test_a_busybox_that_needs_libraries_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial.packages, "layer", lambda: None)
+    monkeypatch.setattr(trial.packages, "ready_layer", lambda: None)
+    monkeypatch.setattr(trial, "OF_THE_LABS_GUEST", tmp_path / "none")
     monkeypatch.setattr(trial.shutil, "which", lambda name, path: sys.executable)
+    with pytest.raises(Unsupported, match="static busybox") as caught:
+        trial.find_busybox()
+    assert "busybox-static" in caught.value.hint
+
+
+def test_nothing_is_fetched_for_a_busybox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: object) -> None:
+        pytest.fail("packages are looked for")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(trial.packages.Apt, "update", fetched)
+    monkeypatch.setattr(trial.shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(trial, "OF_THE_LABS_GUEST", tmp_path / "none")
     with pytest.raises(Unsupported, match="static busybox"):
         trial.find_busybox()
+    monkeypatch.setattr(trial, "OF_THE_LABS_GUEST", Path(sys.executable))
+    assert trial.find_busybox() == Path(sys.executable)

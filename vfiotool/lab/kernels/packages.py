@@ -243,6 +243,12 @@ def layer() -> Path | None:
     return verified(folder)
 
 
+def ready_layer() -> Path | None:
+    """The layer if it has been made already; nothing is fetched. Raises as `layer` does."""
+    folder = layer_folder()
+    return verified(folder) if _is_complete(folder) else None
+
+
 def _is_complete(folder: Path) -> bool:
     """Whether the layer has all that this machine lacks.
 
