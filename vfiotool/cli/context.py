@@ -48,6 +48,13 @@ def wants_json(context: typer.Context) -> bool:
     return options(context).json
 
 
+def remember_done(context: typer.Context, what: str, code: int = 0) -> None:
+    """Note what stands now, before it is reported: a report that is lost does not undo it, and the
+    exit code is then this one."""
+    chosen = options(context)
+    chosen.stands, chosen.code = what, code
+
+
 def host_of(context: typer.Context) -> Host:
     """The host that `--root` names: this machine, a directory, or a snapshot file."""
     return open_host(options(context).root)

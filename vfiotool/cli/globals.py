@@ -8,13 +8,19 @@ from vfiotool.host.host import Host
 
 
 class Globals:
-    """What --root, --json, --debug and -q were given as: found while the command line is parsed."""
+    """What --root, --json, --debug and -q were given as: found while the command line is parsed.
+
+    `stands` is what a command has done by now, in words, and `code` its exit code: both hold even
+    if its report cannot be written.
+    """
 
     def __init__(self) -> None:
         self.root: str | None = None
         self.json = False
         self.debug = False
         self.quiet = False
+        self.stands: str | None = None
+        self.code = 0
 
 
 def open_host(root: str | None) -> Host:

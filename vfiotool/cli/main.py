@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         _give_up_output()  # the reader (head, less) has gone
-        return 0
+        return chosen.code
     except KeyboardInterrupt as error:
         return _interrupted(getattr(error, "number", None))
     except Exception as error:
@@ -67,14 +67,21 @@ def _report(error: Exception, chosen: Globals) -> int:
         output.traceback()
     if isinstance(error, OSError) and _is_of_output(error):
         _give_up_output()
-        output.error(f"the output cannot be written: {error.strerror}", None)
+        lost = f"the output cannot be written: {error.strerror}"
+        if chosen.stands is not None:
+            output.error(f"{lost}; {chosen.stands}", None)
+            return chosen.code
+        output.error(lost, None)
         return KernelError.exit_code
     told = error if isinstance(error, VfiotoolError) else InternalError.of(error)
-    output.report(told, as_json=chosen.json)
     try:
+        output.report(told, as_json=chosen.json)
         sys.stdout.flush()
-    except OSError:
+    except OSError as lost_too:
+        # What failed is what counts, and the exit code says it.
         _give_up_output()
+        if chosen.json and not isinstance(lost_too, BrokenPipeError):
+            output.error(told.message, told.hint)
     return told.exit_code
 
 
@@ -95,5 +102,10 @@ def _give_up_output() -> None:
 
 
 def _is_of_output(error: OSError) -> bool:
-    """Whether it comes of writing to standard output; what reads a host names its file."""
-    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    """Whether it comes of writing to standard output; what reads a host names its file, and what
+    the kernel answered to a change is an error of vfiotool's own."""
+    from vfiotool.errors import VfiotoolError
+
+    if isinstance(error, VfiotoolError) or error.filename is not None:
+        return False
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)

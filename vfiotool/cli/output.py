@@ -197,8 +197,18 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """As `say`, for what -q does not leave out."""
-    sys.stderr.write(encodable(escape(text) + "\n", sys.stderr))
-    sys.stderr.flush()
+    _aside_send(escape(text) + "\n")
+
+
+def _aside_send(text: str) -> None:
+    """Write to standard error. Where that is full or its reader gone, the command goes on: its
+    exit code counts, and a change that stands or was rolled back is told by that."""
+    try:
+        sys.stderr.write(encodable(text, sys.stderr))
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        # Nothing more is tried, nor by the interpreter at its end.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def progress(text: str) -> None:
@@ -215,7 +225,7 @@ def progress(text: str) -> None:
 def error(message: str, hint: str | None) -> None:
     """An error and what to type next, on standard error."""
     colour = coloured(sys.stderr)
-    sys.stderr.write(encodable(paint("vfiotool:", "bold red", colour), sys.stderr))
+    _aside_send(paint("vfiotool:", "bold red", colour))
     warn(f" {message}")
     for line in (hint or "").split("\n"):
         if line:

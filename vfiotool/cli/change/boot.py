@@ -8,7 +8,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.change.changing import DEADLINE_S, DryRun, Timeout, check_seconds
-from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.cli.context import area, examples, host_of, remember_done, wants_json
 from vfiotool.errors import NotFound, Refused
 from vfiotool.host.tree import read_only_root
 
@@ -64,6 +64,7 @@ def enable(
     if not dry_run:
         boot.refuse_foreign_places((*places, *boot.called_as()))
         boot.enable(root, plan, command)
+        remember_done(context, "the policy is enabled (to take it back: vfiotool boot disable)")
         _warn([f"{text} failed: run it" for text in boot_run.reload_managers()])
     if wants_json(context):
         output.emit(
@@ -113,6 +114,7 @@ def disable(
     else:
         removed, kept, images = boot.disable(root, changed_too=changed_too)
         if removed:
+            remember_done(context, "what boot enable installed is removed")
             _warn([f"{text} failed: run it" for text in boot_run.reload_managers()])
     following = boot.rebuild_commands(root) if images and removed else ()
     if kept and not changed_too and not dry_run:
@@ -210,6 +212,8 @@ def run(
         raise NotFound(error.message, hint="vfiotool boot enable POLICY") from error
     check_seconds("--timeout", timeout)
     done = boot_run.run_policy(host_of(context), policy, wait_s=wait, timeout_s=timeout)
+    if done.steps:
+        remember_done(context, f"{len(done.steps)} steps are done (to revert them: vfiotool undo)")
     if wants_json(context):
         output.emit({"late": late, **done.as_json()})
         return 0

@@ -16,7 +16,7 @@ from vfiotool.change.remarks import remarks
 from vfiotool.change.steps.base import Step
 from vfiotool.change.steps.registry import steps_as_json
 from vfiotool.cli import output
-from vfiotool.cli.context import host_of, wants_json
+from vfiotool.cli.context import host_of, remember_done, wants_json
 from vfiotool.errors import UsageError
 from vfiotool.host.host import WRITE_DEADLINE_S, Host
 from vfiotool.host.tree import read_only_root
@@ -92,6 +92,9 @@ def make_change(
             progress=progress_line(),
             notes=notes,
         )
+        if outcome.transaction is not None:
+            stands = f"change {outcome.transaction} stands (to revert it: vfiotool undo)"
+            remember_done(context, stands)
     finally:
         _say_notes(notes)
     return Changed(outcome.steps, outcome.transaction, dry=False, notes=tuple(notes))

@@ -28,8 +28,8 @@ from vfiotool.cli.change.changing import (
     print_steps,
     progress_line,
 )
-from vfiotool.cli.context import area, examples, host_of, wants_json
-from vfiotool.errors import UsageError
+from vfiotool.cli.context import area, examples, host_of, remember_done, wants_json
+from vfiotool.errors import Stuck, UsageError
 from vfiotool.host.tree import read_only_root
 
 app = area()
@@ -68,6 +68,7 @@ def revert(
         if wants_json(context):
             output.emit({"undone": None, "title": None})
         return 0
+    remember_done(context, f"change {record.number} is undone")
     if wants_json(context):
         output.emit({"undone": record.number, "title": record.title})
     else:
@@ -217,6 +218,10 @@ def resume(
     begun = time.monotonic()
     allowed = [Allowance.parse(text) for text in allow or []]
     results = recover(host, journal_of(host), allowed, timeout_s=timeout, finish=finish)
+    code = Stuck.exit_code if any(entry.result == "stuck" for entry in results) else 0
+    if results:
+        words = "; ".join(f"{entry.number}: {entry.result}" for entry in results)
+        remember_done(context, f"recovered: {words}", code)
     if wants_json(context):
         rows = [
             {
@@ -230,7 +235,7 @@ def resume(
         output.emit({"recovered": rows, "seconds": round(time.monotonic() - begun, 3)})
     else:
         _print_recovered(results)
-    return 6 if any(entry.result == "stuck" for entry in results) else 0
+    return code
 
 
 def _print_recovered(results: tuple[Recovered, ...]) -> None:

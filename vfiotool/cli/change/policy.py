@@ -30,7 +30,7 @@ from vfiotool.cli.change.changing import (
     print_steps,
     say_remarks,
 )
-from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.cli.context import area, examples, host_of, remember_done, wants_json
 from vfiotool.errors import (
     KernelError,
     NotPermitted,
@@ -309,6 +309,7 @@ def keep(context: typer.Context) -> int:
     """Keep what was applied with --confirm-within."""
     host = host_of(context)
     numbers = confirm(host, journal_of(host))
+    remember_done(context, f"change {', '.join(map(str, numbers))} is confirmed")
     if wants_json(context):
         output.emit({"confirmed": numbers})
     else:
