@@ -90,6 +90,7 @@ def test_a_target_whose_configfs_is_not_mounted_is_unseen(small: SmallHost) -> N
     small.file("/sys/module/target_core_mod/initstate", "live")
     (entry,) = blockers(small.host(), DISK)
     assert (entry.kind, entry.subject) == ("unseen", "/sys/kernel/config/target/core")
+    assert entry.remedy == "mount -t configfs none /sys/kernel/config"
     small.folders.add("/sys/kernel/config/target/core")
     assert found(small) == []
 

@@ -409,3 +409,12 @@ def test_a_mediated_device_without_a_driver_is_removed_only_to_be_made_again(
     path = small.links[f"/sys/bus/mdev/devices/{UUID}"]
     assert path
     assert all(step.endswith(UUID) for step in steps)
+
+
+def test_what_a_mount_makes_visible_is_the_next_step_and_not_the_binding(small: SmallHost) -> None:
+    small.nvme(DISK, "nvme0n1", "259:0")
+    small.file("/sys/module/target_core_mod/initstate", "live")
+    verdict = ask(small, DISK)
+    assert kinds(verdict)[0][0] == "unseen"
+    mounting = "mount -t configfs none /sys/kernel/config"
+    assert verdict.next == (mounting, f"vfiotool why {DISK}")

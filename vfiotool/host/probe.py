@@ -16,7 +16,14 @@ from collections.abc import Callable
 
 from vfiotool.errors import errno_name
 from vfiotool.host.child import abandon, leave_parent
-from vfiotool.host.paths import DEV, DEV_VFIO, SYS_BLOCK, SYS_MODULE, SYS_NVME_TARGETS
+from vfiotool.host.paths import (
+    DEV,
+    DEV_VFIO,
+    NO_CONFIGFS,
+    SYS_BLOCK,
+    SYS_MODULE,
+    SYS_NVME_TARGETS,
+)
 from vfiotool.host.processes import plain
 
 # A loaded host may be slow to fork; a use that was missed costs more than the wait.
@@ -167,7 +174,7 @@ def targets() -> str:
             raise
         # It runs on where configfs, its one face, is not mounted.
         loaded = os.path.exists(f"{SYS_MODULE}/nvmet/initstate")
-        return f"!\t{SYS_NVME_TARGETS}: nvmet is loaded, configfs not mounted\n" if loaded else ""
+        return f"!\t{SYS_NVME_TARGETS}: nvmet is loaded, {NO_CONFIGFS}\n" if loaded else ""
     return answer_of(look)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from vfiotool.devices.attached import owners
 from vfiotool.devices.pci import PciFunction
 from vfiotool.host.paths import (
+    NO_CONFIGFS,
     PROC_CRYPTO,
     SYS_DMA,
     SYS_HWRNG,
@@ -179,7 +180,8 @@ def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str
     if interfaces and not targets and sight.exists(f"{SYS_MODULE}/netconsole/initstate"):
         # Nobody loads it for nothing: configfs is not mounted, or this kernel does not show there
         # the target that it was loaded with (drivers/net/netconsole.c, before 6.7).
-        sight.miss(SYS_NETCONSOLE, "netconsole is loaded and none of its targets shows")
+        why = "none of its targets shows" if sight.exists(SYS_NETCONSOLE) else NO_CONFIGFS
+        sight.miss(SYS_NETCONSOLE, f"netconsole is loaded, {why}")
     for target in targets:
         base = f"{SYS_NETCONSOLE}/{target}"
         name = sight.read(f"{base}/dev_name")

@@ -50,6 +50,11 @@ def advise(case: Case, blockers: tuple[Blocker, ...]) -> Advice:
     if _root_sees_more(case.facts, blockers):
         note = "what root can see alone was not looked at; nothing else can be said before"
         return Advice((f"sudo vfiotool why {function.address}",), (), (note,))
+    shows = [b.remedy for b in blockers if b.kind == "unseen" and b.remedy is not None]
+    if shows:
+        note = "this makes visible what may use it, and changes nothing else; then ask again"
+        shows.append(f"vfiotool why {function.address}")
+        return Advice(tuple(dict.fromkeys(shows)), (), (note,))
     ended = (*_what_the_steps_end(blockers), *_what_goes_along(case, function))
     notes = tuple(dict.fromkeys(ended))
     first = _platform_steps(blockers, case.facts)
@@ -154,7 +159,7 @@ def _dead_ends(case: Case, function: PciFunction, blockers: tuple[Blocker, ...])
                 "card, another slot may be behind one"
             )
         elif blocker.kind == "unseen":
-            if _root_sees_more(case.facts, blockers):
+            if blocker.remedy is not None or _root_sees_more(case.facts, blockers):
                 continue
             yield (
                 f"no step until it can be told whether {blocker.device} is in use: root sees more, "

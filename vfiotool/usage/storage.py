@@ -10,6 +10,7 @@ from vfiotool.host.paths import (
     BLOCK_CLAIM,
     BLOCK_TARGETS,
     DEV,
+    NO_CONFIGFS,
     PROC_ZFS,
     SYS_BLOCK,
     SYS_LIO_CORE,
@@ -178,7 +179,7 @@ def _scsi_targets(
     """LIO's back ends, by the number that each prints, or a file back end's path."""
     found: list[_Export] = []
     if host.exists(f"{SYS_MODULE}/target_core_mod/initstate") and not host.exists(SYS_LIO_CORE):
-        host.miss(SYS_LIO_CORE, "the SCSI target is loaded, its configfs not mounted")
+        host.miss(SYS_LIO_CORE, f"the SCSI target is loaded, {NO_CONFIGFS}")
     for adapter in host.listdir(SYS_LIO_CORE):
         for name in host.listdir(f"{SYS_LIO_CORE}/{adapter}"):
             base = f"{SYS_LIO_CORE}/{adapter}/{name}"

@@ -16,7 +16,9 @@ from vfiotool.devices.sriov import read_vfs
 from vfiotool.host.host import Host
 from vfiotool.host.paths import (
     NET_ADDRESSES,
+    NO_CONFIGFS,
     SYS_BLOCK,
+    SYS_CONFIG,
     SYS_MDEV_DEVICES,
     SYS_NET,
     SYS_PCI_DEVICES,
@@ -76,7 +78,9 @@ def _unseen(address: str, item: Unseen) -> Blocker:
     detail = f"it may be in use: {item.what} could not be looked at: {item.why}"
     if item.what == address:
         detail = f"it may be in use: {item.why}"
-    return Blocker("unseen", address, item.what, detail, f"{item.what}: {item.why}")
+    evidence = f"{item.what}: {item.why}"
+    remedy = f"mount -t configfs none {SYS_CONFIG}" if NO_CONFIGFS in item.why else None
+    return Blocker("unseen", address, item.what, detail, evidence, remedy)
 
 
 def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
