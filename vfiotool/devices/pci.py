@@ -73,6 +73,9 @@ class Address(NamedTuple):
 # (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_register_device).
 BRIDGE_CLASSES = ("0604", "0607", "0609")
 
+# An IOMMU as a PCI function, such as AMD's, which has no driver and stays with the host.
+IOMMU_CLASS = "0806"
+
 
 def is_bridge_class(class_code: str | None) -> bool:
     """Whether it is the base class 06h, bridge device (PCI Code and ID Assignment, 1.7), but for

@@ -126,6 +126,19 @@ KINDS = {
             "`/proc/crypto`, by its driver's module",
         ),
         BlockerKind(
+            "connected",
+            "something is connected through it, or another machine has a part of it",
+            "USB devices that USB/IP exports, Bluetooth connections, authorized Thunderbolt "
+            "devices",
+        ),
+        BlockerKind(
+            "platform",
+            "the host runs on it: an IOMMU that is a PCI function, memory of a CXL card",
+            "`/sys/class/iommu`, the class code, `/sys/bus/cxl/devices`",
+            can_be_mended=False,
+            can_be_allowed=False,
+        ),
+        BlockerKind(
             "open-file",
             "a process has a node of it open",
             "`/proc/*/fd`: device nodes, PCI resource files, its VFIO group",

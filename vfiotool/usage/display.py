@@ -118,7 +118,7 @@ def _serial_console(host: Sight, function: PciFunction) -> list[Blocker]:
         base = SYS_TTY_CONSOLE.replace("console/active", name)
         path = host.realpath(base)
         # A virtio console's terminal is a virtual device: its function is told by the driver.
-        own = name.startswith("hvc") and _has_virtio_console(host, function.path)
+        own = name.startswith("hvc") and has_virtio_console(host, function.path)
         if own or (path is not None and is_part_of(function.path, path)):
             detail = f"the kernel's console runs over {name}"
             evidence = f"{SYS_TTY_CONSOLE} names {name}"
@@ -126,7 +126,8 @@ def _serial_console(host: Sight, function: PciFunction) -> list[Blocker]:
     return found
 
 
-def _has_virtio_console(host: Sight, path: str) -> bool:
+def has_virtio_console(host: Sight, path: str) -> bool:
+    """Whether a virtio console is part of the device at `path`."""
     return any(
         host.linkname(f"{path}/{name}/driver") == "virtio_console"
         for name in host.listdir(path)

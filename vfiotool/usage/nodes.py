@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection
 
@@ -16,11 +17,14 @@ from vfiotool.host.paths import (
     VFIO_CLAIM,
 )
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.display import has_virtio_console
 from vfiotool.usage.sight import Sight
 
 # Its driver shows sysfs no device of the node (drivers of NVIDIA's own; devices.txt, 195 char).
 _NVIDIA_MAJOR = 195
 _NOBODY = Usage(())
+# Without a parent in sysfs (drivers/tty/hvc/hvc_console.c): the name of its folder there.
+_TERMINAL = re.compile(r"hvc\d+")
 
 
 def node_usage(
@@ -34,7 +38,7 @@ def node_usage(
     lines = read_open_nodes(host)
     if not lines.all:
         return _NOBODY
-    own = _nodes_outside_sysfs(host, address, group)
+    own = _nodes_outside_sysfs(host, address, group) | _terminals(host, path, lines)
     # An NVMe namespace has a second, generic node (drivers/nvme/host/core.c, nvme_cdev_add).
     volumes = {*disks, *(f"ng{name[4:]}" for name in disks if name.startswith("nvme"))}
     holders: dict[str, list[str]] = {}
@@ -81,6 +85,12 @@ class OpenNodes:
         """Lines that may be part of the device at `path`; mdevs and vDPA devices have no index."""
         is_function = Address.is_address(path.rpartition("/")[2])
         return self.owned.get(path, []) if is_function else self.all
+
+
+def _terminals(host: Sight, path: str, lines: OpenNodes) -> set[str]:
+    """A virtio console's terminals, which are virtual devices: each of them may be its own."""
+    named = {name for name in lines.named if _TERMINAL.fullmatch(name)}
+    return named if named and has_virtio_console(host, path) else set()
 
 
 def _held_group(host: Sight, group: int, who: list[str]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vfiotool.devices.attached import owners
-from vfiotool.devices.pci import Address, PciFunction
+from vfiotool.devices.pci import IOMMU_CLASS, Address, PciFunction
 from vfiotool.host.paths import (
     SYS_DMA,
     SYS_DRM,
@@ -23,6 +23,8 @@ from vfiotool.host.paths import (
     SYS_VDPA_DEVICES,
     SYS_WATCHDOG,
 )
+from vfiotool.usage import connected
+from vfiotool.usage.connected import CXL_CLASS
 from vfiotool.usage.display import bound_console
 from vfiotool.usage.links import read_graph
 from vfiotool.usage.nodes import read_open_nodes
@@ -30,8 +32,8 @@ from vfiotool.usage.parts import CRYPTO_CLASSES, class_by_owner
 from vfiotool.usage.sight import Sight
 
 # Disks may lie outside of their controller (native multipath), displays have firmware's buffers in
-# their BARs, crypto engines are told by their module.
-_ASKED_ONE_BY_ONE = ("01", "03", *CRYPTO_CLASSES)
+# their BARs, crypto engines are told by their module, IOMMUs and CXL memory by their class.
+_ASKED_ONE_BY_ONE = ("01", "03", CXL_CLASS, IOMMU_CLASS, *CRYPTO_CLASSES)
 
 
 def may_be_used(sight: Sight, function: PciFunction) -> bool:
@@ -67,6 +69,8 @@ def _places(sight: Sight) -> Iterator[str]:
     shown += [SYS_TTY_CONSOLE.replace("console/active", name) for name in consoles]
     for path in shown:
         yield from owners(sight.realpath(path) or "")
+    for path in connected.places(sight):
+        yield from owners(path)
     # What names an interface is found by it, and only its failure has to be known here.
     for target in sight.listdir(SYS_NETCONSOLE):
         sight.read(f"{SYS_NETCONSOLE}/{target}/dev_name")

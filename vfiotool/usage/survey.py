@@ -26,6 +26,7 @@ from vfiotool.host.paths import (
     SYS_VDUSE,
 )
 from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.connected import connected_usage
 from vfiotool.usage.display import display_usage
 from vfiotool.usage.layers import stack_on
 from vfiotool.usage.network import interfaces_above, network_usage
@@ -105,6 +106,7 @@ def _look(sight: Sight, address: str, function: PciFunction | None) -> Usage:
         network_usage(sight, function) if told else _NOTHING,
         display_usage(sight, function) if told else _NOTHING,
         parts_usage(sight, function, interfaces_above(sight, path)) if told else _NOTHING,
+        connected_usage(sight, function) if told else _NOTHING,
         _children(sight, function) if told else _NOTHING,
         _open_nodes(sight, address, path, function.iommu_group),
     ]

@@ -27,11 +27,11 @@ def driver_name(text: str) -> str:
 
 
 def group_endpoints(facts: Facts, address: str) -> tuple[str, ...]:
-    """The PCI endpoints of a device's group, itself first; bridges stay with their driver."""
+    """The PCI endpoints of a device's group, itself first; bridges and IOMMUs stay as they are."""
     device = facts.device(address)
     names = facts.members.get(device.group, ()) if device.group is not None else ()
     others = (facts.devices[name] for name in names if name != address and name in facts.devices)
-    return (address, *(other.address for other in others if not other.is_bridge))
+    return (address, *(other.address for other in others if not other.stays))
 
 
 def plan_bind(

@@ -23,7 +23,13 @@ from vfiotool.devices.drivers import (
     read_missing,
     read_variants,
 )
-from vfiotool.devices.pci import Address, is_bridge_class, parse_uevent, read_uevent_text
+from vfiotool.devices.pci import (
+    IOMMU_CLASS,
+    Address,
+    is_bridge_class,
+    parse_uevent,
+    read_uevent_text,
+)
 from vfiotool.devices.sriov import read_eswitch_mode, read_vfs
 from vfiotool.devices.vgpu import type_path
 from vfiotool.errors import NotFound
@@ -78,6 +84,11 @@ class DeviceFacts:
     @property
     def is_bridge(self) -> bool:
         return is_bridge_class(self.class_code)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is no endpoint that goes along with its group."""
+        return self.is_bridge or (self.class_code or "").startswith(IOMMU_CLASS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""What is reached through a function, or runs on it, and is no device node, disk or interface.
+
+An IOMMU that is a PCI function translates for all that stands behind it; memory of a CXL card may
+be the host's own; a USB device may be exported to another machine by the kernel, a radio or a
+Thunderbolt port may have devices connected.
+Source: drivers/iommu/iommu-sysfs.c; Documentation/ABI/testing/sysfs-bus-cxl, sysfs-bus-thunderbolt;
+drivers/usb/usbip/stub_dev.c; net/bluetooth/hci_sysfs.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vfiotool.devices.attached import is_part_of
+from vfiotool.devices.pci import IOMMU_CLASS, PciFunction
+from vfiotool.host.paths import (
+    SYS_BLUETOOTH,
+    SYS_CXL,
+    SYS_IOMMU,
+    SYS_THUNDERBOLT,
+    SYS_USBIP_HOST,
+)
+from vfiotool.usage.blocker import Blocker, Usage
+from vfiotool.usage.sight import Sight
+
+# PCI Code and ID Assignment: CXL memory devices.
+CXL_CLASS = "0502"
+# drivers/usb/usbip/usbip_common.h, SDEV_ST_USED: a machine has it.
+_EXPORTED = 2
+
+
+def connected_usage(sight: Sight, function: PciFunction) -> Usage:
+    """IOMMUs, the host's memory, and what is connected through the function."""
+    found = (
+        *_iommus(sight, function),
+        *_memory(sight, function),
+        *_exported(sight, function),
+        *_radios(sight, function),
+        *_tunnels(sight, function),
+    )
+    return Usage(found)
+
+
+def places(sight: Sight) -> Iterator[str]:
+    """Where in sysfs the things lie that this looks at, for the table in `occupied.py`."""
+    for folder in (SYS_IOMMU, SYS_BLUETOOTH, SYS_THUNDERBOLT, SYS_USBIP_HOST):
+        for name in sight.listdir(folder):
+            yield sight.realpath(f"{folder}/{name}") or ""
+
+
+def _parts(sight: Sight, function: PciFunction, folder: str) -> Iterator[str]:
+    for name in sight.listdir(folder):
+        if is_part_of(function.path, sight.realpath(f"{folder}/{name}") or ""):
+            yield name
+
+
+def _iommus(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
+    units = [*_parts(sight, function, SYS_IOMMU)]
+    if not units and not (function.class_code or "").startswith(IOMMU_CLASS):
+        return
+    name = units[0] if units else function.address
+    detail = f"it is an IOMMU of this host ({name})" if units else "it is an IOMMU of this host"
+    evidence = f"{SYS_IOMMU}/{name}" if units else f"its class is {function.class_code}"
+    yield Blocker(
+        "platform",
+        function.address,
+        name,
+        detail,
+        evidence,
+        vital=f"{function.address} is an IOMMU of this host: what stands behind it depends on it",
+    )
+
+
+def _memory(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
+    """Memory that the host has online goes with the card; which cards a region is made of is told
+    by its decoders alone, so each of them counts."""
+    if not (function.class_code or "").startswith(CXL_CLASS) or function.driver is None:
+        return
+    regions = [name for name in sight.listdir(SYS_CXL) if name.startswith("region")]
+    for name in regions:
+        detail = f"the memory region {name} may be made of it"
+        yield Blocker("platform", function.address, name, detail, f"{SYS_CXL}/{name}")
+
+
+def _exported(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
+    for name in _parts(sight, function, SYS_USBIP_HOST):
+        if sight.read_int(f"{SYS_USBIP_HOST}/{name}/usbip_status") == _EXPORTED:
+            detail = f"another machine has its USB device {name} (USB/IP)"
+            evidence = f"{SYS_USBIP_HOST}/{name}/usbip_status is {_EXPORTED}"
+            remedy = f"usbip unbind --busid={name}"
+            yield Blocker("connected", function.address, name, detail, evidence, remedy)
+
+
+def _radios(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
+    """Connections are devices of the adapter's, such as hci0:12."""
+    for name in _parts(sight, function, SYS_BLUETOOTH):
+        if ":" in name:
+            detail = f"a Bluetooth device is connected to its adapter {name.partition(':')[0]}"
+            evidence = f"{SYS_BLUETOOTH}/{name}"
+            yield Blocker("connected", function.address, name, detail, evidence)
+
+
+def _tunnels(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
+    """Devices behind a Thunderbolt port that the host has let in; the host's own router is not."""
+    for name in _parts(sight, function, SYS_THUNDERBOLT):
+        base = f"{SYS_THUNDERBOLT}/{name}"
+        if name.endswith("-0") or not sight.read_int(f"{base}/authorized"):
+            continue
+        called = sight.read(f"{base}/device_name") or name
+        detail = f"the Thunderbolt device {called} is connected through it"
+        evidence = f"{base}/authorized is not 0"
+        remedy = f"echo 0 > {base}/authorized"
+        yield Blocker("connected", function.address, name, detail, evidence, remedy)
