@@ -12,7 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ def open_node(kernel: FakeKernel, device: str) -> str | None:
 
 def give_address(kernel: FakeKernel, device: str) -> str | None:
     """An interface of the device gets an address, while a driver of the host has it."""
-    if device != BESIDE or kernel.driver_of(device) != "e1000":
+    if kernel.driver_of(device) != "e1000":
         return None
     kernel._put(NET_ADDRESSES, b"eth4\t192.0.2.7/24\n.\n")
     return device
@@ -98,7 +99,7 @@ def give_address(kernel: FakeKernel, device: str) -> str | None:
 
 def swap_on(kernel: FakeKernel, device: str) -> str | None:
     """The host swaps to the disk."""
-    if device != NVME or kernel.driver_of(device) != "nvme":
+    if kernel.driver_of(device) != "nvme":
         return None
     node = f"/sys/devices/pci0000:00/{device}/nvme/nvme0/nvme0n1"
     kernel._put(f"{node}/dev", b"259:0\n")
@@ -109,7 +110,12 @@ def swap_on(kernel: FakeKernel, device: str) -> str | None:
 
 
 Use = Callable[[FakeKernel, str], str | None]
-USES: tuple[Use, ...] = (open_node, give_address, swap_on)
+# Each use, and the one device that can have it if it is not for all.
+USES: tuple[tuple[Use, str | None], ...] = (
+    (open_node, None),
+    (give_address, BESIDE),
+    (swap_on, NVME),
+)
 # After how many writes, which device, and how it comes into use.
 Case = tuple[int, str, Use]
 
@@ -149,7 +155,12 @@ def after_writes(kernel: FakeKernel, at: int, act: Callable[[], None]) -> None:
 
 def ready(name: str, way: str, folder: str) -> Way:
     """The kernel and what to run on it, with everything done that comes before that way."""
-    kernel, policy = kernel_of(name), parse_policy(HEAD + POLICIES.get(name, VFS))
+    policy = parse_policy(HEAD + POLICIES.get(name, VFS))
+    first, files = begun(name, before_way(way))
+    kernel = first.copy()
+    for path, content in files.items():
+        (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+        (Path(folder) / path).write_bytes(content)
     journal = Journal(kernel.host(), folder)
     if way == "forwards":
         return Way(kernel, journal, lambda: apply(kernel, journal, policy))
@@ -159,22 +170,39 @@ def ready(name: str, way: str, folder: str) -> Way:
         count = writes_of(name, "forwards")
         kernel.faults = (Fault("EIO", count),)
         return Way(kernel, journal, lambda: apply(kernel, journal, policy), first=count)
-    if way in ("undo", "watcher"):
-        apply(kernel, journal, policy)
-        if way == "undo":
-            return Way(kernel, journal, lambda: undo(kernel.host(), journal))
-        entry = {"transaction": 1, "pid": 1, "since": "7", "after": 0, "failed": None}
-        journal.pending.replace("token", seal(entry))
+    if way == "undo":
+        return Way(kernel, journal, lambda: undo(kernel.host(), journal))
+    if way == "watcher":
         return Way(
             kernel, journal, lambda: revert_unconfirmed(kernel.host(), journal, "token", 5, tries=1)
         )
-    die_in_the_middle(name, kernel, lambda: apply(kernel, journal, policy))
     finish = {"recover": None, "recover forwards": True, "recover backwards": False}[way]
-    return Way(
-        kernel,
-        journal,
-        lambda: recover(kernel.host(), Journal(kernel.host(), folder), finish=finish),
-    )
+    return Way(kernel, journal, lambda: recover(kernel.host(), journal, finish=finish))
+
+
+def before_way(way: str) -> str:
+    """What has to be there before: nothing, a change that ended (and waits to be confirmed), or one
+    that was killed."""
+    if way in ("undo", "watcher"):
+        return {"undo": "changed", "watcher": "unconfirmed"}[way]
+    return "killed" if way.startswith("recover") else "nothing"
+
+
+@cache
+def begun(name: str, state: str) -> tuple[FakeKernel, dict[str, bytes]]:
+    """The kernel and the journal's files in that state: made once, copied for each case."""
+    kernel, policy = kernel_of(name), parse_policy(HEAD + POLICIES.get(name, VFS))
+    with run_folder() as folder:
+        journal = Journal(kernel.host(), folder)
+        if state in ("changed", "unconfirmed"):
+            apply(kernel, journal, policy)
+        if state == "unconfirmed":
+            entry = {"transaction": 1, "pid": 1, "since": "7", "after": 0, "failed": None}
+            journal.pending.replace("token", seal(entry))
+        if state == "killed":
+            die_in_the_middle(name, kernel, lambda: apply(kernel, journal, policy))
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return kernel, {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def die_in_the_middle(name: str, kernel: FakeKernel, act: Callable[[], object]) -> None:
@@ -196,6 +224,7 @@ def kernel_of(name: str) -> FakeKernel:
     return kernel
 
 
+@cache
 def writes_of(name: str, way: str) -> int:
     with run_folder() as folder:
         case = ready(name, way, folder)
@@ -217,7 +246,13 @@ def outcomes(name: str, way: str, limit: int) -> list[str]:
         except KernelError:
             assert way == "roll-back"
         devices = tuple(dict.fromkeys((*devices, *devices_of(case.kernel))))
-    cases = [(at, device, use) for at in range(first, total) for device in devices for use in USES]
+    cases = [
+        (at, device, use)
+        for at in range(first, total)
+        for device in devices
+        for use, alone in USES
+        if alone in (None, device)
+    ]
     return side_by_side(partial(_run_case, name, way), cases[:: max(1, len(cases) // limit)])
 
 
@@ -266,7 +301,7 @@ def test_what_comes_into_use_is_never_taken(
     name: str, way: str, record_property: Callable[[str, object], None]
 ) -> None:
     wanted = bool(os.environ.get(PROOFS_WANTED))
-    limit = 100_000 if wanted else 60
+    limit = 100_000 if wanted else 30
     tally = Counter(outcomes(name, way, limit))
     record_property("outcomes", dict(tally))
     print(f"{name:12}{way:20}" + "".join(f"{word} {count}   " for word, count in tally.items()))
