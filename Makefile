@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 # Tests of this machine are spread over its processors, a file's tests in one process; more than four
 # processes would only make set-up more often.
-SPREAD := -n auto --maxprocesses 4 --dist loadfile
+# Files of long tests first (tests/conftest.py), so that none is left over for the end.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 LAB_KERNELS := 6.1 6.12 iommufd
 # As Debian calls them: the releases that a bare machine is tried with.
 BARE := bookworm trixie

@@ -90,6 +90,9 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Spread over processes file by file, what takes longest has to begin first.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if os.environ.get(PROOFS_WANTED):
         return
     for item in items:

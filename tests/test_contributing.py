@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.change.side_by_side import in_threads
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 _HUNK = re.compile(r"^@@ .*?@@.*\n((?:[ +-].*\n|\n)*)", re.MULTILINE)
@@ -111,28 +109,30 @@ def test_every_diff_of_the_page_is_used() -> None:
     assert diffs().keys() == USES.keys()
 
 
+def run(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=300
+    )
+
+
 @pytest.mark.parametrize("name", USES)
 def test_what_the_page_says_works(name: str, copy: Path) -> None:
     touched = apply(diffs()[name], copy)
     assert len(touched) <= 3
     code, printed = USES[name]
+    done = run(copy, "-c", code)
+    assert done.returncode == 0 and printed in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_all_of_it_together_keeps_the_rules(copy: Path) -> None:
+    touched = [file for diff in diffs().values() for file in apply(diff, copy)]
     python = [file for file in touched if file.endswith(".py")]
-    layout = ["tests/test_layout.py", "-k", "keeps_the_rule"]
-
-    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=copy, capture_output=True, text=True, timeout=300
-        )
-
-    for done in in_threads(
-        run,
-        (
-            ["-c", code],
-            ["-m", "pytest", "-q", "-p", "no:cacheprovider", *layout],
-            ["-m", "ruff", "check", *python],
-            ["-m", "ruff", "format", "--check", *python],
-        ),
+    layout = ("tests/test_layout.py", "-k", "keeps_the_rule")
+    for arguments in (
+        ("pytest", "-q", "-p", "no:cacheprovider", *layout),
+        ("ruff", "check", *python),
+        ("ruff", "format", "--check", *python),
     ):
+        done = run(copy, "-m", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
-        if done.args[1:] == ["-c", code]:
-            assert printed in done.stdout, done.stdout + done.stderr

@@ -63,11 +63,11 @@ START_WITH_VFS = "vfs-remade"
 # So many writes make a long plan, and one whose roll-backs are not all swept.
 LONG, LONGER = 10, 15
 PROOFS = bool(os.environ.get(PROOFS_WANTED))
-LONG_STRIDE, ENOUGH = (2, 10_000) if PROOFS else (4, 4_400)
+LONG_STRIDE, ENOUGH = (2, 10_000) if PROOFS else (10, 3_000)
 FAULTS_OF_ALL = tuple(kind for kind in FAULTS if kind != "partial")
 # To the engine these are one error: none of them is asked for by name, and all but EACCES are a
-# KernelError. Each write meets each of them alone; within a long plan's roll-back they take turns,
-# but in the proofs.
+# KernelError. Each write meets each of them alone; within a long plan's roll-back, and everywhere
+# in a longer one, which is made of the others, they take turns, but in the proofs.
 ALIKE = (*(kind for kind in ERRNOS if kind != "EACCES"), "short")
 NAMES = [*POLICIES, START_WITH_VFS]
 
@@ -88,10 +88,10 @@ def kinds_at(path: str) -> tuple[str, ...]:
     return FAULTS if path.endswith("sriov_numvfs") else FAULTS_OF_ALL
 
 
-def kinds_in_turn(path: str, turn: int, writes: int) -> tuple[str, ...]:
-    """The faults of a roll-back's write: all of them, but in a long plan one of those alike."""
+def kinds_in_turn(path: str, turn: int, writes: int, enough: int) -> tuple[str, ...]:
+    """The faults of a write: all of them, but one of those alike in a plan of `enough` writes."""
     kinds = kinds_at(path)
-    if PROOFS or writes < LONG:
+    if PROOFS or writes < enough:
         return kinds
     return (ALIKE[turn % len(ALIKE)], *(kind for kind in kinds if kind not in ALIKE))
 
@@ -212,13 +212,13 @@ def sweep_at(name: str, at: int) -> Counter[tuple[str, str]]:
     # Of long plans' roll-backs not each one is swept: neighbours differ by one step undone.
     writes = len(ends.paths)
     stride = 1 if writes < LONGER else LONG_STRIDE
-    for kind in kinds_at(ends.paths[at - 1]):
+    for kind in kinds_in_turn(ends.paths[at - 1], at, writes, LONGER):
         for always in (False, True):
             run((Fault(kind, at, always),), kind)
     # Faults of a roll-back: EIO at this write starts one, another kind strikes within it.
     _, paths = run((Fault("EIO", at),), "EIO")
     for second in range(at + 1, len(paths) + 1) if at % stride == 0 else ():
-        for kind in kinds_in_turn(paths[second - 1], at // stride + second, writes):
+        for kind in kinds_in_turn(paths[second - 1], at // stride + second, writes, LONG):
             for always in (False, True):
                 run((Fault("EIO", at), Fault(kind, second, always)), f"{kind} rolling back")
     return tally
