@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.change.side_by_side import in_threads
 from vfiotool.cli.commands import COMMANDS
 
 ROOT = str(Path(__file__).resolve().parents[2] / "fixtures" / "hosts" / "shared-group")
@@ -84,11 +83,26 @@ def test_only_the_module_of_the_command_typed_is_imported(line: str, own: set[st
 
 
 @cache
-def imported_for_help() -> dict[str, set[str]]:
-    found = in_threads(lambda name: imported(name, "--help"), COMMANDS)
-    return dict(zip(COMMANDS, found, strict=True))
+def importing_rich() -> list[str]:
+    """The commands whose --help imports rich, from one process that forgets it each time."""
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from vfiotool.cli.main import main\n"
+        "found = []\n"
+        "for name in sys.argv[1:]:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        "        assert main([name, '--help']) == 0, name\n"
+        "    if sys.modules.pop('rich', None):\n"
+        "        found.append(name)\n"
+        "print(json.dumps(found))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, check=True
+    )
+    found: list[str] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_needs_no_rich(name: str) -> None:
-    assert "rich" not in imported_for_help()[name]
+    assert name not in importing_rich()
