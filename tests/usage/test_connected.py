@@ -102,6 +102,16 @@ def test_the_terminal_of_a_virtio_console_is_a_node_of_it() -> None:
     assert kinds(small, CARD) == [("open-file", "/dev/hvc0")]
 
 
+def test_a_program_that_speaks_with_the_machines_host_is_a_use_of_the_socket_device() -> None:
+    small = SmallHost()
+    path = small.function(CARD, class_code="078000", driver="virtio-pci")
+    small.link(f"{path}/virtio2/driver", "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport")
+    small.file(paths.NET_TRAFFIC, "eth1\tudp port 67\n.")
+    assert kinds(small, CARD) == []
+    small.file(paths.NET_TRAFFIC, f"{paths.VSOCK}\ta program listens on port 22\n.")
+    assert kinds(small, CARD) == [("connected", "vsock")]
+
+
 def test_an_iommu_in_the_group_does_not_go_along_with_it() -> None:
     small = amd(shown=False)
     small.function(CARD, driver="e1000e", group=0)

@@ -95,6 +95,30 @@ def test_a_target_whose_configfs_is_not_mounted_is_unseen(small: SmallHost) -> N
     assert found(small) == []
 
 
+@pytest.mark.parametrize(
+    ("base", "evidence", "remedy"),
+    [
+        ("/sys/kernel/config/target/core/fileio_0/disk", "info", None),
+        (
+            "/sys/kernel/config/usb_gadget/g/functions/mass_storage.0/lun.0",
+            "file",
+            "echo > {}/file",
+        ),
+    ],
+)
+def test_what_a_target_opened_as_a_file_is_found_by_number(
+    small: SmallHost, base: str, evidence: str, remedy: str | None
+) -> None:
+    """Neither claims the disk, no process has it open, and the path may lie anywhere."""
+    small.file("/proc/vfiotool/block-targets", f"{base}\tfile\t/srv/disk\t259:0\n.")
+    small.file(f"{base}/{evidence}", "File: /srv/disk Size: 9")
+    small.folders |= {"/sys/kernel/config/target/core/fileio_0", base}
+    small.folders.add("/sys/kernel/config/target/core")
+    (entry,) = blockers(small.host(), DISK)
+    assert (entry.kind, entry.evidence) == ("storage-member", f"{base}/{evidence}")
+    assert entry.remedy == (None if remedy is None else remedy.format(base))
+
+
 def test_a_mount_of_another_namespace_is_named_once_with_its_process(small: SmallHost) -> None:
     small.mounts(
         mount("259:0", "/data", "/dev/nvme0n1", pid="77"),

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.small_host import SmallHost
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.host import paths
+from vfiotool.host import observe_net, paths
 from vfiotool.netlink import traffic
 from vfiotool.netlink.codec import nested, string
 from vfiotool.netlink.traffic import (
@@ -20,6 +20,8 @@ from vfiotool.netlink.traffic import (
     parse_hooked,
     parse_redirects,
     parse_socket,
+    parse_vsock_socket,
+    parse_xdp_socket,
     read_bound_sockets,
     read_filtered,
     read_redirected,
@@ -112,6 +114,19 @@ def test_a_crypto_engine_is_used_while_an_algorithm_of_its_driver_is(
     references: int, module: str, kinds: list[str]
 ) -> None:
     assert [kind for kind, _, _ in found(engine("4xxx", references, module), ENGINE)] == kinds
+
+
+@pytest.mark.parametrize(("driver", "kinds"), [("c6xxvf", ["crypto-engine"]), ("vfio-pci", [])])
+def test_a_crypto_engines_vf_counts_while_a_driver_of_the_host_has_it(
+    driver: str, kinds: list[str]
+) -> None:
+    small = engine("c6xx", 2)
+    vf = "0000:05:01.0"
+    path = small.function(vf, class_code="0b4000", driver=driver)
+    small.link(f"{path}/physfn", f"/sys/devices/pci0000:00/{ENGINE}")
+    small.link(f"/sys/bus/pci/drivers/{driver}/module", f"/sys/module/{driver}")
+    small.folders.add("/sys/module/intel_qat/holders/c6xxvf")
+    assert [kind for kind, _, _ in found(small, vf)] == kinds
 
 
 @pytest.mark.parametrize(
@@ -332,7 +347,8 @@ def test_a_kernel_without_the_socket_diagnosis_has_no_sockets_to_tell(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> None:
-        raise Unsupported("open a netlink socket of protocol 4: Protocol not supported")
+        text = "open a netlink socket of protocol 4: Protocol not supported"
+        raise Unsupported(text, errno_name="EPROTONOSUPPORT")
 
     monkeypatch.setattr(traffic, "Socket", refuse)
     assert list(read_bound_sockets()) == []
@@ -416,3 +432,67 @@ def test_an_rdma_device_that_stands_on_an_interface_is_a_use() -> None:
 )
 def test_a_command_in_a_namespace_begins_with_what_enters_it(where: str, words: str) -> None:
     assert in_namespace(where) == words
+
+
+@pytest.mark.parametrize("number", ["EMFILE", "ENOBUFS", "EPERM", "EAFNOSUPPORT"])
+def test_a_socket_that_cannot_be_had_is_no_kernel_without_the_facility(
+    monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    """Out of descriptors, or under a filter of system calls: nothing was seen."""
+
+    def refuse(*_: object) -> None:
+        raise Unsupported("open a netlink socket of protocol 4", errno_name=number)
+
+    monkeypatch.setattr(traffic, "Socket", refuse)
+    for read in (read_bound_sockets, read_redirected, read_filtered):
+        with pytest.raises(Unsupported):
+            list(read())
+
+
+def test_an_xdp_socket_is_told_by_its_interface_and_queue() -> None:
+    def message(index: int) -> bytes:
+        info = struct.pack("=HHII", 12, 1, index, 3)
+        return struct.pack("=BBxxI8x", 44, 3, 77) + struct.pack("=HHI", 8, 0, 0) + info
+
+    assert list(parse_xdp_socket(message(5))) == [BoundSocket(5, "xdp queue 3", 0)]
+    assert list(parse_xdp_socket(message(0))) == []
+    assert list(parse_xdp_socket(message(5)[:-1])) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "ends", "said"),
+    [
+        (10, (0xFFFFFFFF, 22, 0xFFFFFFFF, 0xFFFFFFFF), ["a program listens on port 22"]),
+        (1, (3, 1024, 2, 22), ["a program is connected with port 22 of context 2"]),
+        (1, (1, 1024, 1, 22), []),
+    ],
+)
+def test_a_vsock_socket_is_told_unless_it_stays_within(
+    state: int, ends: tuple[int, ...], said: list[str]
+) -> None:
+    payload = struct.pack("=BBBxIIII12x", 40, 1, state, *ends)
+    assert list(parse_vsock_socket(payload)) == said
+    assert list(parse_vsock_socket(payload[:10])) == []
+
+
+def test_xdp_sockets_that_no_diagnosis_tells_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe_net, "_socket_counts", lambda: {"XDP": 1})
+    monkeypatch.setattr(traffic, "read_xdp_sockets", lambda: iter(()))
+    assert "!\tXDP sockets" in observe_net.net_traffic()
+    monkeypatch.setattr(traffic, "read_xdp_sockets", lambda: iter([BoundSocket(1, "xdp q 0", 0)]))
+    told = observe_net.net_traffic()
+    assert "lo\txdp q 0" in told
+    assert "!" not in told
+
+
+def test_a_disk_over_ethernet_is_a_use_of_the_interface_that_leads_there() -> None:
+    """It needs no address, and no socket: the kernel sends its frames."""
+    small = SmallHost()
+    small.network(NIC, "eth1")
+    small.block("etherd!e1.1", "/sys/devices/virtual/block/etherd!e1.1", "152:16")
+    small.file("/sys/class/block/etherd!e1.1/netif", "eth7,eth9")
+    assert survey(small.host(), NIC).blockers == ()
+    small.file("/sys/class/block/etherd!e1.1/netif", "eth7,eth1")
+    (entry,) = survey(small.host(), NIC).blockers
+    assert (entry.kind, entry.subject) == ("packet-socket", "eth1")
+    assert "etherd!e1.1" in entry.detail

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.namespaces import Found, find_namespaces
-from vfiotool.host.paths import PROC, SYS_BUS
+from vfiotool.host.paths import PROC, PROC_SOCKET_COUNTS, SYS_BUS, VSOCK
 from vfiotool.host.probe import answer_of
 from vfiotool.host.processes import counted, enter_namespace, plain
 
@@ -58,18 +58,39 @@ def net_routes() -> str:
 def net_traffic() -> str:
     """What tc rules and sockets do with the interfaces of this namespace, addresses or none."""
     from vfiotool.netlink.route import read_links
-    from vfiotool.netlink.traffic import read_bound_sockets, read_filtered, read_redirected
+    from vfiotool.netlink.traffic import (
+        read_bound_sockets,
+        read_filtered,
+        read_redirected,
+        read_vsock_sockets,
+        read_xdp_sockets,
+    )
 
     names = {link.index: plain(link.name) for link in read_links()}
     found = [(index, "redirected") for index in sorted(read_redirected())]
     found += [(index, "filtered") for index in sorted(read_filtered())]
     told: dict[int, dict[str, None]] = {}
-    for item in read_bound_sockets():
+    counts = _socket_counts()
+    xdp = [*read_xdp_sockets()] if counts.get("XDP") else []
+    for item in (*read_bound_sockets(), *xdp):
         texts = told.setdefault(item.index, {})
         if len(texts) < _SOCKETS_TOLD:
             texts[f"{item.protocol} port {item.port}" if item.port else item.protocol] = None
     found += [(index, text) for index, texts in sorted(told.items()) for text in texts]
-    return "".join(f"{names.get(index, f'#{index}')}\t{text}\n" for index, text in found)
+    lines = [f"{names.get(index, f'#{index}')}\t{text}\n" for index, text in found]
+    if counts.get("XDP") and not xdp:
+        lines.append("!\tXDP sockets, of which this kernel does not tell where they are bound\n")
+    # Asking would load the family's module.
+    virtual = [*read_vsock_sockets()] if "AF_VSOCK" in counts else []
+    return "".join([*lines, *(f"{VSOCK}\t{text}\n" for text in virtual[:_SOCKETS_TOLD])])
+
+
+def _socket_counts() -> dict[str, int]:
+    """How many sockets of each protocol this network namespace has (net/core/sock.c,
+    proto_seq_printf); of some families no number is kept."""
+    with open(PROC_SOCKET_COUNTS, encoding="ascii", errors="replace") as file:
+        rows = [line.split() for line in file.read().splitlines()[1:]]
+    return {row[0]: int(row[2]) for row in rows if len(row) > 2 and row[2].isdecimal()}
 
 
 def net_links() -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import select
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from glob import glob
 
 from vfiotool.errors import errno_name
 from vfiotool.host.child import abandon, leave_parent
@@ -21,8 +23,10 @@ from vfiotool.host.paths import (
     DEV_VFIO,
     NO_CONFIGFS,
     SYS_BLOCK,
+    SYS_LIO_CORE,
     SYS_MODULE,
     SYS_NVME_TARGETS,
+    SYS_USB_GADGETS,
 )
 from vfiotool.host.processes import plain
 
@@ -33,6 +37,7 @@ _END = b"\0"
 _LOOP_GET_STATUS64 = 0x4C05
 _LOOP_INFO = struct.Struct("=QQQ")
 _LOOP_INFO_BYTES = 232
+_HIDDEN = {"nvmet": SYS_NVME_TARGETS, "usb_f_mass_storage": SYS_USB_GADGETS}
 # What opening a loop device or asking it gives where it has no backing file (any more).
 _UNUSED = (errno.ENXIO, errno.ENOENT, errno.ENODEV)
 
@@ -159,9 +164,10 @@ def _loop(name: str) -> str:
 
 
 def targets() -> str:
-    """Disks that the kernel's NVMe target exports, by number: it opens them without a claim.
+    """Disks that targets of the kernel's own export, by number: they open them without a claim.
 
-    `subsystem <tab> namespace <tab> path <tab> 259:1`. In a child: a path may lead anywhere.
+    `subsystem <tab> namespace <tab> path <tab> 259:1` of the NVMe target; of the SCSI target and of
+    USB gadgets the export's folder and `file`. In a child: a path may lead anywhere.
     """
 
     def look() -> str:
@@ -172,15 +178,21 @@ def targets() -> str:
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
-        # It runs on where configfs, its one face, is not mounted.
-        loaded = os.path.exists(f"{SYS_MODULE}/nvmet/initstate")
-        return f"!\t{SYS_NVME_TARGETS}: nvmet is loaded, {NO_CONFIGFS}\n" if loaded else ""
+        if any(os.path.isdir(path) for path in (SYS_LIO_CORE, SYS_USB_GADGETS)):
+            return answer_of(look)
+        # They run on where configfs, their one face, is not mounted.
+        return "".join(
+            f"!\t{folder}: {name} is loaded, {NO_CONFIGFS}\n"
+            for name, folder in _HIDDEN.items()
+            if os.path.exists(f"{SYS_MODULE}/{name}/initstate")
+        )
     return answer_of(look)
 
 
 def _targets() -> list[str]:
-    found = []
-    for system in sorted(os.listdir(SYS_NVME_TARGETS)):
+    found = [line for base, path in _opened_files() for line in _file_line(base, path)]
+    systems = os.listdir(SYS_NVME_TARGETS) if os.path.isdir(SYS_NVME_TARGETS) else []
+    for system in sorted(systems):
         folder = f"{SYS_NVME_TARGETS}/{system}"
         exports = [f"namespaces/{number}" for number in sorted(os.listdir(f"{folder}/namespaces"))]
         # A whole controller (drivers/nvme/target/passthru.c), where the kernel can do that.
@@ -201,6 +213,33 @@ def _targets() -> list[str]:
                 where = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
                 found.append(f"{plain(system)}\t{number}\t{plain(path)}\t{where}\n")
     return found
+
+
+def _opened_files() -> Iterator[tuple[str, str]]:
+    """What the SCSI target's file back end and mass storage gadgets have open: no process shows it.
+
+    Source: drivers/target/target_core_file.c, fd_show_configfs_dev_params;
+    Documentation/ABI/testing/configfs-usb-gadget-mass-storage.
+    """
+    for folder in sorted(glob(f"{SYS_LIO_CORE}/fileio_*/*/")):
+        told = re.search(r"File: (.*) Size: \d+", _text(f"{folder}info"))
+        if told is not None:
+            yield folder.rstrip("/"), told[1]
+    for file in sorted(glob(f"{SYS_USB_GADGETS}/*/functions/mass_storage.*/lun.*/file")):
+        path = _text(file)
+        if path:
+            yield os.path.dirname(file), path
+
+
+def _file_line(base: str, path: str) -> Iterator[str]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        yield f"!\twhat {plain(base)} exports as {plain(path)}: {errno_name(error.errno)}\n"
+        return
+    if stat.S_ISBLK(status.st_mode):
+        where = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        yield f"{plain(base)}\tfile\t{plain(path)}\t{where}\n"
 
 
 def _text(path: str) -> str:

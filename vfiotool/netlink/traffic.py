@@ -50,6 +50,17 @@ _CONNECTED = _ALL_STATES & ~(_TCP_LISTEN | 1 << 6)
 _DIAG_BYTECODE = 1
 _LINK_LOCAL = struct.pack("=BBHBBxxi16s", 7, 28, 32, _AF_INET6, 10, -1, b"\xfe\x80" + bytes(14))
 _SOCKETS = (("tcp", 6, _TCP_LISTEN), ("udp", 17, _ALL_STATES), ("raw", 255, _ALL_STATES))
+# include/uapi/linux/xdp_diag.h: family, protocol, pad; inode, what to show, cookie.
+_AF_XDP = 44
+_XDP_REQUEST = struct.pack("=BBxxII8x", _AF_XDP, 0, 0, 1)
+_XDP_HEAD, _XDP_DIAG_INFO = 16, 1
+_XDP_INFO = struct.Struct("=II")
+# include/uapi/linux/vm_sockets_diag.h: the states wanted; state, both ends' context and port.
+_AF_VSOCK = 40
+_ESTABLISHED, _LISTEN = 1, 10
+_VSOCK_REQUEST = struct.pack("=BBxxI16x", _AF_VSOCK, 0, 1 << _ESTABLISHED | 1 << _LISTEN)
+_VSOCK = struct.Struct("=xxBxIIII")
+_VSOCK_LOCAL = 1
 # What a kernel that was built without the facility answers. rtnetlink.c, rtnetlink_rcv_msg, for
 # tc: then there is no such rule. sock_diag.c, __sock_diag_cmd, and inet_diag_lock_handler: the
 # protocol's module is not there. EINVAL says that the request was not understood, by no kernel
@@ -59,8 +70,8 @@ _NOT_BUILT = {NETLINK_ROUTE: errno.EOPNOTSUPP, NETLINK_SOCK_DIAG: errno.ENOENT}
 
 @dataclass(frozen=True, slots=True)
 class BoundSocket:
-    """A socket that is bound to an interface: listening TCP, UDP or raw (SO_BINDTODEVICE), or a
-    TCP connection over a link-local address."""
+    """A socket that is bound to an interface: listening TCP, UDP, raw (SO_BINDTODEVICE) or XDP, or
+    a TCP connection over a link-local address."""
 
     index: int
     protocol: str
@@ -133,13 +144,52 @@ def parse_socket(protocol: str, payload: bytes) -> Iterable[BoundSocket]:
     return (BoundSocket(index, protocol, port),) if index else ()
 
 
+def read_xdp_sockets() -> Iterator[BoundSocket]:
+    """Sockets of AF_XDP of this network namespace that are bound. Raises KernelError."""
+    for message in _dump(NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _XDP_REQUEST, "list XDP sockets"):
+        yield from parse_xdp_socket(message.payload)
+
+
+def parse_xdp_socket(payload: bytes) -> Iterable[BoundSocket]:
+    """One xdp_diag_msg, if its socket is bound: it may send without any XDP program."""
+    found = parse_attributes(payload[_XDP_HEAD:]).get(_XDP_DIAG_INFO, b"")
+    if len(found) < _XDP_INFO.size:
+        return ()
+    index, queue = _XDP_INFO.unpack_from(found)
+    return (BoundSocket(index, f"xdp queue {queue}", 0),) if index else ()
+
+
+def read_vsock_sockets() -> Iterator[str]:
+    """Sockets of AF_VSOCK that listen or are connected, but for those within this machine, in
+    words. Raises KernelError."""
+    for message in _dump(
+        NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _VSOCK_REQUEST, "list vsock sockets"
+    ):
+        yield from parse_vsock_socket(message.payload)
+
+
+def parse_vsock_socket(payload: bytes) -> Iterable[str]:
+    """One vsock_diag_msg, unless it stays within this machine."""
+    if len(payload) < _VSOCK.size:
+        return ()
+    state, source, port, target, far = _VSOCK.unpack_from(payload)
+    if _VSOCK_LOCAL in (source, target):
+        return ()
+    if state == _LISTEN:
+        return (f"a program listens on port {port}",)
+    return (f"a program is connected with port {far} of context {target}",)
+
+
 def _dump(protocol: int, kind: int, payload: bytes, what: str) -> list[Message]:
     try:
         with Socket(protocol) as channel:
             return channel.dump(kind, payload, what)
-    except Unsupported:
-        # Such as the socket diagnosis, which a kernel can be built without.
-        return []
+    except Unsupported as error:
+        # Such as the socket diagnosis, which a kernel can be built without. One that could not be
+        # had for another reason (descriptors, memory, a filter of system calls) says nothing.
+        if error.errno in (errno.EPROTONOSUPPORT, _NOT_BUILT[protocol]):
+            return []
+        raise
     except KernelError as error:
         if error.errno == _NOT_BUILT[protocol]:
             return []

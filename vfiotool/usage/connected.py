@@ -19,14 +19,18 @@ from vfiotool.host.paths import (
     SYS_IOMMU,
     SYS_THUNDERBOLT,
     SYS_USBIP_HOST,
+    VSOCK,
 )
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.sight import Sight
+from vfiotool.usage.traffic import read_traffic
 
 # PCI Code and ID Assignment: CXL memory devices.
 CXL_CLASS = "0502"
 # drivers/usb/usbip/usbip_common.h, SDEV_ST_USED: a machine has it.
 _EXPORTED = 2
+# net/vmw_vsock/virtio_transport.c
+_VSOCK_DRIVER = "vmw_vsock_virtio_transport"
 
 
 def connected_usage(sight: Sight, function: PciFunction) -> Usage:
@@ -37,6 +41,7 @@ def connected_usage(sight: Sight, function: PciFunction) -> Usage:
         *_exported(sight, function),
         *_radios(sight, function),
         *_tunnels(sight, function),
+        *_virtual_sockets(sight, function),
     )
     return Usage(found)
 
@@ -111,3 +116,16 @@ def _tunnels(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
         evidence = f"{base}/authorized is not 0"
         remedy = f"echo 0 > {base}/authorized"
         yield Blocker("connected", function.address, name, detail, evidence, remedy)
+
+
+def _virtual_sockets(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
+    """Programs that speak with the host of this virtual machine over its virtio socket device."""
+    drivers = (
+        sight.linkname(f"{function.path}/{name}/driver")
+        for name in (sight.listdir(function.path) if function.driver == "virtio-pci" else ())
+        if name.startswith("virtio")
+    )
+    facts = read_traffic(sight).get(VSOCK, []) if _VSOCK_DRIVER in drivers else []
+    if facts:
+        detail = f"{', '.join(facts)} over it (vsock)"
+        yield Blocker("connected", function.address, "vsock", detail, "ss --all --vsock")

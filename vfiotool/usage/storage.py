@@ -16,6 +16,7 @@ from vfiotool.host.paths import (
     SYS_LIO_CORE,
     SYS_MODULE,
     SYS_NVME_TARGETS,
+    SYS_USB_GADGETS,
 )
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.layers import (
@@ -112,14 +113,16 @@ def _exports(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
     for system, number, path, layer in (
         *_nvme_targets(host, numbers, names),
         *_scsi_targets(host, numbers, names),
+        *_gadgets(host, numbers),
     ):
         if layer is None:
             continue
         detail = f"{chain_text(layer)} is exported as {number} of {system}"
-        remedy = (
-            f"echo 0 > {shlex.quote(path)}/enable" if path.startswith(SYS_NVME_TARGETS) else None
-        )
-        evidence = f"{path}/device_path" if remedy else f"{path}/info"
+        evidence, remedy = f"{path}/info", None
+        if path.startswith(SYS_NVME_TARGETS):
+            evidence, remedy = f"{path}/device_path", f"echo 0 > {shlex.quote(path)}/enable"
+        elif path.startswith(SYS_USB_GADGETS):
+            evidence, remedy = f"{path}/file", f"echo > {shlex.quote(path)}/file"
         blocker = Blocker("storage-member", address, system, detail, evidence, remedy)
         found.append((layer.chain[0], blocker))
     return found
@@ -156,7 +159,7 @@ def _nvme_targets(
                 numbers.get(where),
             )
             for system, number, _, where in lines
-            if number != "passthru"
+            if number not in ("passthru", "file")
         ]
     found: list[_Export] = []
     for system in host.listdir(SYS_NVME_TARGETS):
@@ -173,6 +176,21 @@ _LIO_NUMBER = re.compile(r"Major: (\d+) Minor: (\d+)")
 _LIO_FILE = re.compile(r"File: (\S+)")
 
 
+def _opened_files(host: Sight) -> dict[str, str]:
+    """The folders of exports that opened a block device as a file -> its number."""
+    lines = host.observed(BLOCK_TARGETS) if host.host.live or host.exists(BLOCK_TARGETS) else []
+    return {fields[0]: fields[3] for fields in lines if len(fields) == 4 and fields[1] == "file"}
+
+
+def _gadgets(host: Sight, numbers: Mapping[str, Layer]) -> list[_Export]:
+    """Disks that a USB gadget of this machine shows to another one."""
+    return [
+        ("a USB gadget", base.rpartition("/")[2], base, numbers.get(number))
+        for base, number in _opened_files(host).items()
+        if base.startswith(SYS_USB_GADGETS)
+    ]
+
+
 def _scsi_targets(
     host: Sight, numbers: Mapping[str, Layer], names: Mapping[str, Layer]
 ) -> list[_Export]:
@@ -180,12 +198,14 @@ def _scsi_targets(
     found: list[_Export] = []
     if host.exists(f"{SYS_MODULE}/target_core_mod/initstate") and not host.exists(SYS_LIO_CORE):
         host.miss(SYS_LIO_CORE, f"the SCSI target is loaded, {NO_CONFIGFS}")
+    opened = _opened_files(host)
     for adapter in host.listdir(SYS_LIO_CORE):
         for name in host.listdir(f"{SYS_LIO_CORE}/{adapter}"):
             base = f"{SYS_LIO_CORE}/{adapter}/{name}"
             text = host.read(f"{base}/info") if adapter != "alua" else None
             number, file = _LIO_NUMBER.search(text or ""), _LIO_FILE.search(text or "")
-            layer = numbers.get(f"{number[1]}:{number[2]}") if number else None
+            where = f"{number[1]}:{number[2]}" if number else opened.get(base, "")
+            layer = numbers.get(where)
             if layer is None and file is not None:
                 layer = names.get(block_name(host, file[1]) or "")
             found.append((adapter, name, base, layer))

@@ -9,7 +9,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable
 
-from vfiotool.host.paths import NET_TRAFFIC, PROC_CAN, PROC_PACKET, PROC_PROTOCOLS, SYS_RDMA
+from vfiotool.host.paths import (
+    NET_TRAFFIC,
+    PROC_CAN,
+    PROC_PACKET,
+    PROC_PROTOCOLS,
+    SYS_BLOCK,
+    SYS_RDMA,
+)
 from vfiotool.usage.blocker import Blocker
 from vfiotool.usage.links import read_graph
 from vfiotool.usage.sight import Sight
@@ -19,9 +26,10 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
     """What takes packets straight from the interfaces `carriers`, or sends them some."""
     taps = host.once("packet sockets", _packet_sockets)
     can = host.once("can sockets", _can_receivers)
-    traffic = host.once("traffic", _traffic)
+    traffic = read_traffic(host)
     kernels = host.once("kernel protocols", _kernel_protocols)
     rdma = host.once("rdma over interfaces", _rdma)
+    aoe = host.once("disks over ethernet", _disks_over_ethernet)
     graph = read_graph(host)
     found = []
     for name in sorted(carriers):
@@ -48,6 +56,10 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
             evidence = f"ip link show {shlex.quote(name)}"
             remedy = f"ip link set {shlex.quote(name)} xdp off"
             found.append(Blocker("packet-socket", address, name, detail, evidence, remedy))
+        for disk in aoe.get(name, ()):
+            detail = f"the disk {disk} is reached over {name} (ATA over Ethernet)"
+            evidence = f"{SYS_BLOCK}/{disk}/netif names {name}"
+            found.append(Blocker("packet-socket", address, name, detail, evidence))
         if name in rdma:
             detail = f"the RDMA device {rdma[name]} stands on {name}"
             evidence = f"{SYS_RDMA}/{rdma[name]} has no device of its own"
@@ -121,6 +133,16 @@ def _rdma(host: Sight) -> dict[str, str]:
     return found
 
 
+def _disks_over_ethernet(host: Sight) -> dict[str, list[str]]:
+    """Interface -> disks that it leads to (drivers/block/aoe/aoeblk.c, aoedisk_show_netif)."""
+    found: dict[str, list[str]] = {}
+    for disk in host.attached.block:
+        names = host.read(f"{SYS_BLOCK}/{disk}/netif") if disk.startswith("etherd") else None
+        for name in (names or "").split(","):
+            found.setdefault(name, []).append(disk)
+    return found
+
+
 def _can_receivers(host: Sight) -> dict[str, str]:
     """Interface -> the list of receivers that names it (net/can/proc.c, can_print_rcvlist)."""
     found: dict[str, str] = {}
@@ -131,6 +153,11 @@ def _can_receivers(host: Sight) -> dict[str, str]:
                 if len(words) >= 6 and words[0] != "device":
                     found.setdefault(words[0], table)
     return found
+
+
+def read_traffic(host: Sight) -> dict[str, list[str]]:
+    """Interface (or VSOCK) -> what rules and sockets do with it, looked up once."""
+    return host.once("traffic", _traffic)
 
 
 def _traffic(host: Sight) -> dict[str, list[str]]:
