@@ -36,6 +36,7 @@ int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec);
 int vt_add_event_type(PyObject *module);
 int vt_add_handle_type(PyObject *module);
 int vt_add_mapper_type(PyObject *module);
+int vt_add_queue_type(PyObject *module);
 int vt_add_window_type(PyObject *module);
 
 #endif

@@ -67,7 +67,9 @@ static int module_exec(PyObject *module)
 	vt_watch_forks();
 	if (vt_add_window_type(module) || vt_add_handle_type(module))
 		return -1;
-	return vt_add_event_type(module) || vt_add_mapper_type(module) ? -1 : 0;
+	if (vt_add_event_type(module) || vt_add_mapper_type(module))
+		return -1;
+	return vt_add_queue_type(module);
 }
 
 static PyModuleDef_Slot module_slots[] = {

@@ -73,6 +73,32 @@ class Mapper:
     def _unmap_all(self) -> int: ...
     def _aim(self, handle: Handle, ioas: int | None, /) -> None: ...
 
+class QueueCalls:
+    def __init__(
+        self,
+        queue: int,
+        submit: int,
+        poll: int,
+        done: int,
+        held: int,
+        room: int,
+        owners: object,
+        /,
+    ) -> None: ...
+    def submit(
+        self,
+        opcode: int,
+        nsid: int,
+        lba: int,
+        blocks: int,
+        iova: int,
+        size_bytes: int,
+        control: int,
+        tag: int,
+        /,
+    ) -> int: ...
+    def look(self) -> int: ...
+
 def read_folder(
     path: str, files: tuple[str, ...], links: tuple[str, ...], /
 ) -> tuple[list[bytes | int], list[str | int]]: ...

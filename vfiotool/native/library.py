@@ -21,7 +21,7 @@ from vfiotool.errors import (
     errno_name,
 )
 from vfiotool.native import _types
-from vfiotool.native._types import Mapper, fork_generation, irq_action
+from vfiotool.native._types import Mapper, QueueCalls, fork_generation, irq_action
 
 try:
     from vfiotool.native._library import ffi, lib
@@ -89,6 +89,20 @@ class Handle(_types.Handle):
 
     def _refuse(self, _reason: int, _offset: int, _width: int) -> None:
         raise UsageError(f"{self.description} is closed")
+
+
+def queue_calls(queue: Any, done: Any, room: int, held: Any) -> QueueCalls:
+    """The calls of an NVMe queue pair that never wait, with the interpreter's lock held: `done`
+    has `room` places for completions, `held` counts those that are filled."""
+
+    def address(of: Any) -> int:
+        return int(ffi.cast("uintptr_t", of))
+
+    submit, poll = ffi.addressof(lib, "vt_nvme_submit"), ffi.addressof(lib, "vt_nvme_poll")
+    return QueueCalls(
+        address(queue), address(submit), address(poll), address(done), address(held),
+        room, (queue, done, held),
+    )  # fmt: skip
 
 
 def nanoseconds(timeout_s: float | None) -> int:

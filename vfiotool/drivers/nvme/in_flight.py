@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from threading import Condition, get_ident
+from threading import get_ident
 
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.health import Health
 from vfiotool.drivers.nvme.queue_pair import SLICE_S, Completion, QueuePair
 from vfiotool.drivers.nvme.status import ABORTED_BY_HOST, failed_with
+from vfiotool.drivers.nvme.turn import Turn
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
 from vfiotool.vfio import DmaBuffer, Interrupt
 
@@ -57,7 +58,7 @@ class InFlight:
         self.sent: dict[int, Completion] = {}  # of what the user sent and polls for
         self.aside: deque[Completion] = deque(maxlen=256)
         # The lock of many threads that share the queue, where they do (`SharedInFlight`).
-        self.turn: Condition | None = None
+        self.turn: Turn | None = None
         self._numbers = itertools.count(OURS)
         self._holder: dict[str, int] = {}
         # Who takes the queue over, and what others are told meanwhile.
@@ -105,7 +106,7 @@ class InFlight:
         if self.turn is not None:
             with self.turn:
                 yield
-                self.turn.notify_all()
+                self.turn.wake_all()
             return
         me = get_ident()
         held_before = self._holder.get("thread") == me

@@ -2,7 +2,8 @@
 
 A queue pair belongs to one thread at a time. What it refuses is a UsageError: use by two threads
 at once, after `close`, in a child process, while the device's registers cannot be reached. While C
-runs the interpreter's lock is released, so several queue pairs work in several threads.
+waits the interpreter's lock is released, so several queue pairs work in several threads; what never
+waits is called with it, as letting go costs more.
 Source: NVM Express Base Specification 2.0, 3.3.1 (queues), 4.1.1 (PRP lists), 4.2 (entries).
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.load import Load, LoadReport, job_of, report_of
 from vfiotool.errors import KernelError, UsageError
-from vfiotool.native.library import ffi, lib
+from vfiotool.native.library import ffi, lib, queue_calls
 from vfiotool.vfio import DmaBuffer, Mapping
 
 COMMAND_BYTES = 64
@@ -121,6 +122,8 @@ class QueuePair:
         self._queue = ffi.gc(made[0], lib.vt_nvme_free)
         self._done = ffi.new("struct vt_nvme_done[]", self.depth)
         self._held = ffi.new("uint32_t *")
+        # What never waits is called with the interpreter's lock held: see cext/python/queue_type.c.
+        self._calls = queue_calls(self._queue, self._done, self.depth, self._held)
         # Read in place: a call would let go of the interpreter's lock, and other threads in.
         self._in_flight = lib.vt_nvme_in_flight(self._queue)
         self._submitted = lib.vt_nvme_submitted(self._queue)
@@ -204,10 +207,8 @@ class QueuePair:
     ) -> bool:
         """Send a command on `blocks` blocks from `lba` on, with `size_bytes` of data at `iova`.
         False where the queue is full. `tag` comes back with the completion."""
-        one = ffi.new("struct vt_nvme_io *")
-        one.tag, one.lba, one.iova, one.bytes = tag, lba, iova, size_bytes
-        one.blocks, one.nsid, one.control, one.opcode = blocks, nsid, control, opcode
-        return self._check(lib.vt_nvme_submit(self._queue, one, 1)) == 1
+        sent = self._calls.submit(opcode, nsid, lba, blocks, iova, size_bytes, control, tag)
+        return self._check(sent) == 1
 
     def submit_raw(self, command: bytes, tag: int = 0) -> bool:
         """Send 64 bytes as they are, but for the command identifier. False where it is full."""
@@ -219,9 +220,13 @@ class QueuePair:
         """Move completions into `ready`: those that are there; with `timeout_s` wait until there
         are `least`, for at most a slice of time. Returns how many came."""
         self._absorb()
-        wait_ns = round(min(timeout_s, SLICE_S) * 1e9) if least > 0 and timeout_s > 0 else 0
-        queue, done, held = self._queue, self._done, self._held
-        count = self._check(lib.vt_nvme_poll(queue, done, self.depth, least, wait_ns, held))
+        if least > 0 and timeout_s > 0:
+            wait_ns = round(min(timeout_s, SLICE_S) * 1e9)
+            queue, done, held = self._queue, self._done, self._held
+            result = lib.vt_nvme_poll(queue, done, self.depth, least, wait_ns, held)
+        else:
+            result = self._calls.look()
+        count = self._check(result)
         if count:
             self._absorb()
         return count

@@ -9,9 +9,7 @@ Whoever waits looks for everybody: one thread at a time takes completions and wa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import Condition
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from vfiotool.drivers.nvme import spec as nvme_spec
@@ -21,6 +19,7 @@ from vfiotool.drivers.nvme.in_flight import Ended, InFlight, Send
 from vfiotool.drivers.nvme.io import IO_TIMEOUT_S, IoQueue
 from vfiotool.drivers.nvme.queue_pair import Completion
 from vfiotool.drivers.nvme.status import failed_with
+from vfiotool.drivers.nvme.turn import Turn
 from vfiotool.errors import UsageError
 from vfiotool.vfio import DmaBuffer
 
@@ -35,7 +34,7 @@ class SharedInFlight:
 
     def __init__(self, commands: InFlight) -> None:
         self.commands = commands
-        self._turn = Condition()
+        self._turn = Turn()
         self._leading = False
         self._closed = False
         commands.turn = self._turn
@@ -91,7 +90,7 @@ class SharedInFlight:
         with self._turn:
             self._closed = True
             self.commands.turn = None
-            self._turn.notify_all()
+            self._turn.wake_all()
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -108,52 +107,51 @@ class SharedInFlight:
         """Take what has come, without waiting."""
         self.commands.health.refuse_child()
         with self._turn:
-            self.commands.look()
-            self._turn.notify_all()
+            self._take()
 
     def _until(self, over: Callable[[], bool], deadline: Deadline, what: str) -> bool:
         while not over():
             self._refuse_closed()
+            # Whoever has the lock looks, also while another thread waits for all.
+            if self._take():
+                continue
             self.commands.health.watch(deadline, what)
             if deadline.passed:
                 return False
-            if self._leading:
-                self._turn.wait(min(deadline.left(), _FOLLOWER_S))
+            if self._leading and not self._turn.nested:
+                self._turn.wait(over, min(deadline.left(), _FOLLOWER_S))
                 continue
             self._leading = True
             try:
                 self._lead(over, deadline, what)
             finally:
                 self._leading = False
-                self._turn.notify_all()
+                self._turn.wake_one()
         return True
+
+    def _take(self) -> int:
+        """Take what has come, for everybody."""
+        taken = self.commands.gather()
+        self.commands.settle()
+        if taken:
+            self._turn.wake()
+        return taken
 
     def _lead(self, over: Callable[[], bool], deadline: Deadline, what: str) -> None:
         commands = self.commands
         looks = 0
         while not over() and not deadline.passed:
             self._refuse_closed()
-            taken = commands.gather()
-            commands.settle()
-            if taken:
+            if self._take():
                 looks = 0
-                self._turn.notify_all()
                 continue
             commands.health.watch(deadline, what)
             looks += 1
-            with self._unlocked():
+            with self._turn.left():
                 if commands.interrupt is not None:
                     commands.interrupt.wait(min(deadline.left(), _FOLLOWER_S))
                 else:
                     time.sleep(0 if looks < _EAGER else _PAUSE_S)
-
-    @contextmanager
-    def _unlocked(self) -> Iterator[None]:
-        self._turn.release()
-        try:
-            yield
-        finally:
-            self._turn.acquire()
 
 
 class SharedQueue:
