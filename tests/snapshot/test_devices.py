@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.fakes.small_host import SmallHost
 from vfiotool.snapshot.devices import differences
 from vfiotool.snapshot.diff import compare
@@ -44,3 +46,33 @@ def test_of_a_device_that_came_that_alone_is_told() -> None:
     small.function(EDU, group=2, driver="x")
     found = differences(Snapshot({}, {}, {}, frozenset()), snapshot(small))
     assert [item.line() for item in found] == [f"+ {EDU}: 1234:11e8 class 00ff00"]
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "moved", "changed"),
+    [
+        (
+            "/sys/devices/system/node/node0/meminfo",
+            "Node 0 MemTotal: 983708 kB\nNode 0 MemFree: 855836 kB\n",
+            "Node 0 MemTotal: 983708 kB\nNode 0 MemFree: 839904 kB\n",
+            "Node 0 MemTotal: 491854 kB\nNode 0 MemFree: 839904 kB\n",
+        ),
+        (
+            "/proc/swaps",
+            "Filename Type Size Used Priority\n/dev/sda2 partition 9 0 -2\n",
+            "Filename Type Size Used Priority\n/dev/sda2\tpartition\t9\t7\t-2\n",
+            "Filename Type Size Used Priority\n/dev/sdb2 partition 9 0 -2\n",
+        ),
+    ],
+)
+def test_of_a_table_that_moves_what_stays_is_compared(
+    path: str, before: str, moved: str, changed: str
+) -> None:
+    def of(text: str) -> Snapshot:
+        return Snapshot({}, {path: text.encode()}, {}, frozenset())
+
+    assert compare(of(before), of(moved), volatile=False) == []
+    assert [change.path for change in compare(of(before), of(changed), volatile=False)] == [path]
+    assert [change.path for change in compare(of(before), of(moved))] == [path]
+    gone = Snapshot({}, {}, {}, frozenset())
+    assert [change.path for change in compare(of(before), gone, volatile=False)] == [path]

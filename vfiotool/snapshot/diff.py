@@ -45,13 +45,18 @@ class Change:
 
 # What differs from one second to the next on a host where nobody does anything.
 _VOLATILE = re.compile(
-    r"/proc/(interrupts|meminfo|iomem|modules|mdstat)"
+    r"/proc/(interrupts|iomem|modules|mdstat)"
     r"|/proc/(self|\d+)/(?!mountinfo).*"
     r"|/proc/vfiotool/(open-nodes|net-links|caller)"
     r"|/sys/.*/power/(runtime_status|control)"
     r"|/sys/.*/(power_state|current_link_speed|current_link_width|free_hugepages)"
-    r"|/sys/.*/(available_instances|domains_used|operstate|carrier)"
+    r"|/sys/.*/(available_instances|domains_used|operstate|carrier|brforward)"
+    r"|/sys/.*/(carrier_changes|carrier_(up|down)_count|cur_bus_speed|md/array_state)"
 )
+# Of these the lines, or the columns, that stay.
+_MEMORY = re.compile(r"/proc/meminfo|/sys/devices/system/node/node\d+/meminfo")
+_SWAPS = re.compile(r"/proc/swaps")
+_SWAP_USED = 3
 
 
 def compare(before: Snapshot, after: Snapshot, *, volatile: bool = True) -> list[Change]:
@@ -63,8 +68,21 @@ def compare(before: Snapshot, after: Snapshot, *, volatile: bool = True) -> list
     return [
         Change(path, old.get(path), new.get(path))
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and (volatile or not _VOLATILE.fullmatch(path))
+        if old.get(path) != new.get(path)
+        and (volatile or _lasting(path, old.get(path)) != _lasting(path, new.get(path)))
     ]
+
+
+def _lasting(path: str, content: str | None) -> str | None:
+    """What of a content does not change by itself; nothing of a path that is all counters."""
+    if content is None or _VOLATILE.fullmatch(path):
+        return None
+    if _MEMORY.fullmatch(path):
+        return "\n".join(line for line in content.split("\n") if "Total:" in line)
+    if _SWAPS.fullmatch(path):
+        rows = [line.replace("\\x09", " ").split() for line in content.split("\n")]
+        return "\n".join(" ".join(row[:_SWAP_USED] + row[_SWAP_USED + 1 :]) for row in rows)
+    return content
 
 
 def load_any(path: str) -> Snapshot:
