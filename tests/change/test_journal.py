@@ -16,11 +16,12 @@ import pytest
 from tests.change.changing import EDU, NVME, binding, do, furnished, releasing, run_folder
 from tests.fakes.kernel import FakeKernel
 from vfiotool.change.folder import Folder
-from vfiotool.change.journal import Journal, parse_record
+from vfiotool.change.journal import Journal, parse_record, started_at, writer_of
 from vfiotool.change.locks import held, try_lock
 from vfiotool.change.recover import recover
 from vfiotool.change.sealed import seal, unseal
 from vfiotool.errors import KernelError, Refused, Stuck, UsageError
+from vfiotool.host.host import Host
 from vfiotool.policy.parse import parse_policy
 from vfiotool.policy.saved import DesiredState
 
@@ -348,3 +349,16 @@ def test_the_change_stands_though_an_old_origin_cannot_be_dropped(
     monkeypatch.setattr(Journal, "forget", refuse)
     assert do(kernel.host(), journal, releasing(NVME)).transaction == 2
     assert kernel.driver_of(NVME) == "nvme"
+
+
+def test_a_writer_is_named_by_its_start_as_well_and_none_by_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`recover` waits for that process alone: its id may be another one's by then."""
+    host = Host.local()
+    monkeypatch.setattr(Host, "writer_pid", lambda _: os.getpid())
+    since = started_at(host, os.getpid())
+    assert since is not None
+    assert writer_of(host) == {"writer": os.getpid(), "since": since}
+    monkeypatch.setattr(Host, "writer_pid", lambda _: None)
+    assert writer_of(host) == {"writer": None, "since": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.fakes.kernel import FakeKernel
 from tests.fakes.strikes import struck
 from vfiotool.change.journal import Journal
 from vfiotool.change.recover import recover
-from vfiotool.change.signals import Interrupted
+from vfiotool.change.signals import Interrupted, kept
 from vfiotool.cli import main as app
 from vfiotool.cli import program
 from vfiotool.cli.globals import Globals
@@ -122,3 +123,21 @@ def test_the_command_says_that_it_was_interrupted(
     monkeypatch.setattr(program, "run", interrupted)
     assert app.main(["bind", EDU]) == 143
     assert "changes were rolled back" in capsys.readouterr().err
+
+
+def test_a_change_in_another_thread_leaves_the_signals_to_the_main_one() -> None:
+    """signal(2) is the main thread's: a program that uses the library keeps its own handlers."""
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[object] = []
+
+    def change() -> None:
+        with kept():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    with kept():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before

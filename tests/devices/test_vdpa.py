@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -301,6 +302,10 @@ def test_refusals() -> None:
         plan_vdpa_remove(facts, "v9")
     with pytest.raises(UsageError, match="MAC"):
         plan_vdpa_set(facts, "v0", "52:54")
+    plain = replace(facts.devices[0], config={"capacity": 1})
+    without = replace(facts, devices=(plain,))
+    with pytest.raises(Unsupported, match="has no MAC address"):
+        plan_vdpa_set(without, "v0", MAC)
 
 
 POLICY = """version = 1
