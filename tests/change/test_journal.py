@@ -359,6 +359,7 @@ def test_a_writer_is_named_by_its_start_as_well_and_none_by_nothing(
     monkeypatch.setattr(Host, "writer_pid", lambda _: os.getpid())
     since = started_at(host, os.getpid())
     assert since is not None
+    assert started_at(host, 1 << 23) is None  # above any process id
     assert writer_of(host) == {"writer": os.getpid(), "since": since}
     monkeypatch.setattr(Host, "writer_pid", lambda _: None)
     assert writer_of(host) == {"writer": None, "since": None}
