@@ -111,8 +111,11 @@ class _Common(_Click):
         words = list(args)
         try:
             return super().parse_args(ctx, args)
-        except typer.TyperException:
+        except typer.TyperException as error:
             _note_rest(ctx, words)
+            # What the parser raises of itself names no command, and the usage line is of one.
+            if getattr(error, "ctx", ctx) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
             raise
 
     def get_help_option(self, ctx: Context) -> TyperOption | None:

@@ -45,9 +45,7 @@ class PolicyError(UsageError):
     def __init__(self, name: str, faults: list[Fault]) -> None:
         faults = sorted(faults, key=lambda fault: (fault.line, fault.column))
         lines = [f"{name}:{fault.line}:{fault.column}: {fault.message}" for fault in faults]
-        super().__init__(
-            "\n".join(lines), hint="nothing was applied; mend the policy and try again"
-        )
+        super().__init__("\n".join(lines), hint="nothing was applied; fix the policy and try again")
         self.faults = tuple(faults)
 
 
