@@ -1,5 +1,5 @@
-"""One NVMe disk behind a real IOMMU for a VM and for a second machine at once, each with its range:
-what each wrote is there, nothing beside, and the kernel's driver has the disk again afterwards."""
+"""One NVMe disk behind a real IOMMU for two machines at once, one of them a VM, each with its
+range: what each wrote is there, nothing beside, and the kernel's driver has the disk afterwards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.lab.nested import run_nested
@@ -28,6 +30,8 @@ DISK = DISKS[0]
 WAIT_S = 300.0
 # Ranges of the disk's 128 MiB, and what is looked at afterwards.
 FIRST, SECOND, END = (4 * MIB, 8 * MIB), (16 * MIB, 8 * MIB), 28 * MIB
+# Blocks that each of two machines has written before they stop.
+ENOUGH = 200
 EXPORTS = """
 version = 1
 [[export]]
@@ -77,11 +81,12 @@ def until_there(path: Path, server: subprocess.Popen[bytes]) -> None:
 
 
 class Other(threading.Thread):
-    """A machine that writes and reads its own range until it is told to stop."""
+    """A machine that writes and reads its own range, of `size` bytes, until it is told to stop."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int, seed: int, queues: int) -> None:
         super().__init__()
-        self.front = Frontend(str(path), queues=2)
+        self.front = Frontend(str(path), queues=queues)
+        self.size, self.lots, self.queues = size, random.Random(seed), queues
         self.blocks: dict[int, bytes] = {}
         self.ending = threading.Event()
         self.failure: BaseException | None = None
@@ -93,38 +98,87 @@ class Other(threading.Thread):
             self.failure = error
 
     def work(self) -> None:
-        front, lots = self.front, random.Random(1)
-        # There is one processor, and the guest in the guest is to have most of it.
+        front, lots = self.front, self.lots
+        # There is one processor, and a guest in the guest is to have most of it.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         front.up()
         while not self.ending.is_set() or len(self.blocks) < 50:
-            block = lots.randrange(SECOND[1] // 4096)
-            data = block.to_bytes(8, "little") * 512
-            assert front.write(8 * block, data, index=block % 2) == 0
+            block = lots.randrange(self.size // 4096)
+            data = lots.randbytes(8) * 512
+            assert front.write(8 * block, data, index=block % self.queues) == 0
             self.blocks[block] = data
-            assert front.read(8 * block, 4096, index=block % 2) == data
+            assert front.read(8 * block, 4096, index=block % self.queues) == data
             # Its memory is mapped anew now and then, under the load of the other machine.
             if block % 16 == 0:
                 front.share()
-            last = SECOND[1] // 512
+            last = self.size // 512
             assert front.request(T_OUT, last - 1, data=bytes(1024))[0] == 1
             assert front.request(T_ZEROES, data=struct.pack("<QII", last, 8, 0))[0] == 1
 
+    def end(self) -> None:
+        """Stop, and raise what failed."""
+        self.ending.set()
+        self.join()
+        self.front.close()
+        if self.failure is not None:
+            raise self.failure
 
-def test_a_vm_and_another_machine_share_a_disk_by_ranges(tmp_path: Path) -> None:
-    node = bind_nvme(DISK)
-    with node.open("r+b", buffering=0) as disk:
+
+@contextmanager
+def served(folder: Path) -> Iterator[None]:
+    """The disk, full of one byte, served by ranges at `folder`/vm and `folder`/other."""
+    with bind_nvme(DISK).open("r+b", buffering=0) as disk:
         for _ in range(END // MIB):
             disk.write(b"\xa5" * MIB)
         os.fsync(disk.fileno())
     to_vfio(DISK)
-    file = tmp_path / "exports.toml"
-    file.write_text(EXPORTS.format(disk=DISK, first=FIRST, second=SECOND, folder=tmp_path))
+    file = folder / "exports.toml"
+    file.write_text(EXPORTS.format(disk=DISK, first=FIRST, second=SECOND, folder=folder))
     command = [sys.executable, "-m", "vfiotool", "serve", "exports", str(file)]
     server = subprocess.Popen([*command, "--threads", "2"])
     try:
-        until_there(tmp_path / "other", server)
-        other = Other(tmp_path / "other")
+        until_there(folder / "other", server)
+        yield
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(WAIT_S) == 0
+
+
+def on_the_disk() -> bytes:
+    """What is there, as the kernel's driver reads it; nothing beside the ranges has changed."""
+    with bind_nvme(DISK).open("rb", buffering=0) as disk:
+        found = b"".join(disk.read(MIB) for _ in range(END // MIB))
+    outside = ((0, FIRST[0]), (sum(FIRST), SECOND[0]), (sum(SECOND), END))
+    assert all(set(found[start:end]) == {0xA5} for start, end in outside)
+    return found
+
+
+def assert_written(found: bytes, start: int, other: Other) -> None:
+    for block, data in other.blocks.items():
+        at = start + 4096 * block
+        assert found[at : at + 4096] == data
+
+
+def test_two_machines_share_a_disk_by_ranges(tmp_path: Path) -> None:
+    with served(tmp_path):
+        places = (("vm", FIRST, 1), ("other", SECOND, 2))
+        others = [Other(tmp_path / name, at[1], n, n) for name, at, n in places]
+        for other in others:
+            other.start()
+        ends = time.monotonic() + WAIT_S
+        while any(len(other.blocks) < ENOUGH and not other.failure for other in others):
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        for other in others:
+            other.end()
+    found = on_the_disk()
+    assert_written(found, FIRST[0], others[0])
+    assert_written(found, SECOND[0], others[1])
+
+
+def test_a_vm_and_another_machine_share_a_disk_by_ranges(tmp_path: Path) -> None:
+    with served(tmp_path):
+        other = Other(tmp_path / "other", SECOND[1], 1, 2)
         other.start()
         try:
             run_nested(
@@ -135,20 +189,10 @@ def test_a_vm_and_another_machine_share_a_disk_by_ranges(tmp_path: Path) -> None
                 *("-device", "vhost-user-blk-pci,chardev=blk,num-queues=1"),
             )
         finally:
-            other.ending.set()
-            other.join()
-        assert other.failure is None, other.failure
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(WAIT_S) == 0
-    with bind_nvme(DISK).open("rb", buffering=0) as disk:
-        found = b"".join(disk.read(MIB) for _ in range(END // MIB))
+            other.end()
+    found = on_the_disk()
     for block in range(64):
         text = b"vm-2-%d\n" % block
         at = FIRST[0] + (block // 8 * 256 + block % 8) * 4096
         assert found[at : at + 4096] == (text * 1000)[:4096]
-    for block, data in other.blocks.items():
-        at = SECOND[0] + 4096 * block
-        assert found[at : at + 4096] == data
-    outside = ((0, FIRST[0]), (sum(FIRST), SECOND[0]), (sum(SECOND), END))
-    assert all(set(found[start:end]) == {0xA5} for start, end in outside)
+    assert_written(found, SECOND[0], other)
