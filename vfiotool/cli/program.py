@@ -8,6 +8,7 @@ of the command that it is about.
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -279,9 +280,10 @@ def _unknown(name: str, ctx: Context) -> typer.TyperException:
     return ClickUsageError(text, ctx)
 
 
+@cache
 def load(name: str) -> _Click:
     """A command of the table, from its module: a command of that name there, or all that is there
-    as subcommands."""
+    as subcommands. Made once: that takes longer than most commands, and nothing of a run stays."""
     module, _, help = COMMANDS[name]
     app = import_module(f"vfiotool.cli.{module}").app
     _furnish(app)
