@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -319,3 +320,21 @@ def test_a_closed_standard_file_is_no_fault_and_takes_no_other_files_place(close
     command = f'"{sys.executable}" -m vfiotool --root "{root}" devices {closed}'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_caller_that_ignores_its_children_does_not_make_failures_look_well() -> None:
+    """As under perl's or a supervisor's SIGCHLD ignored: waitpid has no status to give then."""
+    program = (
+        "import signal, subprocess, sys\n"
+        "from vfiotool.cli.main import main\n"
+        "main(['--version'])\n"
+        "print(subprocess.run(['false']).returncode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "1", done.stderr

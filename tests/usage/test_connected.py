@@ -112,6 +112,40 @@ def test_a_program_that_speaks_with_the_machines_host_is_a_use_of_the_socket_dev
     assert kinds(small, CARD) == [("connected", "vsock")]
 
 
+def test_a_device_that_the_kernel_unbinds_with_it_is_a_use() -> None:
+    """A Thunderbolt port's USB controller is a consumer of the port: keyboards go with it."""
+    small = SmallHost()
+    small.function(CARD, class_code="0c0340", driver="thunderbolt")
+    for name, status in (
+        (f"pci:{CARD}--pci:0000:00:0d.0", "active"),
+        (f"pci:{CARD}--pci:0000:00:0d.1", "not tracked"),
+        ("pci:0000:09:00.0--pci:0000:00:0d.2", "active"),
+    ):
+        small.folders.add(f"{paths.SYS_DEVICE_LINKS}/{name}")
+        small.file(f"{paths.SYS_DEVICE_LINKS}/{name}/status", status)
+    assert kinds(small, CARD) == [("connected", "0000:00:0d.0")]
+
+
+@pytest.mark.parametrize(("driver", "found"), [("kmem", 1), ("device_dax", 0)])
+def test_memory_that_the_kernel_took_from_a_device_is_the_hosts(driver: str, found: int) -> None:
+    small = SmallHost()
+    path = small.function(CARD, class_code="ff0000", driver="virtio-pci")
+    small.link(f"{paths.SYS_DAX}/dax0.0", f"{path}/virtio1/ndbus0/region0/dax0.0/dax0.0")
+    small.link(f"{path}/virtio1/ndbus0/region0/dax0.0/dax0.0/driver", f"/sys/bus/dax/{driver}")
+    small.link(f"{paths.SYS_DAX}/dax0.0/driver", f"/sys/bus/dax/drivers/{driver}")
+    assert kinds(small, CARD) == [("platform", "dax0.0")] * found
+
+
+def test_a_virtio_memory_device_is_the_hosts_while_it_gives_some() -> None:
+    small = SmallHost()
+    path = small.function(CARD, class_code="00ff00", driver="virtio-pci")
+    small.link(f"{path}/virtio1/driver", "/sys/bus/virtio/drivers/virtio_mem")
+    small.file(paths.PROC_IOMEM, "100000000-17fffffff : System RAM")
+    assert kinds(small, CARD) == []
+    small.file(paths.PROC_IOMEM, "140000000-14fffffff : System RAM (virtio_mem)")
+    assert kinds(small, CARD) == [("platform", "virtio_mem")]
+
+
 def test_an_iommu_in_the_group_does_not_go_along_with_it() -> None:
     small = amd(shown=False)
     small.function(CARD, driver="e1000e", group=0)

@@ -18,6 +18,7 @@ _VERSION = (["--version"], ["-V"], ["version"])
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (CONTRACT, exit codes)."""
     _open_standard_files()
+    _take_back_children()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments in _VERSION:
         sys.stdout.write(f"vfiotool {__version__}\n")
@@ -56,6 +57,15 @@ def _open_standard_files() -> None:
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def _take_back_children() -> None:
+    """Where the caller ignores the end of children, so would this process: a program that failed,
+    such as the one that arms a revert, would be taken for one that went well (waitpid(2))."""
+    import signal
+
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _report(error: Exception, chosen: Globals) -> int:

@@ -129,12 +129,12 @@ KINDS = {
             "connected",
             "something is connected through it, or another machine has a part of it",
             "USB devices that USB/IP exports, Bluetooth connections, authorized Thunderbolt "
-            "devices",
+            "devices, vsock sockets, the kernel's device links",
         ),
         BlockerKind(
             "platform",
-            "the host runs on it: an IOMMU that is a PCI function, memory of a CXL card",
-            "`/sys/class/iommu`, the class code, `/sys/bus/cxl/devices`",
+            "the host runs on it: an IOMMU as a PCI function, memory that the kernel has from it",
+            "`/sys/class/iommu`, the class code, CXL regions, `/sys/bus/dax/devices`, virtio-mem",
             can_be_mended=False,
             can_be_allowed=False,
         ),

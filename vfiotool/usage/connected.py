@@ -14,9 +14,13 @@ from collections.abc import Iterator
 from vfiotool.devices.attached import is_part_of
 from vfiotool.devices.pci import IOMMU_CLASS, PciFunction
 from vfiotool.host.paths import (
+    PROC_IOMEM,
     SYS_BLUETOOTH,
     SYS_CXL,
+    SYS_DAX,
+    SYS_DEVICE_LINKS,
     SYS_IOMMU,
+    SYS_PCI_DEVICES,
     SYS_THUNDERBOLT,
     SYS_USBIP_HOST,
     VSOCK,
@@ -31,6 +35,8 @@ CXL_CLASS = "0502"
 _EXPORTED = 2
 # net/vmw_vsock/virtio_transport.c
 _VSOCK_DRIVER = "vmw_vsock_virtio_transport"
+# drivers/dax/kmem.c: it gives what it drives to the kernel as memory.
+_DAX_MEMORY = "kmem"
 
 
 def connected_usage(sight: Sight, function: PciFunction) -> Usage:
@@ -38,6 +44,7 @@ def connected_usage(sight: Sight, function: PciFunction) -> Usage:
     found = (
         *_iommus(sight, function),
         *_memory(sight, function),
+        *_dependants(sight, function),
         *_exported(sight, function),
         *_radios(sight, function),
         *_tunnels(sight, function),
@@ -48,9 +55,12 @@ def connected_usage(sight: Sight, function: PciFunction) -> Usage:
 
 def places(sight: Sight) -> Iterator[str]:
     """Where in sysfs the things lie that this looks at, for the table in `occupied.py`."""
-    for folder in (SYS_IOMMU, SYS_BLUETOOTH, SYS_THUNDERBOLT, SYS_USBIP_HOST):
+    for folder in (SYS_IOMMU, SYS_BLUETOOTH, SYS_THUNDERBOLT, SYS_USBIP_HOST, SYS_DAX):
         for name in sight.listdir(folder):
             yield sight.realpath(f"{folder}/{name}") or ""
+    for name in sight.listdir(SYS_DEVICE_LINKS):
+        address = name.removeprefix("pci:").partition("--")[0]
+        yield sight.realpath(f"{SYS_PCI_DEVICES}/{address}") or ""
 
 
 def _parts(sight: Sight, function: PciFunction, folder: str) -> Iterator[str]:
@@ -77,14 +87,43 @@ def _iommus(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
 
 
 def _memory(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
-    """Memory that the host has online goes with the card; which cards a region is made of is told
-    by its decoders alone, so each of them counts."""
-    if not (function.class_code or "").startswith(CXL_CLASS) or function.driver is None:
-        return
-    regions = [name for name in sight.listdir(SYS_CXL) if name.startswith("region")]
-    for name in regions:
-        detail = f"the memory region {name} may be made of it"
-        yield Blocker("platform", function.address, name, detail, f"{SYS_CXL}/{name}")
+    """Memory that the host has online goes with the device.
+
+    Which cards a CXL region is made of is told by its decoders alone, and which of several
+    virtio-mem devices has memory by none: each of them counts.
+    """
+    regions: list[tuple[str, str]] = []
+    if (function.class_code or "").startswith(CXL_CLASS) and function.driver is not None:
+        names = [name for name in sight.listdir(SYS_CXL) if name.startswith("region")]
+        regions += [(name, f"{SYS_CXL}/{name}") for name in names]
+    for name in _parts(sight, function, SYS_DAX):
+        if sight.linkname(f"{SYS_DAX}/{name}/driver") == _DAX_MEMORY:
+            regions.append((name, f"{SYS_DAX}/{name}/driver is {_DAX_MEMORY}"))
+    gives = "virtio_mem" in _virtio_drivers(sight, function)
+    if gives and "(virtio_mem)" in (sight.read(PROC_IOMEM) or ""):
+        regions.append(("virtio_mem", f"{PROC_IOMEM} names it"))
+    for name, evidence in regions:
+        detail = f"memory of this host may lie on it ({name})"
+        yield Blocker("platform", function.address, name, detail, evidence)
+
+
+def _dependants(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
+    """Devices that the kernel unbinds from their drivers before this one (device links), such as
+    the USB controller of a Thunderbolt port (drivers/base/core.c, device_links_unbind_consumers).
+    """
+    own = f"pci:{function.address}--"
+    for name in sight.listdir(SYS_DEVICE_LINKS):
+        base = f"{SYS_DEVICE_LINKS}/{name}"
+        if name.startswith(own) and sight.read(f"{base}/status") == "active":
+            other = name.removeprefix(own).partition(":")[2] or name
+            detail = f"{other} depends on it, and loses its driver with it"
+            yield Blocker("connected", function.address, other, detail, f"{base}/status is active")
+
+
+def _virtio_drivers(sight: Sight, function: PciFunction) -> list[str | None]:
+    names = sight.listdir(function.path) if function.driver == "virtio-pci" else ()
+    found = [name for name in names if name.startswith("virtio")]
+    return [sight.linkname(f"{function.path}/{name}/driver") for name in found]
 
 
 def _exported(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
@@ -120,11 +159,7 @@ def _tunnels(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
 
 def _virtual_sockets(sight: Sight, function: PciFunction) -> Iterator[Blocker]:
     """Programs that speak with the host of this virtual machine over its virtio socket device."""
-    drivers = (
-        sight.linkname(f"{function.path}/{name}/driver")
-        for name in (sight.listdir(function.path) if function.driver == "virtio-pci" else ())
-        if name.startswith("virtio")
-    )
+    drivers = _virtio_drivers(sight, function)
     facts = read_traffic(sight).get(VSOCK, []) if _VSOCK_DRIVER in drivers else []
     if facts:
         detail = f"{', '.join(facts)} over it (vsock)"
