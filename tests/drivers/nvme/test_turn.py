@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 from collections.abc import Callable
 
@@ -24,7 +26,7 @@ class Waiters:
         self.until(lambda: self.turn.waiting == count)
 
     def run(self, number: int) -> None:
-        with self.turn:
+        with self.turn.lock:
             self.turn.wait(lambda: self.flags[number], LONG_S)
         with self.changed:
             self.back.append(number)
@@ -36,7 +38,7 @@ class Waiters:
                 self.changed.wait(0.001)
 
     def join(self) -> None:
-        with self.turn:
+        with self.turn.lock:
             self.turn.wake_all()
         for thread in self.threads:
             thread.join(LONG_S)
@@ -45,7 +47,7 @@ class Waiters:
 
 def test_only_those_are_woken_whose_wait_is_over() -> None:
     waiters = Waiters(4)
-    with waiters.turn:
+    with waiters.turn.lock:
         waiters.flags[2] = True
         waiters.turn.wake()
     waiters.until(lambda: bool(waiters.back))
@@ -55,7 +57,7 @@ def test_only_those_are_woken_whose_wait_is_over() -> None:
 
 def test_one_is_woken_to_look_after_the_others() -> None:
     waiters = Waiters(3)
-    with waiters.turn:
+    with waiters.turn.lock:
         waiters.turn.wake_one()
     waiters.until(lambda: bool(waiters.back))
     assert len(waiters.back) == 1 and waiters.turn.waiting == 2
@@ -64,31 +66,61 @@ def test_one_is_woken_to_look_after_the_others() -> None:
 
 def test_a_wait_ends_by_its_time_and_leaves_nothing() -> None:
     turn = Turn()
-    with turn:
+    with turn.lock:
         turn.wait(lambda: False, 0.01)
         assert turn.waiting == 0
         turn.wake()
         turn.wake_one()
 
 
-def enter_once(turn: Turn, seen: list[bool]) -> None:
-    with turn:
-        seen.append(turn.nested)
+def is_free(turn: Turn) -> bool:
+    """Whether another thread could have it now."""
+    seen: list[bool] = []
+
+    def try_it() -> None:
+        seen.append(turn.lock.acquire(blocking=False))
+        if seen[0]:
+            turn.lock.release()
+
+    thread = threading.Thread(target=try_it)
+    thread.start()
+    thread.join(LONG_S)
+    return seen == [True]
 
 
-def test_who_has_it_may_take_it_again() -> None:
+def test_it_is_let_go_of_but_where_it_is_kept() -> None:
+    turn, seen = Turn(), []
+    with turn.lock:
+        turn.without(lambda: seen.append(is_free(turn)))
+        assert not is_free(turn)
+    with turn.kept(), turn.lock:
+        turn.without(lambda: seen.append(is_free(turn)))
+    assert seen == [True, False] and is_free(turn) and not turn.is_kept
+
+
+def test_taken_twice_it_is_let_go_of_once() -> None:
+    turn, seen = Turn(), []
+    with turn.lock:
+        with turn.lock:
+            turn.without(lambda: seen.append(is_free(turn)))
+        assert not is_free(turn)
+    assert seen == [False] and is_free(turn)
+
+
+def test_an_interrupt_at_any_moment_leaves_it_free() -> None:
     turn = Turn()
-    with turn:
-        assert not turn.nested
-        with turn:
-            assert turn.nested
-        assert not turn.nested
-        with turn.left():
-            inside = threading.Thread(target=enter_once, args=(turn, seen := []))
-            inside.start()
-            inside.join(LONG_S)
-        assert seen == [False] and not turn.nested
-    other = threading.Thread(target=enter_once, args=(turn, seen))
-    other.start()
-    other.join(LONG_S)
-    assert seen == [False, False]
+
+    def strike(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        for delay in range(1, 500):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, delay * 1e-6)
+                while True:
+                    with turn.lock:
+                        pass
+            assert is_free(turn), delay
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -104,7 +104,7 @@ class InFlight:
         """For whoever stopped the queue pair: nobody else is at the commands meanwhile, who tries
         is `told`. Raises UsageError if the thread that was using them does not leave in time."""
         if self.turn is not None:
-            with self.turn:
+            with self.turn.kept():
                 yield
                 self.turn.wake_all()
             return

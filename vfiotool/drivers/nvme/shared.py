@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 from vfiotool.drivers.nvme import spec as nvme_spec
@@ -59,7 +60,7 @@ class SharedInFlight:
         """Send a command as soon as there is room; its number, for `result`."""
         pair = self.commands.pair
         self.commands.health.refuse_child()
-        with self._turn:
+        with self._turn.lock:
             while True:
                 self._refuse_closed()
                 if not self._until(lambda: pair.in_flight < pair.depth, deadline, what):
@@ -75,7 +76,7 @@ class SharedInFlight:
         if (done := results.pop(number, None)) is not None:
             return done  # without the lock, for which others may stand in line
         try:
-            with self._turn:
+            with self._turn.lock:
                 if self._until(lambda: number in results, deadline, what):
                     return results.pop(number)
             raise self.commands.timed_out(what, deadline)
@@ -87,7 +88,7 @@ class SharedInFlight:
         in a child process."""
         if self.commands.health.in_child:
             return
-        with self._turn:
+        with self._turn.lock:
             self._closed = True
             self.commands.turn = None
             self._turn.wake_all()
@@ -99,14 +100,14 @@ class SharedInFlight:
     def send(self, send: Send, ended: Ended) -> None:
         """Send a command for which nobody waits; `ended` gets its completion."""
         self.commands.health.refuse_child()
-        with self._turn:
+        with self._turn.lock:
             if not self.commands.start(send, call=True, ended=ended):
                 raise UsageError(f"{self.commands.what} is full")
 
     def look(self) -> None:
         """Take what has come, without waiting."""
         self.commands.health.refuse_child()
-        with self._turn:
+        with self._turn.lock:
             self._take()
 
     def _until(self, over: Callable[[], bool], deadline: Deadline, what: str) -> bool:
@@ -118,7 +119,7 @@ class SharedInFlight:
             self.commands.health.watch(deadline, what)
             if deadline.passed:
                 return False
-            if self._leading and not self._turn.nested:
+            if self._leading and not self._turn.is_kept:
                 self._turn.wait(over, min(deadline.left(), _FOLLOWER_S))
                 continue
             self._leading = True
@@ -147,11 +148,10 @@ class SharedInFlight:
                 continue
             commands.health.watch(deadline, what)
             looks += 1
-            with self._turn.left():
-                if commands.interrupt is not None:
-                    commands.interrupt.wait(min(deadline.left(), _FOLLOWER_S))
-                else:
-                    time.sleep(0 if looks < _EAGER else _PAUSE_S)
+            if (interrupt := commands.interrupt) is not None:
+                self._turn.without(partial(interrupt.wait, min(deadline.left(), _FOLLOWER_S)))
+            else:
+                self._turn.without(partial(time.sleep, 0 if looks < _EAGER else _PAUSE_S))
 
 
 class SharedQueue:

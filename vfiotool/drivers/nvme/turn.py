@@ -12,27 +12,17 @@ Over = Callable[[], bool]
 
 
 class Turn:
-    """`with turn:` has the lock; the thread that has it may take it again, as a reset does for its
-    admin commands. Whoever changes what others may wait for calls `wake`."""
+    """`with turn.lock:` has the lock. Whoever changes what others may wait for calls `wake`.
+
+    The lock is taken and left by C alone: an interrupt (Ctrl-C) comes before or after. With methods
+    in Python it could come between, and nobody would have the lock ever again.
+    """
 
     def __init__(self) -> None:
-        self._lock = RLock()
-        self._depth = 0
+        self.lock = RLock()
+        self.is_kept = False
         # Of each thread that waits: what it waits for, and the lock that holds it up.
         self._waiting: dict[int, tuple[Over, Lock]] = {}
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._depth += 1
-
-    def __exit__(self, *exc: object) -> None:
-        self._depth -= 1
-        self._lock.release()
-
-    @property
-    def nested(self) -> bool:
-        """Whether the thread that has the lock has it more than once: `left` does not let go."""
-        return self._depth > 1
 
     @property
     def waiting(self) -> int:
@@ -40,15 +30,30 @@ class Turn:
         return len(self._waiting)
 
     @contextmanager
-    def left(self) -> Iterator[None]:
-        """Without the lock, for the time of the block."""
-        self._depth -= 1
-        self._lock.release()
+    def kept(self) -> Iterator[None]:
+        """With the lock for the whole block, in which `without` does not let go of it: a reset
+        sends its admin commands so, which take the lock again."""
+        with self.lock:
+            before, self.is_kept = self.is_kept, True
+            try:
+                yield
+            finally:
+                self.is_kept = before
+
+    def without(self, act: Callable[[], object]) -> None:
+        """`act()` with the lock let go of once; this thread has it again afterwards."""
+        if self.is_kept:
+            act()
+            return
         try:
-            yield
+            self.lock.release()
+            act()
         finally:
-            self._lock.acquire()
-            self._depth += 1
+            # As threading.Condition takes its lock back: no signal ends this early.
+            if self.lock._is_owned():  # type: ignore[attr-defined]
+                self.lock.acquire()
+            else:
+                self.lock._acquire_restore((1, get_ident()))  # type: ignore[attr-defined]
 
     def wait(self, over: Over, timeout_s: float) -> None:
         """Let go of the lock until `over()` was seen by a `wake`, or one was `wake_one`'s choice,
@@ -58,8 +63,7 @@ class Turn:
         me = get_ident()
         self._waiting[me] = over, gate
         try:
-            with self.left():
-                gate.acquire(timeout=timeout_s)
+            self.without(lambda: gate.acquire(timeout=timeout_s))
         finally:
             self._waiting.pop(me, None)
 
