@@ -174,3 +174,16 @@ def test_a_console_over_the_network_that_shows_no_target_is_unseen() -> None:
     small.file(f"{paths.SYS_NETCONSOLE}/cmdline0/dev_name", "eth9")
     small.folders |= {paths.SYS_NETCONSOLE, f"{paths.SYS_NETCONSOLE}/cmdline0"}
     assert ("unseen", paths.SYS_NETCONSOLE) not in kinds(small, NIC)
+
+
+@pytest.mark.parametrize(("driver", "found"), [(None, []), ("virtio_blk", [("unseen", DISK)])])
+def test_a_virtio_disk_without_a_driver_is_nobodys(
+    driver: str | None, found: list[tuple[str, str]]
+) -> None:
+    """One with a driver, and no disk that could be seen, may be in use all the same."""
+    small = SmallHost()
+    path = small.function(DISK, class_code="010000", driver="virtio-pci")
+    small.folders |= {f"{path}/virtio1", paths.SYS_BLOCK}
+    if driver is not None:
+        small.link(f"{path}/virtio1/driver", f"/sys/bus/virtio/drivers/{driver}")
+    assert kinds(small, DISK) == found

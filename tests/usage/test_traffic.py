@@ -496,3 +496,15 @@ def test_a_disk_over_ethernet_is_a_use_of_the_interface_that_leads_there() -> No
     (entry,) = survey(small.host(), NIC).blockers
     assert (entry.kind, entry.subject) == ("packet-socket", "eth1")
     assert "etherd!e1.1" in entry.detail
+
+
+def test_an_interface_that_multicasts_are_routed_over_is_in_use() -> None:
+    """A router needs no address of it but the link-local one that the kernel gave."""
+    small = network()
+    head = "Interface      BytesIn  PktsIn  BytesOut PktsOut Flags"
+    small.file(paths.PROC_MULTICAST6, f"{head}\n 0 eth9  0 0 0 0 00000")
+    assert found(small) == []
+    small.file(paths.PROC_MULTICAST6, f"{head}\n 0 eth9  0 0 0 0 00000\n 1 eth1  0 0 0 0 00000")
+    ((kind, subject, detail),) = found(small)
+    assert (kind, subject) == ("packet-socket", "eth1")
+    assert "multicast routing" in detail

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from vfiotool.host.paths import (
     NET_TRAFFIC,
     PROC_CAN,
+    PROC_MULTICAST4,
+    PROC_MULTICAST6,
     PROC_PACKET,
     PROC_PROTOCOLS,
     SYS_BLOCK,
@@ -41,7 +43,8 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
             found.append(Blocker("packet-socket", address, name, detail, evidence))
         elif name in kernels:
             detail = f"the kernel speaks a protocol straight over {name} ({kernels[name]})"
-            evidence = f"{PROC_PROTOCOLS} names {name}"
+            tables = f"{PROC_PROTOCOLS}, {PROC_MULTICAST4} or {PROC_MULTICAST6}"
+            evidence = f"{tables} names {name}"
             found.append(Blocker("packet-socket", address, name, detail, evidence))
         elif name in can:
             detail = f"a program receives the CAN frames of {name}"
@@ -103,11 +106,18 @@ _NAME_AT = 5
 
 
 def _kernel_protocols(host: Sight) -> dict[str, str]:
-    """Interface -> what takes a protocol's packets of it alone in the kernel: TIPC, FCoE, …
+    """Interface -> what takes a protocol's packets of it alone in the kernel: TIPC, FCoE, …, and
+    the routing of multicasts, which an interface with a link-local address alone can take part in.
 
     Left out are packet sockets, which a table of their own tells.
     """
     found: dict[str, str] = {}
+    # Number, interface, counters (net/ipv4/ipmr.c, ipmr_vif_seq_show).
+    for table in (PROC_MULTICAST4, PROC_MULTICAST6):
+        for line in (host.read(table) or "").splitlines()[1:]:
+            words = line.split()
+            if len(words) > 2:
+                found.setdefault(words[1], "multicast routing")
     for line in (host.read(PROC_PROTOCOLS) or "").splitlines()[1:]:
         name, _, rest = line[_NAME_AT:].partition(" ")
         handler = rest.strip()
