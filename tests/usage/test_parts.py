@@ -187,3 +187,15 @@ def test_a_virtio_disk_without_a_driver_is_nobodys(
     if driver is not None:
         small.link(f"{path}/virtio1/driver", f"/sys/bus/virtio/drivers/{driver}")
     assert kinds(small, DISK) == found
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [(paths.SYS_MDEV_DEVICES, "mdev-children"), (paths.SYS_VDPA_DEVICES, "vdpa-children")],
+)
+def test_devices_made_from_a_function_are_its_uses_and_no_others(folder: str, kind: str) -> None:
+    small = SmallHost()
+    own, other = small.function(DISK), small.function(NIC)
+    small.link(f"{folder}/mine", f"{own}/mine")
+    small.link(f"{folder}/other", f"{other}/other")
+    assert kinds(small, DISK) == [(kind, "mine")]

@@ -418,3 +418,28 @@ def test_what_a_mount_makes_visible_is_the_next_step_and_not_the_binding(small: 
     assert kinds(verdict)[0][0] == "unseen"
     mounting = "mount -t configfs none /sys/kernel/config"
     assert verdict.next == (mounting, f"vfiotool why {DISK}")
+
+
+def test_vfio_pci_that_is_built_in_needs_no_module(small: SmallHost) -> None:
+    small.function(EDU, group=3)
+    small.file("/proc/sys/kernel/osrelease", "6.12.1")
+    small.folders.add("/lib/modules/6.12.1/kernel")
+    assert ask(small, EDU).passable
+    small.folders.remove("/sys/bus/pci/drivers/vfio-pci")
+    assert kinds(ask(small, EDU)) == [("no-driver", EDU)]
+
+
+def test_who_uses_the_vfs_of_a_function_is_told_of_the_function(small: SmallHost) -> None:
+    """They go before it can be had."""
+    small.network(NIC, "eth1")
+    path = f"/sys/devices/pci0000:00/{NIC}"
+    small.file(f"{path}/sriov_totalvfs", "4")
+    small.file(f"{path}/sriov_numvfs", "1")
+    vf = "0000:02:10.0"
+    place = small.function(vf, class_code="020000", driver="igbvf", group=9)
+    small.link(f"{path}/virtfn0", place)
+    small.link(f"{place}/physfn", path)
+    small.link("/sys/class/net/eth2", f"{place}/net/eth2")
+    small.file(f"{place}/net/eth2/uevent", "INTERFACE=eth2")
+    small.addresses(("eth2", "10.0.0.1/24"))
+    assert set(kinds(ask(small, NIC))) == {("vfs-enabled", NIC), ("route", vf)}
