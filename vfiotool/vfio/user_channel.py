@@ -42,7 +42,10 @@ class UserChannel:
         connection.setblocking(True)
         self._connection = connection
         self._sending = threading.Lock()
-        self._state = threading.Condition(threading.Lock())
+        # The lock is taken by itself, in C alone: an interrupt (Ctrl-C) between a condition's own
+        # methods could leave it with nobody.
+        self._lock = threading.Lock()
+        self._state = threading.Condition(self._lock)
         self._reading = False
         self._waiting: dict[int, UserMessage | None] = {}
         self._commands: deque[UserMessage] = deque()
@@ -79,7 +82,7 @@ class UserChannel:
                 raise self._end(f"send to the peer: {error.strerror}") from error
 
     def _end(self, reason: str) -> VfiotoolError:
-        with self._state:
+        with self._lock:
             if self.failure is None:
                 self.failure = KernelError(
                     f"the vfio-user connection has ended: {reason}", errno_name="ECONNRESET"
@@ -101,7 +104,7 @@ class UserChannel:
         Raises UserFailure for an error of the peer's, TimedOut, and KernelError (ECONNRESET) once
         the connection has ended.
         """
-        with self._state:
+        with self._lock:
             number = self._next
             while number in self._waiting:
                 number = number + 1 & 0xFFFF
@@ -111,7 +114,7 @@ class UserChannel:
             self._send(format_message(number, command, 0, payload), descriptors)
             reply = self._await(number)
         finally:
-            with self._state:
+            with self._lock:
                 late = self._waiting.pop(number, None)
         if late is not None and late is not reply:
             late.close()
@@ -124,7 +127,7 @@ class UserChannel:
 
     def _await(self, number: int) -> UserMessage:
         while True:
-            with self._state:
+            with self._lock:
                 while True:
                     reply = self._waiting[number]
                     if reply is not None:
@@ -154,7 +157,7 @@ class UserChannel:
         except (OSError, UserProtocolError) as error:
             self._end(str(error))
         finally:
-            with self._state:
+            with self._lock:
                 self._reading = False
                 if message is not None:
                     self._deliver(message)
@@ -174,7 +177,7 @@ class UserChannel:
         """The next command of the peer's, without a limit of time. Raises KernelError
         (ECONNRESET) once the connection has ended."""
         while True:
-            with self._state:
+            with self._lock:
                 while True:
                     if self._commands:
                         return self._commands.popleft()
@@ -207,7 +210,7 @@ class UserChannel:
     def close(self) -> None:
         """End the connection and close its socket and the descriptors of what nobody took."""
         self._end("it was closed here")
-        with self._state:
+        with self._lock:
             # Whoever reads is woken by the shutdown; the number is closed when he has left.
             while self._reading:
                 self._state.wait(0.05)
