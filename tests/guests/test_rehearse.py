@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.guests.runs import need_lab
-from vfiotool.cli.lab_twin import asked_here, in_use_of, stand_ins_of
+from vfiotool.cli.lab_twin import planned
 from vfiotool.lab.rehearse import ACTS, Rehearsal, said
 from vfiotool.lab.rehearse_run import rehearse
-from vfiotool.lab.twin_facts import read_twin_host
-from vfiotool.lab.twin_plan import plan_twin
 
 pytestmark = pytest.mark.lab
 
@@ -23,10 +21,7 @@ BY_SERIAL = 'version = 1\n[[device]]\nmatch = { serial = "BUILT-980-0002" }\n'
 
 def rehearsed(name: str, policy: str, *, qemu: bool = False, fault: str = "") -> Rehearsal:
     need_lab(KERNEL)
-    snapshot = str(HOSTS / name)
-    devices = asked_here(snapshot, "devices")
-    host = read_twin_host(snapshot)
-    plan = plan_twin(host, stand_ins_of(devices), in_use_of(devices))
+    host, plan = planned(str(HOSTS / name))
     wrong = {SPARE: fault} if fault else {}
     return rehearse(host, plan, policy, KERNEL, faults=wrong, qemu=qemu)
 

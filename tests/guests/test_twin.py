@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.guests.runs import need_lab
-from vfiotool.cli.lab_twin import asked_here, compare_with, in_use_of, stand_ins_of
+from vfiotool.cli.lab_twin import asked_here, compare_with, planned
 from vfiotool.lab.twin_compare import is_explained
-from vfiotool.lab.twin_facts import read_twin_host
-from vfiotool.lab.twin_plan import plan_twin
 from vfiotool.lab.twin_run import running_twin
 
 pytestmark = pytest.mark.lab
@@ -32,9 +30,8 @@ CASES = [
 def test_a_twin_has_the_host_s_groups_verdicts_and_plans(name: str) -> None:
     need_lab(KERNEL)
     snapshot = str(HOSTS / name)
-    host = read_twin_host(snapshot)
+    host, plan = planned(snapshot)
     devices = asked_here(snapshot, "devices")
-    plan = plan_twin(host, stand_ins_of(devices), in_use_of(devices))
     with running_twin(host, plan, KERNEL) as running:
         guest = running.guest
         found = compare_with(guest, snapshot, plan)

@@ -14,7 +14,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import wants_json
-from vfiotool.cli.lab_twin import KernelOption, asked_here, in_use_of, stand_ins_of
+from vfiotool.cli.lab_twin import KernelOption, planned
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.lab.kernels import catalogue as kernels
 
@@ -62,8 +62,6 @@ def rehearse(
     something.
     """
     from vfiotool.lab import rehearse_run
-    from vfiotool.lab.twin_facts import read_twin_host
-    from vfiotool.lab.twin_plan import plan_twin
 
     try:
         text = policy.read_text(encoding="utf-8")
@@ -73,9 +71,7 @@ def rehearse(
     begun = time.monotonic()
     with ExitStack() as stack:
         snapshot = host or _snapshot_of_this_machine(stack)
-        original = read_twin_host(snapshot)
-        devices = asked_here(snapshot, "devices")
-        plan = plan_twin(original, stand_ins_of(devices), in_use_of(devices))
+        original, plan = planned(snapshot)
         output.say(f"rehearse: a twin of {host or 'this machine'} boots")
         played = rehearse_run.rehearse(
             original, plan, text, kernel, faults=faults, qemu=qemu, report=_progress

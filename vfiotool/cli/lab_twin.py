@@ -21,6 +21,7 @@ from vfiotool.lab.kernels import catalogue as kernels
 if TYPE_CHECKING:
     from vfiotool.lab.guest import Guest
     from vfiotool.lab.twin_compare import TwinDifference
+    from vfiotool.lab.twin_facts import TwinHost
     from vfiotool.lab.twin_plan import StandIn, TwinPlan
 
 SnapshotArgument = Annotated[
@@ -73,13 +74,9 @@ def twin(
     a policy that takes all of them. Exit code 1: they differ, and no lack of the twin explains it.
     """
     from vfiotool.lab.twin_compare import is_explained
-    from vfiotool.lab.twin_facts import read_twin_host
-    from vfiotool.lab.twin_plan import plan_twin
     from vfiotool.lab.twin_run import running_twin
 
-    host = read_twin_host(snapshot)
-    devices = asked_here(snapshot, "devices")
-    made = plan_twin(host, stand_ins_of(devices), in_use_of(devices))
+    host, made = planned(snapshot)
     if plan:
         _show_plan(context, made)
         return 0
@@ -103,6 +100,15 @@ def _run(guest: Guest, command: list[str], timeout: float) -> int:
         output.forward(data, error=kind is not Kind.OUTPUT)
 
     return guest.exec(command, timeout_s=timeout, sink=forward).exit_code
+
+
+def planned(snapshot: str) -> tuple[TwinHost, TwinPlan]:
+    """The host in a snapshot, and the twin that is planned for it."""
+    from vfiotool.lab.twin_facts import read_twin_host
+    from vfiotool.lab.twin_plan import plan_twin
+
+    host, devices = read_twin_host(snapshot), asked_here(snapshot, "devices")
+    return host, plan_twin(host, stand_ins_of(devices), in_use_of(devices))
 
 
 def stand_ins_of(devices: dict[str, Any]) -> dict[str, StandIn]:
