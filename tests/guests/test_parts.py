@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import shlex
 import stat
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from vfiotool.errors import NotFound, Unsupported
-from vfiotool.lab import image, machines, qemu
+from vfiotool.lab import guest, image, machines, qemu
 from vfiotool.lab.guest import hidden_folders
 from vfiotool.lab.kernels import bzimage, cache, packages, stored
 from vfiotool.lab.kernels import catalogue as kernels
@@ -287,3 +288,44 @@ def test_status_of_kernels_says_how_to_get_what_is_missing(
     assert list(rows) == ["host", "6.1", "6.12", "iommufd"]
     assert rows["6.1"].get == "vfiotool lab kernels --get 6.1"
     assert json.dumps([kernels.as_json(row) for row in rows.values()])
+
+
+class Slow:
+    """A guest whose first frame comes at `at_s`, and which waits for a processor for a share of the
+    time; the clock is moved by waiting."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_s: float, share: float) -> None:
+        self.now = 1000.0
+        self.at, self.share = self.now + at_s, share
+        monkeypatch.setattr(guest.time, "monotonic", lambda: self.now)
+
+    def waited(self) -> float:
+        return (self.now - 1000.0) * self.share
+
+    def receive(self, deadline: float) -> guest.Frame | None:
+        self.now = max(self.now, min(deadline, self.at))
+        return (guest.Kind.OUTPUT, 0, b"") if self.now >= self.at else None
+
+
+@pytest.mark.parametrize(
+    ("at_s", "share", "comes", "ends_s"),
+    [
+        (50, 0.0, True, 50),
+        (150, 0.0, False, 100),  # nothing held it up: it is broken
+        (150, 0.5, True, 150),
+        (350, 0.5, False, 200),  # half of its time it ran, and did not come up
+        (350, 0.8, True, 350),
+        (900, 1.0, False, 500),
+    ],
+)
+def test_a_boot_is_given_the_time_that_it_waited_for_a_processor(
+    monkeypatch: pytest.MonkeyPatch, at_s: float, share: float, comes: bool, ends_s: float
+) -> None:
+    slow = Slow(monkeypatch, at_s, share)
+    assert (guest.within(100.0, slow.waited, slow.receive) is not None) == comes
+    assert slow.now - 1000.0 == pytest.approx(ends_s, rel=0.1)
+
+
+def test_a_process_tells_how_long_it_waited_for_a_processor() -> None:
+    assert 0.0 < guest.waited_s(os.getpid()) < 1e6
+    assert guest.waited_s(2**22 + 1) == 0.0
