@@ -98,7 +98,7 @@ def test_a_qemu_that_fails_is_quoted(tmp_path: Path) -> None:
     body = "sys.exit('vfio 0000:00:01.0: group 1 is not viable')"
     with trial.TrialFiles(guest(tmp_path, body), PORTS) as files:
         done = files.boot(60)
-    assert not done.ended and done.release is None
+    assert not done.ended and not done.late and done.release is None
     assert (done.qemu_code, done.qemu_words) == (1, "vfio 0000:00:01.0: group 1 is not viable")
 
 
@@ -106,7 +106,7 @@ def test_a_guest_that_says_nothing_is_ended_at_its_limit(tmp_path: Path) -> None
     body = "print('stuck', flush=True); channel.recv(1)"
     with trial.TrialFiles(guest(tmp_path, body), PORTS) as files:
         done = files.boot(2.0)
-    assert not done.ended and done.qemu_code != 0
+    assert not done.ended and done.late and done.qemu_code != 0
 
 
 def test_a_qemu_that_is_not_there_is_an_error(tmp_path: Path) -> None:

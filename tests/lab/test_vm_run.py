@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab import commands
 from tests.lab.commands import driver_of, modprobe
 from tests.lab.vfio_guest import EDU, PCI
 
@@ -46,14 +47,14 @@ echo no serial port
 """
 
 
-def vfiotool(*words: str, code: int | None = 0, limit_s: float = 300.0) -> str:
-    line = [sys.executable, "-m", "vfiotool", *words]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=limit_s, check=False)
-    assert code is None or done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+def vfiotool(*words: str, code: int | None = 0) -> str:
+    """A command's output, from this process: loading Python anew each time takes long here."""
+    ran = commands.vfiotool(*words)
+    assert code in (None, ran.code), ran.out + ran.err
+    return ran.out
 
 
-def wait_until(what: Callable[[], object], limit_s: float = 60.0) -> None:
+def wait_until(what: Callable[[], object], limit_s: float = 600.0) -> None:
     end = time.monotonic() + limit_s
     while not what():
         assert time.monotonic() < end, "it did not come to be"
@@ -156,7 +157,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     with ExitStack() as stack:
         devices = Devices(stack, tmp_path_factory.mktemp("disks"))
         printed = shlex.split(vfiotool("vm", "qemu", *devices.names, "--memory", "256M"))
-        text = vfiotool("--json", "vm", "run", *devices.names, *words, code=None, limit_s=3600)
+        text = vfiotool("--json", "vm", "run", *devices.names, *words, code=None)
     print(text)
     wait_until(lambda: list(PCI.glob(f"{NVME}/nvme/*/nvme*n1")))
     places = [PCI / VF, Path(f"/sys/bus/mdev/devices/{MDEV}"), Path("/sys/bus/vdpa/devices/vd0")]

@@ -192,11 +192,15 @@ def _print_boot(number: int, boot: Trial, devices: Sequence[Handed]) -> None:
         output.write(f"    {line}")
     if boot.code:
         output.write((f"  the command ended with exit code {boot.code}", "red"))
-    if not boot.ended:
+    if boot.late:
+        output.write(
+            ("  it was ended for its time: see --timeout; emulated guests are slow", "red")
+        )
+    elif not boot.ended:
         said = boot.qemu_words or "nothing"
         output.write((f"  QEMU said: {said}", "red"))
-        if boot.console:
-            output.write((f"  its console ended with: {boot.console}", "dim"))
+    if not boot.ended and boot.console:
+        output.write((f"  its console ended with: {boot.console}", "dim"))
 
 
 def _print_function(name: str, seen: SeenFunction) -> None:
@@ -249,6 +253,7 @@ def _boot_json(boot: Trial, devices: Sequence[Handed]) -> dict[str, object]:
     return {
         "booted": boot.ended,
         "kernel": boot.release,
+        "timed_out": boot.late,
         "seconds": round(boot.seconds, 1),
         "qemu": {"exit_code": boot.qemu_code, "output": boot.qemu_words},
         "command": None if boot.code is None else {"exit_code": boot.code, "output": boot.output},

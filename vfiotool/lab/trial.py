@@ -82,14 +82,15 @@ class Trial:
     """One start of the guest, from its own report.
 
     `release` is None if it never spoke, `code` (the command's exit code) None if it did not come to
-    its end. `qemu_words` is all that QEMU said, `qemu_code` its exit code, `console` the last lines
-    of the guest's console.
+    its end; `late` says that it was ended for its limit. `qemu_words` is all that QEMU said,
+    `qemu_code` its exit code, `console` the last lines of the guest's console.
     """
 
     functions: list[SeenFunction] = field(default_factory=list)
     output: list[str] = field(default_factory=list)
     release: str | None = None
     code: int | None = None
+    late: bool = False
     seconds: float = 0.0
     qemu_words: str = ""
     qemu_code: int | None = None
@@ -216,6 +217,7 @@ class TrialFiles:
                     read_line(trial, line)
                     if trial.ended:
                         break
+                trial.late = not trial.ended and time.monotonic() >= begun + limit_s
                 _wait(process, ENDING_S if trial.ended else 0.5)
             finally:
                 process.kill()
