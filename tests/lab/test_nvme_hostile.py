@@ -30,8 +30,6 @@ LIMIT_S = 3600.0
 # Of each disk on each kernel, over all of VFIO's interfaces that it has.
 ROUNDS = 1000 // len(BACKENDS)
 DISKS = {"slow": "0000:06:00.0", "bad": "0000:07:00.0"}
-# How long after the first command something strikes, at most: about what the commands take.
-SOON_S = {"slow": 0.06, "bad": 0.02}
 DEPTH = 15
 SLOT = 128
 LARGEST = 16
@@ -48,6 +46,8 @@ class Rig:
         self.name, self.address, self.backend = name, DISKS[name], backend
         self.failing = name == "bad"
         self.source = source
+        # What commands that are left alone take; within so long something strikes.
+        self.usual_s = 0.02
         self.ledger = Ledger()
         self.open()
         self.ledger.fill(self.queue, self.disk, self.failing)
@@ -181,8 +181,9 @@ def run_round(rig: Rig, version: int, kind: str) -> Round:
             raised.append(error)
 
     striker = threading.Timer(
-        rig.source.random() * SOON_S[rig.name], guarded, (lambda: rig.strike(kind),)
+        rig.source.random() * rig.usual_s, guarded, (lambda: rig.strike(kind),)
     )
+    begun = time.monotonic()
     if kind:
         striker.start()
     dead = kind in ("fatal", "function reset", "unplug")
@@ -194,6 +195,8 @@ def run_round(rig: Rig, version: int, kind: str) -> Round:
             one.problems.append(f"without a cause: {error}")
     if kind:
         striker.join()
+    else:
+        rig.usual_s += (time.monotonic() - begun - rig.usual_s) / 8
     if raised:
         one.problems.append(f"{kind} failed: {raised}")
         return one

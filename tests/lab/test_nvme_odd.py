@@ -374,7 +374,9 @@ def test_identify_logs_and_features_are_as_nvme_cli_tells_them(
     listed = [one["nsid"] if isinstance(one, dict) else one for one in their_list["nsid_list"]]
     assert [one for one in listed if one] == answers("list-ns", address)["nsid_list"]
     changed = {7, 11}  # the kernel's driver asks for queues and events of its own
-    for number, value in their_features.items():
-        nsid = ("--nsid", NAMESPACE_OF.get(number, "0"))
-        mine = answers("get-feature", address, "-f", str(number), *nsid)["value"]
-        assert number in changed or mine == value, (number, mine, value)
+    with Device.open(address) as device:
+        controller = Controller(device)
+        for number, value in their_features.items():
+            nsid = int(NAMESPACE_OF.get(number, "0"))
+            mine, _ = admin.get_feature(controller, number, nsid=nsid)
+            assert number in changed or mine == value, (number, mine, value)
