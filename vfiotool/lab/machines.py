@@ -222,8 +222,10 @@ ODD_NVME = (
 )
 
 
-# Reads of block 2048 and writes of block 4096 fail, each for ever.
+# Reads of block 2048 and writes of block 4096 fail, each for ever. The disk is slow enough that
+# commands are out when a reset strikes.
 FAILING = (
+    "throttling.iops-total=100",
     "file.driver=blkdebug",
     "file.image.driver=file",
     "file.inject-error.0.event=read_aio",
