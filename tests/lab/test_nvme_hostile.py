@@ -235,7 +235,7 @@ def test_every_command_ends_once_with_its_own_result(name: str, backend: str) ->
     rig.device.close()
     print(f"{name} {backend}: rounds with aborted commands {cut}, with failing ones {failed}")
     # Resets struck while commands were out, and not only between the rounds.
-    assert sum(cut.values()) > 0 and cut[""] == 0
+    assert sum(cut.values()) >= ROUNDS // 100 and cut[""] == 0
     assert (failed > ROUNDS // 20) == rig.failing
 
 
