@@ -220,7 +220,7 @@ def served(tmp_path: Path) -> Iterator[Callable[[], str]]:
     def serve() -> str:
         words = ("serve", "vhost-user-blk", "--socket-path", str(socket), "--blk-file", str(image))
         running.append(subprocess.Popen([sys.executable, "-m", "vfiotool", *words]))
-        end = time.monotonic() + 60
+        end = time.monotonic() + 600
         while not socket.exists():
             assert time.monotonic() < end, "no server came up"
             time.sleep(0.1)
