@@ -11,9 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.blockers_guest import PCI, assert_passable, blockers, disk_of, need, run, wait_for
+from tests.lab.blockers_guest import (
+    PCI,
+    assert_passable,
+    blockers,
+    disk_of,
+    need,
+    run,
+    wait_for,
+    why,
+)
 from tests.lab.commands import vfiotool
-from tests.lab.test_blockers_unseen import hold
+from tests.lab.test_blockers_unseen import hold, node_elsewhere
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
@@ -125,3 +134,44 @@ def test_exports_of_a_target_whose_configfs_was_unmounted_are_unseen(clean: Exit
     run("umount", str(base))
     clean.callback(run, "mount", "-t", "configfs", "none", str(base))
     refused(DISK, "configfs not mounted")
+    # What `why` offers, typed as it stands, shows who uses it and changes nothing else.
+    mounting, again = why(DISK)[1]["next"]
+    assert again == f"vfiotool why {DISK}"
+    run("sh", "-c", mounting)
+    assert [entry["subject"] for entry in blockers(DISK, "storage-member")] == ["kept"]
+    run("umount", str(base))
+
+
+def configured(folder: Path, stack: ExitStack) -> Path:
+    """A folder of configfs, made for the test."""
+    if not os.path.ismount("/sys/kernel/config"):
+        run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+    folder.mkdir(parents=True)
+    stack.callback(folder.rmdir)
+    return folder
+
+
+def test_a_disk_that_the_scsi_target_opened_as_a_file_is_exported(
+    clean: ExitStack, tmp_path: Path
+) -> None:
+    """It has no claim, no process has it open, and its path says nothing."""
+    need("target_core_mod", "target_core_file")
+    node = node_elsewhere(clean, tmp_path, "disk")
+    core = Path("/sys/kernel/config/target/core")
+    configured(core / "fileio_0", clean)
+    store = configured(core / "fileio_0/x", clean)
+    (store / "control").write_text(f"fd_dev_name={node},fd_dev_size=1048576")
+    (store / "enable").write_text("1")
+    refused(DISK, "fileio_0")
+
+
+def test_a_disk_that_a_usb_gadget_opened_is_exported(clean: ExitStack, tmp_path: Path) -> None:
+    need("libcomposite", "usb_f_mass_storage")
+    node = node_elsewhere(clean, tmp_path, "disk")
+    gadget = configured(Path("/sys/kernel/config/usb_gadget/g"), clean)
+    storage = configured(gadget / "functions/mass_storage.0", clean)
+    (storage / "lun.0/file").write_text(str(node))
+    refused(DISK, "USB gadget")
+    (entry,) = blockers(DISK, "storage-member")
+    assert entry["evidence"] == f"{storage}/lun.0/file"
+    run("sh", "-c", why(DISK)[1]["next"][0])

@@ -222,7 +222,7 @@ def _opened_files() -> Iterator[tuple[str, str]]:
     Documentation/ABI/testing/configfs-usb-gadget-mass-storage.
     """
     for folder in sorted(glob(f"{SYS_LIO_CORE}/fileio_*/*/")):
-        told = re.search(r"File: (.*) Size: \d+", _text(f"{folder}info"))
+        told = re.search(r"File: (.*?)\s+Size: \d+", _text(f"{folder}info"))
         if told is not None:
             yield folder.rstrip("/"), told[1]
     for file in sorted(glob(f"{SYS_USB_GADGETS}/*/functions/mass_storage.*/lun.*/file")):
