@@ -249,9 +249,29 @@ def test_ctrl_c_loses_nothing_that_was_taken(fake: Any, disk: Namespace, queue: 
             except KeyboardInterrupt:
                 interrupts += 1
             got += [done.tag for done in taken]
+            assert interrupts < 10_000, f"lost: {count - len(got)} of {count}"
         assert sorted(got) == list(range(count)), n
         assert queue.pair.in_flight == 0 and not memory.pins
     assert interrupts > 5
+
+
+def test_ctrl_c_while_a_poll_lets_go_of_the_queue_loses_nothing(
+    fake: Any, disk: Namespace, queue: IoQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fake.alloc(4096)
+    for tag in range(3):
+        assert queue.send(nvme_spec.READ, disk, tag, 1, memory, tag=tag)
+    left_by = queue.commands.left_by
+
+    def interrupted(thread: int) -> None:
+        left_by(thread)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue.commands, "left_by", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        queue.poll(3)
+    assert sorted(done.tag for done in queue.poll(3)) == [0, 1, 2]
 
 
 def test_a_read_that_ctrl_c_ends_leaves_its_places_to_the_device(

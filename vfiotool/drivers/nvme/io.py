@@ -154,12 +154,20 @@ class IoQueue:
         not to work; nothing that has come is lost."""
         commands = self.commands
         deadline = Deadline(timeout_s)
-        with commands.held():
-            commands.look()
-            if least > len(commands.sent):
-                commands.wait(lambda: self._enough(least), deadline, "a poll")
-            taken, commands.sent = list(commands.sent.values()), {}
-        return taken
+        taken: dict[int, Completion] = {}
+        try:
+            with commands.held():
+                commands.look()
+                if least > len(commands.sent):
+                    commands.wait(lambda: self._enough(least), deadline, "a poll")
+                taken, commands.sent = commands.sent, {}
+                found = list(taken.values())
+        except BaseException:
+            # An interrupt (Ctrl-C) can come until the queue is let go of.
+            if taken:
+                commands.sent = taken | commands.sent
+            raise
+        return found
 
     def _enough(self, least: int) -> bool:
         commands = self.commands
