@@ -100,6 +100,26 @@ def test_events_are_told_and_asked_for_again(fake: Any, controller: Controller) 
         assert fake.event(0x02_00_00) and len(events.wait(5)) == 1
 
 
+def test_an_event_whose_log_page_could_not_be_read_is_told_later(
+    fake: Any, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.logs[2] = bytes(512)
+    log_page = admin.log_page
+
+    def interrupted(*arguments: Any) -> bytes:
+        monkeypatch.setattr(admin, "log_page", log_page)
+        raise KeyboardInterrupt
+
+    with admin.Events(controller) as events:
+        assert events.wait(0.01) == []
+        fake.wait(lambda: bool(fake.events))
+        assert fake.event(0x02_00_01)
+        monkeypatch.setattr(admin, "log_page", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            events.wait(5)
+        assert [one.kind for one in events.wait(5)] == [1]
+
+
 def test_a_namespace_of_another_command_set_is_told_as_that(fake: Any) -> None:
     fake.command_sets, fake.sets_of = 0x41, {1: 0, 2: 1, 3: 2}
     fake.nsids = [1, 2, 3]

@@ -327,9 +327,13 @@ class Events:
             time.sleep(min(0.01, max(0.0, end - time.monotonic())))
             self.controller.look()
         taken, self._found = self._found, []
-        for event in taken:
-            log_page(self.controller, event.page, 512)
-            self._missing += 1
+        try:
+            for event in taken:
+                log_page(self.controller, event.page, 512)
+        except BaseException:
+            self._found = taken + self._found
+            raise
+        self._missing += len(taken)
         self._ask()
         return taken
 
