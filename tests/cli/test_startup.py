@@ -26,6 +26,15 @@ FRAME = {
 }
 
 
+def told(code: str, *arguments: str) -> list[str]:
+    """The JSON list that this code prints in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    found: list[str] = json.loads(done.stdout)
+    return found
+
+
 def imported(*arguments: str) -> set[str]:
     """The modules that a run of vfiotool has imported at its end."""
     code = (
@@ -35,11 +44,7 @@ def imported(*arguments: str) -> set[str]:
         "    main(sys.argv[1:])\n"
         "print(json.dumps(sorted(sys.modules)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-    )
-    found: list[str] = json.loads(done.stdout)
-    return set(found)
+    return set(told(code, *arguments))
 
 
 def of_cli(modules: set[str]) -> set[str]:
@@ -96,11 +101,7 @@ def importing_rich() -> list[str]:
         "        found.append(name)\n"
         "print(json.dumps(found))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, check=True
-    )
-    found: list[str] = json.loads(done.stdout)
-    return found
+    return told(code, *COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
