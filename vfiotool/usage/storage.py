@@ -110,10 +110,11 @@ def _exports(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
     numbers = {layer.number: layer for layer in layers if layer.number is not None}
     names = {layer.name: layer for layer in layers}
     found = []
+    opened = _opened_files(host)
     for system, number, path, layer in (
         *_nvme_targets(host, numbers, names),
-        *_scsi_targets(host, numbers, names),
-        *_gadgets(host, numbers),
+        *_scsi_targets(host, numbers, names, opened),
+        *_gadgets(opened, numbers),
     ):
         if layer is None:
             continue
@@ -182,23 +183,25 @@ def _opened_files(host: Sight) -> dict[str, str]:
     return {fields[0]: fields[3] for fields in lines if len(fields) == 4 and fields[1] == "file"}
 
 
-def _gadgets(host: Sight, numbers: Mapping[str, Layer]) -> list[_Export]:
+def _gadgets(opened: Mapping[str, str], numbers: Mapping[str, Layer]) -> list[_Export]:
     """Disks that a USB gadget of this machine shows to another one."""
     return [
         ("a USB gadget", base.rpartition("/")[2], base, numbers.get(number))
-        for base, number in _opened_files(host).items()
+        for base, number in opened.items()
         if base.startswith(SYS_USB_GADGETS)
     ]
 
 
 def _scsi_targets(
-    host: Sight, numbers: Mapping[str, Layer], names: Mapping[str, Layer]
+    host: Sight,
+    numbers: Mapping[str, Layer],
+    names: Mapping[str, Layer],
+    opened: Mapping[str, str],
 ) -> list[_Export]:
     """LIO's back ends, by the number that each prints, or a file back end's path."""
     found: list[_Export] = []
     if host.exists(f"{SYS_MODULE}/target_core_mod/initstate") and not host.exists(SYS_LIO_CORE):
         host.miss(SYS_LIO_CORE, f"the SCSI target is loaded, {NO_CONFIGFS}")
-    opened = _opened_files(host)
     for adapter in host.listdir(SYS_LIO_CORE):
         for name in host.listdir(f"{SYS_LIO_CORE}/{adapter}"):
             base = f"{SYS_LIO_CORE}/{adapter}/{name}"
