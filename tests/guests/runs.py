@@ -81,12 +81,14 @@ def need_lab(kernel: str) -> None:
 def constants(path: Path) -> dict[str, Any]:
     """The literal module constants of a test file, read without running it.
 
-    MACHINE and KERNELS say where it runs; PROOF, why it runs in `make proofs` alone, and LIMIT_S,
-    how many seconds it may take there.
+    MACHINE and KERNELS say where it runs, ALWAYS_ON, on which of these kernels `make test` runs it
+    too, where that is not all; PROOF, why it runs in `make proofs` alone, and LIMIT_S, how many
+    seconds it may take there.
     """
     found: dict[str, Any] = {
         "MACHINE": "basic",
         "KERNELS": KERNELS,
+        "ALWAYS_ON": None,
         "PROOF": "",
         "LIMIT_S": BOOT_AND_TESTS_S,
     }
@@ -114,9 +116,14 @@ def places(folder: Path = FOLDER) -> list[tuple[Place, str]]:
     return sorted(result)
 
 
-def left_out(file: str) -> str:
-    """Why a file is left to `make proofs`; empty if it is not, or if proofs were asked for."""
-    return "" if os.environ.get(PROOFS_WANTED) else str(constants(ROOT / file)["PROOF"])
+def left_out(place: Place, file: str) -> str:
+    """Why a file is left to `make proofs` in this place; empty if it is not, or if proofs were
+    asked for."""
+    if os.environ.get(PROOFS_WANTED):
+        return ""
+    read = constants(ROOT / file)
+    always = read["KERNELS"] if read["ALWAYS_ON"] is None else read["ALWAYS_ON"]
+    return read["PROOF"] or ("" if place.kernel in always else f"always on {', '.join(always)}")
 
 
 class GuestRuns:

@@ -21,7 +21,7 @@ def runs(request: pytest.FixtureRequest) -> GuestRuns:
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.originalname == "test_file_in_guest":
             place, file = item.callspec.params["place"], item.callspec.params["file"]
-            if not left_out(file):
+            if not left_out(place, file):
                 chosen.append((place, file))
     return GuestRuns(chosen)
 
@@ -35,7 +35,7 @@ def runs(request: pytest.FixtureRequest) -> GuestRuns:
 def test_file_in_guest(
     place: Place, file: str, runs: GuestRuns, record_property: Callable[[str, object], None]
 ) -> None:
-    if reason := left_out(file):
+    if reason := left_out(place, file):
         pytest.skip(f"left to make proofs: {reason}")
     outcome = runs.outcome(place, file)
     if outcome.unavailable:

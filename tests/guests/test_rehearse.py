@@ -45,6 +45,7 @@ def test_a_group_with_the_root_disk_in_it_is_found() -> None:
     assert [one.name for one in found.done] == ["plan", "apply", "compare"]
 
 
+@pytest.mark.proof
 def test_a_serial_that_is_lost_and_a_second_start_that_fails_are_found() -> None:
     found = rehearsed("intel-workstation", BY_SERIAL, qemu=True, fault="reset-nothing")
     assert kinds(found) == {("serial-lost", None), ("second-start", SPARE)}, page(found)

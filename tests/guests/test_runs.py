@@ -97,6 +97,19 @@ def test_a_proof_says_how_long_it_may_take(machine: Machine) -> None:
     assert machine.limits[:2] == [usual, usual] and machine.limits[2] > usual
 
 
+def test_a_file_may_be_left_to_the_proofs_whole_or_on_some_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = Place("full", "6.1")
+    some, usual, proof = SHORT[2], SHORT[1], LONG[1]
+    cases = ((PLACE, some), (older, some), (older, usual), (older, proof))
+    for wanted, expected in ((None, ["", "always on 6.12", "", "long"]), ("1", [""] * 4)):
+        monkeypatch.delenv(runs.PROOFS_WANTED, raising=False)
+        if wanted:
+            monkeypatch.setenv(runs.PROOFS_WANTED, wanted)
+        assert [runs.left_out(place, file) for place, file in cases] == expected
+
+
 def test_a_guest_that_never_came_up_is_started_once_more_and_that_is_said(machine: Machine) -> None:
     machine.ends["boot"] = [GuestLost("did not come up within 180 s")]
     found = run(SHORT)

@@ -18,6 +18,7 @@ from vfiotool.netlink.route import VfSettings, read_addresses, read_vf_settings,
 
 MACHINE = "net"
 KERNELS = ("6.1", "6.12", "iommufd")
+ALWAYS_ON = ("6.12",)
 
 CARDS = {"e1000e": "0x10d3", "igb": "0x10c9"}
 

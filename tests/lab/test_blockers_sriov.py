@@ -19,6 +19,7 @@ from tests.lab.blockers_guest import (
 
 MACHINE = "sriov"
 KERNELS = ("6.1", "6.12", "iommufd")
+ALWAYS_ON = ("6.12", "iommufd")
 
 
 @pytest.fixture

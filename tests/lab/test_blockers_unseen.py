@@ -17,6 +17,7 @@ from tests.lab.commands import vfiotool
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
+ALWAYS_ON = ("6.12", "iommufd")
 
 # What `full` has: the NVMe disk with VFs, and edu, which has a memory BAR and no driver.
 DISK = "0000:03:00.0"

@@ -17,6 +17,7 @@ from vfiotool.vfio import Device
 
 MACHINE = "basic"
 KERNELS = ("6.1", "6.12", "iommufd")
+ALWAYS_ON = ("6.1", "iommufd")
 
 
 @pytest.fixture(params=BACKENDS)

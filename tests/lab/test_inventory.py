@@ -22,6 +22,7 @@ from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
+ALWAYS_ON = ("6.12",)
 
 PCI = Path("/sys/bus/pci")
 EDU = "0000:00:01.0"

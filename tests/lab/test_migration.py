@@ -29,6 +29,7 @@ from vfiotool.vfio.migration import (
 
 MACHINE = "mdev"
 KERNELS = ("6.12", "iommufd")
+ALWAYS_ON = ("iommufd",)
 FIRST, SECOND = b"left pending", bytes(range(200, 210))
 
 

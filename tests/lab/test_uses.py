@@ -26,6 +26,7 @@ from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.1", "6.12", "iommufd")
+ALWAYS_ON = ("6.12",)
 
 EDU, TESTDEV, NVME, NIC, VF = (
     "0000:00:01.0",

@@ -20,6 +20,7 @@ import pytest
 
 from tests.lab import commands
 from tests.lab.commands import driver_of, modprobe
+from tests.lab.nvme_guest import block_device
 from tests.lab.vfio_guest import EDU, PCI
 
 MACHINE = "full"
@@ -95,21 +96,14 @@ class Devices:
         self._sockets(stack, folder)
 
     def _nvme(self, stack: ExitStack) -> None:
-        disk = self.nvme_disk()
+        modprobe("nvme")
         data = os.urandom(65536)
-        disk.write_bytes(data)
+        block_device(NVME).write_bytes(data)
         self.written = data
         vfiotool("bind", NVME)
         stack.callback(vfiotool, "release", NVME)
         self.names.append(NVME)
         self.digests[NVME] = head_digest(data)
-
-    @staticmethod
-    def nvme_disk() -> Path:
-        name = next(
-            path.name for path in PCI.glob(f"{NVME}/nvme/*/nvme*n1") if "c" not in path.name
-        )
-        return Path("/dev") / name
 
     def _vf(self, stack: ExitStack) -> None:
         if not (PCI / PF).exists():
@@ -159,14 +153,14 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
         printed = shlex.split(vfiotool("vm", "qemu", *devices.names, "--memory", "256M"))
         text = vfiotool("--json", "vm", "run", *devices.names, *words, code=None)
     print(text)
-    wait_until(lambda: list(PCI.glob(f"{NVME}/nvme/*/nvme*n1")))
+    disk = block_device(NVME)
     places = [PCI / VF, Path(f"/sys/bus/mdev/devices/{MDEV}"), Path("/sys/bus/vdpa/devices/vd0")]
     return Result(
         json.loads(text),
         printed,
         devices.digests,
         devices.written,
-        Devices.nvme_disk().read_bytes()[:65536],
+        disk.read_bytes()[:65536],
         {name: driver_of(name) for name in (EDU, NVME, PF)},
         [str(place) for place in places if place.exists()],
     )

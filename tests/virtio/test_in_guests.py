@@ -151,7 +151,9 @@ def test_two_guests_have_file_systems_on_one_process(exports: Path) -> None:
         assert done[name].text.split()[-1] == str(64 * MIB)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, marks=pytest.mark.proof), True], ids=["split", "packed"]
+)
 def test_a_guest_sees_a_delay_only_while_the_server_is_killed(exports: Path, packed: bool) -> None:
     server = serve(exports)
     ended, kills = threading.Event(), 0

@@ -217,7 +217,8 @@ def test_a_reported_case_has_its_tests(case: str) -> None:
     # In the run of every day, on every kernel and so on both of VFIO's interfaces.
     for file in in_guests:
         read = constants(TESTS / file)
-        assert set(read["KERNELS"]) == set(KERNELS) and not read["PROOF"], file
+        assert set(read["KERNELS"]) == set(KERNELS), file
+        assert not read["PROOF"] and read["ALWAYS_ON"] is None, file
 
 
 def test_all_cases_are_there() -> None:
