@@ -127,10 +127,10 @@ def test_a_read_that_hangs_leaves_the_others_readable(tmp_path: Path) -> None:
 def test_a_hanging_read_is_given_up_after_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     real = host_child._read_once
 
-    def read(path: str) -> bytes:
+    def read(path: str, offset: int, length: int) -> bytes:
         if path == "hang":
             time.sleep(20)
-        return real(path)
+        return real(path, offset, length)
 
     monkeypatch.setattr(host_child, "_read_once", read)
     host = Host.local()
@@ -138,7 +138,10 @@ def test_a_hanging_read_is_given_up_after_its_deadline(monkeypatch: pytest.Monke
     answers = host.read_guarded(["/proc/self/comm", "hang", "/proc/version"], 0.3)
     with pytest.raises(Stuck):
         host.read_locked("hang", 0.3)
-    assert 0.6 <= time.monotonic() - begun < 10
+    with pytest.raises(Stuck):
+        host.read_at("hang", 256, 4, 0.3)
+    assert 0.9 <= time.monotonic() - begun < 10
+    assert host.read_at("/proc/self/comm", 1, 2, 5.0) == host.read_bytes("/proc/self/comm")[1:3]
     assert answers["hang"] is None
     assert answers["/proc/self/comm"] and answers["/proc/version"]
     assert host.read_locked("/proc/no such file", 0.3) is None

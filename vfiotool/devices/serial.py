@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from vfiotool.devices.config.decode import read_config
 from vfiotool.devices.config.vpd import parse_vpd
 from vfiotool.devices.pci import PciFunction
-from vfiotool.host.host import Host
+from vfiotool.host.host import READ_DEADLINE_S, Host
 from vfiotool.host.paths import SYS_PCI_DEVICES
 
 # PCIe Base Specification 7.9.3, Device Serial Number extended capability.
@@ -38,7 +38,8 @@ def read_serial_number(host: Host, address: str) -> str | None:
     """The Device Serial Number as 16 hexadecimal digits; None if there is none or it needs root.
 
     Nothing is read but the headers on the way to it: it is asked for before every step, and each
-    word of configuration space is a question to the device.
+    word of configuration space is a question to the device. Raises Stuck where that gives no
+    answer, as while the device is reset.
     """
     path = f"{SYS_PCI_DEVICES}/{address}/config"
     at = _EXTENDED_AT
@@ -46,7 +47,7 @@ def read_serial_number(host: Host, address: str) -> str | None:
         if at < _EXTENDED_AT:
             return None
         try:
-            found = host.read_at(path, at, _SERIAL.size)
+            found = host.read_at(path, at, _SERIAL.size, READ_DEADLINE_S)
         except OSError:
             return None
         if len(found) < _SERIAL.size:

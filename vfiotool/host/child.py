@@ -28,7 +28,8 @@ CALLOUT_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 _READ_BYTES = 1 << 16
 _REPLY = struct.Struct("=ii")
-_REQUEST = struct.Struct("=ii")
+# The lengths of the path and of the data (negative: so many bytes are to be read), and from where.
+_REQUEST = struct.Struct("=iiq")
 # The reply of a child that ended without one.
 _LOST = (errno.EIO, 0)
 
@@ -75,21 +76,28 @@ class WriterProcess:
     def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         """One `write(2)`. Raises OSError, KernelError (short write) or Stuck (no answer)."""
         what = f"write {data.decode().strip()!r} to {path}"
-        written = self._ask(what, path, data, timeout_s)
+        request = _REQUEST.pack(len(path.encode()), len(data), 0)
+        written = self._ask(what, path, request, data, timeout_s)
         if written != len(data):
             raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
 
-    def read(self, path: str, timeout_s: float) -> bytes:
-        """At most 64 KiB of a file. Raises OSError or Stuck (no answer)."""
-        self._ask(f"read {path}", path, None, timeout_s)
+    def read(
+        self, path: str, timeout_s: float, offset: int = 0, length: int = _READ_BYTES
+    ) -> bytes:
+        """At most `length` bytes (64 KiB or less) of a file, in one read.
+
+        Raises OSError or Stuck (no answer).
+        """
+        request = _REQUEST.pack(len(path.encode()), -length, offset)
+        self._ask(f"read {path}", path, request, None, timeout_s)
         return self._answer
 
-    def _ask(self, what: str, path: str, data: bytes | None, timeout_s: float) -> int:
+    def _ask(
+        self, what: str, path: str, request: bytes, data: bytes | None, timeout_s: float
+    ) -> int:
         """The number of bytes written, or read and left in `_answer`."""
-        where = path.encode()
-        length = -1 if data is None else len(data)
         try:
-            os.write(self._requests, _REQUEST.pack(len(where), length) + where + (data or b""))
+            os.write(self._requests, request + path.encode() + (data or b""))
             if not select.select([self._replies], [], [], timeout_s)[0]:
                 raise Stuck(
                     f"{what}: no answer after {timeout_s:g} s",
@@ -128,13 +136,13 @@ class WriterProcess:
 
 def _serve(requests: int, replies: int) -> None:
     while header := _read_exactly(requests, _REQUEST.size):
-        where, length = _REQUEST.unpack(header)
+        where, length, offset = _REQUEST.unpack(header)
         path = _read_exactly(requests, where).decode()
         if length >= 0:
             os.write(replies, _REPLY.pack(*_write_once(path, _read_exactly(requests, length))))
             continue
         try:
-            data = _read_once(path)
+            data = _read_once(path, offset, -length)
         except OSError as error:
             os.write(replies, _REPLY.pack(error.errno or errno.EIO, 0))
         else:
@@ -244,10 +252,10 @@ def run_modprobe(name: str, timeout_s: float) -> None:
         raise KernelError(f"load module {name}: {lines[-1] if lines else 'modprobe failed'}")
 
 
-def _read_once(path: str) -> bytes:
+def _read_once(path: str, offset: int, length: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return os.read(descriptor, _READ_BYTES)
+        return os.pread(descriptor, length, offset)
     finally:
         os.close(descriptor)
 

@@ -64,12 +64,14 @@ class Host:
         """The file's content. Raises OSError as the kernel does."""
         return self.tree.read(path)
 
-    def read_at(self, path: str, offset: int, length: int) -> bytes:
+    def read_at(self, path: str, offset: int, length: int, timeout_s: float | None = None) -> bytes:
         """At most `length` bytes of a file from `offset` on. Raises OSError as the kernel does.
 
-        For configuration space, each word of which the device itself is asked for.
+        For configuration space, each word of which the device itself is asked for. The kernel keeps
+        its readers waiting while the device is reset (drivers/pci/access.c, pci_wait_cfg): with
+        `timeout_s`, Stuck is raised after that time.
         """
-        return self.tree.read_at(path, offset, length)
+        return self.tree.read_at(path, offset, length, timeout_s)
 
     def read(self, path: str) -> str | None:
         """The file's text without surrounding white space, or None if absent or unreadable.

@@ -57,8 +57,8 @@ class Tree:
     def isdir(self, path: str) -> bool:
         raise NotImplementedError
 
-    def read_at(self, path: str, offset: int, length: int) -> bytes:
-        """At most `length` bytes of a file from `offset` on."""
+    def read_at(self, path: str, offset: int, length: int, timeout_s: float | None) -> bytes:
+        """At most `length` bytes of a file from `offset` on. Raises Stuck after `timeout_s`."""
         return self.read(path)[offset : offset + length]
 
     def read_locked(self, path: str, timeout_s: float) -> bytes:
@@ -170,7 +170,9 @@ class OsTree(Tree):
 
         return send_in_child(request, timeout_s)
 
-    def read_at(self, path: str, offset: int, length: int) -> bytes:
+    def read_at(self, path: str, offset: int, length: int, timeout_s: float | None) -> bytes:
+        if timeout_s is not None and self.live:
+            return self.child().read(path, timeout_s, offset, length)
         descriptor = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             return os.pread(descriptor, length, offset)

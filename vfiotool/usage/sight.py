@@ -75,8 +75,8 @@ class _NotingTree(Tree):
     def isdir(self, path: str) -> bool:
         return self.inner.isdir(path)
 
-    def read_at(self, path: str, offset: int, length: int) -> bytes:
-        return self.inner.read_at(path, offset, length)
+    def read_at(self, path: str, offset: int, length: int, timeout_s: float | None) -> bytes:
+        return self.inner.read_at(path, offset, length, timeout_s)
 
     def read_locked(self, path: str, timeout_s: float) -> bytes:
         return self.inner.read_locked(path, timeout_s)

@@ -137,16 +137,25 @@ def gone(name: str) -> NotFound:
 
 
 def read_pci_identity(host: Host, address: str) -> Identity:
-    """Ids and serial number of the function at an address. Raises NotFound."""
+    """Ids and serial number of the function at an address. Raises NotFound, and Stuck while its
+    configuration space gives no answer."""
     found = read_identity(host, address)
     if found is None:
         raise gone(address)
+    try:
+        serial = read_serial_number(host, address)
+    except Stuck as error:
+        raise Stuck(
+            f"{address}: reading its config gave no answer: the device is locked, as in a reset",
+            hint="end what holds the device, then: vfiotool recover",
+            device=address,
+        ) from error
     return Identity(
         vendor=found.vendor,
         device=found.device,
         subsystem_vendor=found.subsystem_vendor,
         subsystem_device=found.subsystem_device,
-        serial=read_serial_number(host, address),
+        serial=serial,
     )
 
 
