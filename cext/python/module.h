@@ -16,6 +16,11 @@
 /* Calls the method `_refuse` of `self`, which raises. Always NULL with an exception set. */
 PyObject *vt_refuse(PyObject *self, int reason, uint64_t offset, unsigned width);
 
+/* Sorts the arguments of a METH_FASTCALL | METH_KEYWORDS function by `names`, of which a NULL is the
+ * last: `taken` has a place for each, NULL where it was not given. 0, or -1 with TypeError set. */
+int vt_take_arguments(const char *function, const char *const *names, PyObject *const *given,
+		      Py_ssize_t count, PyObject *keywords, PyObject **taken);
+
 /* The descriptor of a `Handle`, which stays open until vt_handle_give: or -EBADF for one that was
  * closed, -EINVAL for an object that is none. NULL is closed. Needs the interpreter's lock. */
 int vt_handle_take(PyObject *handle);
@@ -33,10 +38,13 @@ PyObject *vt_read_folder(PyObject *module, PyObject *arguments);
 /* Adds the type that `spec` describes to the module as `name`: 0, or -1 with an exception set. */
 int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec);
 /* Add one type each: 0, or -1 with an exception set. */
+int vt_add_direct_type(PyObject *module);
 int vt_add_event_type(PyObject *module);
+int vt_add_guest_type(PyObject *module);
 int vt_add_handle_type(PyObject *module);
 int vt_add_mapper_type(PyObject *module);
 int vt_add_queue_type(PyObject *module);
+int vt_add_request_type(PyObject *module);
 int vt_add_window_type(PyObject *module);
 
 #endif

@@ -20,6 +20,39 @@ PyObject *vt_refuse(PyObject *self, int reason, uint64_t offset, unsigned width)
 	return NULL;
 }
 
+static Py_ssize_t place_of(const char *const *names, PyObject *name)
+{
+	for (Py_ssize_t i = 0; names[i]; i++)
+		if (!PyUnicode_CompareWithASCIIString(name, names[i]))
+			return i;
+	return -1;
+}
+
+int vt_take_arguments(const char *function, const char *const *names, PyObject *const *given,
+		      Py_ssize_t count, PyObject *keywords, PyObject **taken)
+{
+	Py_ssize_t named = keywords ? PyTuple_Size(keywords) : 0, room = 0;
+
+	for (; names[room]; room++)
+		taken[room] = room < count ? given[room] : NULL;
+	if (count > room) {
+		PyErr_Format(PyExc_TypeError, "%s takes %zd arguments at most (%zd given)",
+			     function, room, count);
+		return -1;
+	}
+	for (Py_ssize_t i = 0; i < named; i++) {
+		PyObject *name = PyTuple_GetItem(keywords, i);
+		Py_ssize_t place = place_of(names, name);
+
+		if (place < 0 || taken[place]) {
+			PyErr_Format(PyExc_TypeError, "%s: unexpected argument %R", function, name);
+			return -1;
+		}
+		taken[place] = given[count + i];
+	}
+	return 0;
+}
+
 int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec)
 {
 	PyObject *type = PyType_FromSpec(spec);
@@ -68,6 +101,10 @@ static int module_exec(PyObject *module)
 	if (vt_add_window_type(module) || vt_add_handle_type(module))
 		return -1;
 	if (vt_add_event_type(module) || vt_add_mapper_type(module))
+		return -1;
+	if (vt_add_guest_type(module) || vt_add_request_type(module))
+		return -1;
+	if (vt_add_direct_type(module))
 		return -1;
 	return vt_add_queue_type(module);
 }

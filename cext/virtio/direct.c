@@ -10,8 +10,6 @@
 
 #define ARENA (2u * VT_CHAIN_SEGMENTS)
 
-_Static_assert(sizeof(struct iovec) == 2 * sizeof(uint64_t), "segments are pairs of 64 bits");
-
 struct vt_direct {
 	struct vt_ring *ring;
 	struct vt_memory *memory, *log_memory;
@@ -82,54 +80,23 @@ uint32_t vt_direct_stop(struct vt_direct *queue)
 	return base;
 }
 
-int vt_direct_fetch(struct vt_direct *queue, uint32_t *fields, uint32_t most)
+int vt_direct_fetch(struct vt_direct *queue, uint32_t most, const struct vt_chain **chains,
+		    const struct iovec **segments)
 {
-	int got = vt_ring_fetch(queue->ring, queue->chains,
-				most < VT_DIRECT_BATCH ? most : VT_DIRECT_BATCH, queue->arena,
-				ARENA);
-
-	for (int i = 0; i < got; i++) {
-		const struct vt_chain *chain = &queue->chains[i];
-
-		*fields++ = chain->head;
-		*fields++ = chain->readable;
-		*fields++ = chain->writable;
-		*fields++ = chain->first;
-		*fields++ = chain->readable_bytes;
-		*fields++ = chain->writable_bytes;
-	}
-	return got;
+	*chains = queue->chains;
+	*segments = queue->arena;
+	return vt_ring_fetch(queue->ring, queue->chains,
+			     most < VT_DIRECT_BATCH ? most : VT_DIRECT_BATCH, queue->arena, ARENA);
 }
 
-const uint64_t *vt_direct_segments(const struct vt_direct *queue)
+int vt_direct_complete(struct vt_direct *queue, const struct vt_memory *memory,
+		       const struct vt_chain *chain, const struct iovec *segments, uint32_t written)
 {
-	return (const uint64_t *)queue->arena;
-}
-
-uint32_t vt_direct_room(void)
-{
-	return ARENA;
-}
-
-bool vt_direct_logs(const struct vt_direct *queue)
-{
-	return queue->dirty.bits != NULL;
-}
-
-void vt_direct_wrote(struct vt_direct *queue, uint64_t address, uint64_t length)
-{
-	uint64_t guest = vt_memory_guest(queue->memory, (const void *)(uintptr_t)address);
-
-	if (guest != UINT64_MAX)
-		vt_dirty_range(&queue->dirty, guest, length);
-}
-
-int vt_direct_complete(struct vt_direct *queue, uint32_t head, uint32_t written)
-{
-	if (head >= queue->size)
+	if (chain->head >= queue->size)
 		return -EINVAL;
+	vt_dirty_chain(&queue->dirty, memory, chain, segments, written);
 	vt_dirty_completion(&queue->dirty, queue->ring);
-	return vt_ring_complete(queue->ring, (uint16_t)head, written);
+	return vt_ring_complete(queue->ring, chain->head, written);
 }
 
 void vt_direct_publish(struct vt_direct *queue)
@@ -184,4 +151,16 @@ int vt_direct_set_dirty_log(struct vt_direct *queue, const struct vt_dirty_log *
 const char *vt_direct_broken(const struct vt_direct *queue)
 {
 	return vt_ring_broken(queue->ring);
+}
+
+const struct vt_direct_calls *vt_direct_calls(void)
+{
+	static const struct vt_direct_calls calls = {
+		.fetch = vt_direct_fetch,
+		.complete = vt_direct_complete,
+		.publish = vt_direct_publish,
+		.notify = vt_direct_notify,
+	};
+
+	return &calls;
 }

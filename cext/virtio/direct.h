@@ -18,9 +18,6 @@
 
 /* Requests of one fetch at most. */
 #define VT_DIRECT_BATCH 64u
-/* Numbers that vt_direct_fetch gives of each request: its head, its readable segments, its writable
- * segments, the index of the first of them in the table of segments, and the bytes of each kind. */
-#define VT_DIRECT_FIELDS 6u
 
 struct vt_direct;
 
@@ -43,28 +40,19 @@ int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct 
  * Return: the next available entry (0 to 65535). */
 uint32_t vt_direct_stop(struct vt_direct *queue);
 
-/* Take up to `most` requests, and to VT_DIRECT_BATCH.
- *
- * `fields` has room for VT_DIRECT_FIELDS numbers of each. Segments stand in the queue's own table
- * (vt_direct_segments) until the next fetch: pairs of an address in this process and a length.
+/* Take up to `most` requests, and to VT_DIRECT_BATCH: `*chains` are theirs, and the segments of a
+ * chain stand in `*segments` from its `first` on. Both are the queue's own, until the next fetch.
  * Return: the number taken, or -EPROTO if the ring is broken. */
-int vt_direct_fetch(struct vt_direct *queue, uint32_t *fields, uint32_t most);
+int vt_direct_fetch(struct vt_direct *queue, uint32_t most, const struct vt_chain **chains,
+		    const struct iovec **segments);
 
-/* The table of segments, each two 64-bit numbers. It stays where it is as long as the queue. */
-const uint64_t *vt_direct_segments(const struct vt_direct *queue);
-
-/* How many segments the table has. */
-uint32_t vt_direct_room(void);
-
-/* Log `length` bytes at `address`, as a segment has it, as written, if that is logged at all. */
-void vt_direct_wrote(struct vt_direct *queue, uint64_t address, uint64_t length);
-
-/* Whether what is written is logged: vt_direct_wrote is due. */
-bool vt_direct_logs(const struct vt_direct *queue);
-
-/* Complete a request of which `written` bytes were written; visible after vt_direct_publish.
+/* Complete a request of which `written` bytes were written; visible after vt_direct_publish. The
+ * pages that were written are logged, if they are to be: `memory` is the map that was the queue's
+ * when the request was fetched, `segments` are the chain's own.
  * Return: 0, or -EINVAL for a head that is not in flight. */
-int vt_direct_complete(struct vt_direct *queue, uint32_t head, uint32_t written);
+int vt_direct_complete(struct vt_direct *queue, const struct vt_memory *memory,
+		       const struct vt_chain *chain, const struct iovec *segments,
+		       uint32_t written);
 
 /* Make completions visible and signal the driver if it wants that. */
 void vt_direct_publish(struct vt_direct *queue);
@@ -89,5 +77,18 @@ int vt_direct_set_dirty_log(struct vt_direct *queue, const struct vt_dirty_log *
 
 /* Why the queue serves no more, in words; NULL while it does. */
 const char *vt_direct_broken(const struct vt_direct *queue);
+
+/* What is called for each request or batch, for vfiotool.native._types: that is a library of its
+ * own, which is not linked with this one. None of these waits. */
+struct vt_direct_calls {
+	int (*fetch)(struct vt_direct *, uint32_t, const struct vt_chain **,
+		     const struct iovec **);
+	int (*complete)(struct vt_direct *, const struct vt_memory *, const struct vt_chain *,
+			const struct iovec *, uint32_t);
+	void (*publish)(struct vt_direct *);
+	bool (*notify)(struct vt_direct *, bool);
+};
+
+const struct vt_direct_calls *vt_direct_calls(void);
 
 #endif

@@ -217,6 +217,22 @@ def test_a_console_says_and_hears(path: Path) -> None:
     assert heard == [b"abc"]
 
 
+def test_what_a_console_hears_comes_in_pieces_however_much_a_request_claims(path: Path) -> None:
+    heard: list[int] = []
+
+    class Counting(Console):
+        def received(self, data: bytes) -> None:
+            heard.append(len(data))
+
+    with served(Counting(), path), connected(path, queues=2) as front:
+        front.up()
+        ring = front.rings[1]
+        front.put(ring, 0, [(DATA, 3 * MIB // 2, False)] * 3)
+        front.add(ring, 0)
+        assert front.wait(ring) == [(0, 0)]
+    assert heard == [MIB] * 4 + [MIB // 2]
+
+
 def test_a_console_is_a_terminal_of_the_host(path: Path) -> None:
     device = TerminalConsole()
     with served(device, path), connected(path, queues=2) as front:

@@ -18,6 +18,8 @@ from vfiotool.virtio.device import VirtioDevice
 _TO_DRIVER, _FROM_DRIVER = 0, 1
 # Kept for a driver that gives no buffers; what comes beyond it is the oldest that is lost.
 _MOST_KEPT = 1 << 20
+# The most that is handed over at a time.
+_PIECE = 1 << 20
 
 
 class Console(VirtioDevice):
@@ -49,7 +51,9 @@ class Console(VirtioDevice):
     def handle(self, queue: int, requests: list[QueueRequest]) -> None:
         for request in requests:
             if queue == _FROM_DRIVER:
-                self.received(request.data())
+                # A driver may lay down the same memory a thousand times, as one request.
+                for at in range(0, request.read_bytes, _PIECE):
+                    self.received(b"".join(request.readable_part(at, _PIECE)))
             request.complete(0)
 
     def _deliver(self) -> None:

@@ -52,7 +52,6 @@ class _LoopQueue:
         self._broken: str | None = None
         self._task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._flight: dict[int, QueueRequest] = {}
         self._due = False
         self._worked_at = 0.0
         self.direct.completed = self.publish_soon
@@ -112,7 +111,6 @@ class _LoopQueue:
             self.host.loop.call_soon(self._turn)
 
     def _hand_over(self, requests: list[QueueRequest]) -> None:
-        self._flight.update((request.head, request) for request in requests)
         # What is completed at once is published at once, together.
         self.direct.completed = None
         try:
@@ -122,7 +120,8 @@ class _LoopQueue:
             self._failed(requests, error)
         finally:
             self.direct.completed = self.publish_soon
-        self._settle(requests)
+        if self.direct.is_open:
+            self.direct.publish()
         if answer is not None:
             self._task = self.host.loop.create_task(self._answer(answer, requests))
             self._tasks.add(self._task)
@@ -138,15 +137,8 @@ class _LoopQueue:
             if self._task is task:
                 self._task = None
             if self.direct.is_open:
-                self._settle(requests)
+                self.direct.publish()
                 self._turn()
-
-    def _settle(self, requests: list[QueueRequest]) -> None:
-        for request in requests:
-            if request.is_complete:
-                self._flight.pop(request.head, None)
-        if self.direct.is_open:
-            self.direct.publish()
 
     def _failed(self, requests: list[QueueRequest], error: Exception) -> None:
         self.host.report(f"{type(self.host.device).__name__}, queue {self.index}: {error!r}")
@@ -209,8 +201,8 @@ class _LoopQueue:
             await asyncio.sleep(min(0.001, left))
         for task in list(self._tasks):
             task.cancel()
-        if not self.direct.has_log:
-            for request in self._flight.values():
+        if not self.direct.has_log and self.index not in self.host.device.taken:
+            for request in self.direct.requests():
                 self._fail(request)
         self.direct.publish()
         # What is still in flight was fetched last; without a log it is fetched again.
