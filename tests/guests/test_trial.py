@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import stat
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.guests.runs import need_lab
 from vfiotool.errors import KernelError, Unsupported
-from vfiotool.lab import trial
+from vfiotool.lab import qemu, trial
+from vfiotool.lab.kernels import catalogue
 from vfiotool.lab.kernels.stored import Kernel
 from vfiotool.lab.qemu import Accelerator, Qemu
 
@@ -150,6 +153,33 @@ def test_modules_are_those_that_the_devices_want_and_what_they_need(tmp_path: Pa
     order = b"MODULES='kernel/virtio_blk.ko kernel/nvme-core.ko kernel/nvme.ko kernel/igbvf.ko'"
     assert order in archive and b"card.ko" not in archive
     assert b"PORTS='0000:00:1b.0 0000:00:1b.1'" in archive
+
+
+@pytest.mark.lab
+def test_a_real_one_reads_each_device(tmp_path: Path) -> None:
+    need_lab("6.12")
+    found, kernel = qemu.find(), catalogue.prepare("6.12")
+    options = ["-m", "256M"]
+    disks = {name: tmp_path / name for name in ("nvme", "virtio")}
+    for name, path in disks.items():
+        path.write_bytes(name.encode() * 65536)
+        options += ["-drive", f"if=none,id={name},file={path},format=raw"]
+    models = ("nvme,serial=one,drive=nvme", "virtio-blk-pci,drive=virtio", "edu")
+    for port, model in enumerate(models):
+        place = f"chassis={port},addr=0x1b.{port},multifunction=on"
+        options += ["-device", f"pcie-root-port,id=rp{port},{place}"]
+        options += ["-device", f"{model},bus=rp{port}"]
+    tcg = Accelerator("tcg", "a test")
+    made = trial.TrialGuest(found, tcg, kernel, trial.find_busybox(), command="echo done")
+    with trial.TrialFiles(made, options) as files:
+        done = files.boot(300)
+    assert done.ended and done.output == ["done"], done
+    nvme, virtio, edu = done.functions
+    assert nvme.disks + virtio.disks == [
+        (node, path.stat().st_size, hashlib.sha256(path.read_bytes()[:4096]).hexdigest())
+        for node, path in (("nvme0n1", disks["nvme"]), ("vda", disks["virtio"]))
+    ], done
+    assert edu.register == (0, 32, "0x010000ED")
 
 
 def test_a_busybox_that_needs_libraries_is_none(

@@ -30,18 +30,22 @@ for module in $MODULES; do
 done
 
 # The driver of a disk has to be given time: nvme probes in the background, a disk appears later.
-wait_for() {
+wait_for_disks() {
     tries=0
-    until [ -n "$($2 "$1")" ] || [ $tries -ge "$3" ]; do
+    until [ -n "$(disks_of "$1")" ] || [ $tries -ge "$2" ]; do
         tries=$((tries + 1))
         usleep 100000
     done
 }
 
+# With multipath the way to a namespace, which has no node, is nvme0c0n1, and its disk nvme0n1.
 disks_of() {
     for disk in /sys/block/*; do
         case "$(readlink -f "$disk/device")/" in
-        "$(readlink -f "$1")"/*) echo "${disk##*/}" ;;
+        "$(readlink -f "$1")"/*)
+            name=$(echo "${disk##*/}" | sed 's/^\(nvme[0-9]*\)c[0-9]*n/\1n/')
+            [ ! -b "/dev/$name" ] || echo "$name"
+            ;;
         esac
     done
 }
@@ -58,7 +62,6 @@ driver_of() {
 
 # Block 0 and the next 7: the same digest every time, and the same as the host's.
 look_at_disk() {
-    [ -e "/dev/$2" ] || return
     if dd if="/dev/$2" of=/tmp/head bs=4096 count=1 2>/tmp/error; then
         sum=$(sha256sum </tmp/head)
         say "disk $1 $2 $(cat "/sys/block/$2/size") ${sum%% *}"
@@ -97,8 +100,10 @@ look_at() {
     name=$1
     path=$2
     ids="$(cat "$path/vendor") $(cat "$path/device") $(cat "$path/class")"
-    [ -z "$(driver_of "$path")" ] || case "$(cat "$path/class")" in
-    0x01*) wait_for "$path" disks_of 100 ;;
+    case "$(cat "$path/class")$(driver_of "$path")" in
+    0x0108*) [ ! -e /sys/bus/pci/drivers/nvme ] || wait_for_disks "$path" 600 ;;
+    0x01????) ;;
+    0x01*) wait_for_disks "$path" 100 ;;
     esac
     driver=$(driver_of "$path")
     say "function $name ${path##*/} $ids ${driver:--}"
