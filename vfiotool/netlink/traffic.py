@@ -184,13 +184,9 @@ def _dump(protocol: int, kind: int, payload: bytes, what: str) -> list[Message]:
     try:
         with Socket(protocol) as channel:
             return channel.dump(kind, payload, what)
-    except Unsupported as error:
+    except (Unsupported, KernelError) as error:
         # Such as the socket diagnosis, which a kernel can be built without. One that could not be
         # had for another reason (descriptors, memory, a filter of system calls) says nothing.
         if error.errno in (errno.EPROTONOSUPPORT, _NOT_BUILT[protocol]):
-            return []
-        raise
-    except KernelError as error:
-        if error.errno == _NOT_BUILT[protocol]:
             return []
         raise
