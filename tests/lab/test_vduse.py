@@ -24,6 +24,7 @@ KERNELS = ("6.12",)
 MIB = 1 << 20
 NAME = "vd0"
 WAIT_S = 60.0
+BLOCKS = 256
 
 
 def until(holds: Callable[[], bool], what: str) -> None:
@@ -103,7 +104,9 @@ def test_the_host_has_a_disk_with_a_file_system(image: Path) -> None:
 def test_a_server_that_is_killed_in_mid_write_is_followed_without_loss(image: Path) -> None:
     """Each block holds its own number and turn, so that a lost or a late write would be seen."""
     with served_disk(image) as (disk, servers):
-        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(disk)], stdout=-1)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(disk), str(BLOCKS)], stdout=-1
+        )
         assert writer.stdout is not None
         for _ in range(3):
             # In the middle of a turn: the writer says when one begins.
@@ -113,7 +116,7 @@ def test_a_server_that_is_killed_in_mid_write_is_followed_without_loss(image: Pa
             servers.append(start(image))
         assert writer.wait(WAIT_S) == 0
         with disk.open("rb") as file:
-            for number in range(1024):
+            for number in range(BLOCKS):
                 assert file.read(4096) == b"%08d%08d" % (number, 7) * 256, number
 
 
@@ -123,7 +126,7 @@ fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
 page = mmap.mmap(-1, 4096)
 for turn in range(8):
     print("turn", turn, flush=True)
-    for number in range(1024):
+    for number in range(int(sys.argv[2])):
         page[:] = b"%08d%08d" % (number, turn) * 256
         assert os.pwrite(fd, page, 4096 * number) == 4096
 os.fsync(fd)
@@ -183,7 +186,7 @@ def test_a_device_whose_server_died_is_drained_and_only_then_removed(image: Path
     refused = vfiotool("--json", "vduse", "rescue", NAME)
     assert refused.code == 4 and "nothing to rescue" in refused.json["error"]["message"]
 
-    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(disk)], stdout=-1)
+    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(disk), str(BLOCKS)], stdout=-1)
     assert writer.stdout is not None and writer.stdout.readline().startswith(b"turn")
     server.kill()
     server.wait()
@@ -198,7 +201,7 @@ def test_a_device_whose_server_died_is_drained_and_only_then_removed(image: Path
     # The writer had all its turns before anything was taken away.
     assert writer.wait(WAIT_S) == 0
     with image.open("rb") as file:
-        for number in range(1024):
+        for number in range(BLOCKS):
             assert file.read(4096) == b"%08d%08d" % (number, 7) * 256, number
     assert disks() == before and not Path(f"/dev/vduse/{NAME}").exists()
     assert os.listdir("/run/vfiotool/vduse") == []
