@@ -70,6 +70,10 @@ def daemon() -> Iterator[None]:
     share = Path("/usr/share/libvirt")
     if not share.exists():
         share.symlink_to(libvirtd.folder() / "usr/share/libvirt")
+    # Before it has read that QEMU runs as root, it looks for whom its package would have made.
+    for table, line in (("passwd", "64055:64055::/:/bin/false"), ("group", "64055:")):
+        with open(f"/etc/{table}", "a", encoding="utf-8") as file:
+            file.write(f"libvirt-qemu:x:{line}\n")
     Path("/etc/libvirt").mkdir(exist_ok=True)
     Path("/etc/libvirt/qemu.conf").write_text(CONFIGURATION)
     log = open("/tmp/libvirtd.log", "wb")  # noqa: SIM115

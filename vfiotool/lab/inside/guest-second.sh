@@ -20,16 +20,27 @@ $B hostname lab
 $B ip link set lo up 2>/dev/null || $B ifconfig lo up
 $B rm -f /etc/mtab
 $B ln -s /proc/self/mounts /etc/mtab
-[ -z "$LOAD" ] || modprobe -a $LOAD
 
-# nvme probes in the background (PROBE_PREFER_ASYNCHRONOUS): begin when it has its disks.
-nvme_is_probing() {
+nvme_controllers() {
     for class in /sys/bus/pci/devices/*/class; do
-        [ "$($B cat "$class")" != 0x010802 ] || [ -e "${class%class}driver" ] || return 0
+        [ "$($B cat "$class")" != 0x010802 ] || echo "${class%/class}"
+    done
+}
+nvme_is_probing() {
+    for controller in $(nvme_controllers); do
+        [ -e "$controller/driver" ] || return 0
     done
     return 1
 }
+# nvme probes in the background, side by side (PROBE_PREFER_ASYNCHRONOUS). One after another, its
+# disks have the same names at each start: nvme0 is the first by address.
 case " $LOAD " in *" nvme "*)
+    echo 0 >/sys/bus/pci/drivers_autoprobe
+    modprobe nvme
+    for controller in $(nvme_controllers); do
+        [ -e "$controller/driver" ] || echo "${controller##*/}" >/sys/bus/pci/drivers/nvme/bind
+    done
+    echo 1 >/sys/bus/pci/drivers_autoprobe
     tries=0
     while nvme_is_probing && [ $tries -lt 100 ]; do
         tries=$((tries + 1))
@@ -37,6 +48,7 @@ case " $LOAD " in *" nvme "*)
     done
     ;;
 esac
+[ -z "$LOAD" ] || modprobe -a $LOAD
 
 for port in /sys/class/virtio-ports/*; do
     [ "$($B cat "$port/name")" = vfiotool.lab ] && channel=/dev/${port##*/}
