@@ -59,7 +59,7 @@ static int layout_fits(const struct vt_nvme_layout *layout)
 	       layout->sq_entries >= 2 && layout->sq_entries <= ENTRIES_MAX &&
 	       layout->cq_entries >= layout->sq_entries && layout->cq_entries <= ENTRIES_MAX &&
 	       layout->page_size >= 4096 && !(layout->page_size & (layout->page_size - 1)) &&
-	       !(layout->gate % 4) && !(layout->lists % 8) && !(layout->lists_iova % layout->page_size);
+	       !(layout->gate % 4) && !(layout->memory_gate % 4) && !(layout->lists % 8) && !(layout->lists_iova % layout->page_size);
 }
 
 static void free_all(struct vt_nvme_queue *q)
@@ -82,7 +82,10 @@ int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queu
 	q->depth = layout->sq_entries - 1;
 	q->slots = calloc(q->depth, sizeof(*q->slots));
 	q->free_cids = calloc(q->depth, sizeof(*q->free_cids));
-	if (!q->slots || !q->free_cids) {
+	if (layout->memory_gate)
+		q->commands = calloc(layout->sq_entries, COMMAND_BYTES);
+	if (!q->slots || !q->free_cids || (layout->memory_gate && !q->commands)) {
+		free(q->commands);
 		vt_nvme_free(q);
 		return -ENOMEM;
 	}
@@ -92,7 +95,12 @@ int vt_nvme_new(const struct vt_nvme_layout *layout, struct vt_nvme_queue **queu
 		q->slots[i].cid = (uint16_t)i;
 	free_all(q);
 	q->gate = (struct vt_gate *)(uintptr_t)layout->gate;
-	q->commands = (struct command *)(uintptr_t)layout->submission;
+	if (layout->memory_gate) {
+		q->memory_gate = (struct vt_gate *)(uintptr_t)layout->memory_gate;
+		q->device_commands = (volatile uint64_t *)(uintptr_t)layout->submission;
+	} else {
+		q->commands = (struct command *)(uintptr_t)layout->submission;
+	}
 	q->completions = (volatile struct completion *)(uintptr_t)layout->completion;
 	q->tail_bell = (struct doorbell){ word_at(layout->tail_doorbell),
 					  word_at(layout->tail_shadow),
@@ -120,6 +128,8 @@ void vt_nvme_free(struct vt_nvme_queue *q)
 {
 	if (!q)
 		return;
+	if (q->device_commands)
+		free(q->commands);
 	free(q->slots);
 	free(q->free_cids);
 	free(q);
@@ -144,8 +154,13 @@ int vt_nvme_enter(struct vt_nvme_queue *q)
 		return -ESHUTDOWN;
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return leaving(q) ? -ESHUTDOWN : -EBUSY;
-	if (q->gate && !vt_gate_enter(q->gate))
+	if (q->gate && !vt_gate_enter(q->gate)) {
 		result = -EACCES;
+	} else if (q->memory_gate && !vt_gate_enter(q->memory_gate)) {
+		if (q->gate)
+			vt_gate_leave(q->gate);
+		result = -EACCES;
+	}
 	if (result)
 		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
 	return result;
@@ -153,6 +168,8 @@ int vt_nvme_enter(struct vt_nvme_queue *q)
 
 int vt_nvme_leave(struct vt_nvme_queue *q, int result)
 {
+	if (q->memory_gate)
+		vt_gate_leave(q->memory_gate);
 	if (q->gate)
 		vt_gate_leave(q->gate);
 	/* After a load that left commands out it stays busy for ever: see vt_nvme_stop. */

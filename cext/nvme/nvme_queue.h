@@ -1,10 +1,12 @@
 /* NVMe queue pairs: the hot path of a driver, over plain memory and two doorbells.
  *
  * A queue pair belongs to one thread at a time: a call that finds another one inside returns
- * -EBUSY; and one while the gate of the doorbells is shut, -EACCES. Nothing here allocates DMA
- * memory or talks to the kernel; the addresses of the rings and of the doorbells come from the
- * caller, who keeps them mapped until vt_nvme_stop has returned 0. NVM Express Base Specification 2.0: section 3.3.1 (queues), 4.2 (submission and
- * completion entries), 4.1.1 (PRP lists), 5.8 (Doorbell Buffer Config).
+ * -EBUSY; and one while the gate of the doorbells, or of a submission queue in the device's memory,
+ * is shut, -EACCES. Nothing here allocates DMA memory or talks to the kernel; the addresses of the
+ * rings and of the doorbells come from the caller, who keeps them mapped until vt_nvme_stop has
+ * returned 0. NVM Express Base Specification 2.0: section 3.3.1 (queues), 4.2 (submission and
+ * completion entries), 4.1.1 (PRP lists), 5.8 (Doorbell Buffer Config), 8.5 (Controller Memory
+ * Buffer).
  */
 #ifndef VT_NVME_QUEUE_H
 #define VT_NVME_QUEUE_H
@@ -27,6 +29,8 @@ struct vt_nvme_layout {
 	uint64_t lists;         /* `sq_entries` pages for PRP lists, or 0 */
 	uint64_t lists_iova;
 	uint64_t gate;          /* the struct vt_gate before the doorbells, or 0: there is none */
+	uint64_t memory_gate;   /* the one before `submission` where that is memory of the device (a
+				 * Controller Memory Buffer), or 0: it is ordinary memory */
 	uint32_t sq_entries;
 	uint32_t cq_entries;
 	uint32_t page_size;     /* the controller's, CC.MPS */

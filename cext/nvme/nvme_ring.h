@@ -5,6 +5,7 @@
 #include <endian.h>
 #include <errno.h>
 #include <stdint.h>
+#include <string.h>
 #include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -61,7 +62,8 @@ struct doorbell {
 };
 
 struct vt_nvme_queue {
-	struct command *commands;
+	struct command *commands; /* where commands are made: the ring, or ordinary memory beside it */
+	volatile uint64_t *device_commands; /* the ring where it is memory of the device, or NULL */
 	volatile struct completion *completions;
 	struct doorbell tail_bell, head_bell;
 	uint32_t sq_entries, cq_entries, page_size, id;
@@ -75,6 +77,7 @@ struct vt_nvme_queue {
 	uint64_t submitted, completed, failed, strays;
 	uint32_t last_stray; /* identifier, and status in the upper half */
 	struct vt_gate *gate; /* before the doorbells; may be absent */
+	struct vt_gate *memory_gate; /* before `device_commands`; absent where that is */
 	uint64_t generation;
 	int busy, halted;
 	int stopping; /* asked for: nobody comes in any more, and who is inside leaves */
@@ -150,7 +153,8 @@ static inline int halted(const struct vt_nvme_queue *q)
 /* Whether somebody waits for us to leave the doorbells alone. */
 static inline int barred(const struct vt_nvme_queue *q)
 {
-	return q->gate && !vt_gate_is_open(q->gate);
+	return (q->gate && !vt_gate_is_open(q->gate)) ||
+	       (q->memory_gate && !vt_gate_is_open(q->memory_gate));
 }
 
 /* Tells the controller `value`. With a shadow the register is written only if the controller asked
@@ -178,6 +182,19 @@ static inline void advance_tail(struct vt_nvme_queue *q)
 	q->tail = q->tail + 1 == q->sq_entries ? 0 : q->tail + 1;
 }
 
+/* A device's memory is reached by accesses of the width that they are made with: the command that
+ * was made at the tail goes there in whole words, each stored once, and is never read back. The
+ * barrier before the doorbell orders them. */
+static inline void store_command(struct vt_nvme_queue *q)
+{
+	volatile uint64_t *to = q->device_commands + q->tail * (COMMAND_BYTES / sizeof(*to));
+	uint64_t words[COMMAND_BYTES / sizeof(*to)];
+
+	memcpy(words, &q->commands[q->tail], COMMAND_BYTES);
+	for (uint32_t i = 0; i < COMMAND_BYTES / sizeof(*to); i++)
+		to[i] = words[i];
+}
+
 /* The command at the tail is complete: it takes its index from the stack. */
 static inline void take_index(struct vt_nvme_queue *q, uint16_t index, uint64_t tag, uint64_t now)
 {
@@ -188,6 +205,8 @@ static inline void take_index(struct vt_nvme_queue *q, uint16_t index, uint64_t 
 	slot->active = 1;
 	ADD(q->in_flight, 1);
 	ADD(q->submitted, 1);
+	if (q->device_commands)
+		store_command(q);
 	advance_tail(q);
 }
 

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -287,6 +288,65 @@ static void a_barred_queue_leaves_the_doorbells_alone(void)
 	end(&device, queue);
 }
 
+/* The ring is memory of the device: whole commands and nothing else is stored there, and nothing
+ * at all, nor read, while its gate is shut or the controller is reset. */
+static void a_ring_in_the_device_is_stored_to_through_its_gate(void)
+{
+	static struct vt_gate doorbells, memory;
+	struct device device;
+	struct vt_nvme_queue *queue, *other = start(&device, 0, 0, 0);
+	struct vt_nvme_layout layout = layout_of(&device);
+	struct vt_nvme_io io = read_of(1);
+	struct vt_nvme_done done;
+	uint8_t plain[64], blank[64];
+	uint16_t cid;
+	uint32_t held = 0;
+
+	CHECK(vt_nvme_submit(other, &io, 1) == 1);
+	memcpy(plain, device.sq, sizeof(plain));
+	memset(device.sq, 0xee, PAGE);
+	memset(blank, 0xee, sizeof(blank));
+	device.words[0] = 0;
+	layout.gate = (uintptr_t)&doorbells;
+	layout.memory_gate = (uintptr_t)&memory;
+	vt_gate_set(&doorbells, 1);
+	CHECK(vt_nvme_new(&layout, &queue) == 0);
+	CHECK(!mprotect(device.sq, PAGE, PROT_NONE));
+	CHECK(vt_nvme_submit(queue, &io, 1) == -EACCES && device.words[0] == 0);
+	CHECK(poll_once(queue, &done, 1, 1, 0) == -EACCES);
+	CHECK(!vt_gate_is_busy(&doorbells) && !vt_gate_is_busy(&memory));
+	CHECK(!mprotect(device.sq, PAGE, PROT_READ | PROT_WRITE));
+	vt_gate_set(&memory, 1);
+	io.iova = 2;
+	CHECK(vt_nvme_submit(queue, &io, 1) == -EINVAL && !memcmp(device.sq, blank, 64));
+	io = read_of(1);
+	for (uint32_t i = 0; i < 3 * SQ; i++) {
+		uint8_t *place = device.sq + 64 * (i % SQ);
+
+		memcpy(&cid, plain + 2, 2);
+		CHECK((i % 2 ? vt_nvme_submit_raw(queue, plain, 1) : vt_nvme_submit(queue, &io, 1)) == 1);
+		memcpy(place + 2, &cid, 2); /* all but its identifier */
+		CHECK(!memcmp(place, plain, sizeof(plain)));
+		memset(place, 0xee, 64);
+		memcpy(place + 2, &(uint16_t){ 0 }, 2);
+		device.mute = 1;
+		work(&device);
+		device.mute = 0;
+		complete(&device, (uint16_t)vt_nvme_identifier(queue, 1));
+		CHECK(poll_once(queue, &done, 1, 1, 1000000) == 1 && done.tag == 1);
+	}
+	CHECK(vt_nvme_submit(queue, &io, 1) == 1);
+	vt_gate_set(&memory, 0);
+	CHECK(!vt_nvme_stop(queue));
+	CHECK(!mprotect(device.sq, PAGE, PROT_NONE));
+	CHECK(vt_nvme_restart(queue, &done, 1, &held) == 0);
+	CHECK(vt_nvme_submit(queue, &io, 1) == -EACCES);
+	CHECK(!mprotect(device.sq, PAGE, PROT_READ | PROT_WRITE));
+	CHECK(!vt_gate_is_busy(&doorbells) && !vt_gate_is_busy(&memory));
+	vt_nvme_free(other);
+	end(&device, queue);
+}
+
 static void a_queue_starts_again_after_a_reset(void)
 {
 	struct device device;
@@ -426,6 +486,7 @@ int main(void)
 	a_flood_of_strays_ends();
 	what_was_taken_stays_with_the_caller();
 	a_barred_queue_leaves_the_doorbells_alone();
+	a_ring_in_the_device_is_stored_to_through_its_gate();
 	a_queue_starts_again_after_a_reset();
 	failures_are_counted();
 	a_stop_needs_no_luck_against_a_thread_that_polls();

@@ -42,9 +42,17 @@ class NvmeModelRegisters(RegisterMap):
     admin_queues = Register(0x24)
     admin_submission = Register(0x28, width=8, halves=True)
     admin_completion = Register(0x30, width=8, halves=True)
+    memory_location = Register(0x38, access="ro")
+    memory_size = Register(0x3C, access="ro")
+    memory_control = Register(0x50, width=8, halves=True)
+    memory_status = Register(0x58, access="ro")
 
 
 _R = NvmeModelRegisters
+_BUFFER_BAR = 2
+# CMBSZ: submission queues, and data to and from the disk, in units of 4 KiB (3.1.3.12).
+_BUFFER_HOLDS = 1 << 0 | 1 << 3 | 1 << 4
+_BUFFER_DECODE, _BUFFER_REGISTERS = 2, 1
 
 
 class NvmeModel(NvmeCommands, Model):
@@ -54,6 +62,10 @@ class NvmeModel(NvmeCommands, Model):
     `release`; `mute_queues` takes no command any more; `fail` has the status that the next command
     of a (queue, opcode) ends with; `wrong_ids` answers commands that nobody sent; `ready` False
     never comes up; `fatal` is CSTS.CFS; `shutdown_s` is how long a shutdown takes.
+
+    With `memory_buffer_bytes` BAR 2 is a Controller Memory Buffer of that size (a power of two, at
+    least a page; 8.5): `memory_location` and `memory_size` are what its registers tell while they
+    are enabled, `takes_address` says whether it takes an address for it.
     """
 
     vendor, device, class_code = 0x1B36, 0x0010, 0x010802
@@ -61,10 +73,19 @@ class NvmeModel(NvmeCommands, Model):
     msix, msix_bar, msix_offset = _VECTORS, 0, _MSIX_TABLE
 
     def __init__(
-        self, blocks: int = 4096, shift: int = 9, *, shared_doorbells: bool = True
+        self,
+        blocks: int = 4096,
+        shift: int = 9,
+        *,
+        shared_doorbells: bool = True,
+        memory_buffer_bytes: int = 0,
     ) -> None:
         self.set_disk(blocks, shift)
+        self.memory_location = _BUFFER_BAR
+        self.memory_size = memory_buffer_bytes | _BUFFER_HOLDS if memory_buffer_bytes else 0
+        self.takes_address: Callable[[int], bool] = lambda _base: True
         self.entries, self.shutdown_s, self.command_sets = 1024, 0.0, 1
+        self.buffer_reads = 0  # what it fetched from its memory buffer
         self.arbitration = 0  # CAP.AMS: 1, queues have priorities, to which it gives no heed
         self.version = 0x00020000
         self.ready, self.hold, self.mute_queues, self.wrong_ids = True, False, False, False
@@ -77,7 +98,12 @@ class NvmeModel(NvmeCommands, Model):
         self._ending = True
         self._thread: threading.Thread | None = None
         shared = (Area(_DOORBELLS, 0x1000),) if shared_doorbells else ()
-        bars = (BarSpec(0, _BAR_BYTES, registers=_R, wide=True, shared=shared),)
+        bars: tuple[BarSpec, ...] = (
+            BarSpec(0, _BAR_BYTES, registers=_R, wide=True, shared=shared),
+        )
+        if memory_buffer_bytes:
+            size, whole = memory_buffer_bytes, (Area(0, memory_buffer_bytes),)
+            bars += (BarSpec(_BUFFER_BAR, size, wide=True, prefetchable=True, shared=whole),)
         self._trapped = not shared_doorbells
         self._make(self.make_config(bars), bars)
 
@@ -91,7 +117,51 @@ class NvmeModel(NvmeCommands, Model):
     @reads(_R.capabilities)
     def tell_capabilities(self) -> int:
         low = self.entries - 1 | 1 << 16 | self.arbitration << 17 | 2 << 24
-        return low | self.command_sets << 37
+        return low | self.command_sets << 37 | bool(self.memory_size) << 57
+
+    @reads(_R.memory_location)
+    def tell_memory_location(self) -> int:
+        return self.memory_location if self._buffer_control & _BUFFER_REGISTERS else 0
+
+    @reads(_R.memory_size)
+    def tell_memory_size(self) -> int:
+        return self.memory_size if self._buffer_control & _BUFFER_REGISTERS else 0
+
+    @reads(_R.memory_status)
+    def tell_memory_status(self) -> int:
+        control = self._buffer_control
+        return int(bool(control & _BUFFER_DECODE) and not self.takes_address(control & ~0xFFF))
+
+    @property
+    def _buffer_control(self) -> int:
+        return self.get(_R.memory_control) if self.memory_size else 0
+
+    def _in_buffer(self, iova: int, count: int) -> int | None:
+        """Where in its memory buffer an I/O address lies, or None: it is the client's memory."""
+        if not self.memory_size:
+            return None
+        control, bar = self._buffer_control, self.bar_or_none(_BUFFER_BAR)
+        base = control & ~0xFFF
+        if control & 3 != _BUFFER_DECODE | _BUFFER_REGISTERS or bar is None:
+            return None
+        within = base <= iova and iova + count <= base + bar.spec.size
+        return iova - base if within and self.takes_address(base) else None
+
+    def dma_read(self, iova: int, count: int) -> bytes:
+        """As every model's, but for the addresses of its memory buffer."""
+        at = self._in_buffer(iova, count)
+        if at is None:
+            return super().dma_read(iova, count)
+        self.buffer_reads += 1
+        return self.bar(_BUFFER_BAR).memory[at : at + count]
+
+    def dma_write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
+        """As `dma_read`."""
+        at = self._in_buffer(iova, len(data))
+        if at is None:
+            super().dma_write(iova, data)
+            return
+        self.bar(_BUFFER_BAR).memory[at : at + len(data)] = bytes(data)
 
     @reads(_R.status)
     def tell_status(self) -> int:

@@ -424,6 +424,18 @@ class Dma:
             self.iovas.reserve(iova, size)
             return iova
 
+    def set_aside(self, size: int, *, align: int = 0, limit_bits: int = 64) -> int:
+        """I/O addresses that no buffer gets until `give_back`: for what a device itself answers to,
+        such as memory of its own. Returns the first; the arguments are those of `alloc`. Raises
+        KernelError (ENOSPC) where none are left."""
+        self.space.refuse_closed()
+        return self._place(size, align, limit_bits, None)
+
+    def give_back(self, iova: int) -> None:
+        """The counterpart of `set_aside`."""
+        with self._lock:
+            self.iovas.free(iova)
+
     def _free(self, buffer: DmaBuffer) -> None:
         with self._lock:
             self.iovas.free(_pages_of(buffer)[1])

@@ -85,6 +85,10 @@ class Reach:
         with self.lock:
             self._windows.discard(window)
 
+    def capability(self, number: int) -> int | None:
+        """Where in configuration space the first capability of this id stands, or None."""
+        return self._capabilities.get(number)
+
     @property
     def windows(self) -> list[native.Window]:
         """The mappings that were not closed."""

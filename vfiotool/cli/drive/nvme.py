@@ -48,6 +48,7 @@ def identify(
             "volatile_write_cache": told.volatile_write_cache,
             "shadow_doorbells": told.doorbell_buffers,
             "virtualization_management": told.virtualization,
+            "memory_buffer": _memory_buffer(controller),
             "namespaces": [_namespace(controller, nsid) for nsid in controller.namespaces()],
         }
     if wants_json(context):
@@ -58,12 +59,31 @@ def identify(
         f"  NVMe {found['version']}, {found['queue_pairs']} queue pairs, "
         f"{found['max_transfer_bytes']} bytes a command, through {found['backend']}"
     )
+    if (buffer := found["memory_buffer"]) is not None:
+        unusable = f"; not used here: {buffer['problem']}" if buffer["problem"] else ""
+        output.write(
+            f"  controller memory buffer of {buffer['size_bytes']} bytes in BAR {buffer['region']}"
+            f" for {', '.join(buffer['holds']) or 'nothing'}{unusable}"
+        )
     for disk in found["namespaces"]:
         total = disk["blocks"] * disk["block_bytes"]
         output.write(
             f"  namespace {disk['nsid']}: {disk['blocks']} blocks of {disk['block_bytes']} bytes"
             f" ({total / (1 << 20):.1f} MiB){_odd(disk)}"
         )
+
+
+def _memory_buffer(controller: Controller) -> dict[str, Any] | None:
+    buffer = controller.memory_buffer
+    if buffer is None:
+        return None
+    return {
+        "size_bytes": buffer.size_bytes,
+        "region": buffer.region,
+        "offset": buffer.offset,
+        "holds": buffer.holds,
+        "problem": buffer.problem,
+    }
 
 
 def _namespace(controller: Controller, nsid: int) -> dict[str, Any]:

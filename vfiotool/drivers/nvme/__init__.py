@@ -12,6 +12,7 @@ from vfiotool.drivers.nvme.controller import Controller
 from vfiotool.drivers.nvme.identify import COMMAND_SETS, ControllerIdentity, Namespace
 from vfiotool.drivers.nvme.io import IoQueue
 from vfiotool.drivers.nvme.load import LoadReport
+from vfiotool.drivers.nvme.memory_buffer import MemoryBuffer
 from vfiotool.drivers.nvme.queue_pair import Completion
 from vfiotool.drivers.nvme.shared import SharedQueue
 from vfiotool.drivers.nvme.status import failed_with
@@ -28,6 +29,7 @@ __all__ = [
     "IoQueue",
     "Job",
     "LoadReport",
+    "MemoryBuffer",
     "Namespace",
     "SharedQueue",
     "admin",

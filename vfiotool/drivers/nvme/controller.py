@@ -19,16 +19,19 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from vfiotool.drivers.nvme import spec as nvme_spec
+from vfiotool.drivers.nvme.creation import create_pair, delete_pair
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.health import ALL_ONES, Health
 from vfiotool.drivers.nvme.identify import (
     COMMAND_SETS,
     ControllerIdentity,
     Namespace,
+    command_set_of,
     namespace_list,
 )
 from vfiotool.drivers.nvme.in_flight import InFlight
 from vfiotool.drivers.nvme.io import IoQueue
+from vfiotool.drivers.nvme.memory_buffer import ControllerMemory, MemoryBuffer, MemoryPiece
 from vfiotool.drivers.nvme.queue_pair import Completion, Doorbells, QueuePair, Rings
 from vfiotool.drivers.nvme.shared import SharedInFlight
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
@@ -89,7 +92,8 @@ class Controller:
         self.interrupts: list[Interrupt] = []
         self.queues: dict[int, IoQueue] = {}
         self._undead: list[IoQueue] = []  # their deletion failed: the controller may know them
-        self._buffers: list[DmaBuffer] = []
+        self._buffers: list[DmaBuffer | MemoryPiece] = []
+        self._memory = ControllerMemory(device, self.registers, self.page_bytes)
         self._making = threading.RLock()
         self._with_shadows = shadow_doorbells
         self._shadows: tuple[DmaBuffer, DmaBuffer] | None = None
@@ -109,8 +113,15 @@ class Controller:
         self.identity = ControllerIdentity.parse(self.identify(nvme_spec.CNS_CONTROLLER))
         self.max_transfer = self._max_transfer()
         self.queue_limit = self._ask_queues()
+        self._memory.learn(self._doorbells(self.queue_limit + 1).tail)
         if self._with_shadows:
             self._set_doorbell_buffers()
+
+    @property
+    def memory_buffer(self) -> MemoryBuffer | None:
+        """Its memory buffer, which `create_queue` can place a submission queue in; None where it
+        has none."""
+        return self._memory.found
 
     def _max_transfer(self) -> int:
         pages = self.identity.max_transfer_pages
@@ -139,6 +150,7 @@ class Controller:
 
     def _enable(self) -> None:
         """Section 3.5.1, steps 2 to 6."""
+        self._memory.restore()
         registers, rings = self.registers, self._admin.rings
         self.device.set_bus_master(True)
         registers.admin_queues.set(sq_size=ADMIN_ENTRIES - 1, cq_size=ADMIN_ENTRIES - 1)
@@ -175,17 +187,27 @@ class Controller:
         """Buffers that commands may still reach: they are closed when the controller is."""
         self._buffers += buffers
 
-    def _free(self, *buffers: DmaBuffer | None) -> None:
+    def _free(self, *buffers: DmaBuffer | MemoryPiece | None) -> None:
         for buffer in buffers:
             if buffer is not None and buffer in self._buffers:
                 self._buffers.remove(buffer)
                 buffer.close()
 
     def _rings(
-        self, number: int, sq_entries: int, cq_entries: int, *, lists: bool, lazy: bool = False
+        self,
+        number: int,
+        sq_entries: int,
+        cq_entries: int,
+        *,
+        lists: bool,
+        lazy: bool = False,
+        placed: bool = False,
     ) -> Rings:
+        submission = self._memory.place(sq_entries * 64) if placed else None
+        if submission is not None:
+            self._buffers.append(submission)
         return Rings(
-            submission=self._alloc(sq_entries * 64),
+            submission=submission or self._alloc(sq_entries * 64),
             completion=self._alloc(cq_entries * 16),
             lists=self._alloc(sq_entries * self.page_bytes) if lists else None,
             sq_entries=sq_entries,
@@ -310,12 +332,7 @@ class Controller:
         except KernelError:
             self.health.refuse()
             return 0  # not told: the NVM command set, as before there were others
-        at = 0
-        while at + 4 < len(raw) and raw[at]:
-            if raw[at] == 4:
-                return raw[at + 4]
-            at += 4 + raw[at + 1]
-        return 0
+        return command_set_of(raw)
 
     def enable_interrupts(self, count: int) -> None:
         """Have `count` MSI-X vectors on, or more; vector 0 is the admin queue's, which is polled.
@@ -328,12 +345,19 @@ class Controller:
         self.interrupts = list(on.vectors)
 
     def create_queue(
-        self, entries: int | None = None, *, vector: int | None = None, priority: str = "urgent"
+        self,
+        entries: int | None = None,
+        *,
+        vector: int | None = None,
+        priority: str = "urgent",
+        in_memory_buffer: bool = False,
     ) -> IoQueue:
         """A new pair of I/O queues (5.4, 5.5) for up to `entries` - 1 commands in flight (as many
         as the controller takes, but no more than 128 entries, where left out); polled, or
         signalled by MSI-X `vector`, which is then this queue's alone; of a `priority` other than
-        urgent only where they are `weighted`. Raises UsageError where there is no room for more."""
+        urgent only where they are `weighted`; its submission queue `in_memory_buffer`, which is
+        Unsupported where the controller has none that takes it. Raises UsageError where there is
+        no room for more queues, KernelError (ENOSPC) where there is none in the buffer."""
         self.health.refuse_child()
         self.health.refuse()
         if priority not in nvme_spec.PRIORITIES or not (self._weighted or priority == "urgent"):
@@ -353,9 +377,16 @@ class Controller:
                 )
             interrupt = self._vector(vector)
             completions = entries if interrupt else min(limit, max(1024, 2 * entries))
-            rings = self._rings(number, entries, completions, lists=True, lazy=interrupt is None)
+            rings = self._rings(
+                number,
+                entries,
+                completions,
+                lists=True,
+                lazy=interrupt is None,
+                placed=in_memory_buffer,
+            )
             try:
-                self._create(rings, vector, priority)
+                create_pair(self.admin, rings, vector, priority)
                 pair = QueuePair(rings, self._doorbells(number))
             except VfiotoolError:
                 self._free(*rings.buffers)
@@ -380,20 +411,6 @@ class Controller:
                 )
         return interrupt
 
-    def _create(self, rings: Rings, vector: int | None, priority: str) -> None:
-        create, number = nvme_spec.command, rings.id
-        signals = 0 if vector is None else vector << 16 | 1 << 1
-        dwords = (number | (rings.cq_entries - 1) << 16, signals | 1)
-        self.admin(create(nvme_spec.CREATE_CQ, prp1=rings.completion.iova, dwords=dwords))
-        try:
-            flags = nvme_spec.PRIORITIES[priority] << 1 | 1
-            dwords = (number | (rings.sq_entries - 1) << 16, number << 16 | flags)
-            self.admin(create(nvme_spec.CREATE_SQ, prp1=rings.submission.iova, dwords=dwords))
-        except VfiotoolError:
-            with contextlib.suppress(VfiotoolError):
-                self.admin(create(nvme_spec.DELETE_CQ, dwords=(number,)))
-            raise
-
     def delete_queue(self, queue: IoQueue, timeout_s: float | None = None) -> None:
         """End a pair of I/O queues (5.6, 5.7); what was in flight does not come back. Where the
         controller does not answer its memory is kept until `reset` or `close`."""
@@ -406,8 +423,7 @@ class Controller:
                 return
             self._turn_out(queue, Deadline(_LEAVE_S))
             try:
-                for opcode in (nvme_spec.DELETE_SQ, nvme_spec.DELETE_CQ):
-                    self.admin(nvme_spec.command(opcode, dwords=(number,)), timeout_s)
+                delete_pair(self.admin, number, timeout_s)
             except VfiotoolError:
                 self._undead.append(queue)
                 raise
@@ -477,7 +493,8 @@ class Controller:
             self._set_doorbell_buffers()
         for queue in self.queues.values():
             vectors = {id(one): number for number, one in enumerate(self.interrupts)}
-            self._create(queue.pair.rings, vectors.get(id(queue.interrupt)), queue.priority)
+            vector = vectors.get(id(queue.interrupt))
+            create_pair(self.admin, queue.pair.rings, vector, queue.priority)
         for queue in self.queues.values():
             queue.commands.after_reset(resubmit=resubmit)
 
@@ -509,7 +526,10 @@ class Controller:
         if hasattr(self, "_admin"):
             self._admin.stop(abandon=True)
         if reachable:
-            problem = self._shut_down(mute)
+            told_s = self.identity.shutdown_s if hasattr(self, "identity") and not mute else 0.0
+            # As long as RTD3E says (5.17.2.1), within bounds.
+            wait_s = min(max(told_s, _SHUTDOWN_S), _SHUTDOWN_LIMIT_S)
+            problem = self.health.shut_down(wait_s)
             with contextlib.suppress(VfiotoolError):
                 self._disable(_DISABLE_S if mute else None)
                 stopped = True
@@ -542,29 +562,7 @@ class Controller:
             self._admin.close()
         if stopped:
             self._free(*list(self._buffers))
-
-    def _shut_down(self, mute: bool) -> KernelError | None:
-        """Section 3.6.1: notify, and wait as long as RTD3E says (5.17.2.1), at least 5 s."""
-        configuration = self.registers.configuration
-        status = self.registers.status.fields()
-        if not configuration.field("enable") or not status["ready"] or status["fatal"]:
-            return None
-        told = self.identity.shutdown_s if hasattr(self, "identity") else 0.0
-        wait_s = _SHUTDOWN_S if mute else min(max(told, _SHUTDOWN_S), _SHUTDOWN_LIMIT_S)
-        configuration.modify(shutdown=1)
-        try:
-            self.health.await_status("shutdown", 2, wait_s)
-        except KernelError as error:
-            if error.errno_name == "ENODEV":
-                return None
-            return KernelError(
-                f"{self.device.name} did not finish its shutdown within {wait_s:g} s: what its "
-                "write cache held may be lost",
-                hint="flush before closing; check the data that was written last",
-                device=self.device.name,
-                errno_name="ETIMEDOUT",
-            )
-        return None
+        self._memory.close(stopped)
 
     def _end_queues(self) -> bool:
         """Let what is in flight end, then delete the queues, as 3.6.1 has it before a shutdown;

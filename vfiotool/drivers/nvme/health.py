@@ -158,6 +158,28 @@ class Health:
                 )
             time.sleep(1e-3)
 
+    def shut_down(self, wait_s: float) -> KernelError | None:
+        """Section 3.6.1: notify, and wait for at most `wait_s` seconds; the error of a controller
+        that did not finish, to be raised when all else is done."""
+        configuration = self.registers.configuration
+        status = self.registers.status.fields()
+        if not configuration.field("enable") or not status["ready"] or status["fatal"]:
+            return None
+        configuration.modify(shutdown=1)
+        try:
+            self.await_status("shutdown", 2, wait_s)
+        except KernelError as error:
+            if error.errno_name == "ENODEV":
+                return None
+            return KernelError(
+                f"{self.name} did not finish its shutdown within {wait_s:g} s: what its "
+                "write cache held may be lost",
+                hint="flush before closing; check the data that was written last",
+                device=self.name,
+                errno_name="ETIMEDOUT",
+            )
+        return None
+
     def timed_out(self, what: str, deadline: Deadline, strays: int = 0) -> KernelError:
         """The error of a command that did not end in time, with what the registers say."""
         with contextlib.suppress(VfiotoolError):

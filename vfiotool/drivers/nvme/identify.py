@@ -34,6 +34,17 @@ def namespace_list(page_after: Callable[[int], bytes]) -> list[int]:
             return found
 
 
+def command_set_of(descriptors: bytes) -> int:
+    """The command set that a Namespace Identification Descriptor list (5.17.2.3) names; 0, the NVM
+    command set, where it names none."""
+    at = 0
+    while at + 4 < len(descriptors) and descriptors[at]:
+        if descriptors[at] == 4:
+            return descriptors[at + 4]
+        at += 4 + descriptors[at + 1]
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class ControllerIdentity:
     """Identify Controller (figure 275). `max_transfer_pages` counts pages of CAP.MPSMIN, None

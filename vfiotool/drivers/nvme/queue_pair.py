@@ -18,6 +18,7 @@ from typing import Any
 
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.load import Load, LoadReport, job_of, report_of
+from vfiotool.drivers.nvme.memory_buffer import MemoryPiece
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.native.library import ffi, lib, queue_calls
 from vfiotool.vfio import DmaBuffer, Mapping
@@ -80,7 +81,7 @@ class Rings:
     entry, or is None. `lazy` tells the controller late which completions were taken: for polling,
     and only useful where `cq_entries` is well above `sq_entries`."""
 
-    submission: DmaBuffer
+    submission: DmaBuffer | MemoryPiece
     completion: DmaBuffer
     lists: DmaBuffer | None
     sq_entries: int
@@ -90,16 +91,22 @@ class Rings:
     lazy: bool = False
 
     @property
-    def buffers(self) -> tuple[DmaBuffer, ...]:
+    def buffers(self) -> tuple[DmaBuffer | MemoryPiece, ...]:
         found = (self.submission, self.completion)
         return found if self.lists is None else (*found, self.lists)
+
+    @property
+    def window(self) -> Mapping | None:
+        """The mapping that `submission` lies in where it is memory of the controller."""
+        return self.submission.window if isinstance(self.submission, MemoryPiece) else None
 
 
 class QueuePair:
     """A submission and a completion queue whose memory the controller knows already.
 
-    The rings' buffers and the window of the doorbells are pinned until `close`: closing one of
-    them before is a UsageError, of them or of the queue pair, and never a fault.
+    The rings' buffers and the windows that C stores to (of the doorbells, and of a submission queue
+    in the controller's memory) are pinned until `close`: closing one before is a UsageError, of it
+    or of the queue pair, and never a fault.
     """
 
     def __init__(self, rings: Rings, doorbells: Doorbells) -> None:
@@ -108,13 +115,13 @@ class QueuePair:
         self.depth = rings.sq_entries - 1
         # Completions that were taken, by their number; an interrupted caller finds them here.
         self.ready: dict[int, Completion] = {}
-        self._pinned: list[Mapping | DmaBuffer] = []
+        self._pinned: list[Mapping | DmaBuffer | MemoryPiece] = []
         self._stops = 0
         self._check_memory()
         layout = self._layout()
         made = ffi.new("struct vt_nvme_queue **")
         try:
-            layout.gate = self._pin()
+            layout.gate, layout.memory_gate = self._pin()
             self._check(lib.vt_nvme_new(layout, made))
         except BaseException:
             self._unpin()
@@ -149,14 +156,18 @@ class QueuePair:
         layout.page_size, layout.id, layout.lazy = rings.page_bytes, rings.id, rings.lazy
         return layout
 
-    def _pin(self) -> int:
-        """Pins window and buffers; the address of the window's gate."""
-        gate = self.doorbells.mapping.pin()
+    def _pin(self) -> tuple[int, int]:
+        """Pins windows and buffers; the addresses of the gates of the doorbells' window and of the
+        one that the submission queue lies in, 0 where that is ordinary memory."""
+        gate, memory_gate = self.doorbells.mapping.pin(), 0
         self._pinned.append(self.doorbells.mapping)
+        if (window := self.rings.window) is not None:
+            memory_gate = window.pin()
+            self._pinned.append(window)
         for buffer in self.rings.buffers:
             buffer.pin()
             self._pinned.append(buffer)
-        return gate
+        return gate, memory_gate
 
     def _unpin(self) -> None:
         while self._pinned:

@@ -62,6 +62,7 @@ class NvmeRegisters(RegisterMap):
             "command_sets": (44, 37),
             "page_min": (51, 48),
             "page_max": (55, 52),
+            "memory_buffer": (57, 57),
         },
     )
     version = Register(
@@ -85,6 +86,12 @@ class NvmeRegisters(RegisterMap):
     admin_queues = Register(0x24, fields={"sq_size": (11, 0), "cq_size": (27, 16)})
     admin_submission = Register(0x28, width=8, halves=True)
     admin_completion = Register(0x30, width=8, halves=True)
+    # The Controller Memory Buffer, 3.1.3.11 ff.: CMBLOC, CMBSZ, CMBMSC in two halves, CMBSTS.
+    memory_location = Register(0x38, access="ro")
+    memory_size = Register(0x3C, access="ro")
+    memory_control = Register(0x50)
+    memory_control_high = Register(0x54)
+    memory_status = Register(0x58, access="ro", fields={"invalid_address": (0, 0)})
 
 
 def command(
