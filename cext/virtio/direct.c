@@ -68,6 +68,8 @@ int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct 
 		release(made);
 		return result;
 	}
+	/* Who served it before may have ended between showing a completion and signalling it. */
+	vt_signal(made->call_fd);
 	*queue = made;
 	return 0;
 }

@@ -31,7 +31,7 @@ struct vt_direct_settings {
 	struct vt_dirty_log dirty;    /* a reference on its memory is taken */
 };
 
-/* Make a queue. `call_fd` is duplicated.
+/* Make a queue. `call_fd` is duplicated, and signalled once.
  * Return: 0, what vt_ring_start and vt_ring_set_log say, -EFAULT for a log that does not lie in its
  * memory, -EMFILE, -ENOMEM. */
 int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct **queue);

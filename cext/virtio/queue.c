@@ -107,6 +107,8 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 		free_queue(made);
 		return result;
 	}
+	/* Who served it before may have ended between showing a completion and signalling it. */
+	vt_queue_signal(made);
 	*queue = made;
 	return 0;
 }

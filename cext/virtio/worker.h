@@ -72,7 +72,7 @@ void vt_worker_recheck(struct vt_worker *worker);
 void vt_worker_figures(const struct vt_worker *worker, struct vt_worker_figures *figures);
 
 /* Have a worker serve a queue. The descriptors are duplicated. Requests that the log says are in
- * flight are done first.
+ * flight are done first. The driver is signalled once, whether or not there is something to see.
  * Return: 0, what vt_ring_start and vt_ring_set_log say, -EFAULT for a log that does not lie in its
  * memory, -EMFILE. */
 int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *settings,

@@ -90,6 +90,38 @@ def test_a_connection_that_was_handed_over_is_served_and_ends_the_program(tmp_pa
     listener.close()
 
 
+def test_a_listening_socket_that_was_handed_over_is_served_to_one_front_end_after_another(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "l"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    number = listener.fileno()
+    with running(
+        "vhost-user-blk", "--fd", str(number), "--ram", "1M", sockets=(path,), pass_fds=[number]
+    ) as process:
+        for written in (b"1", b"2"):
+            front = connect(path, process)
+            front.up()
+            assert front.write(0, written * 512) == 0
+            front.close()
+    listener.close()
+    assert path.exists()  # whoever made it removes it
+
+
+def test_a_queue_that_starts_signals_what_a_server_that_died_may_have_left_unsaid(
+    tmp_path: Path,
+) -> None:
+    """A driver whose last completion was shown and not signalled would wait for ever."""
+    path = tmp_path / "s"
+    with running("vhost-user-blk", "--socket-path", str(path), "--ram", "1M", sockets=(path,)) as p:
+        front = connect(path, p)
+        front.up()
+        assert select.select([front.rings[0].call], [], [], 20)[0]
+        front.close()
+
+
 def test_capabilities_are_printed_as_libvirt_reads_them() -> None:
     code, out, _ = run("vhost-user-blk", "--print-capabilities")
     assert code == 0 and json.loads(out)["type"] == "block"

@@ -475,7 +475,7 @@ def test_a_batch_that_takes_long_is_answered_in_parts(path: Path) -> None:
         while front.u16(ring.at + 0x2002) < count:
             assert select.select([ring.call], [], [], TIMEOUT_S)[0]
         front.stop()
-        assert os.eventfd_read(ring.call) > 1
+        assert os.eventfd_read(ring.call) > 2  # the first is of the start
 
 
 def test_a_machine_moves_between_two_servers_that_lock_its_image_while_it_runs(

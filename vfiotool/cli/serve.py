@@ -42,7 +42,8 @@ SocketOption = Annotated[
     str | None, typer.Option("--socket-path", metavar="PATH", help="Listen there.")
 ]
 FdOption = Annotated[
-    int | None, typer.Option("--fd", metavar="N", help="A connected socket to serve.")
+    int | None,
+    typer.Option("--fd", metavar="N", help="A socket to serve: connected, or listening."),
 ]
 CapabilitiesOption = Annotated[
     bool, typer.Option("--print-capabilities", help="Print what this back end can do.")
@@ -280,17 +281,22 @@ def _add(server: Server, export: ExportSettings) -> None:
 
 def _adopt(server: Server, settings: ExportSettings, fd: int) -> None:
     from vfiotool.virtio.block import BlockDisk
+    from vfiotool.virtio.server import Export
 
     try:
-        connection = socket.socket(fileno=fd)
+        given = socket.socket(fileno=fd)
     except OSError as error:
-        raise UsageError(f"--fd {fd}: not a connected socket: {error.strerror}") from error
+        raise UsageError(f"--fd {fd}: not a socket: {error.strerror}") from error
     try:
         opened = BlockDisk(settings.disk)
     except BaseException:
-        connection.close()
+        given.close()
         raise
-    server.adopt(settings.name, opened, connection)
+    if given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        given.setblocking(False)
+        server.add(Export(settings.name, opened, given))
+    else:
+        server.adopt(settings.name, opened, given)
     server.limit(settings.name, settings.rate, settings.weight, settings.group)
 
 
