@@ -12,6 +12,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -21,6 +22,10 @@
 #define REQUEST_BYTES 4096u
 #define TURN_BYTES (16u * 2u * REQUEST_BYTES)
 #define FIRST_WINDOW_NS 2000u
+/* A round that took longer may have been one without the processor. */
+#define AWAY_NS 3000u
+/* How long rings are not looked at after that was seen. */
+#define NO_LOOK_NS 10000000u
 /* Kicks of sleeping queues are looked for after so many rounds over the waking ones. */
 #define ROUNDS 32u
 #define EVENTS 64
@@ -168,6 +173,51 @@ static uint32_t allowed(struct vt_worker *worker, struct vt_queue *queue, uint64
 	return limit < most ? limit : most;
 }
 
+/* Whether another thread had our processor since this was asked last. */
+static bool was_preempted(struct vt_worker *worker)
+{
+	int64_t before = worker->preemptions;
+	struct rusage usage;
+
+	if (getrusage(RUSAGE_THREAD, &usage))
+		return false;
+	worker->preemptions = usage.ru_nivcsw;
+	return worker->preemptions != before;
+}
+
+/* Work came while a queue was looked at: that was worth it, and it is looked at for longer. But not
+ * if it came while another thread had our processor, who may be the driver itself: it runs sooner
+ * when we sleep. */
+static void judge_look(struct vt_worker *worker, struct vt_queue *queue, uint64_t now)
+{
+	if (now - worker->round_at > AWAY_NS && was_preempted(worker)) {
+		queue->window_ns = 0;
+		queue->look_at = now + NO_LOOK_NS;
+		return;
+	}
+	queue->window_ns *= 2;
+	if (queue->window_ns > worker->poll_ns)
+		queue->window_ns = worker->poll_ns;
+}
+
+/* No work came while a queue was looked at: a shorter look is to do. */
+static void shorten_look(struct vt_worker *worker, struct vt_queue *queue, uint64_t now)
+{
+	if (now < queue->look_at)
+		return;
+	if (queue->look_at) {
+		queue->look_at = 0;
+		queue->window_ns = worker->poll_ns;
+		/* What was before does not count. */
+		was_preempted(worker);
+		return;
+	}
+	queue->window_ns /= 2;
+	if (queue->window_ns < FIRST_WINDOW_NS)
+		queue->window_ns = worker->poll_ns < FIRST_WINDOW_NS ? worker->poll_ns :
+								       FIRST_WINDOW_NS;
+}
+
 /* Do what a queue with work may do. Return: whether it stays awake. */
 static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t now)
 {
@@ -186,12 +236,8 @@ static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t n
 	}
 	if (!most)
 		return true;
-	/* Work that came while we looked was worth looking for. */
-	if (queue->window_ns && waited < queue->window_ns) {
-		queue->window_ns *= 2;
-		if (queue->window_ns > worker->poll_ns)
-			queue->window_ns = worker->poll_ns;
-	}
+	if (queue->window_ns && waited < queue->window_ns)
+		judge_look(worker, queue, now);
 	if (queue->port && !vt_port_is_busy(queue->port))
 		worker->port_at = now;
 	got = vt_serve(worker, queue, most);
@@ -211,10 +257,7 @@ static bool visit(struct vt_worker *worker, struct vt_queue *queue, uint64_t now
 	queue->credit = 0;
 	if (now - queue->worked_at < queue->window_ns)
 		return true;
-	queue->window_ns /= 2;
-	if (queue->window_ns < FIRST_WINDOW_NS)
-		queue->window_ns = worker->poll_ns < FIRST_WINDOW_NS ? worker->poll_ns :
-								       FIRST_WINDOW_NS;
+	shorten_look(worker, queue, now);
 	/* A queue without a kick is never slept on. */
 	return vt_ring_notify_on(queue->ring) || queue->kick_fd < 0;
 }
@@ -239,6 +282,7 @@ static void visit_all(struct vt_worker *worker)
 			park(worker, queue, queue->due);
 		}
 	}
+	worker->round_at = now;
 	if (worker->due <= now)
 		unpark(worker, now);
 }

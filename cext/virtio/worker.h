@@ -3,8 +3,10 @@
  * A queue belongs to one worker; control (any other thread) hands it over, takes it back and changes
  * it by commands that return when the worker has done them. Queues that have work go round by deficit,
  * in the proportion of their shares' weights; one whose limits let it do nothing is left alone, its
- * notifications off, until its time comes. A worker sleeps in epoll while its queues are idle. After work it looks at the rings itself for a while, which doubles when work came
- * within it and halves when none did, up to the worker's limit; 0 never looks.
+ * notifications off, until its time comes. A worker sleeps in epoll while its queues
+ * are idle. After work it looks at the rings itself for a while, which doubles when work came within it
+ * and halves when none did, up to the worker's limit; 0 never looks. It does not look for a while after
+ * work came only because another thread had taken its processor.
  */
 #ifndef VT_VIRTIO_WORKER_H
 #define VT_VIRTIO_WORKER_H

@@ -35,6 +35,7 @@ struct vt_queue {
 	uint32_t size;
 	uint64_t window_ns;     /* how long, after its last work */
 	uint64_t worked_at;
+	uint64_t look_at;       /* when it is looked at again, if that did harm; or 0 */
 	uint32_t pending;       /* requests that wait for the disk: */
 	struct vt_request *waiting;
 	bool suspending;        /* those are cancelled, and left to the in-flight log */
@@ -63,6 +64,8 @@ struct vt_worker {
 	bool ending;
 	uint32_t awake_count;
 	uint32_t since_events;  /* requests done since events were taken */
+	uint64_t round_at;      /* when it last began a round over the awake ones */
+	int64_t preemptions;    /* as they were counted last */
 	struct vt_queue *awake, *parked;
 	uint64_t due;           /* of the parked queue whose time comes first; UINT64_MAX: none */
 	struct vt_io *io;       /* NULL where there is no io_uring */
