@@ -276,6 +276,42 @@ def test_no_address_that_is_taken_leaves_the_controller_as_it_was(model: NvmeMod
         moves(controller.create_queue(), controller.namespace(1), 1)
 
 
+def test_a_buffer_that_is_elsewhere_is_found_out(model: NvmeModel) -> None:
+    model.decodes = False
+    with driven(model) as (device, controller):
+        free = device.dma.iovas.free_ranges()
+        with pytest.raises(Unsupported, match="not at the address that the controller took"):
+            controller.create_queue(in_memory_buffer=True)
+        assert control(model) & 2 == 0 and device.dma.iovas.free_ranges() == free
+        moves(controller.create_queue(), controller.namespace(1), 1)
+
+
+def test_no_answer_in_time_keeps_the_addresses_set_aside(
+    model: NvmeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfiotool.drivers.nvme.controller.ADMIN_TIMEOUT_S", 0.1)
+    with driven(model) as (device, controller):
+        model.mute_queues = True
+        with pytest.raises(KernelError) as caught:
+            controller.create_queue(in_memory_buffer=True)
+        assert caught.value.errno_name == "ETIMEDOUT"
+        with pytest.raises(UsageError, match="in use"):
+            device.dma.alloc(4096, iova=control(model) & ~0xFFF)
+        model.mute_queues = False
+        monkeypatch.undo()
+        controller.reset()
+        assert control(model) == 1
+        moves(controller.create_queue(in_memory_buffer=True), controller.namespace(1), 1)
+        controller.close()
+        assert control(model) == 1
+
+
+def test_a_buffer_for_queues_alone_is_used_all_the_same(model: NvmeModel) -> None:
+    model.memory_size &= ~0x18
+    with driven(model) as (_, controller):
+        moves(controller.create_queue(in_memory_buffer=True), controller.namespace(1), 1)
+
+
 def test_an_address_refused_after_a_reset_fails_the_reset(model: NvmeModel) -> None:
     with driven(model) as (_, controller):
         controller.create_queue(in_memory_buffer=True)

@@ -167,6 +167,13 @@ def nvme(number: int, *, port: int, serial: str | None = None) -> tuple[DeviceMo
     )
 
 
+def with_memory_buffer(number: int, *, port: int, **properties: str) -> tuple[DeviceModel, ...]:
+    """An NVMe disk with a Controller Memory Buffer of 1 MiB, in BAR 2."""
+    around, disk = nvme(number, port=port)
+    more = (("cmb_size_mb", "1"), *properties.items())
+    return (around, replace(disk, properties=(*disk.properties, *more)))
+
+
 def e1000e(number: int, *, port: int, network: str, mac: str) -> DeviceModel:
     """A network card on a root port, without its boot ROM: not every QEMU package brings one."""
     return device(
@@ -366,6 +373,18 @@ _ALL = (
             Disk("slow", 64, ("throttling.iops-total=60",)),
             Disk("bad", 64, FAILING, "file.image.filename"),
         ),
+        load=("nvme",),
+    ),
+    Machine(
+        "memory-buffer",
+        "NVMe with a controller memory buffer, with one of NVMe 1.3, and without",
+        (
+            *with_memory_buffer(0, port=1),
+            *with_memory_buffer(1, port=2, **{"legacy-cmb": "on"}),
+            *nvme(2, port=3),
+            EMPTY_PORT,
+        ),
+        disks=tuple(Disk(f"nvme{number}") for number in range(3)),
         load=("nvme",),
     ),
     Machine(

@@ -65,7 +65,8 @@ class NvmeModel(NvmeCommands, Model):
 
     With `memory_buffer_bytes` BAR 2 is a Controller Memory Buffer of that size (a power of two, at
     least a page; 8.5): `memory_location` and `memory_size` are what its registers tell while they
-    are enabled, `takes_address` says whether it takes an address for it.
+    are enabled, `takes_address` says whether it takes an address for it; with `decodes` False it
+    takes one and means another.
     """
 
     vendor, device, class_code = 0x1B36, 0x0010, 0x010802
@@ -85,6 +86,7 @@ class NvmeModel(NvmeCommands, Model):
         self.memory_size = memory_buffer_bytes | _BUFFER_HOLDS if memory_buffer_bytes else 0
         self.takes_address: Callable[[int], bool] = lambda _base: True
         self.entries, self.shutdown_s, self.command_sets = 1024, 0.0, 1
+        self.decodes = True
         self.buffer_reads = 0  # what it fetched from its memory buffer
         self.arbitration = 0  # CAP.AMS: 1, queues have priorities, to which it gives no heed
         self.version = 0x00020000
@@ -138,7 +140,7 @@ class NvmeModel(NvmeCommands, Model):
 
     def _in_buffer(self, iova: int, count: int) -> int | None:
         """Where in its memory buffer an I/O address lies, or None: it is the client's memory."""
-        if not self.memory_size:
+        if not self.memory_size or not self.decodes:
             return None
         control, bar = self._buffer_control, self.bar_or_none(_BUFFER_BAR)
         base = control & ~0xFFF

@@ -93,7 +93,7 @@ class Controller:
         self.queues: dict[int, IoQueue] = {}
         self._undead: list[IoQueue] = []  # their deletion failed: the controller may know them
         self._buffers: list[DmaBuffer | MemoryPiece] = []
-        self._memory = ControllerMemory(device, self.registers, self.page_bytes)
+        self._memory = ControllerMemory(device, self.registers, self.page_bytes, self.admin)
         self._making = threading.RLock()
         self._with_shadows = shadow_doorbells
         self._shadows: tuple[DmaBuffer, DmaBuffer] | None = None
@@ -113,7 +113,7 @@ class Controller:
         self.identity = ControllerIdentity.parse(self.identify(nvme_spec.CNS_CONTROLLER))
         self.max_transfer = self._max_transfer()
         self.queue_limit = self._ask_queues()
-        self._memory.learn(self._doorbells(self.queue_limit + 1).tail)
+        self._memory.learn(self._doorbells(self.queue_limit + 1).tail, self.identity.raw)
         if self._with_shadows:
             self._set_doorbell_buffers()
 

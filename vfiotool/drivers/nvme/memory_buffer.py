@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vfiotool.drivers.nvme.spec import NvmeRegisters
+from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.vfio import Device, Mapping, RegionInfo
 
@@ -27,6 +27,8 @@ _ADDRESS_BITS = (48, 32)
 _UNITS = 7  # CMBSZ.SZU: 0 is 4 KiB, each further one 16 times as much, up to 64 GiB
 _REGIONS = (0, 2, 3, 4, 5)  # what CMBLOC.BIR may name
 _MSIX = 0x11
+# What of Identify Controller never changes: vendor, serial number, model, firmware.
+_STEADY = 72
 _OWN_ADDRESS = (
     "the controller knows it by the address of its BAR on the bus (NVMe 1.2 and 1.3); VFIO shows "
     "an emulated BAR, and in a virtual machine the address is another"
@@ -137,14 +139,23 @@ class ControllerMemory:
     host's memory. From then on it does, also after a reset, until `close`.
     """
 
-    def __init__(self, device: Device, registers: NvmeRegisters, page_bytes: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        registers: nvme_spec.NvmeRegisters,
+        page_bytes: int,
+        admin: Callable[[bytes], object],
+    ) -> None:
         self.device = device
         self.registers = registers
         self.page_bytes = page_bytes
         self.found: MemoryBuffer | None = None
+        self._admin = admin
+        self._identity = b""
         self._enabled = False  # CMBMSC is there to be written
         self._own_address = False
         self._base: int | None = None
+        self._decoding = False
         self._window: Mapping | None = None
         self._used: dict[int, int] = {}  # pieces: offset in the buffer and size
         self._lock = threading.RLock()
@@ -169,6 +180,7 @@ class ControllerMemory:
         """Whether it takes `base` as its buffer's address; none is decoded otherwise."""
         registers = self.registers
         registers.memory_control.write(_REGISTERS)
+        self._decoding = base is not None
         # The half that turns it on last, as the kernel's hi_lo_writeq: QEMU heeds that one only.
         registers.memory_control_high.write((base or 0) >> 32)
         if base is None:
@@ -177,10 +189,13 @@ class ControllerMemory:
         if not registers.memory_status.field("invalid_address"):
             return True
         registers.memory_control.write(_REGISTERS)
+        self._decoding = False
         return False
 
-    def learn(self, doorbells_end: int) -> None:
-        """Read what it is; the registers of region 0 end at `doorbells_end`."""
+    def learn(self, doorbells_end: int, identity: bytes) -> None:
+        """Read what it is; the registers of region 0 end at `doorbells_end`, and `identity` is what
+        Identify Controller tells."""
+        self._identity = identity[:_STEADY]
         if not self._enabled and not self._own_address:
             return
         size = self.registers.memory_size.read()
@@ -239,23 +254,46 @@ class ControllerMemory:
         if self._window is None:
             self._window = self.device.region(found.region).map(found.offset, found.size_bytes)
         if self._base is None:
-            self._base = self._set_base(found)
+            self._base = self._set_base(found, self._window)
         return self._window, self._base
 
-    def _set_base(self, found: MemoryBuffer) -> int:
+    def _set_base(self, found: MemoryBuffer, window: Mapping) -> int:
         """Addresses that are set aside and that the controller takes."""
-        dma = self.device.dma
+        dma, problem = self.device.dma, ""
         for bits in _ADDRESS_BITS:
             try:
                 base = dma.set_aside(found.size_bytes, align=self.page_bytes, limit_bits=bits)
             except KernelError:
                 continue  # none is left of so many bits
+            problem = "it takes none of the addresses that are free for it (CMBSTS.CBAI)"
             if self._decode(base):
-                return base
+                if self._answers(found, window, base):
+                    return base
+                self._decode(None)
+                problem = "it is not at the address that the controller took for it"
             dma.give_back(base)
-        problem = "it takes none of the addresses that are free for it (CMBSTS.CBAI)"
+        problem = problem or "no I/O addresses are left for it"
         self.found = replace(found, problem=problem)
         raise Unsupported(f"{self.device.name}: its memory buffer cannot be used: {problem}")
+
+    def _answers(self, found: MemoryBuffer, window: Mapping, base: int) -> bool:
+        """Whether what the controller stores at `base` is seen in the window, where it may store
+        data there: QEMU's legacy-cmb takes any address and decodes its own. Nothing else is mapped
+        at `base`: what goes astray is stopped by the IOMMU. Raises KernelError where no answer
+        comes; one may come later, so `base` stays set aside."""
+        if not found.read_data:
+            return True
+        window.write_from(found.offset, bytes(_STEADY), width=8)
+        identify = nvme_spec.command(
+            nvme_spec.IDENTIFY, prp1=base, dwords=(nvme_spec.CNS_CONTROLLER,)
+        )
+        try:
+            self._admin(identify)
+        except KernelError as error:
+            if error.errno_name is not None:
+                raise
+        seen = window.read_many(found.offset, _STEADY // 8, width=8).tobytes()
+        return seen == self._identity
 
     def close(self, stopped: bool) -> None:
         """Once no queue lies in it: decode nothing any more, give the addresses back. Where the
@@ -266,10 +304,11 @@ class ControllerMemory:
             window.close()
         base, self._base = self._base, None
         self._used.clear()
-        if base is not None and stopped:
+        if self._decoding and stopped:
             with contextlib.suppress(VfiotoolError):
                 self._decode(None)
-                self.device.dma.give_back(base)
+                if base is not None:
+                    self.device.dma.give_back(base)
 
 
 def _msix(device: Device) -> list[tuple[int, int, int]]:
