@@ -141,6 +141,19 @@ static int leaving(const struct vt_nvme_queue *q)
 	       __atomic_load_n(&q->stopped, __ATOMIC_RELAXED);
 }
 
+/* What only a ring in the device's memory needs stands apart from the others' way. */
+#define RARE __attribute__((noinline, cold))
+
+/* After the doorbells' gate, the one of the ring: 0, or -EACCES and outside of both. */
+static RARE int enter_memory(struct vt_nvme_queue *q)
+{
+	if (vt_gate_enter(q->memory_gate))
+		return 0;
+	if (q->gate)
+		vt_gate_leave(q->gate);
+	return -EACCES;
+}
+
 int vt_nvme_enter(struct vt_nvme_queue *q)
 {
 	int result = 0;
@@ -154,19 +167,16 @@ int vt_nvme_enter(struct vt_nvme_queue *q)
 		return -ESHUTDOWN;
 	if (__atomic_exchange_n(&q->busy, 1, __ATOMIC_ACQUIRE))
 		return leaving(q) ? -ESHUTDOWN : -EBUSY;
-	if (q->gate && !vt_gate_enter(q->gate)) {
+	if (q->gate && !vt_gate_enter(q->gate))
 		result = -EACCES;
-	} else if (q->memory_gate && !vt_gate_enter(q->memory_gate)) {
-		if (q->gate)
-			vt_gate_leave(q->gate);
-		result = -EACCES;
-	}
+	else if (q->memory_gate)
+		result = enter_memory(q);
 	if (result)
 		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
 	return result;
 }
 
-int vt_nvme_leave(struct vt_nvme_queue *q, int result)
+static inline __attribute__((always_inline)) int leave(struct vt_nvme_queue *q, int result)
 {
 	if (q->memory_gate)
 		vt_gate_leave(q->memory_gate);
@@ -176,6 +186,11 @@ int vt_nvme_leave(struct vt_nvme_queue *q, int result)
 	if (!__atomic_load_n(&q->stopped, __ATOMIC_RELAXED))
 		__atomic_store_n(&q->busy, 0, __ATOMIC_RELEASE);
 	return result;
+}
+
+int vt_nvme_leave(struct vt_nvme_queue *q, int result)
+{
+	return leave(q, result);
 }
 
 int vt_nvme_stop(struct vt_nvme_queue *q)
@@ -255,6 +270,19 @@ int vt_nvme_make(struct vt_nvme_queue *q, uint16_t index, const struct vt_nvme_i
 	return 0;
 }
 
+/* A device's memory is reached by accesses of the width that they are made with: the command goes
+ * there in whole words, each stored once, and is never read back. The barrier before the doorbell
+ * orders them. */
+RARE void vt_nvme_store(struct vt_nvme_queue *q)
+{
+	volatile uint64_t *to = q->device_commands + q->tail * (COMMAND_BYTES / sizeof(*to));
+	uint64_t words[COMMAND_BYTES / sizeof(*to)];
+
+	memcpy(words, &q->commands[q->tail], COMMAND_BYTES);
+	for (uint32_t i = 0; i < COMMAND_BYTES / sizeof(*to); i++)
+		to[i] = words[i];
+}
+
 static uint16_t next_index(const struct vt_nvme_queue *q)
 {
 	return q->free_cids[q->depth - q->in_flight - 1];
@@ -278,7 +306,7 @@ int vt_nvme_submit(struct vt_nvme_queue *q, const struct vt_nvme_io *ios, uint32
 	}
 	if (done)
 		ring(&q->tail_bell, q->tail);
-	return vt_nvme_leave(q, done ? (int)done : result);
+	return leave(q, done ? (int)done : result);
 }
 
 int vt_nvme_submit_many(struct vt_nvme_queue *q, const struct vt_nvme_io *pattern,
@@ -305,7 +333,7 @@ int vt_nvme_submit_many(struct vt_nvme_queue *q, const struct vt_nvme_io *patter
 	}
 	if (done)
 		ring(&q->tail_bell, q->tail);
-	return vt_nvme_leave(q, done ? (int)done : result);
+	return leave(q, done ? (int)done : result);
 }
 
 /* The data pointers of a command on pages apart from each other. */
@@ -340,7 +368,7 @@ int vt_nvme_put(struct vt_nvme_queue *q, const struct vt_nvme_io *io, const uint
 	if (result)
 		return result;
 	if (q->in_flight == q->depth)
-		return vt_nvme_leave(q, 0);
+		return leave(q, 0);
 	index = next_index(q);
 	command = &q->commands[q->tail];
 	bare.bytes = 0;
@@ -348,9 +376,9 @@ int vt_nvme_put(struct vt_nvme_queue *q, const struct vt_nvme_io *io, const uint
 	if (!result && io->bytes)
 		result = set_pages(q, index, io, entries, command);
 	if (result)
-		return vt_nvme_leave(q, result);
+		return leave(q, result);
 	take_index(q, index, io->tag, ticks());
-	return vt_nvme_leave(q, 1);
+	return leave(q, 1);
 }
 
 int vt_nvme_tell(struct vt_nvme_queue *q)
@@ -360,7 +388,7 @@ int vt_nvme_tell(struct vt_nvme_queue *q)
 	if (result)
 		return result;
 	ring(&q->tail_bell, q->tail);
-	return vt_nvme_leave(q, 0);
+	return leave(q, 0);
 }
 
 int vt_nvme_submit_raw(struct vt_nvme_queue *q, const void *bytes, uint64_t tag)
@@ -372,14 +400,14 @@ int vt_nvme_submit_raw(struct vt_nvme_queue *q, const void *bytes, uint64_t tag)
 	if (result)
 		return result;
 	if (q->in_flight == q->depth)
-		return vt_nvme_leave(q, 0);
+		return leave(q, 0);
 	index = next_index(q);
 	command = &q->commands[q->tail];
 	memcpy(command, bytes, COMMAND_BYTES);
 	command->cid = htole16(q->slots[index].cid);
 	take_index(q, index, tag, ticks());
 	ring(&q->tail_bell, q->tail);
-	return vt_nvme_leave(q, 1);
+	return leave(q, 1);
 }
 
 /* Takes what is there, up to `room`: how many commands ended. `put` stores each. At most a whole
@@ -409,7 +437,7 @@ static int begin_poll(struct vt_nvme_queue *q, struct poll *poll, uint32_t room,
 	if (result)
 		return result;
 	if (*held > room)
-		return vt_nvme_leave(q, -EINVAL);
+		return leave(q, -EINVAL);
 	poll->deadline = timeout_ns ? now + to_ticks(timeout_ns) : 0;
 	poll->before = *held;
 	poll->enough = least > room - *held ? room : *held + least;
@@ -426,7 +454,7 @@ static int end_poll(struct vt_nvme_queue *q, const struct poll *poll, uint32_t h
 {
 	tell_head(q);
 	__atomic_store_n(&q->halted, 0, __ATOMIC_RELAXED);
-	return vt_nvme_leave(q, (int)(held - poll->before));
+	return leave(q, (int)(held - poll->before));
 }
 
 int vt_nvme_poll(struct vt_nvme_queue *q, struct vt_nvme_done *all, uint32_t room, uint32_t least,

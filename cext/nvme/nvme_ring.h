@@ -5,7 +5,6 @@
 #include <endian.h>
 #include <errno.h>
 #include <stdint.h>
-#include <string.h>
 #include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -93,6 +92,9 @@ int vt_nvme_leave(struct vt_nvme_queue *queue, int result);
 /* The identifier and data pointers of a command, all in wire order. 0 or -EINVAL. */
 int vt_nvme_make(struct vt_nvme_queue *queue, uint16_t index, const struct vt_nvme_io *io,
 		 struct command *command);
+
+/* Stores the command that was made at the tail into a ring in the device's memory. */
+void vt_nvme_store(struct vt_nvme_queue *queue);
 
 static inline uint64_t clock_ns(void)
 {
@@ -182,19 +184,6 @@ static inline void advance_tail(struct vt_nvme_queue *q)
 	q->tail = q->tail + 1 == q->sq_entries ? 0 : q->tail + 1;
 }
 
-/* A device's memory is reached by accesses of the width that they are made with: the command that
- * was made at the tail goes there in whole words, each stored once, and is never read back. The
- * barrier before the doorbell orders them. */
-static inline void store_command(struct vt_nvme_queue *q)
-{
-	volatile uint64_t *to = q->device_commands + q->tail * (COMMAND_BYTES / sizeof(*to));
-	uint64_t words[COMMAND_BYTES / sizeof(*to)];
-
-	memcpy(words, &q->commands[q->tail], COMMAND_BYTES);
-	for (uint32_t i = 0; i < COMMAND_BYTES / sizeof(*to); i++)
-		to[i] = words[i];
-}
-
 /* The command at the tail is complete: it takes its index from the stack. */
 static inline void take_index(struct vt_nvme_queue *q, uint16_t index, uint64_t tag, uint64_t now)
 {
@@ -206,7 +195,7 @@ static inline void take_index(struct vt_nvme_queue *q, uint16_t index, uint64_t 
 	ADD(q->in_flight, 1);
 	ADD(q->submitted, 1);
 	if (q->device_commands)
-		store_command(q);
+		vt_nvme_store(q);
 	advance_tail(q);
 }
 
