@@ -6,12 +6,16 @@ fetched its commands from.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.models.served import opened, serving
 from vfiotool.cli.main import main
@@ -154,6 +158,14 @@ def test_the_buffer_is_not_reached_while_the_device_is_not(model: NvmeModel) -> 
             queue.read(disk, 0, 1)
         device.set_memory_decode(True)
         moves(queue, disk, 4)
+        power = device.reach.capability(1)
+        assert power is not None
+        device.config.write16(power + 4, 3)  # PMCSR: D3hot
+        with pytest.raises(UsageError, match="cannot be reached"):
+            queue.pair.submit(0, 1)
+        device.config.write16(power + 4, 0)
+        controller.reset()
+        moves(queue, disk, 4)
         # The window's own gate, whatever the doorbells' says.
         window._block(True)
         with pytest.raises(UsageError, match="cannot be reached"):
@@ -221,6 +233,35 @@ def test_a_load_and_many_threads_send_from_the_buffer(model: NvmeModel) -> None:
             worker.join(30)
         assert ended == [True] * 80
         shared.close()
+
+
+def test_a_device_whose_process_has_gone_is_an_error(model: NvmeModel) -> None:
+    with opened(model) as device:
+        controller = Controller(device)
+        disk, queue = controller.namespace(1), controller.create_queue(in_memory_buffer=True)
+        moves(queue, disk, 1)
+        model.faults.gone = True
+        with pytest.raises(VfiotoolError):
+            queue.write(disk, 0, bytes(512), timeout_s=0.2)
+        with contextlib.suppress(VfiotoolError):
+            controller.close()
+        assert queue.pair.rings.submission.closed
+
+
+def test_a_child_process_touches_nothing(model: NvmeModel) -> None:
+    with driven(model) as (_, controller):
+        disk, queue = controller.namespace(1), controller.create_queue(in_memory_buffer=True)
+        child = os.fork()
+        if not child:
+            refused = 1
+            with contextlib.suppress(BaseException):
+                try:
+                    queue.pair.submit(0, 1)
+                except UsageError:
+                    refused = 0
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        moves(queue, disk, 2)
 
 
 def test_identify_tells_the_buffer(model: NvmeModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,6 +423,26 @@ def test_registers_that_cannot_be_are_a_problem_in_words(
 ) -> None:
     found = MemoryBuffer.parse(location, size, REGIONS, TAKEN)
     assert found is not None and found.problem is not None and words in found.problem
+
+
+@given(
+    location=st.integers(0, (1 << 32) - 1),
+    size=st.integers(0, (1 << 32) - 1),
+    small=st.booleans(),
+)
+def test_whatever_the_registers_tell_the_buffer_lies_in_memory_that_is_its_own(
+    location: int, size: int, small: bool
+) -> None:
+    if small:
+        location, size = location & 0x1F007, size & 0x1F11F
+    found = MemoryBuffer.parse(location, size, REGIONS, TAKEN)
+    if found is None or found.problem is not None:
+        return
+    region, end = REGIONS[found.region], found.offset + found.size_bytes
+    assert found.size_bytes >= 4096 and not (found.offset | found.size_bytes) % 4096
+    assert any(a.offset <= found.offset and end <= a.offset + a.size for a in region.areas)
+    for bar, first, last in TAKEN:
+        assert bar != found.region or end <= first or last <= found.offset
 
 
 def test_a_buffer_larger_than_its_bar_ends_with_it() -> None:

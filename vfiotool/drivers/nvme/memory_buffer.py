@@ -301,7 +301,9 @@ class ControllerMemory:
         may still take them for its buffer."""
         window, self._window = self._window, None
         if window is not None:
-            window.close()
+            # One that somebody else keeps an address of is closed with the device.
+            with contextlib.suppress(UsageError):
+                window.close()
         base, self._base = self._base, None
         self._used.clear()
         if self._decoding and stopped:
