@@ -103,7 +103,11 @@ static PyObject *notify(DirectQueue *self, PyObject *const *given, Py_ssize_t co
 
 	if (vt_take_arguments("notify", names, given, count, keywords, taken))
 		return NULL;
-	on = taken[0] ? PyObject_IsTrue(taken[0]) : 1;
+	if (!taken[0]) {
+		PyErr_SetString(PyExc_TypeError, "notify needs to be told whether");
+		return NULL;
+	}
+	on = PyObject_IsTrue(taken[0]);
 	if (on < 0 || check(self))
 		return NULL;
 	return PyBool_FromLong(self->calls->notify(self->queue, on));

@@ -76,11 +76,9 @@ static int guest_init(GuestMemory *self, PyObject *arguments, PyObject *keywords
 		PyErr_SetString(PyExc_TypeError, "GuestMemory takes no keyword arguments");
 		return -1;
 	}
-	if (!PyArg_ParseTuple(arguments, "KO", &map, &views))
+	if (!PyArg_ParseTuple(arguments, "KO!", &map, &PyList_Type, &views))
 		return -1;
 	count = PyList_Size(views);
-	if (count < 0)
-		return -1;
 	if (self->map || !map) {
 		PyErr_SetString(PyExc_ValueError, "GuestMemory has one map and its views");
 		return -1;

@@ -189,6 +189,8 @@ def test_arguments_that_mean_nothing_are_refused(driver: Driver, queue: DirectQu
         (request.data, ("all",)),
         (queue.fetch, ("all",)),
         (queue.fetch, (1, 2)),
+        (queue.notify, ()),
+        (_types.GuestMemory, (1, ())),
     )
     for call, arguments in wrong:
         with pytest.raises(TypeError):
