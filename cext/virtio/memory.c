@@ -15,6 +15,7 @@ struct mapped {
 	uint8_t *host;    /* of the region's first byte */
 	uint8_t *mapping; /* from the file's first byte on: hugetlbfs maps whole pages only */
 	size_t mapping_size;
+	size_t page;      /* the mapping's page size */
 	int slot;
 	uint64_t io;      /* for devices; UINT64_MAX: they do not reach it */
 };
@@ -30,7 +31,7 @@ struct vt_memory {
  * unmapped by another thread, so the ranges stand here by themselves. A slot's `start` is written
  * last and cleared first. */
 struct slot {
-	uintptr_t start, end;
+	uintptr_t start, end, page;
 	struct vt_memory *memory;
 };
 
@@ -49,6 +50,7 @@ static int take_slot(struct vt_memory *memory, const struct mapped *region)
 		if (slots[i].end)
 			continue;
 		slots[i].memory = memory;
+		slots[i].page = region->page;
 		slots[i].end = (uintptr_t)region->mapping + region->mapping_size;
 		__atomic_store_n(&slots[i].start, (uintptr_t)region->mapping, __ATOMIC_RELEASE);
 		found = (int)i;
@@ -127,6 +129,7 @@ static int map_region(struct vt_memory *memory, const struct vt_region *announce
 		.host = (uint8_t *)at + announced->offset,
 		.mapping = at,
 		.mapping_size = (size_t)wanted,
+		.page = (size_t)page,
 		.io = UINT64_MAX,
 	};
 	madvise(at, (size_t)wanted, MADV_DONTFORK);
@@ -338,6 +341,14 @@ bool vt_memory_is_broken(const struct vt_memory *memory)
 	return __atomic_load_n(&memory->broken, __ATOMIC_ACQUIRE) != 0;
 }
 
+static bool replace_page(uintptr_t address, uintptr_t size)
+{
+	void *page = (void *)(address & ~(size - 1));
+
+	return mmap(page, size, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+}
+
 /* The thread that faulted holds a reference to the map, so its slot cannot go meanwhile. */
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
@@ -346,14 +357,13 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 
 	for (uint32_t i = 0; i < SLOTS; i++) {
 		uintptr_t start = __atomic_load_n(&slots[i].start, __ATOMIC_ACQUIRE);
-		void *page;
 
 		if (!start || address < start || address >= slots[i].end)
 			continue;
-		page = (void *)(address & ~((uintptr_t)sysconf(_SC_PAGESIZE) - 1));
 		__atomic_store_n(&slots[i].memory->broken, 1, __ATOMIC_RELEASE);
-		if (mmap(page, (size_t)sysconf(_SC_PAGESIZE), PROT_READ | PROT_WRITE,
-			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) {
+		/* A huge page is replaced whole or not at all. */
+		if (replace_page(address, (uintptr_t)sysconf(_SC_PAGESIZE)) ||
+		    replace_page(address, slots[i].page)) {
 			errno = saved;
 			return;
 		}

@@ -31,7 +31,6 @@ from vfiotool.virtio.shares import Groups
 from vfiotool.virtio.vduse_service import VduseService
 
 Report = Callable[[str], None]
-_SEND_TIMEOUT_S = 5.0
 _BALANCE_S = 2.0
 # Of one export: the machine that runs, the one that takes over, and some that are on their way out.
 _MOST_CONNECTIONS = 8
@@ -290,7 +289,6 @@ class Server:
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _connect(self, export: Export, connection: socket.socket) -> None:
-        connection.settimeout(_SEND_TIMEOUT_S)
         frontend = Frontend(export.device, self.workers, export.may_run)
         self.attach(export, Connection(connection, Receiver(connection), frontend))
 
@@ -310,7 +308,8 @@ class Server:
     def attach(self, export: Export, made: Connection) -> None:
         """Take messages of a connection from now on."""
         connection = made.socket
-        connection.settimeout(_SEND_TIMEOUT_S)
+        # With a timeout, half a message or an answer that is not taken would hold up all others.
+        connection.setblocking(False)
         export.connections.append(made)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(export, made))
 
@@ -329,6 +328,8 @@ class Server:
             try:
                 descriptors = [] if descriptor is None else [descriptor]
                 sent = socket.send_fds(connection.socket, [data], descriptors)
+            except BlockingIOError:
+                sent = 0
             finally:
                 if descriptor is not None:
                     os.close(descriptor)
