@@ -15,7 +15,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, ForwardRef
 
 from vfiotool import errors
 
@@ -155,6 +155,8 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 
 def _annotation(found: Any) -> str:
+    if isinstance(found, ForwardRef):  # of a named tuple
+        return found.__forward_arg__
     return found if isinstance(found, str) else inspect.formatannotation(found)
 
 

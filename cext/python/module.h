@@ -45,6 +45,7 @@ int vt_add_handle_type(PyObject *module);
 int vt_add_mapper_type(PyObject *module);
 int vt_add_queue_type(PyObject *module);
 int vt_add_request_type(PyObject *module);
+int vt_add_turn_type(PyObject *module);
 int vt_add_window_type(PyObject *module);
 
 #endif

@@ -1,4 +1,4 @@
-/* vfiotool.native._types.QueueCalls: the calls of an NVMe queue pair that never wait, made with the
+/* vfiotool.native._types.QueueCalls: the calls of an NVMe queue pair that never wait long, made with the
  * interpreter's lock held.
  *
  * Letting go of the lock costs more than they take, and far more where several threads want it: each
@@ -9,6 +9,9 @@
 #include "python/module.h"
 
 #include "nvme/nvme_queue.h"
+
+/* With the interpreter's lock held no other thread runs: a look ends before one would notice. */
+#define LOOK_NS_MAX 1000000u
 
 typedef int submit_function(struct vt_nvme_queue *, const struct vt_nvme_io *, uint32_t);
 typedef int poll_function(struct vt_nvme_queue *, struct vt_nvme_done *, uint32_t, uint32_t,
@@ -64,10 +67,18 @@ static PyObject *submit(QueueCalls *self, PyObject *const *arguments, Py_ssize_t
 	return PyLong_FromLong(self->submit(self->queue, &io, 1));
 }
 
-static PyObject *look(QueueCalls *self, PyObject *unused)
+static PyObject *look(QueueCalls *self, PyObject *const *arguments, Py_ssize_t count)
 {
-	(void)unused;
-	return PyLong_FromLong(self->poll(self->queue, self->done, self->room, 0, 0, self->held));
+	uint64_t wait_ns = 0;
+
+	if (count > 1) {
+		PyErr_SetString(PyExc_TypeError, "look takes 1 argument at most");
+		return NULL;
+	}
+	if (count && take_number(arguments[0], LOOK_NS_MAX, &wait_ns))
+		return NULL;
+	return PyLong_FromLong(self->poll(self->queue, self->done, self->room, wait_ns != 0,
+					  wait_ns, self->held));
 }
 
 static int calls_init(QueueCalls *self, PyObject *arguments, PyObject *keywords)
@@ -112,16 +123,17 @@ static PyMethodDef calls_methods[] = {
 	  "submit($self, opcode, nsid, lba, blocks, iova, size_bytes, control, tag, /)\n--\n\n"
 	  "vt_nvme_submit of one command: 1, 0 where the queue is full, or a negative errno. Raises\n"
 	  "OverflowError for a number that its field cannot hold." },
-	{ "look", (PyCFunction)look, METH_NOARGS,
-	  "look($self, /)\n--\n\n"
-	  "vt_nvme_poll without waiting: how many completions it took, or a negative errno." },
+	{ "look", (PyCFunction)(void (*)(void))look, METH_FASTCALL,
+	  "look($self, wait_ns=0, /)\n--\n\n"
+	  "vt_nvme_poll of what is there, or until there is something for at most `wait_ns`\n"
+	  "nanoseconds, a millisecond at most: how many completions it took, or a negative errno." },
 	{ NULL, NULL, 0, NULL },
 };
 
 static PyType_Slot calls_slots[] = {
 	{ Py_tp_doc,
 	  (void *)"QueueCalls(queue, submit, poll, done, held, room, owners)\n--\n\n"
-		  "The calls of a queue pair that never wait, made with the interpreter's lock held:\n"
+		  "The calls of a queue pair that never wait long, made with the interpreter's lock held:\n"
 		  "addresses of the queue pair, of vt_nvme_submit and vt_nvme_poll, of the `room`\n"
 		  "completions that there is place for and their count. `owners` are kept." },
 	{ Py_tp_init, (void *)calls_init },

@@ -106,6 +106,8 @@ static int module_exec(PyObject *module)
 		return -1;
 	if (vt_add_direct_type(module))
 		return -1;
+	if (vt_add_turn_type(module))
+		return -1;
 	return vt_add_queue_type(module);
 }
 

@@ -34,6 +34,13 @@ import threading
 import time
 from collections import defaultdict, deque
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vfiotool.drivers.nvme import spec as nvme_spec
+
+if TYPE_CHECKING:
+    from vfiotool.drivers.nvme import Namespace, SharedQueue
+    from vfiotool.vfio import DmaBuffer
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [(size, depth) for size in (512, 4096) for depth in (1, 32)]
@@ -64,7 +71,7 @@ def outside(options: argparse.Namespace) -> int:
     inner += ["--peer", options.peer] if options.peer else []
     inner += ["--ways", *options.ways, "--depths", *map(str, options.depths)]
     inner += ["--json"] if options.json else []
-    arguments = {"qemu_arguments": hardware(), "load": ("nvme",), "vcpus": 1}
+    arguments = {"qemu_arguments": hardware(), "load": ("nvme",), "vcpus": options.vcpus}
     with Guest("basic", options.kernel, **arguments) as guest:
         sys.stderr.write(guest.describe() + "\n")
         if options.pin:
@@ -144,7 +151,6 @@ def ours(address: str, backend: str, size: int, depth: int, batch: int, seconds:
 
 
 def python_loop(address: str, backend: str, size: int, depth: int, seconds: float) -> float:
-    from vfiotool.drivers.nvme import spec as nvme_spec
     from vfiotool.drivers.nvme.batch import Batch
     from vfiotool.drivers.nvme.controller import Controller
     from vfiotool.vfio import Device
@@ -180,51 +186,60 @@ def python_loop(address: str, backend: str, size: int, depth: int, seconds: floa
     return total / spent
 
 
+def drive(
+    shared: SharedQueue,
+    disk: Namespace,
+    buffer: DmaBuffer,
+    depth: int,
+    threads: int,
+    seconds: float,
+) -> float:
+    """Reads a second of `threads` threads that keep `depth` commands out together: each waits for
+    its oldest and sends another."""
+    clock = time.perf_counter
+    totals: list[int] = []
+
+    def work(number: int, end: float) -> None:
+        lbas = random.choices(range(disk.blocks), k=1 << 12)
+        out: deque[tuple[int, int]] = deque()
+        for slot in range(number, depth, threads):
+            begun = shared.begin(nvme_spec.READ, disk, lbas[slot], 1, buffer, slot * 4096)
+            out.append((begun, slot))
+        total = 0
+        while clock() < end:
+            begun, slot = out.popleft()
+            shared.end(begun)
+            total += 1
+            lba = lbas[total & 0xFFF]
+            begun = shared.begin(nvme_spec.READ, disk, lba, 1, buffer, slot * 4096)
+            out.append((begun, slot))
+        totals.append(total)
+        for begun, _ in out:
+            shared.end(begun)
+
+    begin = clock()
+    workers = [
+        threading.Thread(target=work, args=(number, begin + seconds)) for number in range(threads)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(totals) / (clock() - begin)
+
+
 def shared_queue(
     address: str, backend: str, size: int, depth: int, seconds: float, *, threads: int
 ) -> float:
     from vfiotool.drivers.nvme import SharedQueue
-    from vfiotool.drivers.nvme import spec as nvme_spec
     from vfiotool.drivers.nvme.controller import Controller
     from vfiotool.vfio import Device
 
     with Device.open(address, backend=backend) as device:
         controller = Controller(device)
-        disk, clock = controller.namespace(1), time.perf_counter
         buffer = device.dma.alloc(depth * 4096)
-        totals: list[int] = []
-
-        def work(number: int, shared: SharedQueue, end: float) -> None:
-            lbas = random.choices(range(disk.blocks), k=1 << 12)
-            out: deque[tuple[int, int]] = deque()
-            mine = range(number, depth, threads)
-            for slot in mine:
-                begun = shared.begin(nvme_spec.READ, disk, lbas[slot], 1, buffer, slot * 4096)
-                out.append((begun, slot))
-            total = 0
-            while clock() < end:
-                begun, slot = out.popleft()
-                shared.end(begun)
-                total += 1
-                lba = lbas[total & 0xFFF]
-                begun = shared.begin(nvme_spec.READ, disk, lba, 1, buffer, slot * 4096)
-                out.append((begun, slot))
-            totals.append(total)
-            for begun, _ in out:
-                shared.end(begun)
-
         with SharedQueue(controller.create_queue(128)) as shared:
-            begin = clock()
-            workers = [
-                threading.Thread(target=work, args=(number, shared, begin + seconds))
-                for number in range(threads)
-            ]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            spent = clock() - begin
-    return sum(totals) / spent
+            return drive(shared, controller.namespace(1), buffer, depth, threads, seconds)
 
 
 def inside(options: argparse.Namespace) -> int:
@@ -248,6 +263,7 @@ def inside(options: argparse.Namespace) -> int:
             if depth > 1 and "Python" in options.ways:
                 rate = python_loop(disk, options.backend, size, depth, seconds)
                 seen[*key, "Python"].append(rate)
+            if depth > 1 and "shared" in options.ways:
                 for threads in (1, 4):
                     rate = shared_queue(
                         disk, options.backend, size, depth, seconds, threads=threads
@@ -297,10 +313,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--peer", help="another program's command line, see above")
-    ways = ["kernel", "Python"]
+    ways = ["kernel", "Python", "shared"]
     parser.add_argument("--ways", nargs="*", default=ways, choices=ways, help="beside C and peer")
     parser.add_argument("--depths", nargs="*", type=int, default=[1, 32])
     parser.add_argument("--pin", action="store_true", help="one processor each: guest, QEMU")
+    parser.add_argument("--vcpus", type=int, default=1, help="for shared: two or more")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

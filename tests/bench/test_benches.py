@@ -26,3 +26,10 @@ def test_registers_are_measured_against_c() -> None:
 def test_starting_is_measured_against_python() -> None:
     lines = printed("startup", "--runs", "1").splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["python", "--version"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_a_shared_queue_is_measured_with_one_thread_and_with_four() -> None:
+    lines = printed("shared_queue", "--rounds", "1", "--seconds", "0.05", "--delays-us", "0")
+    assert "four to one" in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 
 import pytest
 
@@ -41,6 +42,21 @@ def test_commands_are_sent_and_taken_as_by_the_library(memory: mmap.mmap, queue:
     assert calls.submit(2, 1, 40, 8, 0x10002, 4096, 0, 1) == -22  # no multiple of four
     assert lib.vt_nvme_stop(queue) == 0
     assert calls.submit(2, 1, 40, 8, 0, 0, 0, 1) < 0 and calls.look() < 0
+
+
+def test_a_look_waits_for_a_moment_where_it_is_asked_to(memory: mmap.mmap, queue: object) -> None:
+    calls = queue_calls(queue, ffi.new("struct vt_nvme_done[]", 3), 3, ffi.new("uint32_t *"))
+    assert calls.submit(2, 1, 40, 8, 0x10000, 4096, 0, 7) == 1
+    begun = time.monotonic_ns()
+    assert calls.look(1_000_000) == 0
+    assert time.monotonic_ns() - begun >= 900_000
+    memory[4096 + 10 : 4096 + 16] = b"\1\0" + memory[2:4] + b"\1\0"
+    assert calls.look(1_000_000) == 1
+    for wrong in (-1, 1_000_001):
+        with pytest.raises(OverflowError):
+            calls.look(wrong)
+    with pytest.raises(TypeError):
+        calls.look(0, 0)  # type: ignore[call-arg]
 
 
 def test_numbers_that_do_not_fit_are_refused(queue: object) -> None:

@@ -21,7 +21,7 @@ from vfiotool.errors import (
     errno_name,
 )
 from vfiotool.native import _types
-from vfiotool.native._types import Mapper, QueueCalls, fork_generation, irq_action
+from vfiotool.native._types import Mapper, QueueCalls, TurnLock, fork_generation, irq_action
 
 try:
     from vfiotool.native._library import ffi, lib
@@ -31,7 +31,17 @@ except ImportError as _missing:  # pragma: no cover - a broken installation
         hint="install vfiotool with a C compiler at hand: pip install .",
     ) from _missing
 
-__all__ = ["Eventfd", "Handle", "Mapper", "Window", "ffi", "fork_generation", "irq_action", "lib"]
+__all__ = [
+    "Eventfd",
+    "Handle",
+    "Mapper",
+    "TurnLock",
+    "Window",
+    "ffi",
+    "fork_generation",
+    "irq_action",
+    "lib",
+]
 
 WINDOW_READ = 1
 WINDOW_WRITE = 2

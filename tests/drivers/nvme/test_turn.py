@@ -64,6 +64,20 @@ def test_one_is_woken_to_look_after_the_others() -> None:
     waiters.join()
 
 
+def test_nobody_else_is_woken_while_the_one_that_was_chosen_is_on_its_way() -> None:
+    waiters = Waiters(3)
+    with waiters.turn.lock:
+        waiters.turn.wake_one()
+        waiters.turn.wake_one()
+        assert waiters.turn.waiting == 2
+    waiters.until(lambda: len(waiters.back) == 1)
+    with waiters.turn.lock:
+        waiters.turn.wake_one()
+    waiters.until(lambda: len(waiters.back) == 2)
+    assert waiters.turn.waiting == 1
+    waiters.join()
+
+
 def test_a_wait_ends_by_its_time_and_leaves_nothing() -> None:
     turn = Turn()
     with turn.lock:
@@ -78,9 +92,9 @@ def is_free(turn: Turn) -> bool:
     seen: list[bool] = []
 
     def try_it() -> None:
-        seen.append(turn.lock.acquire(blocking=False))
+        seen.append(turn.lock.try_enter())
         if seen[0]:
-            turn.lock.release()
+            turn.lock.__exit__(None, None, None)
 
     thread = threading.Thread(target=try_it)
     thread.start()

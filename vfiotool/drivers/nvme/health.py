@@ -42,7 +42,8 @@ class Health:
     def refuse_child(self) -> None:
         """Raises UsageError in a child process. Before any lock is taken: there it may be held for
         ever, by a thread that is the parent's."""
-        refuse_child(self._generation)
+        if self._generation != fork_generation():
+            refuse_child(self._generation)
 
     def tell(self, failure: str | None) -> None:
         """What a reset makes of it: what others read from the registers before is out of date."""

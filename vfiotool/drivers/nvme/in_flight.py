@@ -204,10 +204,10 @@ class InFlight:
         self.gather()
         self.settle()
 
-    def gather(self, least: int = 0, timeout_s: float = 0.0) -> int:
+    def gather(self, least: int = 0, timeout_s: float = 0.0, spin_ns: int = 0) -> int:
         """As `QueuePair.gather`; a queue that a reset in another thread stopped is told as that."""
         try:
-            return self.pair.gather(least, timeout_s)
+            return self.pair.gather(least, timeout_s, spin_ns)
         except UsageError:
             self.health.refuse()  # says more than "closed"
             raise

@@ -102,21 +102,7 @@ class IoQueue:
             if buffer.closed:
                 raise UsageError("the DMA buffer is closed")
             iova = buffer.iova + offset
-        pair, nsid = self.pair, disk.nsid
-
-        def send(number: int) -> bool:
-            return pair.submit(
-                opcode,
-                nsid,
-                lba=lba,
-                blocks=blocks,
-                iova=iova,
-                size_bytes=size,
-                control=control,
-                tag=number,
-            )
-
-        return send
+        return self.pair.sender(opcode, disk.nsid, lba, blocks, iova, size, control)
 
     def send(
         self,

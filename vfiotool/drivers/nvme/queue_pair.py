@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.load import Load, LoadReport, job_of, report_of
@@ -36,8 +36,7 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A command that is done. `status` 0 is success, otherwise type << 8 | code (Base
     Specification 2.0, 4.2.3), with "more" in bit 13 and "do not retry" in bit 14; `result` is
     dword 0 of the entry."""
@@ -221,22 +220,42 @@ class QueuePair:
         sent = self._calls.submit(opcode, nsid, lba, blocks, iova, size_bytes, control, tag)
         return self._check(sent) == 1
 
+    def sender(
+        self,
+        opcode: int,
+        nsid: int,
+        lba: int,
+        blocks: int,
+        iova: int,
+        size_bytes: int,
+        control: int,
+    ) -> Callable[[int], bool]:
+        """`submit` of one command, for whoever has its tag: in as few steps as can be."""
+        submit, check = self._calls.submit, self._check
+
+        def send(tag: int) -> bool:
+            sent = submit(opcode, nsid, lba, blocks, iova, size_bytes, control, tag)
+            return sent == 1 or check(sent) == 1
+
+        return send
+
     def submit_raw(self, command: bytes, tag: int = 0) -> bool:
         """Send 64 bytes as they are, but for the command identifier. False where it is full."""
         if len(command) != COMMAND_BYTES:
             raise UsageError(f"a command has {COMMAND_BYTES} bytes, not {len(command)}")
         return self._check(lib.vt_nvme_submit_raw(self._queue, command, tag)) == 1
 
-    def gather(self, least: int = 0, timeout_s: float = 0.0) -> int:
+    def gather(self, least: int = 0, timeout_s: float = 0.0, spin_ns: int = 0) -> int:
         """Move completions into `ready`: those that are there; with `timeout_s` wait until there
-        are `least`, for at most a slice of time. Returns how many came."""
+        are `least`, for at most a slice of time; with `spin_ns` until there is one, for so many
+        nanoseconds in which no other thread of Python runs. Returns how many came."""
         self._absorb()
         if least > 0 and timeout_s > 0:
             wait_ns = round(min(timeout_s, SLICE_S) * 1e9)
             queue, done, held = self._queue, self._done, self._held
             result = lib.vt_nvme_poll(queue, done, self.depth, least, wait_ns, held)
         else:
-            result = self._calls.look()
+            result = self._calls.look(spin_ns)
         count = self._check(result)
         if count:
             self._absorb()

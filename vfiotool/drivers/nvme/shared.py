@@ -28,6 +28,11 @@ from vfiotool.vfio import DmaBuffer
 _EAGER = 2000
 _PAUSE_S = 5e-5
 _FOLLOWER_S = 0.05
+_YIELD, _REST = partial(time.sleep, 0), partial(time.sleep, _PAUSE_S)
+# What comes so soon is waited for without letting another thread run: to change threads twice costs
+# as much. After looks in vain such waits are left out, each time twice as many.
+_SPIN_NS = 20_000
+_LEFT_OUT_MAX = 64
 
 
 class SharedInFlight:
@@ -38,6 +43,7 @@ class SharedInFlight:
         self._turn = Turn()
         self._leading = False
         self._closed = False
+        self._left_out = self._leave_out = 0
         commands.turn = self._turn
 
     def call(
@@ -68,13 +74,30 @@ class SharedInFlight:
                 if number := self.commands.start(send, holds=holds, call=True):
                     return number
 
+    def begin(self, send: Send, holds: Sequence[DmaBuffer]) -> int:
+        """Send a command if there is room now; its number, for `result`, or 0."""
+        commands = self.commands
+        commands.health.refuse_child()
+        with self._turn.lock:
+            self._refuse_closed()
+            if self._turn.waiting:
+                self._take()  # those whose wait is over wake up while this thread goes on
+            if commands.pair.in_flight == commands.pair.depth:
+                return 0
+            return commands.start(send, holds=holds, call=True)
+
+    def ended(self, number: int) -> Completion | None:
+        """The completion of command `number` if it was taken already; not in the lock, for which
+        others may stand in line."""
+        self.commands.health.refuse_child()
+        return self.commands.results.pop(number, None)
+
     def result(self, number: int, deadline: Deadline, what: str) -> Completion:
         """The completion of command `number`. Raises KernelError when it did not come in time;
         if it comes later it is put aside."""
         results = self.commands.results
-        self.commands.health.refuse_child()
-        if (done := results.pop(number, None)) is not None:
-            return done  # without the lock, for which others may stand in line
+        if (done := self.ended(number)) is not None:
+            return done
         try:
             with self._turn.lock:
                 if self._until(lambda: number in results, deadline, what):
@@ -111,34 +134,58 @@ class SharedInFlight:
             self._take()
 
     def _until(self, over: Callable[[], bool], deadline: Deadline, what: str) -> bool:
-        while not over():
-            self._refuse_closed()
-            # Whoever has the lock looks, also while another thread waits for all.
-            if self._take():
-                continue
-            self.commands.health.watch(deadline, what)
-            if deadline.passed:
-                return False
-            if self._leading and not self._turn.is_kept:
-                self._turn.wait(over, min(deadline.left(), _FOLLOWER_S))
-                continue
-            self._leading = True
-            try:
-                self._lead(over, deadline, what)
-            finally:
-                self._leading = False
+        try:
+            while not over():
+                self._refuse_closed()
+                # Whoever has the lock looks, also while another thread waits for all.
+                if self._take() or self._spin(over):
+                    continue
+                self.commands.health.watch(deadline, what)
+                if deadline.passed:
+                    return False
+                if self._leading and not self._turn.is_kept:
+                    self._turn.wait(over, min(deadline.left(), _FOLLOWER_S))
+                else:
+                    self._lead(over, deadline, what)
+            return True
+        finally:
+            # Also who was chosen to look for the others, and need not wait any more.
+            if not self._leading:
                 self._turn.wake_one()
-        return True
 
-    def _take(self) -> int:
+    def _spin(self, over: Callable[[], bool]) -> bool:
+        """Look for a moment, without pause: whether that ended the wait."""
+        if self.commands.interrupt is not None:
+            return False
+        if self._left_out < self._leave_out:
+            self._left_out += 1
+            return False
+        left = _SPIN_NS
+        end = time.monotonic_ns() + left
+        while left > 0:
+            if self._take(left) and over():
+                self._left_out = self._leave_out = 0
+                return True
+            left = end - time.monotonic_ns()
+        self._left_out, self._leave_out = 0, min(2 * self._leave_out + 1, _LEFT_OUT_MAX)
+        return False
+
+    def _take(self, spin_ns: int = 0) -> int:
         """Take what has come, for everybody."""
-        taken = self.commands.gather()
+        taken = self.commands.gather(spin_ns=spin_ns)
         self.commands.settle()
         if taken:
             self._turn.wake()
         return taken
 
     def _lead(self, over: Callable[[], bool], deadline: Deadline, what: str) -> None:
+        before, self._leading = self._leading, True
+        try:
+            self._watch(over, deadline, what)
+        finally:
+            self._leading = before
+
+    def _watch(self, over: Callable[[], bool], deadline: Deadline, what: str) -> None:
         commands = self.commands
         looks = 0
         while not over() and not deadline.passed:
@@ -151,7 +198,7 @@ class SharedInFlight:
             if (interrupt := commands.interrupt) is not None:
                 self._turn.without(partial(interrupt.wait, min(deadline.left(), _FOLLOWER_S)))
             else:
-                self._turn.without(partial(time.sleep, 0 if looks < _EAGER else _PAUSE_S))
+                self._turn.without(_YIELD if looks < _EAGER else _REST)
 
 
 class SharedQueue:
@@ -184,12 +231,19 @@ class SharedQueue:
         """Send a command as `IoQueue.send`, waiting for room; the number for `end`."""
         send = self.queue.sender(opcode, disk, lba, blocks, buffer, offset, control)
         holds = () if buffer is None else (buffer,)
-        return self._shared.start(send, Deadline(timeout_s), f"opcode {opcode:#x}", holds)
+        deadline = None if timeout_s is IO_TIMEOUT_S else Deadline(timeout_s)
+        if number := self._shared.begin(send, holds):
+            return number
+        what = f"opcode {opcode:#x}"
+        return self._shared.start(send, deadline or Deadline(timeout_s), what, holds)
 
     def end(self, number: int, timeout_s: float | None = IO_TIMEOUT_S) -> Completion:
         """Wait for the command that `begin` sent, once. Raises KernelError with the controller's
         words if it failed, and ETIMEDOUT."""
-        done = self._shared.result(number, Deadline(timeout_s), "a command")
+        deadline = None if timeout_s is IO_TIMEOUT_S else Deadline(timeout_s)
+        done = self._shared.ended(number)
+        if done is None:
+            done = self._shared.result(number, deadline or Deadline(timeout_s), "a command")
         if done.status:
             raise failed_with(done.status, "a command")
         return done

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, RLock, get_ident
+from threading import Lock, get_ident
+
+from vfiotool.native.library import TurnLock
 
 Over = Callable[[], bool]
 
@@ -19,10 +21,12 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self.lock = RLock()
+        self.lock = TurnLock()
         self.is_kept = False
         # Of each thread that waits: what it waits for, and the lock that holds it up.
         self._waiting: dict[int, tuple[Over, Lock]] = {}
+        # `wake_one`'s choice, until it has the lock.
+        self._chosen: int | None = None
 
     @property
     def waiting(self) -> int:
@@ -45,15 +49,7 @@ class Turn:
         if self.is_kept:
             act()
             return
-        try:
-            self.lock.release()
-            act()
-        finally:
-            # As threading.Condition takes its lock back: no signal ends this early.
-            if self.lock._is_owned():  # type: ignore[attr-defined]
-                self.lock.acquire()
-            else:
-                self.lock._acquire_restore((1, get_ident()))  # type: ignore[attr-defined]
+        self.lock.without(act)
 
     def wait(self, over: Over, timeout_s: float) -> None:
         """Let go of the lock until `over()` was seen by a `wake`, or one was `wake_one`'s choice,
@@ -66,6 +62,8 @@ class Turn:
             self.without(lambda: gate.acquire(timeout=timeout_s))
         finally:
             self._waiting.pop(me, None)
+            if self._chosen == me:
+                self._chosen = None
 
     def wake(self) -> None:
         """Wake those whose wait is over."""
@@ -74,9 +72,12 @@ class Turn:
                 self._open(thread)
 
     def wake_one(self) -> None:
-        """Wake one more, who looks after the others from now on."""
-        for thread in list(self._waiting)[:1]:
-            self._open(thread)
+        """Wake one more, who looks after the others from now on; nobody while one that was chosen
+        is on its way."""
+        if self._chosen is None:
+            for thread in list(self._waiting)[:1]:
+                self._chosen = thread
+                self._open(thread)
 
     def wake_all(self) -> None:
         """Wake all, whatever they wait for."""
