@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "virtio/direct.h"
 
+#include "virtio/ring_state.h"
 #include "virtio/signal.h"
 
 #include <errno.h>
@@ -45,6 +46,15 @@ static int take_call(struct vt_direct *queue, int call_fd)
 	return 0;
 }
 
+static void signal_driver(struct vt_direct *queue)
+{
+	if (vt_signal(queue->call_fd))
+		return;
+	close(queue->call_fd);
+	queue->call_fd = -1;
+	vt_ring_breaks(queue->ring, VT_SIGNAL_BLOCKS);
+}
+
 int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct **queue)
 {
 	struct vt_direct *made = calloc(1, sizeof(*made));
@@ -69,7 +79,7 @@ int vt_direct_start(const struct vt_direct_settings *settings, struct vt_direct 
 		return result;
 	}
 	/* Who served it before may have ended between showing a completion and signalling it. */
-	vt_signal(made->call_fd);
+	signal_driver(made);
 	*queue = made;
 	return 0;
 }
@@ -104,7 +114,7 @@ int vt_direct_complete(struct vt_direct *queue, const struct vt_memory *memory,
 void vt_direct_publish(struct vt_direct *queue)
 {
 	if (vt_ring_publish(queue->ring))
-		vt_signal(queue->call_fd);
+		signal_driver(queue);
 }
 
 bool vt_direct_notify(struct vt_direct *queue, bool on)
@@ -141,7 +151,7 @@ int vt_direct_set_call(struct vt_direct *queue, int call_fd)
 	int result = take_call(queue, call_fd);
 
 	if (!result)
-		vt_signal(queue->call_fd);
+		signal_driver(queue);
 	return result;
 }
 

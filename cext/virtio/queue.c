@@ -61,6 +61,8 @@ static int run_start(struct vt_command *command)
 	queue->worked_at = vt_now_ns();
 	queue->window_ns = queue->worker->poll_ns;
 	vt_queue_wake(queue);
+	/* Who served it before may have ended between showing a completion and signalling it. */
+	vt_queue_signal(queue);
 	return 0;
 }
 
@@ -107,8 +109,6 @@ int vt_queue_start(struct vt_worker *worker, const struct vt_queue_settings *set
 		free_queue(made);
 		return result;
 	}
-	/* Who served it before may have ended between showing a completion and signalling it. */
-	vt_queue_signal(made);
 	*queue = made;
 	return 0;
 }

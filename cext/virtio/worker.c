@@ -47,11 +47,16 @@ void vt_count(uint64_t *counter)
 
 void vt_queue_signal(struct vt_queue *queue)
 {
-	/* It fails when the driver has taken its interrupt away, which is its affair. */
-	if (!queue->call_is_vduse)
-		vt_signal(queue->call_fd);
-	else if (queue->call_fd >= 0 && vt_ioctl(queue->call_fd, INJECT_IRQ, &queue->call_index) < 0)
-		return;
+	if (queue->call_is_vduse) {
+		/* It fails when the driver has taken its interrupt away, which is its affair. */
+		if (queue->call_fd < 0 ||
+		    vt_ioctl(queue->call_fd, INJECT_IRQ, &queue->call_index) < 0)
+			return;
+	} else if (!vt_signal(queue->call_fd)) {
+		close(queue->call_fd);
+		queue->call_fd = -1;
+		vt_queue_breaks(queue, VT_SIGNAL_BLOCKS);
+	}
 }
 
 void vt_queue_breaks(struct vt_queue *queue, const char *why)
@@ -438,7 +443,7 @@ int vt_worker_ask(struct vt_worker *worker, struct vt_command *command)
 	for (at = &worker->commands; *at; at = &(*at)->next)
 		;
 	*at = command;
-	vt_signal(worker->mailbox);
+	eventfd_write(worker->mailbox, 1);
 	while (!command->done)
 		pthread_cond_wait(&worker->answered, &worker->lock);
 	pthread_mutex_unlock(&worker->lock);

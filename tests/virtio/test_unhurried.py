@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.virtio.frontend import GUEST, USER, Closed, Frontend
+from tests.virtio.frontend import DATA, GUEST, T_IN, USER, Closed, Frontend
 from tests.virtio.test_serve import EXPORT, connect, running
 from vfiotool.virtio.message import VhostRequest
 
@@ -61,6 +61,48 @@ def test_answers_that_nobody_takes_hold_nobody_up(tmp_path: Path) -> None:
             while True:
                 bad.sendall(struct.pack("<III", VhostRequest.GET_FEATURES, 1, 0))
         honest.ask(VhostRequest.GET_FEATURES)
+
+
+def test_an_interrupt_that_blocks_holds_nobody_up(tmp_path: Path) -> None:
+    """An eventfd's mode is shared with the driver, who can fill it too: a write waits then."""
+    with two(tmp_path) as (honest, path):
+        bad = Frontend(str(path))
+        bad.up()
+        ring = bad.rings[0]
+        os.set_blocking(ring.call, True)
+        os.eventfd_read(ring.call)
+        os.eventfd_write(ring.call, (1 << 64) - 2)
+        bad.memory[DATA : DATA + 16] = struct.pack("<IIQ", T_IN, 0, 0)
+        bad.put(ring, 0, [(DATA, 16, False), (DATA + 32, 512, True), (DATA + 16, 1, True)])
+        bad.add(ring, 0)
+        while bad.u16(ring.at + 0x2002) == 0:
+            assert honest.write(1, b"w" * 512) == 0
+        assert honest.write(1, b"w" * 512) == 0
+        # Nothing is served that cannot be told of.
+        bad.add(ring, 0)
+        assert honest.write(1, b"w" * 512) == 0
+        bad.stop()
+        assert bad.u16(ring.at + 0x2002) == 1
+        bad.close()
+
+
+def test_an_interrupt_is_an_eventfd(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    requests = (
+        VhostRequest.SET_VRING_CALL,
+        VhostRequest.SET_VRING_KICK,
+        VhostRequest.SET_VRING_ERR,
+    )
+    with two(tmp_path) as (_, path):
+        for request in requests:
+            bad = Frontend(str(path))
+            bad.negotiate()
+            bad.send(request, struct.pack("<Q", 0), [writer])
+            with pytest.raises(Closed):
+                bad.receive()
+            bad.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_huge_pages_that_go_away_break_one_device(tmp_path: Path) -> None:

@@ -501,7 +501,7 @@ class Frontend:
         self._vring(index)
         if has_descriptor != bool(message.descriptors):
             raise ProtocolError(f"{message.request.name}: the descriptor does not fit its flag")
-        return index, message.take() if has_descriptor else None
+        return index, message.take_eventfd() if has_descriptor else None
 
     def _set_vring_enable(self, message: VhostMessage) -> None:
         index, enabled = parse_state(message.payload)

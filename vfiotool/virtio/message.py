@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
@@ -96,6 +97,13 @@ class VhostMessage:
     def take(self) -> int:
         """The first descriptor, which the caller closes from now on."""
         return self.descriptors.pop(0)
+
+    def take_eventfd(self) -> int:
+        """As `take`; raises ProtocolError for a file, a pipe or a socket: a write to such a thing
+        can last as long as its other end likes."""
+        if kind := stat.S_IFMT(os.fstat(self.descriptors[0]).st_mode):
+            raise ProtocolError(f"{self.request.name}: not an eventfd (file type {kind:#o})")
+        return self.take()
 
     def close(self) -> None:
         while self.descriptors:
