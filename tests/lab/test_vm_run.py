@@ -112,6 +112,9 @@ class Devices:
         stack.callback(vfiotool, "vf", "set", PF, "0")
         interface = next((PCI / PF / "net").iterdir()).name
         subprocess.run(["ip", "link", "set", interface, "vf", "0", "mac", MAC], check=True)
+        # A PF that is down does not answer its VFs, which then make up an address.
+        subprocess.run(["ip", "link", "set", interface, "up"], check=True)
+        stack.callback(subprocess.run, ["ip", "link", "set", interface, "down"], check=True)
         vfiotool("bind", VF)
         stack.callback(vfiotool, "release", VF)
         self.names.append(VF)
@@ -128,6 +131,8 @@ class Devices:
         node = Path("/dev/vhost-vdpa-0")
         words = ("vduse-blk", "vd0", "--blk-file", str(folder / "vd0.raw"), "--attach", "vhost")
         stack.enter_context(served(*words, ready=node))
+        # It outlives its server, which may be followed by another.
+        stack.callback(vfiotool, "vdpa", "remove", "vd0")
         self.names += [f"vhost-user-blk:{socket}", "vdpa:vd0"]
         self.digests[str(socket)] = self.digests.pop("vm1")
 

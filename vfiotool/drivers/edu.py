@@ -118,14 +118,17 @@ def demo(device: Device) -> Iterator[Check]:
     result = edu.factorial(10)
     yield Check("factorial", result == factorial(10), f"10! = {result}, by interrupt")
 
-    with device.dma.alloc(2 * BUFFER_SIZE, limit_bits=ADDRESS_BITS) as memory:
-        sent = os.urandom(BUFFER_SIZE)
-        memory.view[:BUFFER_SIZE] = sent
-        edu.dma(memory.iova, 0, BUFFER_SIZE, to_memory=False)
-        edu.dma(memory.iova + BUFFER_SIZE, 0, BUFFER_SIZE, to_memory=True)
-        back = bytes(memory.view[BUFFER_SIZE:])
+    # Not the whole buffer: QEMU 7.2 ends, with all of its guest, when a transfer reaches the last
+    # byte of it (hw/misc/edu.c, edu_check_range).
+    size = BUFFER_SIZE // 2
+    with device.dma.alloc(2 * size, limit_bits=ADDRESS_BITS) as memory:
+        sent = os.urandom(size)
+        memory.view[:size] = sent
+        edu.dma(memory.iova, 0, size, to_memory=False)
+        edu.dma(memory.iova + size, 0, size, to_memory=True)
+        back = bytes(memory.view[size : 2 * size])
         wrong = sum(a != b for a, b in zip(sent, back, strict=True))
-        where = f"{BUFFER_SIZE} bytes to the device and back at {memory.iova:#x}"
+        where = f"{size} bytes to the device and back at {memory.iova:#x}"
         yield Check("dma", wrong == 0, f"{where}: {wrong} differ")
 
     registers.interrupt_raise.write(0x42)
