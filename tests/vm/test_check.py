@@ -402,6 +402,26 @@ def test_whether_the_vm_can_be_migrated(driver: str, features: str | None, words
     assert found is not None and words in found.detail and found.severity == "note"
 
 
+VF = "0000:01:10.0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "down"), [(("0x1002",), True), (("0x1003",), False), (("0x2", "0x3"), False)]
+)
+def test_a_vf_whose_pf_is_down(flags: tuple[str, ...], down: bool) -> None:
+    machine = Machine().card()
+    for number, text in enumerate(flags):
+        machine.small.file(f"{machine.path}/net/eth{number}/flags", text)
+        machine.small.file(f"/sys/class/net/eth{number}/flags", text)
+    machine.card(address=VF, group=2)
+    machine.small.link(f"{machine.path}/physfn", f"../{CARD}")
+    found = machine.one("pf-down", VF)
+    assert (found is not None) == down
+    if found is not None:
+        assert (found.severity, found.next) == ("warning", "ip link set eth0 up")
+    assert machine.one("pf-down", CARD) is None
+
+
 def test_who_holds_the_group_is_named_with_the_command_that_shows_it() -> None:
     machine = Machine().card()
     machine.small.file("/proc/vfiotool/open-nodes", "42\tqemu\t/dev/vfio/1\tchar/241:0\n.")

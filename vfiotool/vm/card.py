@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from vfiotool.devices.pci import PciFunction
-from vfiotool.host.paths import PROC_IOMEM, SYS_DEBUG_VFIO, SYS_MDEV_DEVICES, SYS_PCI_DEVICES
+from vfiotool.host.paths import (
+    PROC_IOMEM,
+    SYS_DEBUG_VFIO,
+    SYS_MDEV_DEVICES,
+    SYS_NET,
+    SYS_PCI_DEVICES,
+)
 from vfiotool.vm.facts import ReadyCheck
 from vfiotool.vm.finding import (
     BLOCKER,
@@ -71,6 +77,7 @@ def judge_card(
         found += _graphics(function, wanted)
         found += _other_functions(check, chosen)
         found += _returning(check, chosen)
+        found += _interface(check)
     found += _migration(check)
     return found
 
@@ -99,6 +106,21 @@ def _served(check: ReadyCheck, wanted: WantedGuest) -> list[PreflightFinding]:
         finding(device.name, "shared-memory", NOTE, detail, f"{device.model} {device.path}", share)
     )
     return found
+
+
+def _interface(check: ReadyCheck) -> list[PreflightFinding]:
+    """A VF asks its PF for its address and its link; one that is down does not answer."""
+    if not check.interfaces_down:
+        return []
+    name = check.interfaces_down[0]
+    detail = (
+        f"its PF's interface {name} is down: the VM's has no link, and makes up a MAC address in "
+        "place of the one that was set"
+    )
+    evidence = f"{SYS_NET}/{name}/flags: not up"
+    return [
+        finding(check.device.name, "pf-down", WARNING, detail, evidence, f"ip link set {name} up")
+    ]
 
 
 def _reset(

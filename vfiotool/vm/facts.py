@@ -20,7 +20,9 @@ from vfiotool.host.paths import (
     SYS_DEBUG_VFIO,
     SYS_IOMMU,
     SYS_MODULE,
+    SYS_NET,
     SYS_NODES,
+    SYS_PCI_DEVICES,
 )
 from vfiotool.usage.case import Case, CaseReader
 from vfiotool.vm.handed import Handed
@@ -28,6 +30,7 @@ from vfiotool.vm.machine import GuestMachine, machine_of
 
 # drivers/vfio/vfio_iommu_type1.c, dma_entry_limit.
 DEFAULT_MAPPINGS = 65535
+_HEXADECIMAL = re.compile("0x[0-9a-f]{1,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,8 @@ class ReadyCheck:
 
     `card` has the other functions of its slot, `bus` those on its bus (VFs left out in both),
     `members` the functions of its group; `features` what the kernel's debugfs says of migration;
-    `missing_node` is the device node that is not there though it should be.
+    `missing_node` is the device node that is not there though it should be; `interfaces_down` are
+    the interfaces of a VF's PF, where all of them are down.
     """
 
     device: Handed
@@ -89,6 +93,7 @@ class ReadyCheck:
     features: str | None
     missing_node: str | None
     exists: bool = True
+    interfaces_down: tuple[str, ...] = ()
 
 
 def read_machine(host: Host, *, users: bool = True) -> MachineFacts:
@@ -151,7 +156,19 @@ def _read_check(host: Host, inventory: Inventory, reader: CaseReader, device: Ha
         ),
         features=host.read(f"{SYS_DEBUG_VFIO}/{device.name}/migration/features"),
         missing_node=node if missing else None,
+        interfaces_down=_interfaces_down(host, function),
     )
+
+
+def _interfaces_down(host: Host, function: PciFunction | None) -> tuple[str, ...]:
+    """The interfaces of a VF's PF, if it has some and none is up."""
+    if function is None or function.physfn is None:
+        return ()
+    names = host.listdir(f"{SYS_PCI_DEVICES}/{function.physfn}/net")
+    flags = [host.read(f"{SYS_NET}/{name}/flags") or "" for name in names]
+    # include/uapi/linux/if.h: IFF_UP is bit 0, of a number that sysfs shows in hexadecimal.
+    known = [int(text, 16) for text in flags if _HEXADECIMAL.fullmatch(text)]
+    return tuple(names) if len(known) == len(names) and not any(f & 1 for f in known) else ()
 
 
 def _slot(address: str) -> str:
