@@ -149,21 +149,24 @@ def test_linux_drives_python_devices_that_are_killed(tmp_path: Path) -> None:
     with image.open("wb") as file:
         file.truncate(48 * MIB)
     done: list[Completed] = []
-    ended = threading.Event()
+    up, ended = threading.Event(), threading.Event()
 
     def run() -> None:
         try:
             options = {"qemu_arguments": arguments(tmp_path), "newer_qemu": True}
             with Guest("basic", KERNEL, **options) as guest:
+                up.set()
                 done.append(guest.exec(["sh", "-c", WORK], timeout_s=1500))
         finally:
+            up.set()
             ended.set()
 
     kills = 0
     with devices(tmp_path, image) as servers:
         thread = threading.Thread(target=run)
         thread.start()
-        # The first ones meet the firmware.
+        # QEMU ends if a server does while it makes its device.
+        up.wait()
         while not ended.wait(5.0):
             number = (0, 1, 0, 2)[kills % 4]
             servers[number].kill()
@@ -189,7 +192,7 @@ def test_two_guests_talk_through_the_switch(tmp_path: Path) -> None:
             *SHARED,
             *("-chardev", f"socket,id=net,path={paths[number - 1]}"),
             *("-netdev", "vhost-user,id=net0,chardev=net"),
-            *("-device", f"virtio-net-pci,netdev=net0,mac=52:54:00:00:09:0{number}"),
+            *("-device", f"virtio-net-pci,netdev=net0,mac=52:54:00:00:09:0{number},romfile="),
         )
         script = NET.replace("NUMBER", str(number))
         with Guest("basic", KERNEL, qemu_arguments=words) as guest:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from vfiotool.devices.pci import read_function
 from vfiotool.lab.machines import Iommu
 from vfiotool.models import Resource, parse_resources
 from vfiotool.snapshot.load import open_root
@@ -86,6 +87,7 @@ def read_twin_host(path: str) -> TwinHost:
         root = next((part for part in parts if part.startswith("pci")), "pci0000:00")
         config = _bytes(host, f"{place}/config")
         word = host.read(f"{place}/class") or "0"
+        function = read_function(host, address)
         functions.append(
             TwinFunction(
                 address=address,
@@ -101,7 +103,7 @@ def read_twin_host(path: str) -> TwinHost:
                 numa_node=host.read_int(f"{place}/numa_node") or 0,
                 physfn=host.linkname(f"{place}/physfn"),
                 serial=_serial(host, place),
-                driver=host.linkname(f"{place}/driver"),
+                driver=None if function is None else function.driver,
                 is_vf=host.exists(f"{place}/physfn"),
                 vfs=host.read_int(f"{place}/sriov_totalvfs") or 0,
                 acs_on=_acs(config),

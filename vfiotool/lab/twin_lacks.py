@@ -38,6 +38,11 @@ LACKS = {
         LackKind("bus-number", "buses are numbered by the twin's firmware"),
         LackKind("numa", "q35 tells no NUMA node for its own root bus"),
         LackKind("reserved", "direct reserved regions are the firmware's", _JUDGED),
+        LackKind(
+            "no-group",
+            "behind a virtio IOMMU a device gets its group when a driver first looks at it",
+            (*GROUP, *_JUDGED),
+        ),
         LackKind("iommu-width", "QEMU's IOMMU has 39 or 48 bits"),
         LackKind(
             "virtual-functions",

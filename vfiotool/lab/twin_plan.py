@@ -142,6 +142,12 @@ def plan_twin(
             "numa",
             f"root bus {first}: its devices have no NUMA node, as q35 tells none for its own",
         )
+    apart = [one.address for one in host.functions if one.group is None]
+    if host.iommu == "virtio" and apart:
+        making.lack(
+            "no-group",
+            f"{', '.join(apart)}: no group on the host, as no driver looked at it there",
+        )
     if host.reserved:
         groups = ", ".join(host.reserved)
         making.lack(
