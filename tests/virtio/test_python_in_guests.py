@@ -130,17 +130,23 @@ def start(folder: Path, number: int, image: Path) -> subprocess.Popen[bytes]:
 
 
 def arguments(folder: Path) -> tuple[str, ...]:
-    kinds = (
-        "vhost-user-blk-pci,chardev=c0,num-queues=1",
-        "vhost-user-rng-pci,chardev=c1",
-        "vhost-user-test-device-pci,chardev=c2,virtio-id=3,num_vqs=2,config_size=12",
-    )
-    words = list(SHARED)
-    for number, kind in enumerate(kinds):
+    words = [*SHARED, "-device", "vhost-user-blk-pci,chardev=c0,num-queues=1"]
+    for number in range(3):
         path = folder / f"{number}.sock"
         words += ["-chardev", f"socket,id=c{number},path={path},reconnect-ms=500"]
-        words += ["-device", kind]
+        words += ["-device", f"pcie-root-port,id=late{number},chassis={40 + number}"]
     return tuple(words)
+
+
+def plug(guest: Guest) -> None:
+    """The devices that QEMU makes only where their socket is connected already: one that connects
+    again when its server was replaced connects in the background."""
+    assert guest.qmp is not None
+    guest.qmp.device_add("vhost-user-rng-pci", id="rng", bus="late1", chardev="c1")
+    console = {"virtio-id": 3, "num_vqs": 2, "config_size": 12}
+    guest.qmp.device_add(
+        "vhost-user-test-device-pci", id="console", bus="late2", chardev="c2", **console
+    )
 
 
 def test_linux_drives_python_devices_that_are_killed(tmp_path: Path) -> None:
@@ -155,6 +161,7 @@ def test_linux_drives_python_devices_that_are_killed(tmp_path: Path) -> None:
         try:
             options = {"qemu_arguments": arguments(tmp_path), "newer_qemu": True}
             with Guest("basic", KERNEL, **options) as guest:
+                plug(guest)
                 up.set()
                 done.append(guest.exec(["sh", "-c", WORK], timeout_s=1500))
         finally:

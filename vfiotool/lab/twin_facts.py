@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from vfiotool.devices.pci import read_function
 from vfiotool.lab.machines import Iommu
 from vfiotool.models import Resource, parse_resources
 from vfiotool.snapshot.load import open_root
@@ -16,6 +15,7 @@ _IOMMUS = "/sys/class/iommu"
 _NODES = "/sys/devices/system/node"
 _NODE = re.compile(r"node[0-9]+", re.ASCII)
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
+_DRIVER = re.compile("^DRIVER=(.+)$", re.MULTILINE)
 _EXPRESS = 0x10
 # PCI Express Base 5.0, 7.5.3.2: Device/Port Type.
 PORT_TYPES = {4: "root port", 5: "upstream", 6: "downstream", 7: "pcie to pci", 8: "pci to pcie"}
@@ -87,7 +87,6 @@ def read_twin_host(path: str) -> TwinHost:
         root = next((part for part in parts if part.startswith("pci")), "pci0000:00")
         config = _bytes(host, f"{place}/config")
         word = host.read(f"{place}/class") or "0"
-        function = read_function(host, address)
         functions.append(
             TwinFunction(
                 address=address,
@@ -103,7 +102,7 @@ def read_twin_host(path: str) -> TwinHost:
                 numa_node=host.read_int(f"{place}/numa_node") or 0,
                 physfn=host.linkname(f"{place}/physfn"),
                 serial=_serial(host, place),
-                driver=None if function is None else function.driver,
+                driver=_driver(host, place),
                 is_vf=host.exists(f"{place}/physfn"),
                 vfs=host.read_int(f"{place}/sriov_totalvfs") or 0,
                 acs_on=_acs(config),
@@ -112,6 +111,12 @@ def read_twin_host(path: str) -> TwinHost:
     kind, bits = _iommu(host)
     nodes = sum(bool(_NODE.fullmatch(name)) for name in host.listdir(_NODES)) or 1
     return TwinHost(path, tuple(functions), kind, bits, _reserved(host), nodes)
+
+
+def _driver(host: Any, place: str) -> str | None:
+    """By its link, or by what the kernel tells udev, which a snapshot may have alone."""
+    told = _DRIVER.search(host.read(f"{place}/uevent") or "")
+    return host.linkname(f"{place}/driver") or (told[1] if told else None)
 
 
 def _serial(host: Any, place: str) -> str | None:
