@@ -1,5 +1,5 @@
-"""Devices in Python under Linux's own drivers: a disk, an entropy source and a console that are
-killed in mid-request, and a network of two guests through the switch."""
+"""Devices in Python under Linux's own drivers: a disk that is killed in mid-request, beside an entropy
+source and a console, and a network of two guests through the switch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARED = (
     *("-object", "memory-backend-memfd,id=shared,size=1024M,share=on"),
     *("-machine", "memory-backend=shared"),
 )
-# Every driver is kept at work while the devices are killed.
+# Every driver is kept at work while the disk is killed.
 WORK = (
     FIND.replace("SERIAL", "python-disk")
     + """
@@ -130,26 +130,21 @@ def start(folder: Path, number: int, image: Path) -> subprocess.Popen[bytes]:
 
 
 def arguments(folder: Path) -> tuple[str, ...]:
-    words = [*SHARED, "-device", "vhost-user-blk-pci,chardev=c0,num-queues=1"]
-    for number in range(3):
-        path = folder / f"{number}.sock"
-        words += ["-chardev", f"socket,id=c{number},path={path},reconnect-ms=500"]
-        words += ["-device", f"pcie-root-port,id=late{number},chassis={40 + number}"]
+    kinds = (
+        "vhost-user-blk-pci,chardev=c0,num-queues=1",
+        "vhost-user-rng-pci,chardev=c1",
+        "vhost-user-test-device-pci,chardev=c2,virtio-id=3,num_vqs=2,config_size=12",
+    )
+    words = list(SHARED)
+    for number, kind in enumerate(kinds):
+        # QEMU connects again for disks; without their server the others end it (11.1.3).
+        again = "" if number else ",reconnect-ms=500"
+        words += ["-chardev", f"socket,id=c{number},path={folder / f'{number}.sock'}{again}"]
+        words += ["-device", kind]
     return tuple(words)
 
 
-def plug(guest: Guest) -> None:
-    """The devices that QEMU makes only where their socket is connected already: one that connects
-    again when its server was replaced connects in the background."""
-    assert guest.qmp is not None
-    guest.qmp.device_add("vhost-user-rng-pci", id="rng", bus="late1", chardev="c1")
-    console = {"virtio-id": 3, "num_vqs": 2, "config_size": 12}
-    guest.qmp.device_add(
-        "vhost-user-test-device-pci", id="console", bus="late2", chardev="c2", **console
-    )
-
-
-def test_linux_drives_python_devices_that_are_killed(tmp_path: Path) -> None:
+def test_linux_drives_python_devices_of_which_the_disk_is_killed(tmp_path: Path) -> None:
     need_lab(KERNEL)
     image = tmp_path / "image.raw"
     with image.open("wb") as file:
@@ -161,7 +156,6 @@ def test_linux_drives_python_devices_that_are_killed(tmp_path: Path) -> None:
         try:
             options = {"qemu_arguments": arguments(tmp_path), "newer_qemu": True}
             with Guest("basic", KERNEL, **options) as guest:
-                plug(guest)
                 up.set()
                 done.append(guest.exec(["sh", "-c", WORK], timeout_s=1500))
         finally:
@@ -175,10 +169,9 @@ def test_linux_drives_python_devices_that_are_killed(tmp_path: Path) -> None:
         # QEMU ends if a server does while it makes its device.
         up.wait()
         while not ended.wait(5.0):
-            number = (0, 1, 0, 2)[kills % 4]
-            servers[number].kill()
-            servers[number].wait()
-            servers[number] = start(tmp_path, number, image)
+            servers[0].kill()
+            servers[0].wait()
+            servers[0] = start(tmp_path, 0, image)
             kills += 1
         thread.join()
     assert done and done[0].exit_code == 0, done and done[0].text + done[0].stderr.decode()
