@@ -1,5 +1,5 @@
-"""Devices in Python under Linux's own drivers: a disk that is killed in mid-request, beside an entropy
-source and a console, and a network of two guests through the switch."""
+"""Devices in Python under Linux's own drivers: a disk that is killed in mid-request, beside a
+source of entropy and a console, and a network of two guests through the switch."""
 
 from __future__ import annotations
 
