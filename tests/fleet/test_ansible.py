@@ -6,23 +6,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.oracles import ansible
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ROOT / "fixtures" / "hosts"
-PLAYBOOK = os.environ.get("ANSIBLE_PLAYBOOK") or shutil.which("ansible-playbook")
+PLAYBOOK = ansible.playbook()
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         PLAYBOOK is None,
-        reason="there is no ansible-playbook here: pip install ansible-core, or ANSIBLE_PLAYBOOK",
+        reason="there is no ansible-playbook here: make proofs fetches one, or ANSIBLE_PLAYBOOK",
     ),
 ]
 
@@ -62,11 +64,19 @@ def collections(tmp_path: Path) -> Path:
 
 
 def play(
-    tmp_path: Path, collections: Path, tasks: list[Any], *options: str, hosts: int = 1
+    tmp_path: Path,
+    collections: Path,
+    tasks: list[Any],
+    *options: str,
+    hosts: int = 1,
+    inventory: Sequence[str] = (),
 ) -> tuple[int, dict[str, Any]]:
-    """Run a play on so many hosts, all of them this machine; the JSON that the play returns."""
+    """Run a play on the hosts of an inventory, or on so many that are all this machine; its exit
+    code, what each host registered as `result`, and all that it printed as `text`."""
     names = [f"host{number}" for number in range(hosts)]
-    lines = [f"{name} ansible_connection=local place={tmp_path}/{name}" for name in names]
+    lines = inventory or [
+        f"{name} ansible_connection=local place={tmp_path}/{name}" for name in names
+    ]
     (tmp_path / "hosts").write_text("\n".join(lines) + "\n")
     book = [{"hosts": "all", "gather_facts": False, "tasks": tasks}]
     (tmp_path / "play.yml").write_text(json.dumps(book))
@@ -90,6 +100,7 @@ def play(
             "dest": f"{out}/{{{{ inventory_hostname }}}}",
         },
         "check_mode": False,
+        "delegate_to": "localhost",
     }
     book[0]["tasks"] = [*tasks, keep]
     (tmp_path / "play.yml").write_text(json.dumps(book))

@@ -13,6 +13,7 @@ from vfiotool.host.host import Host
 
 MACHINE = "full"
 KERNELS = ("6.12",)
+PROOF = "it wants a guest as it is after its start, in which no other file has been"
 SECTION = "Five minutes"
 
 
