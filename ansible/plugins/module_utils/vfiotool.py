@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 
+# The exit code that says: the kernel refused, and nothing of the change is left.
+ROLLED_BACK = 5
+
 COMMON = {
     "executable": {"type": "str", "default": "vfiotool"},
     "root": {"type": "path"},
@@ -35,6 +38,8 @@ def fail(module, answer, code, err=""):
     """Fail with what vfiotool said."""
     error = answer.get("error") or {}
     message = error.get("message") or err.strip() or "vfiotool ended with %d" % code
+    if code == ROLLED_BACK:
+        message += "; what had been done is rolled back"
     if error.get("hint"):
         message += " (%s)" % error["hint"]
     module.fail_json(msg=message, rc=code, kind=error.get("kind"), error=error)
