@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vfiotool.errors import VfiotoolError
 from vfiotool.lab.kernels.cache import cache_root, locked
 
 VERSION = "2.17.7"
@@ -15,9 +16,14 @@ VERSION = "2.17.7"
 
 def playbook() -> Path | None:
     """The ansible-playbook that is told, installed or in the cache; None without one."""
-    found = os.environ.get("ANSIBLE_PLAYBOOK") or shutil.which("ansible-playbook")
-    kept = _folder() / "bin/ansible-playbook"
-    return Path(found) if found else kept if kept.exists() else None
+    if found := os.environ.get("ANSIBLE_PLAYBOOK") or shutil.which("ansible-playbook"):
+        return Path(found)
+    try:
+        kept = _folder() / "bin/ansible-playbook"
+    except VfiotoolError:
+        # A cache that others may write to is used for nothing.
+        return None
+    return kept if kept.exists() else None
 
 
 def get() -> Path:
