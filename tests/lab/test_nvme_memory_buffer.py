@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.fakes.placed import placed, right_in_threads
 from tests.lab.commands import vfiotool
 from tests.lab.nvme_guest import bind_nvme, to_vfio
 from tests.lab.vfio_guest import BACKENDS
@@ -35,14 +36,6 @@ def driven(address: str, backend: str) -> Iterator[tuple[Device, Controller]]:
         Controller(device) as controller,
     ):
         yield device, controller
-
-
-def placed(disk: Namespace, lba: int, count: int, mark: int) -> bytes:
-    """Blocks that name their place, and who wrote them: no two alike."""
-    unit = disk.block_bytes // 16
-    return b"".join(
-        (mark.to_bytes(8, "little") + (lba + n).to_bytes(8, "little")) * unit for n in range(count)
-    )
 
 
 def moves(queue: IoQueue, disk: Namespace, mark: int) -> None:
@@ -90,23 +83,8 @@ def test_a_load_and_threads_on_a_queue_in_the_buffer(backend: str) -> None:
             )  # fmt: skip
             report = queue.pair.run(load)
         assert report.reads + report.writes == 3000 and not report.failed
-        shared, ended = SharedQueue(queue), list[bool]()
-
-        def work(number: int) -> None:
-            with device.dma.alloc(4096) as data:
-                for turn in range(50):
-                    lba = 64 * number + turn
-                    data.view[:512] = content = placed(disk, lba, 1, number)
-                    shared.write(disk, lba, 1, data)
-                    data.view[:512] = bytes(512)
-                    shared.read(disk, lba, 1, data)
-                    ended.append(bytes(data.view[:512]) == content)
-
-        workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(120)
+        shared = SharedQueue(queue)
+        ended = right_in_threads(shared, device, disk, turns=50, limit_s=120)
         assert ended == [True] * 200
         shared.close()
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.placed import placed
 from tests.lab.commands import vfiotool
 from tests.lab.nvme_guest import bind_nvme, to_vfio
 from tests.lab.vfio_guest import BACKENDS, PCI
-from vfiotool.drivers.nvme import Controller, Namespace, admin, blocks
+from vfiotool.drivers.nvme import Controller, admin, blocks
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.pointers import Segment
 from vfiotool.errors import KernelError, Unsupported, UsageError
@@ -46,14 +47,6 @@ def controller(request: pytest.FixtureRequest, backend: str) -> Iterator[Control
 
 def on(address: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("controller", [address], indirect=True)
-
-
-def placed(disk: Namespace, lba: int, count: int, mark: int) -> bytes:
-    """Blocks that name their place, and who wrote them: no two alike."""
-    unit = disk.block_bytes // 16
-    return b"".join(
-        (mark.to_bytes(8, "little") + (lba + n).to_bytes(8, "little")) * unit for n in range(count)
-    )
 
 
 def identified(address: str) -> dict[str, Any]:

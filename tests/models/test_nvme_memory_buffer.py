@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.placed import placed, right_in_threads
 from tests.models.served import opened, serving
 from vfiotool.cli.main import main
 from vfiotool.drivers.nvme import Controller, IoQueue, MemoryBuffer, Namespace, SharedQueue
@@ -40,14 +41,6 @@ def model() -> Iterator[NvmeModel]:
     made = NvmeModel(memory_buffer_bytes=BYTES)
     yield made
     made.close()
-
-
-def placed(disk: Namespace, lba: int, count: int, mark: int) -> bytes:
-    """Blocks that name their place, and who wrote them: no two alike."""
-    unit = disk.block_bytes // 16
-    return b"".join(
-        (mark.to_bytes(8, "little") + (lba + n).to_bytes(8, "little")) * unit for n in range(count)
-    )
 
 
 def moves(queue: IoQueue, disk: Namespace, mark: int) -> None:
@@ -214,23 +207,8 @@ def test_a_load_and_many_threads_send_from_the_buffer(model: NvmeModel) -> None:
             )  # fmt: skip
             report = queue.pair.run(load)
         assert report.reads + report.writes == 2000 and not report.failed
-        shared, ended = SharedQueue(queue), list[bool]()
-
-        def work(number: int) -> None:
-            with device.dma.alloc(4096) as data:
-                for turn in range(20):
-                    lba = 64 * number + turn
-                    data.view[:512] = content = placed(disk, lba, 1, number)
-                    shared.write(disk, lba, 1, data)
-                    data.view[:512] = bytes(512)
-                    shared.read(disk, lba, 1, data)
-                    ended.append(bytes(data.view[:512]) == content)
-
-        workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(30)
+        shared = SharedQueue(queue)
+        ended = right_in_threads(shared, device, disk, turns=20, limit_s=30)
         assert ended == [True] * 80
         shared.close()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import struct
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.fakes.nvme import FakeNvme
+from tests.fakes.placed import content, numbered
 from tests.fakes.strikes import struck
 from vfiotool.drivers.nvme import Controller, SharedQueue
 from vfiotool.drivers.nvme import spec as nvme_spec
@@ -22,15 +22,9 @@ rounds = pytest.mark.parametrize(
 )
 
 
-def content(lba: int) -> bytes:
-    return struct.pack("<QQ", lba, ~lba & 0xFFFFFFFF) * 32
-
-
 @pytest.fixture
 def fake() -> Iterator[FakeNvme]:
-    with FakeNvme() as device:
-        for lba in range(device.blocks):
-            device.disk[lba * 512 : lba * 512 + 512] = content(lba)
+    with numbered() as device:
         yield device
 
 

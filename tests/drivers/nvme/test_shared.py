@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import struct
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.fakes.nvme import FakeNvme
+from tests.fakes.placed import content, numbered
 from vfiotool.drivers.nvme import Controller, SharedQueue, shared
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.errors import UsageError
@@ -17,15 +17,9 @@ from vfiotool.errors import UsageError
 LONG_S = 60.0
 
 
-def content(lba: int) -> bytes:
-    return struct.pack("<QQ", lba, ~lba & 0xFFFFFFFF) * 32
-
-
 @pytest.fixture
 def fake() -> Iterator[FakeNvme]:
-    with FakeNvme() as device:
-        for lba in range(device.blocks):
-            device.disk[lba * 512 : lba * 512 + 512] = content(lba)
+    with numbered() as device:
         yield device
 
 
