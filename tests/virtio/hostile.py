@@ -1,7 +1,9 @@
 """Front ends that break the rules: every class of fault that took other servers down, at random.
 
-`attack` is one connection's worth; it returns how many messages and rings it sent. Only what is
-sent to our own server is kept here, as rules by which it is made, not as inputs.
+`attack` is one connection's worth; it returns how many messages and rings it sent. Connections are
+numbered, and number N begins with the class KINDS[N % len(KINDS)], so that each has its turn; what
+follows is chosen at random. Only what is sent to our own server is kept here, as rules by which it
+is made, not as inputs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from vfiotool.virtio.message import VhostRequest
 
 MEMORY = 2 << 20
 ODD = (0, 1, 2, 15, 16, 511, 4096, 0xFFFF, 1 << 20, (1 << 31) - 1, (1 << 32) - 1, 1 << 32)
+# Features and protocol features by a server's socket.
+OFFERED: dict[str, tuple[int, int]] = {}
 ODD_64 = (*ODD, 1 << 48, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)
 
 
@@ -42,6 +46,7 @@ class Attacker:
         self.front.socket.settimeout(5.0)
         self.rng = rng
         self.sent = 0
+        self.path = path
 
     def close(self) -> None:
         self.front.close()
@@ -54,7 +59,13 @@ class Attacker:
         return self.rng.choice((*ODD_64, GUEST, USER, GUEST + MEMORY, self.rng.getrandbits(64)))
 
     def up(self) -> None:
-        self.front.up()
+        """Everything until the queues run; what the server offers is asked for once."""
+        known = OFFERED.get(self.path)
+        if known is None:
+            self.front.up()
+            OFFERED[self.path] = self.front.features, self.front.protocol
+        else:
+            self.front.hurry(*known)
         self.sent += 20
 
     # Rings: what is laid down is made available and kicked; the answer is not waited for.
@@ -132,7 +143,60 @@ class Attacker:
         os.ftruncate(self.front.fd, MEMORY)
         self.sent += 1
 
+    def leaked(self) -> None:
+        """All that the ring holds, none of which is ever taken back; then the same again."""
+        for _ in range(2):
+            for head in range(SIZE):
+                self.front.put(self.ring, head, [(DATA + 32 * head, 32, head % 2 == 0)])
+                self.front.add(self.ring, head, kick=False)
+            os.eventfd_write(self.ring.kick, 1)
+        self.sent += 2 * SIZE
+
+    def replace(self) -> None:
+        """The memory table is replaced, by other memory as well, while requests are in use."""
+        self.chain()
+        with suppress(OSError):
+            other = os.memfd_create("other", os.MFD_CLOEXEC)
+            try:
+                os.ftruncate(other, self.rng.choice((MEMORY, 4096, MEMORY // 2)))
+                table = self.front.table()
+                self.front.send(VhostRequest.SET_MEM_TABLE, table, [other])
+                self.chain()
+                self.front.send(VhostRequest.SET_MEM_TABLE, table, [self.front.fd])
+            finally:
+                os.close(other)
+        self.sent += 2
+
+    def across(self) -> None:
+        """Lengths across two regions that meet, overlap, or leave a hole."""
+        half, hole = MEMORY // 2, self.rng.choice((0, 0, 4096, -4096))
+        regions = struct.pack("<QQQQ", GUEST, half, USER, 0)
+        regions += struct.pack("<QQQQ", GUEST + half + hole, half, USER + half + hole, half)
+        payload = struct.pack("<II", 2, 0) + regions
+        self.send(VhostRequest.SET_MEM_TABLE, payload, 2)
+        for flags in (0, WRITE):
+            self.entry(self.ring.at, GUEST + half - 8, self.rng.choice((16, half)), flags, 0)
+            self.offer(0)
+
     # Messages
+
+    def flood(self) -> None:
+        """More descriptors than any message may carry."""
+        count = self.rng.choice((9, 64, 253))
+        self.send(self.rng.choice(tuple(VhostRequest)), bytes(8), count)
+
+    def early(self) -> None:
+        """A ring that runs before there is memory, or once its memory is gone."""
+        if self.rng.random() < 0.5:
+            self.send(VhostRequest.SET_MEM_TABLE, bytes(8))
+        index = self.rng.randrange(len(self.front.rings))
+        for request in (VhostRequest.SET_VRING_NUM, VhostRequest.SET_VRING_BASE):
+            self.send(request, struct.pack("<II", index, SIZE))
+        self.send(VhostRequest.SET_VRING_ADDR, self.front.addresses(index))
+        ring = self.front.rings[index]
+        self.front.send(VhostRequest.SET_VRING_KICK, struct.pack("<Q", index), [ring.kick])
+        self.send(VhostRequest.SET_VRING_ENABLE, struct.pack("<II", index, 1))
+        self.chain()
 
     def memory_table(self) -> None:
         rng, count = self.rng, self.rng.choice((0, 1, 2, 8, 9, 0xFFFFFFFF))
@@ -212,8 +276,18 @@ class Attacker:
         raise Closed
 
 
-RINGS = (Attacker.chain, Attacker.table, Attacker.indices, Attacker.garbage, Attacker.shrink)
-MESSAGES: tuple[Callable[[Attacker], None], ...] = (
+Kind = Callable[[Attacker], None]
+RINGS: tuple[Kind, ...] = (
+    Attacker.chain,
+    Attacker.table,
+    Attacker.indices,
+    Attacker.garbage,
+    Attacker.shrink,
+    Attacker.leaked,
+    Attacker.replace,
+    Attacker.across,
+)
+MESSAGES: tuple[Kind, ...] = (
     Attacker.memory_table,
     Attacker.slot,
     Attacker.inflight,
@@ -223,18 +297,29 @@ MESSAGES: tuple[Callable[[Attacker], None], ...] = (
     Attacker.addresses,
     Attacker.noise,
     Attacker.torn,
+    Attacker.flood,
+    Attacker.early,
 )
+KINDS = (*RINGS, *MESSAGES)
 
 
-def attack(path: str, rng: random.Random, queues: int = 2) -> int:
-    """One connection that goes wrong; returns how many messages and rings were sent."""
+def attack(path: str, rng: random.Random, queues: int = 2, number: int | None = None) -> int:
+    """One connection that goes wrong, by its number if it has one; returns how many messages and
+    rings were sent."""
     attacker = Attacker(path, rng, queues)
+    first = None if number is None else KINDS[number % len(KINDS)]
     try:
         with suppress(Closed, TimeoutError, AssertionError, OSError):
-            if rng.random() < 0.8:
-                attacker.up()
+            if rng.random() < 0.8 or first in RINGS:
+                # Of a device that somebody else runs there are the messages alone.
+                with suppress(AssertionError):
+                    attacker.up()
+                if first is not None:
+                    first(attacker)
                 for _ in range(rng.randrange(8)):
                     rng.choice(RINGS)(attacker)
+            elif first is not None:
+                first(attacker)
             for _ in range(rng.randrange(1, 10)):
                 rng.choice(MESSAGES)(attacker)
                 if rng.random() < 0.5:

@@ -138,6 +138,26 @@ def test_a_class_answers_over_each_queue(path: Path) -> None:
     assert device.take(0) == []
 
 
+def test_what_was_fetched_before_a_fault_keeps_nobody_waiting(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ring breaks at the third of three requests: the first two are nobody's, and the driver that
+    stops it, or the one that comes next, does not wait for them to end."""
+    monkeypatch.setattr(host, "DRAIN_S", 1000.0)
+    with served(Echo(), path) as (loop, said), connected(path) as front:
+        front.up()
+        ring = front.rings[0]
+        for head in (0, 2):
+            front.put(ring, head, [(DATA, 8, False), (DATA + 64, 8, True)])
+            front.add(ring, head, kick=False)
+        front.add(ring, SIZE)
+        for _ in range(2):  # the first may come together with the kick
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
+        # They are fetched again by whoever serves the queue next.
+        assert front.stop() == 0
+    assert said == []
+
+
 def test_the_configuration_is_the_dataclass_as_the_specification_packs_it(path: Path) -> None:
     device = Echo()
     with served(device, path), connected(path) as front:

@@ -1,50 +1,50 @@
-"""Hostile front ends against every device class in Python, and a hostile driver behind VDUSE: each
-device serves an honest one afterwards."""
+"""Hostile front ends against every device class in Python, beside an honest one and before it.
+
+A disk, a source of random numbers and a console have one driver at a time: the honest one comes up
+every 50 connections, is attacked by messages from beside, and goes again. The network's hostile
+port has two honest machines beside it throughout, which hear each other.
+"""
 
 from __future__ import annotations
 
-import gc
 import os
 import random
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.virtio.frontend import DATA, Frontend
-from tests.virtio.hostile import attack
+from tests.virtio.hostile import KINDS, attack
 from tests.virtio.test_hostile import assert_flat, descriptors, resident_kib
+from tests.virtio.test_net import ALL, Machine, ethernet
 from tests.virtio.test_serve import connect
-from vfiotool.errors import VfiotoolError
-from vfiotool.native.virtqueue import Worker
-from vfiotool.virtio import vduse
-from vfiotool.virtio import vduse_wire as wire
-from vfiotool.virtio.block import BlockDisk, DiskSettings
-from vfiotool.virtio.vduse import VduseDevice
-from vfiotool.virtio.vduse_wire import IovaRegion, VduseQueue
 
 pytestmark = pytest.mark.slow
 
 HUNDRED_THOUSAND = 100_000
+EACH, BESIDE, WARM = 50, 5, 1000
 CLASSES = {
     "vfiotool.virtio.storage:MemoryStorage": 1,
     "vfiotool.virtio.entropy:EntropySource": 1,
     "vfiotool.virtio.console:Console": 2,
     "net": 2,
 }
+NEIGHBOURS = ("one", "two")
 
 
 def command(name: str, path: Path) -> list[str]:
     line = [sys.executable, "-m", "vfiotool", "serve"]
-    line += ["vhost-user-net"] if name == "net" else ["vhost-user", name]
-    return [*line, "--socket-path", str(path)]
+    if name != "net":
+        return [*line, "vhost-user", name, "--socket-path", str(path)]
+    line.append("vhost-user-net")
+    for port in (path, *(path.with_name(neighbour) for neighbour in NEIGHBOURS)):
+        line += ["--socket-path", str(port)]
+    return line
 
 
 def answers(front: Frontend, name: str) -> None:
@@ -62,29 +62,71 @@ def answers(front: Frontend, name: str) -> None:
     assert any(front.memory[DATA : DATA + 64]) == written
 
 
+def tell(sender: Machine, listener: Machine, number: int) -> None:
+    """A frame of one honest machine is heard by the other, among whatever the hostile one sends."""
+    frame = ethernet(ALL, b"\x52\x54\0\0\0\1", b"honest %d" % number)
+    sender.transmit(frame)
+    while listener.hear()[1] != frame:
+        pass
+
+
+@contextmanager
+def honest(name: str, path: Path) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """A function of the connection's number and of what is done beside the honest driver."""
+    with ExitStack() as stack:
+        machines = []
+        for neighbour in NEIGHBOURS if name == "net" else ():
+            machine = Machine(str(path.with_name(neighbour)), queues=2)
+            stack.callback(machine.close)
+            machine.prepare()
+            machines.append(machine)
+
+        def check(number: int, beside: Callable[[], None]) -> None:
+            if machines:
+                tell(*machines, number)
+            front = Frontend(str(path), queues=CLASSES[name])
+            front.up()
+            answers(front, name)
+            beside()
+            answers(front, name)
+            front.close()
+
+        yield check
+
+
 def bombard(tmp_path: Path, name: str, count: int, seed: int) -> None:
-    """`count` hostile connections, and honest ones in between."""
+    """`count` hostile connections; an honest driver is answered beside them and in between."""
     path, rng, queues = tmp_path / "device.sock", random.Random(seed), CLASSES[name]
+    sent = before = settled = number = 0
+
+    def hostile() -> None:
+        nonlocal sent, number
+        sent += attack(str(path), rng, queues, number)
+        number += 1
+
+    def beside() -> None:
+        for _ in range(BESIDE):
+            hostile()
+
     with (tmp_path / "said").open("w") as said:
         server = subprocess.Popen(command(name, path), stderr=said)
-    sent = before = settled = 0
     began = time.monotonic()
     try:
-        connect(path, server).close()
-        for number in range(count):
-            sent += attack(str(path), rng, queues)
-            if number % 50 == 49 or number == count - 1:
-                front = Frontend(str(path), queues=queues)
-                front.up()
-                answers(front, name)
-                front.close()
-            if number == 99:
-                before, settled = descriptors(server.pid), resident_kib(server.pid)
-        assert server.poll() is None
-        if settled:
-            took = time.monotonic() - began
-            print(f"{name}: {count} connections, {sent} messages and rings, {took:.0f} s,")
-            assert_flat(server.pid, before, settled)
+        for port in (path, *(path.with_name(n) for n in NEIGHBOURS if name == "net")):
+            connect(port, server).close()
+        with honest(name, path) as check:
+            while number < count:
+                hostile()
+                if number % EACH == 0:
+                    check(number, beside)
+                if number >= WARM and not settled:
+                    before, settled = descriptors(server.pid), resident_kib(server.pid)
+            check(number, beside)
+            assert server.poll() is None
+            if settled:
+                took = time.monotonic() - began
+                print(f"{name}: {number} connections, {sent} messages and rings, {took:.0f} s,")
+                assert_flat(server.pid, before, settled)
     finally:
         server.terminate()
         server.wait(timeout=60)
@@ -94,138 +136,10 @@ def bombard(tmp_path: Path, name: str, count: int, seed: int) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_hostile_front_ends_take_no_device_class_down(tmp_path: Path, name: str) -> None:
-    bombard(tmp_path, name, 100, seed=3)
+    bombard(tmp_path, name, 10 * len(KINDS), seed=3)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_hundred_thousand_hostile_connections(tmp_path: Path, name: str) -> None:
     bombard(tmp_path, name, int(os.environ.get("VFIOTOOL_HOSTILE", HUNDRED_THOUSAND)), seed=4)
-
-
-# VDUSE: the kernel's messages are its own, what they lead to is the driver's.
-
-SIZE, MEMORY = 256, 1 << 20
-BASE = 0x10_0000
-
-
-class OddDriver:
-    """The kernel's side of a VDUSE device, whose driver keeps to nothing."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        self.memory = os.memfd_create("bounce")
-        os.ftruncate(self.memory, MEMORY)
-        self.honest = False
-
-    def number(self) -> int:
-        rng = self.rng
-        return rng.choice((0, BASE, BASE + MEMORY, (1 << 64) - 1, rng.getrandbits(64), 1 << 63))
-
-    def queue_info(self, _: int, index: int) -> VduseQueue:
-        at = BASE + 0x4000 * index
-        if self.honest:
-            return VduseQueue(SIZE, at, at + 0x2000, at + 0x1000, 0, True)
-        rng = self.rng
-        places = [rng.choice((at, at, self.number())) for _ in range(3)]
-        size = rng.choice((SIZE, 1, 0, 3, 1 << 15, 0xFFFF))
-        return VduseQueue(size, *places, rng.getrandbits(16), rng.random() < 0.9)
-
-    def regions(self, _: int) -> list[IovaRegion]:
-        if self.honest:
-            found = [(BASE, BASE + MEMORY - 1, 0)]
-        else:
-            rng = self.rng
-            found = [(BASE, BASE + MEMORY - 1, 0)] if rng.random() < 0.7 else []
-            for _ in range(rng.randrange(3)):
-                start = self.number()
-                length = rng.choice((0, 4095, MEMORY, 1 << 40))
-                found.append((start, min(start + length, (1 << 64) - 1), self.number()))
-        return [
-            IovaRegion(start, last, offset, os.dup(self.memory), self.honest or offset % 2 == 0)
-            for start, last, offset in found
-        ]
-
-    def scramble(self) -> None:
-        """Rings of noise, and memory that goes and comes back."""
-        os.pwrite(self.memory, self.rng.randbytes(0x8000), 0)
-        if self.rng.random() < 0.2:
-            os.ftruncate(self.memory, self.rng.choice((0, 0x1000, MEMORY // 2)))
-            os.ftruncate(self.memory, MEMORY)
-
-    def message(self) -> bytes:
-        rng = self.rng
-        kind = rng.choice((0, 1, 1, 1, 2, 3, rng.getrandbits(32)))
-        first = rng.choice((0, 1, 4, 15, 255, rng.getrandbits(32)))
-        body = struct.pack("<II", first, rng.choice((0, 1, rng.getrandbits(32))))
-        data = struct.pack("<II16x", kind, rng.getrandbits(32)) + body.ljust(128, b"\0")
-        return data[: rng.choice((152, 152, 152, 8, 31))]
-
-
-@contextmanager
-def driven(
-    tmp_path: Path, odd: OddDriver, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[socket.socket, VduseDevice, list[str]]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs.setblocking(False)
-    said: list[str] = []
-    monkeypatch.setattr(vduse, "open_control", lambda: (os.open("/dev/null", os.O_RDONLY), 1))
-    monkeypatch.setattr(VduseDevice, "_create", lambda *_: True)
-    monkeypatch.setattr(VduseDevice, "_open", lambda *_: os.dup(theirs.fileno()))
-    monkeypatch.setattr(wire, "setup_queue", lambda *_: None)
-    monkeypatch.setattr(wire, "set_kick", lambda *_: None)
-    monkeypatch.setattr(wire, "negotiated", lambda _: odd.rng.getrandbits(64))
-    monkeypatch.setattr(wire, "queue_info", odd.queue_info)
-    monkeypatch.setattr(wire, "regions", odd.regions)
-    disk, worker = BlockDisk(DiskSettings(size=1 << 20, queues=2)), Worker(0)
-    log = str(tmp_path / "log")
-    device = VduseDevice("vd0", disk, 2, [worker], log=log, report=said.append)
-    thread = threading.Thread(target=device.run)
-    thread.start()
-    try:
-        yield ours, device, said
-    finally:
-        device.stop()
-        thread.join(60)
-        assert not thread.is_alive()
-        with suppress(VfiotoolError):
-            device.close()
-        worker.close()
-        disk.close()
-        ours.close()
-        theirs.close()
-
-
-def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, seed: int) -> None:
-    gc.collect()  # what tests before this one left open
-    before = len(os.listdir("/proc/self/fd"))
-    odd = OddDriver(random.Random(seed))
-    with driven(tmp_path, odd, monkeypatch) as (kernel, device, said):
-        kernel.settimeout(30)
-        for _ in range(count):
-            if odd.rng.random() < 0.5:
-                odd.scramble()
-            kernel.send(odd.message())
-            assert len(kernel.recv(152)) == 152
-        odd.honest = True
-        for status, wanted in ((0, 0), (15, 0)):
-            kernel.send(struct.pack("<II16x", 1, 7) + bytes([status]).ljust(128, b"\0"))
-            os.pwrite(odd.memory, bytes(0x8000), 0)
-            assert struct.unpack_from("<II", kernel.recv(152)) == (7, wanted)
-        assert sorted(device._queues) == [0, 1]
-        assert said
-    os.close(odd.memory)
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_a_driver_that_keeps_to_nothing_behind_vduse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drive(tmp_path, monkeypatch, 500, seed=5)
-
-
-@pytest.mark.proof
-def test_a_hundred_thousand_odd_messages_of_vduse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drive(tmp_path, monkeypatch, HUNDRED_THOUSAND, seed=6)

@@ -193,7 +193,8 @@ class _LoopQueue:
             self.host.loop.remove_reader(self._kick)
         self._broken = self._broken or "stopped"
         ends = self.host.loop.time() + DRAIN_S
-        while self.direct.in_flight and self.index not in self.host.device.taken:
+        # Those before the fault of a ring that broke were fetched too, but nobody has them.
+        while self.direct.requests() and self.index not in self.host.device.taken:
             left = ends - self.host.loop.time()
             if left <= 0:
                 break
