@@ -37,14 +37,17 @@ PyObject *vt_read_folder(PyObject *module, PyObject *arguments);
 
 /* Adds the type that `spec` describes to the module as `name`: 0, or -1 with an exception set. */
 int vt_add_type(PyObject *module, const char *name, PyType_Spec *spec);
-/* Add one type each: 0, or -1 with an exception set. */
+/* Add one type each, or two: 0, or -1 with an exception set. */
+int vt_add_command_types(PyObject *module);
 int vt_add_direct_type(PyObject *module);
 int vt_add_event_type(PyObject *module);
 int vt_add_guest_type(PyObject *module);
 int vt_add_handle_type(PyObject *module);
 int vt_add_mapper_type(PyObject *module);
+int vt_add_pin_type(PyObject *module);
 int vt_add_queue_type(PyObject *module);
 int vt_add_request_type(PyObject *module);
+int vt_add_shared_type(PyObject *module);
 int vt_add_turn_type(PyObject *module);
 int vt_add_window_type(PyObject *module);
 

@@ -6,30 +6,12 @@
  * vfiotool.native._library, which has nvme/nvme_queue.c; they come as addresses, and the queue pair
  * with the object that owns it.
  */
-#include "python/module.h"
-
-#include "nvme/nvme_queue.h"
+#include "python/queue_types.h"
 
 /* With the interpreter's lock held no other thread runs: a look ends before one would notice. */
 #define LOOK_NS_MAX 1000000u
 
-typedef int submit_function(struct vt_nvme_queue *, const struct vt_nvme_io *, uint32_t);
-typedef int poll_function(struct vt_nvme_queue *, struct vt_nvme_done *, uint32_t, uint32_t,
-			  uint64_t, uint32_t *);
-
-typedef struct {
-	PyObject_HEAD
-	struct vt_nvme_queue *queue;
-	submit_function *submit;
-	poll_function *poll;
-	struct vt_nvme_done *done;
-	uint32_t *held;
-	uint32_t room;
-	PyObject *owners; /* of all that the pointers lead to */
-} QueueCalls;
-
-/* The number in `object`, at most `limit`: 0, or -1 with an exception set. */
-static int take_number(PyObject *object, uint64_t limit, uint64_t *number)
+int vt_take_number(PyObject *object, uint64_t limit, uint64_t *number)
 {
 	*number = PyLong_AsUnsignedLongLong(object);
 	if (*number == UINT64_MAX && PyErr_Occurred())
@@ -52,7 +34,7 @@ static PyObject *submit(QueueCalls *self, PyObject *const *arguments, Py_ssize_t
 		return NULL;
 	}
 	for (Py_ssize_t i = 0; i < count; i++)
-		if (take_number(arguments[i], limits[i], &values[i]))
+		if (vt_take_number(arguments[i], limits[i], &values[i]))
 			return NULL;
 	io = (struct vt_nvme_io){
 		.opcode = (uint8_t)values[0],
@@ -75,7 +57,7 @@ static PyObject *look(QueueCalls *self, PyObject *const *arguments, Py_ssize_t c
 		PyErr_SetString(PyExc_TypeError, "look takes 1 argument at most");
 		return NULL;
 	}
-	if (count && take_number(arguments[0], LOOK_NS_MAX, &wait_ns))
+	if (count && vt_take_number(arguments[0], LOOK_NS_MAX, &wait_ns))
 		return NULL;
 	return PyLong_FromLong(self->poll(self->queue, self->done, self->room, wait_ns != 0,
 					  wait_ns, self->held));
@@ -99,8 +81,8 @@ static int calls_init(QueueCalls *self, PyObject *arguments, PyObject *keywords)
 		return -1;
 	}
 	self->queue = (struct vt_nvme_queue *)(uintptr_t)queue;
-	self->submit = (submit_function *)(uintptr_t)send;
-	self->poll = (poll_function *)(uintptr_t)poll;
+	self->submit = (vt_submit_function *)(uintptr_t)send;
+	self->poll = (vt_poll_function *)(uintptr_t)poll;
 	self->done = (struct vt_nvme_done *)(uintptr_t)done;
 	self->held = (uint32_t *)(uintptr_t)held;
 	self->room = room;
@@ -116,6 +98,15 @@ static void calls_dealloc(QueueCalls *self)
 	Py_XDECREF(self->owners);
 	release(self);
 	Py_DECREF(type);
+}
+
+QueueCalls *vt_as_queue_calls(PyObject *object)
+{
+	if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)calls_dealloc &&
+	    ((QueueCalls *)object)->owners)
+		return (QueueCalls *)object;
+	PyErr_SetString(PyExc_TypeError, "no QueueCalls");
+	return NULL;
 }
 
 static PyMethodDef calls_methods[] = {

@@ -5,7 +5,7 @@
  * one that is running cannot take it again, and from then on each command costs a switch of threads.
  * Here the running thread goes on until its time is over.
  */
-#include "python/module.h"
+#include "python/queue_types.h"
 
 #include <time.h>
 
@@ -15,13 +15,6 @@
 #define NAPS 100
 /* So many times in vain, and the next one that lets go of it makes room. */
 #define PATIENCE 3
-
-typedef struct {
-	PyObject_HEAD
-	unsigned long owner; /* the thread that has it, where `times` is not 0 */
-	unsigned long times;
-	unsigned long wanted; /* threads whose patience is over */
-} TurnLock;
 
 static void nap(long nanoseconds)
 {
@@ -134,6 +127,14 @@ static void turn_dealloc(PyObject *self)
 
 	release(self);
 	Py_DECREF(type);
+}
+
+TurnLock *vt_as_turn_lock(PyObject *object)
+{
+	if (PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc) == (void *)turn_dealloc)
+		return (TurnLock *)object;
+	PyErr_SetString(PyExc_TypeError, "not a TurnLock");
+	return NULL;
 }
 
 static PyType_Slot turn_slots[] = {

@@ -108,7 +108,11 @@ static int module_exec(PyObject *module)
 		return -1;
 	if (vt_add_turn_type(module))
 		return -1;
-	return vt_add_queue_type(module);
+	if (vt_add_queue_type(module) || vt_add_pin_type(module))
+		return -1;
+	if (vt_add_command_types(module))
+		return -1;
+	return vt_add_shared_type(module);
 }
 
 static PyModuleDef_Slot module_slots[] = {

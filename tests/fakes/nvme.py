@@ -19,12 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from vfiotool.errors import KernelError, UsageError
+from vfiotool.native.library import PinCount
 
 PAGE = 4096
 DOORBELLS = 0x1000
 
 
-class Memory:
+class Memory(PinCount):
     """A DMA buffer as the driver sees one."""
 
     def __init__(self, table: dict[int, Memory], size: int, iova: int) -> None:
@@ -34,23 +35,15 @@ class Memory:
         self._map = mmap.mmap(-1, self.size)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.closed = False
-        self.pins = 0
         table[iova] = self
 
-    def pin(self) -> None:
-        if self.closed:
-            raise UsageError("the DMA buffer is closed")
-        self.pins += 1
-
-    def unpin(self) -> None:
-        assert self.pins > 0
-        self.pins -= 1
+    def _refuse_pin(self) -> None:
+        raise UsageError("the DMA buffer is closed")
 
     def close(self) -> None:
         if self.pins:
             raise UsageError("the DMA buffer is in use")
-        self.closed = True
+        self._shut()
         self._table.pop(self.iova, None)
 
     def __enter__(self) -> Memory:

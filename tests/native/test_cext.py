@@ -81,6 +81,7 @@ def test_what_python_sees_of_c_holds_under_the_sanitizers() -> None:
     names = ("drivers/nvme/test_controller.py", "virtio/test_vhost_user_blk.py")
     names += ("native/test_direct.py", "virtio/test_device.py", "virtio/test_device_classes.py")
     names += ("native/test_turn_lock.py", "native/test_queue_calls.py")
+    names += ("native/test_shared_calls.py", "drivers/nvme/test_shared.py")
     queues = [str(TESTS / name) for name in names]
     options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-o", "addopts="]
     # Without pytest's own path, which would put the unsanitized package before this one.

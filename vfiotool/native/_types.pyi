@@ -1,7 +1,9 @@
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 from typing_extensions import Buffer
+
+_Completion = TypeVar("_Completion", bound=tuple[Any, ...])
 
 class Window:
     def __init__(
@@ -104,6 +106,88 @@ class QueueCalls:
         /,
     ) -> int: ...
     def look(self, wait_ns: int = 0, /) -> int: ...
+
+class PinCount:
+    @property
+    def pins(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    def pin(self) -> None: ...
+    def unpin(self) -> None: ...
+    def _shut(self) -> None: ...
+    def _refuse_pin(self) -> None: ...
+    def _unpinned(self) -> None: ...
+
+class QueueCommand:
+    def __init__(
+        self,
+        calls: QueueCalls,
+        check: Callable[[int], object],
+        opcode: int,
+        nsid: int,
+        lba: int,
+        blocks: int,
+        iova: int,
+        size_bytes: int,
+        control: int,
+        /,
+    ) -> None: ...
+    def __call__(self, tag: int, /) -> bool: ...
+
+class SentCommand:
+    late: bool
+    ended: Callable[[Any], object] | None
+    def __init__(
+        self,
+        tag: int,
+        send: Callable[[int], bool],
+        holds: Sequence[Any],
+        call: bool,
+        ended: Callable[[Any], object] | None,
+        place: int,
+        /,
+    ) -> None: ...
+    @property
+    def tag(self) -> int: ...
+    @property
+    def send(self) -> Callable[[int], bool]: ...
+    @property
+    def holds(self) -> Sequence[Any]: ...
+    @property
+    def call(self) -> bool: ...
+    @property
+    def place(self) -> int: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def result(self) -> int: ...
+    @property
+    def latency_ns(self) -> int: ...
+    @property
+    def pinned(self) -> int: ...
+    def pin(self) -> None: ...
+    def unpin(self) -> None: ...
+    def end(self, status: int, result: int, latency_ns: int, /) -> None: ...
+
+class SharedCalls(Generic[_Completion]):
+    def __init__(
+        self,
+        calls: QueueCalls,
+        lock: TurnLock,
+        sent: type[SentCommand],
+        pins: type[PinCount],
+        completion: type[_Completion],
+        out: dict[int, SentCommand],
+        results: dict[int, SentCommand],
+        waiting: dict[int, Any],
+        numbers: Iterator[int],
+        health: object,
+        tell: Callable[[], object],
+        /,
+    ) -> None: ...
+    def begin(self, command: Callable[[int], bool], holds: object, /) -> int: ...
+    def end(self, number: int, /) -> _Completion | None: ...
+    def shut(self) -> None: ...
 
 class GuestMemory:
     def __init__(self, map: int, views: list[memoryview], /) -> None: ...

@@ -21,7 +21,17 @@ from vfiotool.errors import (
     errno_name,
 )
 from vfiotool.native import _types
-from vfiotool.native._types import Mapper, QueueCalls, TurnLock, fork_generation, irq_action
+from vfiotool.native._types import (
+    Mapper,
+    PinCount,
+    QueueCalls,
+    QueueCommand,
+    SentCommand,
+    SharedCalls,
+    TurnLock,
+    fork_generation,
+    irq_action,
+)
 
 try:
     from vfiotool.native._library import ffi, lib
@@ -35,6 +45,11 @@ __all__ = [
     "Eventfd",
     "Handle",
     "Mapper",
+    "PinCount",
+    "QueueCalls",
+    "QueueCommand",
+    "SentCommand",
+    "SharedCalls",
     "TurnLock",
     "Window",
     "ffi",

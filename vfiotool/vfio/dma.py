@@ -38,7 +38,7 @@ _live: weakref.WeakSet[DmaBuffer] = weakref.WeakSet()
 _quarantine: list[object] = []
 
 
-class DmaBuffer:
+class DmaBuffer(native.PinCount):
     """`size` bytes at `iova` for the device and at `view` for this process.
 
     `view` is a writable memoryview of bytes; slices of it and numpy arrays over it (by
@@ -56,7 +56,6 @@ class DmaBuffer:
         self.size = size
         self.iova = iova
         self.address = native.address_of(memory)
-        self.pins = 0
         self._memory: mmap.mmap | memoryview | None = memory
         # Whether it was allocated here, rather than lent.
         self._own = own
@@ -103,23 +102,11 @@ class DmaBuffer:
             raise UsageError("DMA memory stays with the process that mapped it")
         return self._view
 
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._memory is None
+    def _refuse_pin(self) -> None:
+        raise UsageError(f"the DMA buffer at I/O address {self.iova:#x} is closed")
 
-    def pin(self) -> None:
-        """Keep it mapped, at this address, until `unpin`: a device, or C, is about to use it.
-        `close` raises UsageError meanwhile; if its address space is closed all the same, the
-        memory itself stays. Raises UsageError once it is closed."""
-        if self._memory is None:
-            raise UsageError(f"the DMA buffer at I/O address {self.iova:#x} is closed")
-        self.pins += 1
-
-    def unpin(self) -> None:
-        """The counterpart of one `pin`; allowed after the address space was closed."""
-        self.pins -= 1
-        if not self.pins and self._released is not None:
+    def _unpinned(self) -> None:
+        if self._released is not None:
             memory, self._released = self._released, None
             _release(self._view, memory)
 
@@ -136,6 +123,7 @@ class DmaBuffer:
     def close_even_pinned(self) -> None:
         """As `close`, but a pinned buffer's memory is freed with its last `unpin`: for the end of
         the address space, after which no device reaches it."""
+        self._shut()
         memory, self._memory = self._memory, None
         if memory is None:
             return

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from threading import get_ident
 
 from vfiotool.drivers.nvme.deadline import Deadline
@@ -21,6 +20,7 @@ from vfiotool.drivers.nvme.queue_pair import SLICE_S, Completion, QueuePair
 from vfiotool.drivers.nvme.status import ABORTED_BY_HOST, failed_with
 from vfiotool.drivers.nvme.turn import Turn
 from vfiotool.errors import KernelError, UsageError, VfiotoolError
+from vfiotool.native.library import SentCommand
 from vfiotool.vfio import DmaBuffer, Interrupt
 
 # Tags from here on are ours; what is sent through the QueuePair itself keeps to those below.
@@ -31,19 +31,9 @@ Send = Callable[[int], bool]
 Ended = Callable[[Completion], object]
 
 
-@dataclass(slots=True)
-class Sent:
-    """A command that is out: one of a `call`, or one that the user polls for; `late` once nobody
-    waits for it any more. `ended` is told of its completion, whatever became of it."""
-
-    tag: int
-    send: Send
-    holds: Sequence[DmaBuffer]
-    call: bool
-    late: bool = False
-    ended: Ended | None = None
-    place: int = -1  # of the bounce buffer, where it uses one
-    pinned: int = 0  # how many of `holds` are
+def completion_of(sent: SentCommand) -> Completion:
+    """What a command that has ended was told."""
+    return Completion(sent.tag, sent.status, sent.result, sent.latency_ns)
 
 
 class InFlight:
@@ -53,13 +43,15 @@ class InFlight:
         self.pair = pair
         self.health = health
         self.interrupt = interrupt
-        self.out: dict[int, Sent] = {}
-        self.results: dict[int, Completion] = {}  # of calls, by number
+        # A SentCommand is one of a `call`, or one that the user polls for; `late` once nobody waits
+        # for it any more. Its `ended` is told of its completion, whatever became of it.
+        self.out: dict[int, SentCommand] = {}
+        self.results: dict[int, SentCommand] = {}  # of calls, by number
         self.sent: dict[int, Completion] = {}  # of what the user sent and polls for
         self.aside: deque[Completion] = deque(maxlen=256)
         # The lock of many threads that share the queue, where they do (`SharedInFlight`).
         self.turn: Turn | None = None
-        self._numbers = itertools.count(OURS)
+        self.numbers = itertools.count(OURS)
         self._holder: dict[str, int] = {}
         # Who takes the queue over, and what others are told meanwhile.
         self._claim: tuple[int, VfiotoolError] | None = None
@@ -137,14 +129,12 @@ class InFlight:
         self.health.refuse()
         if not 0 <= tag < OURS:
             raise UsageError(f"a tag is from 0 to {OURS - 1:#x}, not {tag:#x}")
-        number = next(self._numbers)
+        number = next(self.numbers)
         before = self.pair.submitted
-        sent = self.out[number] = Sent(tag, send, holds, call, ended=ended, place=place)
+        sent = self.out[number] = SentCommand(tag, send, holds, call, ended, place)
         taken = False
         try:
-            for buffer in holds:
-                buffer.pin()
-                sent.pinned += 1
+            sent.pin()
             taken = send(number)
         except UsageError:
             self.health.refuse()  # a reset in another thread says more than "closed"
@@ -167,9 +157,7 @@ class InFlight:
         sent = self.out.get(number)
         if sent is None:
             return
-        while sent.pinned:
-            sent.holds[sent.pinned - 1].unpin()
-            sent.pinned -= 1
+        sent.unpin()
         self.out.pop(number, None)
 
     def settle(self) -> None:
@@ -188,15 +176,18 @@ class InFlight:
             self.sent[count] = done
 
     def _finish(
-        self, number: int, sent: Sent, count: int, status: int, result: int, latency_ns: int
+        self, number: int, sent: SentCommand, count: int, status: int, result: int, latency_ns: int
     ) -> None:
-        told = Completion(sent.tag, status, result, latency_ns)
+        sent.end(status, result, latency_ns)
         if sent.late:
-            self.aside.append(told)
+            self.aside.append(completion_of(sent))
         elif sent.ended is None:
-            (self.results if sent.call else self.sent)[number if sent.call else count] = told
+            if sent.call:
+                self.results[number] = sent
+            else:
+                self.sent[count] = completion_of(sent)
         if sent.ended is not None:
-            sent.ended(told)
+            sent.ended(completion_of(sent))
         self._forget(number)
 
     def look(self) -> None:
@@ -237,7 +228,7 @@ class InFlight:
         if it comes later it is put aside."""
         try:
             if self.wait(lambda: number in self.results, deadline, what):
-                return self.results.pop(number)
+                return completion_of(self.results.pop(number))
             raise self.timed_out(what, deadline)
         finally:
             self.give_up(number)
@@ -250,7 +241,7 @@ class InFlight:
         if (sent := self.out.get(number)) is not None:
             sent.late = True
         elif (done := self.results.pop(number, None)) is not None:
-            self.aside.append(done)
+            self.aside.append(completion_of(done))
 
     def call(
         self, send: Send, deadline: Deadline, what: str, holds: Sequence[DmaBuffer] = ()
@@ -285,7 +276,7 @@ class InFlight:
         for number, sent in list(self.out.items()):
             if resubmit and not sent.late and sent.send(number):
                 continue
-            self._finish(number, sent, next(self._numbers), ABORTED_BY_HOST, 0, 0)
+            self._finish(number, sent, next(self.numbers), ABORTED_BY_HOST, 0, 0)
 
     def identifier(self, tag: int) -> int:
         """The command identifier of what was sent with the caller's `tag`. Raises UsageError where

@@ -20,7 +20,7 @@ from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.load import Load, LoadReport, job_of, report_of
 from vfiotool.drivers.nvme.memory_buffer import MemoryPiece
 from vfiotool.errors import KernelError, UsageError
-from vfiotool.native.library import ffi, lib, queue_calls
+from vfiotool.native.library import QueueCalls, QueueCommand, ffi, lib, queue_calls
 from vfiotool.vfio import DmaBuffer, Mapping
 
 COMMAND_BYTES = 64
@@ -135,6 +135,11 @@ class QueuePair:
         self._submitted = lib.vt_nvme_submitted(self._queue)
 
     @property
+    def calls(self) -> QueueCalls:
+        """The calls that never wait, for C."""
+        return self._calls
+
+    @property
     def handle(self) -> Any:
         """The struct vt_nvme_queue *, for C that sends in place of this object. It is there until
         `close`; nothing but `stop` and `restart` may be called here meanwhile."""
@@ -229,15 +234,11 @@ class QueuePair:
         iova: int,
         size_bytes: int,
         control: int,
-    ) -> Callable[[int], bool]:
+    ) -> QueueCommand:
         """`submit` of one command, for whoever has its tag: in as few steps as can be."""
-        submit, check = self._calls.submit, self._check
-
-        def send(tag: int) -> bool:
-            sent = submit(opcode, nsid, lba, blocks, iova, size_bytes, control, tag)
-            return sent == 1 or check(sent) == 1
-
-        return send
+        return QueueCommand(
+            self._calls, self._check, opcode, nsid, lba, blocks, iova, size_bytes, control
+        )
 
     def submit_raw(self, command: bytes, tag: int = 0) -> bool:
         """Send 64 bytes as they are, but for the command identifier. False where it is full."""

@@ -16,12 +16,13 @@ from typing import Self
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.identify import Namespace
-from vfiotool.drivers.nvme.in_flight import Ended, InFlight, Send
+from vfiotool.drivers.nvme.in_flight import Ended, InFlight, Send, completion_of
 from vfiotool.drivers.nvme.io import IO_TIMEOUT_S, IoQueue
 from vfiotool.drivers.nvme.queue_pair import Completion
 from vfiotool.drivers.nvme.status import failed_with
 from vfiotool.drivers.nvme.turn import Turn
 from vfiotool.errors import UsageError
+from vfiotool.native.library import PinCount, SentCommand, SharedCalls
 from vfiotool.vfio import DmaBuffer
 
 # Looks without a result after which they come with a pause.
@@ -45,6 +46,13 @@ class SharedInFlight:
         self._closed = False
         self._left_out = self._leave_out = 0
         commands.turn = self._turn
+        # What takes no wait is one call of C, without the lock: see cext/python/shared_type.c.
+        self._calls = SharedCalls(
+            commands.pair.calls, self._turn.lock, SentCommand, PinCount, Completion,
+            commands.out, commands.results, self._turn.waits, commands.numbers, commands.health,
+            self._tell,
+        )  # fmt: skip
+        self.begin, self._ended = self._calls.begin, self._calls.end
 
     def call(
         self,
@@ -54,8 +62,8 @@ class SharedInFlight:
         holds: Sequence[DmaBuffer] = (),
     ) -> Completion:
         """As `InFlight.call`, from any thread."""
-        number = self.start(send, deadline, what, holds)
-        done = self.result(number, deadline, what)
+        number = self.begin(send, holds) or self.start(send, deadline, what, holds)
+        done = self.ended(number) or self.result(number, deadline, what)
         if done.status:
             raise failed_with(done.status, what)
         return done
@@ -74,34 +82,29 @@ class SharedInFlight:
                 if number := self.commands.start(send, holds=holds, call=True):
                     return number
 
-    def begin(self, send: Send, holds: Sequence[DmaBuffer]) -> int:
-        """Send a command if there is room now; its number, for `result`, or 0."""
-        commands = self.commands
-        commands.health.refuse_child()
-        with self._turn.lock:
-            self._refuse_closed()
-            if self._turn.waiting:
-                self._take()  # those whose wait is over wake up while this thread goes on
-            if commands.pair.in_flight == commands.pair.depth:
-                return 0
-            return commands.start(send, holds=holds, call=True)
-
     def ended(self, number: int) -> Completion | None:
-        """The completion of command `number` if it was taken already; not in the lock, for which
-        others may stand in line."""
-        self.commands.health.refuse_child()
-        return self.commands.results.pop(number, None)
+        """The completion of command `number` if it has come."""
+        try:
+            return self._ended(number)
+        except BaseException:
+            self.commands.give_up(number)
+            raise
+
+    def _tell(self) -> None:
+        """Take what C leaves of what has come; wake who waits for what C took."""
+        with self._turn.lock:
+            self._take()
+            self._turn.wake()
 
     def result(self, number: int, deadline: Deadline, what: str) -> Completion:
         """The completion of command `number`. Raises KernelError when it did not come in time;
         if it comes later it is put aside."""
         results = self.commands.results
-        if (done := self.ended(number)) is not None:
-            return done
+        self.commands.health.refuse_child()
         try:
             with self._turn.lock:
                 if self._until(lambda: number in results, deadline, what):
-                    return results.pop(number)
+                    return completion_of(results.pop(number))
             raise self.commands.timed_out(what, deadline)
         finally:
             self.commands.give_up(number)
@@ -113,6 +116,7 @@ class SharedInFlight:
             return
         with self._turn.lock:
             self._closed = True
+            self._calls.shut()
             self.commands.turn = None
             self._turn.wake_all()
 

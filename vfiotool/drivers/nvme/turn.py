@@ -24,14 +24,14 @@ class Turn:
         self.lock = TurnLock()
         self.is_kept = False
         # Of each thread that waits: what it waits for, and the lock that holds it up.
-        self._waiting: dict[int, tuple[Over, Lock]] = {}
+        self.waits: dict[int, tuple[Over, Lock]] = {}
         # `wake_one`'s choice, until it has the lock.
         self._chosen: int | None = None
 
     @property
     def waiting(self) -> int:
         """How many wait and were not woken yet."""
-        return len(self._waiting)
+        return len(self.waits)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -57,17 +57,17 @@ class Turn:
         gate = Lock()
         gate.acquire()
         me = get_ident()
-        self._waiting[me] = over, gate
+        self.waits[me] = over, gate
         try:
             self.without(lambda: gate.acquire(timeout=timeout_s))
         finally:
-            self._waiting.pop(me, None)
+            self.waits.pop(me, None)
             if self._chosen == me:
                 self._chosen = None
 
     def wake(self) -> None:
         """Wake those whose wait is over."""
-        for thread, (over, _) in list(self._waiting.items()):
+        for thread, (over, _) in list(self.waits.items()):
             if over():
                 self._open(thread)
 
@@ -75,15 +75,15 @@ class Turn:
         """Wake one more, who looks after the others from now on; nobody while one that was chosen
         is on its way."""
         if self._chosen is None:
-            for thread in list(self._waiting)[:1]:
+            for thread in list(self.waits)[:1]:
                 self._chosen = thread
                 self._open(thread)
 
     def wake_all(self) -> None:
         """Wake all, whatever they wait for."""
-        for thread in list(self._waiting):
+        for thread in list(self.waits):
             self._open(thread)
 
     def _open(self, thread: int) -> None:
-        _, gate = self._waiting.pop(thread)
+        _, gate = self.waits.pop(thread)
         gate.release()
