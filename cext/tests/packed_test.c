@@ -269,6 +269,8 @@ static void *device_thread(void *argument)
 		vt_ring_notify_off(ring);
 		for (int i = 0; i < got; i++) {
 			CHECK(!vt_ring_complete(ring, chains[i].head, 64));
+			if (i % 2)
+				vt_ring_show(ring);
 			if (i % 3 == 2 && vt_ring_publish(ring))
 				CHECK(write(pair->call, &one, 8) == 8);
 		}

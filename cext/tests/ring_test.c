@@ -127,6 +127,7 @@ static void *device_thread(void *argument)
 			value = ~value;
 			memcpy(segments[1].iov_base, &value, 8);
 			CHECK(vt_ring_complete(ring, chains[i].head, 8) == 0);
+			vt_ring_show(ring);
 			if (i % 3 == 2 && vt_ring_publish(ring))
 				CHECK(write(pair->call, &one, 8) == 8);
 		}
@@ -435,6 +436,42 @@ static void swapped(void)
 	end(&driver);
 }
 
+/* A driver that waits since before completions were shown is signalled when they are published, and one
+ * that saw them all is not. */
+static void shown_early(void)
+{
+	struct driver driver;
+	struct iovec arena[2 * VT_CHAIN_SEGMENTS];
+	struct vt_chain chains[4];
+	uint16_t *event;
+
+	begin(&driver, true);
+	event = &driver.available[2 + SIZE];
+	for (uint16_t head = 0; head < 4; head++) {
+		driver.table[head] = (struct descriptor){ HIGH_GUEST, 64, 0, 0 };
+		add(&driver, head);
+	}
+	CHECK(vt_ring_fetch(driver.ring, chains, 4, arena, 2 * VT_CHAIN_SEGMENTS) == 4);
+	/* The first signal is always given. */
+	CHECK(vt_ring_complete(driver.ring, 0, 0) == 0 && vt_ring_publish(driver.ring));
+	*event = 1;
+	CHECK(vt_ring_complete(driver.ring, 1, 0) == 0);
+	CHECK(used_index(&driver) == 1);
+	vt_ring_show(driver.ring);
+	CHECK(used_index(&driver) == 2);
+	CHECK(vt_ring_complete(driver.ring, 2, 0) == 0);
+	vt_ring_show(driver.ring);
+	CHECK(used_index(&driver) == 3);
+	CHECK(vt_ring_publish(driver.ring));
+	CHECK(!vt_ring_publish(driver.ring));
+	*event = 40;
+	CHECK(vt_ring_complete(driver.ring, 3, 0) == 0);
+	vt_ring_show(driver.ring);
+	CHECK(!vt_ring_publish(driver.ring));
+	CHECK(used_index(&driver) == 4);
+	end(&driver);
+}
+
 /* A process that ends at any moment leaves a log by which another one does what was not done. */
 static void crashes(uint32_t rounds)
 {
@@ -542,6 +579,7 @@ int main(int count, char **arguments)
 	honest(rounds, false);
 	honest(rounds, true);
 	swapped();
+	shown_early();
 	shrinking();
 	threads(20 * rounds, false);
 	threads(20 * rounds, true);

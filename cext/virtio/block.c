@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "virtio/disk.h"
+#include "virtio/ram.h"
 
 #include <endian.h>
 #include <errno.h>
@@ -7,8 +8,6 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #define T_IN 0u
 #define T_OUT 1u
@@ -115,29 +114,6 @@ static bool lies_within(const struct vt_disk *disk, uint64_t sector, uint64_t se
 	uint64_t all = __atomic_load_n(&disk->size, __ATOMIC_ACQUIRE) / VT_SECTOR;
 
 	return sector <= all && sectors <= all - sector;
-}
-
-/* Copy between a disk in memory and a chain from a cursor on. */
-static void copy(struct vt_disk *disk, uint64_t at, const struct cursor *cursor, uint64_t length,
-		 bool write)
-{
-	uint8_t *place = disk->memory + at;
-	size_t inside = cursor->inside;
-
-	for (uint32_t i = cursor->index; length; i++) {
-		uint8_t *data = (uint8_t *)cursor->segments[i].iov_base + inside;
-		size_t piece = cursor->segments[i].iov_len - inside;
-
-		if (piece > length)
-			piece = (size_t)length;
-		if (write)
-			memcpy(place, data, piece);
-		else
-			memcpy(data, place, piece);
-		place += piece;
-		length -= piece;
-		inside = 0;
-	}
 }
 
 /* What is left of a request: one job after another, until none is left or one has failed. */
@@ -460,21 +436,6 @@ static int64_t begin(struct vt_blk_work *work, const struct vt_chain *chain,
 	return result;
 }
 
-/* Make a range of a disk in memory zeros, and give its pages back where they are whole. */
-static void clear(struct vt_disk *disk, uint64_t at, uint64_t length)
-{
-	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-	uintptr_t first = (uintptr_t)disk->memory + at, last = first + length;
-	uintptr_t whole = (first + page - 1) & ~(page - 1), end = last & ~(page - 1);
-
-	if (whole >= end || madvise((void *)whole, end - whole, MADV_DONTNEED)) {
-		memset((void *)first, 0, (size_t)length);
-		return;
-	}
-	memset((void *)first, 0, whole - first);
-	memset((void *)end, 0, last - end);
-}
-
 static void start_ranges(struct vt_blk_work *work, struct cursor *data, uint64_t bytes)
 {
 	uint64_t number = bytes / sizeof(work->ranges[0]);
@@ -501,7 +462,7 @@ static void start_ranges(struct vt_blk_work *work, struct cursor *data, uint64_t
 	}
 	work->answer = S_OK;
 	for (uint64_t i = 0; i < number && work->disk->memory; i++)
-		clear(work->disk, work->ranges[i].sector * VT_SECTOR,
+		vt_ram_clear(work->disk, work->ranges[i].sector * VT_SECTOR,
 		      (uint64_t)work->ranges[i].sectors * VT_SECTOR);
 	work->range_count = work->disk->memory ? 0 : (uint32_t)number;
 }
@@ -521,7 +482,7 @@ static void start_transfer(struct vt_blk_work *work, uint64_t sector, const stru
 	work->answer = S_OK;
 	work->at = sector * VT_SECTOR;
 	if (disk->memory) {
-		copy(disk, work->at, data, bytes, write);
+		vt_ram_copy(disk, work->at, data->segments + data->index, data->inside, bytes, write);
 	} else {
 		work->data = cut;
 		work->data_count = rest(data, bytes, cut);
@@ -536,6 +497,20 @@ static void get_id(const struct vt_disk *disk, const struct iovec *writable, uin
 
 	memcpy(id, disk->id, sizeof(id));
 	put(writable, segment_count, id, room < sizeof(id) ? (size_t)room : sizeof(id));
+}
+
+void vt_blk_expect(const struct vt_disk *disk, const struct vt_chain *chain,
+		   const struct iovec *segments)
+{
+	uint64_t sector, length = chain->writable_bytes;
+	struct header header;
+
+	if (!disk->memory || !chain->readable || segments->iov_len < sizeof(header))
+		return;
+	memcpy(&header, segments->iov_base, sizeof(header));
+	sector = le64toh(header.sector);
+	if (le32toh(header.type) == T_IN && lies_within(disk, sector, length / VT_SECTOR))
+		vt_ram_expect(disk, sector * VT_SECTOR, length);
 }
 
 int64_t vt_blk_begin(struct vt_disk *disk, const struct vt_blk_mode *mode,

@@ -75,6 +75,11 @@ struct vt_request {
 	struct vt_blk_work *work; /* block.c's own */
 };
 
+/* A request that will be begun soon: have the processor fetch what it reads, if the disk is in
+ * memory. What it says is read again when it is begun. */
+void vt_blk_expect(const struct vt_disk *disk, const struct vt_chain *chain,
+		   const struct iovec *segments);
+
 /* Do one request, or begin it. `segments` are those of the chain; they and the chain are copied if
  * they are needed for longer. Without a ring everything on a file is done at once, as what needs no
  * waiting always is.

@@ -245,8 +245,8 @@ int vt_packed_fetch(struct vt_ring *ring, struct vt_chain *chains, uint32_t most
 	uint32_t taken = 0, used_room = 0;
 
 	/* The log reuses what a batch has given up: the batch has to be past undoing. */
-	if (ring->packed_log && ring->batched)
-		ring->owed = vt_packed_publish(ring);
+	if (ring->packed_log)
+		vt_packed_show(ring);
 	while (taken < most) {
 		bool is_again = ring->again_next < ring->again_count;
 		struct vt_chain *chain = &chains[taken];
@@ -293,7 +293,6 @@ void vt_packed_complete(struct vt_ring *ring, uint16_t id, uint32_t written)
 		ring->batched = true;
 		ring->first = ring->used_at;
 		ring->first_flags = flags;
-		ring->batch_slots = 0;
 	} else {
 		__atomic_store_n(&place->flags, htole16(flags), __ATOMIC_RELEASE);
 	}
@@ -324,22 +323,29 @@ static bool wants_signal(const struct vt_ring *ring)
 	return (uint16_t)(now - event - 1) < ring->batch_slots;
 }
 
-bool vt_packed_publish(struct vt_ring *ring)
+void vt_packed_show(struct vt_ring *ring)
 {
-	bool told = ring->told, owed = ring->owed;
-
-	ring->owed = false;
 	if (!ring->batched)
-		return owed;
+		return;
 	ring->batched = false;
 	__atomic_store_n(&shared(ring, ring->first)->flags, htole16(ring->first_flags),
 			 __ATOMIC_RELEASE);
 	if (ring->packed_log)
 		vt_packed_log_publish(ring->packed_log);
+}
+
+bool vt_packed_publish(struct vt_ring *ring)
+{
+	bool wanted = !ring->told;
+
+	if (!ring->batch_slots)
+		return false;
 	ring->told = true;
 	/* The flags are seen before the driver's wish is read. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	return owed || !told || wants_signal(ring);
+	wanted = wants_signal(ring) || wanted;
+	ring->batch_slots = 0;
+	return wanted;
 }
 
 bool vt_packed_notify_on(struct vt_ring *ring)

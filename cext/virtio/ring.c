@@ -102,7 +102,8 @@ int vt_ring_start(struct vt_memory *memory, const struct vt_ring_layout *layout,
 	}
 	made->fetched = (uint16_t)base;
 	/* After a reconnect the used index is where the driver saw it last, not where we began. */
-	made->completed = made->published = load16(&shared_used(made)->index, __ATOMIC_RELAXED);
+	made->completed = made->shown = made->published =
+		load16(&shared_used(made)->index, __ATOMIC_RELAXED);
 	*ring = made;
 	return 0;
 }
@@ -405,18 +406,32 @@ uint64_t vt_ring_used_guest(const struct vt_ring *ring)
 				     UINT64_MAX;
 }
 
+void vt_ring_show(struct vt_ring *ring)
+{
+	uint16_t now = ring->completed;
+
+	if (ring->layout.packed) {
+		vt_packed_show(ring);
+		return;
+	}
+	if (ring->shown == now)
+		return;
+	__atomic_store_n(&shared_used(ring)->index, htole16(now), __ATOMIC_RELEASE);
+	if (ring->log)
+		vt_log_publish(ring->log, now);
+	ring->shown = now;
+}
+
 bool vt_ring_publish(struct vt_ring *ring)
 {
 	uint16_t old = ring->published, now = ring->completed;
 	bool told = ring->told;
 
+	vt_ring_show(ring);
 	if (ring->layout.packed)
 		return vt_packed_publish(ring);
 	if (old == now)
 		return false;
-	__atomic_store_n(&shared_used(ring)->index, htole16(now), __ATOMIC_RELEASE);
-	if (ring->log)
-		vt_log_publish(ring->log, now);
 	ring->published = now;
 	ring->told = true;
 	/* Section 2.7.10: the index is seen before used_event is read. */

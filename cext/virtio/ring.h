@@ -111,7 +111,12 @@ uint16_t vt_ring_used(const struct vt_ring *ring);
  * pages. Return: it; UINT64_MAX of a split ring. */
 uint64_t vt_ring_used_guest(const struct vt_ring *ring);
 
-/* Make completions visible. Return: whether the driver wants to be signalled. */
+/* Make completions visible to a driver that looks. One that waits is not signalled before
+ * vt_ring_publish has asked whether it wants to be. */
+void vt_ring_show(struct vt_ring *ring);
+
+/* Make completions visible. Return: whether the driver wants to be signalled for any that became
+ * visible since the last call. */
 bool vt_ring_publish(struct vt_ring *ring);
 
 /* Ask for notifications. Return: whether chains became available meanwhile: fetch again then

@@ -29,7 +29,8 @@ struct vt_ring {
 	uint16_t mask;
 	uint16_t fetched;   /* the next available entry */
 	uint16_t completed; /* the next used entry */
-	uint16_t published;
+	uint16_t shown;     /* what the driver can see */
+	uint16_t published; /* what was compared with used_event */
 	bool told;          /* `published` was compared with used_event since the start */
 	bool quiet;         /* notifications are off */
 	uint32_t in_flight;
@@ -40,8 +41,8 @@ struct vt_ring {
 	uint16_t at, used_at;
 	bool at_wrap, used_wrap;
 	bool batched;        /* some used descriptors wait for the first one's flags */
-	bool owed;           /* a signal, of a batch that was published early */
-	uint16_t first, first_flags, batch_slots;
+	uint16_t first, first_flags;
+	uint16_t batch_slots; /* used since the driver's wish was looked at */
 	uint32_t slots;      /* descriptors fetched and not used */
 	uint32_t adopted;    /* of those, fetched from the log */
 	uint16_t *taken;     /* by id: how many descriptors it has */
@@ -90,6 +91,7 @@ int vt_packed_fetch(struct vt_ring *ring, struct vt_chain *chains, uint32_t most
 		    struct iovec *arena, uint32_t room);
 uint16_t vt_packed_waiting(const struct vt_ring *ring);
 void vt_packed_complete(struct vt_ring *ring, uint16_t id, uint32_t written);
+void vt_packed_show(struct vt_ring *ring);
 bool vt_packed_publish(struct vt_ring *ring);
 bool vt_packed_notify_on(struct vt_ring *ring);
 void vt_packed_notify_off(struct vt_ring *ring);

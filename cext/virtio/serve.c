@@ -1,10 +1,18 @@
 #include "virtio/worker_state.h"
 
-/* A batch is shown in parts while it takes long: the first touch of a huge page of a disk in memory
- * costs up to milliseconds, and a driver that waits for 64 of them takes its device for dead. The
- * clock is looked at after so many requests. */
+/* Completions are shown one by one: a driver that is awake on another processor works on them while
+ * the next ones are done. One that sleeps is signalled in the middle of a batch and at its end: by the
+ * time that it runs there is more than one for it, and more than one left to do here.
+ *
+ * Sooner while a batch takes long: the first touch of a huge page of a disk in memory costs up to
+ * milliseconds, and a driver that waits for 64 of them takes its device for dead. The clock is looked
+ * at after so many requests. */
 #define LONG_NS 200000u
 #define LOOKS 4
+/* Batches that are worth a signal in their middle. */
+#define HALVED 8
+/* How many requests ahead data is fetched; headers, which say where that is, twice as many. */
+#define AHEAD 2
 
 /* Make completions visible, and signal them if the driver wants to be. */
 static void publish(struct vt_worker *worker, struct vt_queue *queue)
@@ -54,23 +62,33 @@ static void forget(struct vt_queue *queue, struct vt_request *request)
 	queue->pending--;
 }
 
-/* Publish what is complete if that has taken long since `began`, which is set anew then. */
-static bool published_early(struct vt_worker *worker, struct vt_queue *queue, uint64_t *began)
+/* Whether it has been long since `began`, which is set anew then. */
+static bool took_long(uint64_t *began)
 {
 	uint64_t now = vt_now_ns();
 
 	if (now - *began <= LONG_NS)
 		return false;
-	publish(worker, queue);
 	*began = now;
 	return true;
+}
+
+/* Have the processor fetch what later requests of a batch need, while the one at `at` is done. */
+static void expect(const struct vt_worker *worker, const struct vt_queue *queue, int at, int got)
+{
+	const struct vt_chain *chain = &worker->chains[at];
+
+	if (at + 2 * AHEAD < got)
+		__builtin_prefetch(worker->arena[chain[2 * AHEAD].first].iov_base);
+	if (at + AHEAD < got)
+		vt_blk_expect(queue->disk, &chain[AHEAD], worker->arena + chain[AHEAD].first);
 }
 
 uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t most)
 {
 	struct vt_blk_means means = { worker->io, queue->port, queue->memory };
 	int got = vt_ring_fetch(queue->ring, worker->chains, most, worker->arena, VT_ARENA);
-	bool completed = false;
+	bool untold = false;
 	uint64_t began;
 
 	if (got <= 0) {
@@ -84,9 +102,11 @@ uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t mos
 		const struct vt_chain *chain = &worker->chains[i];
 		const struct iovec *segments = worker->arena + chain->first;
 		struct vt_request *request;
-		int64_t written = vt_blk_begin(queue->disk, &queue->mode, chain, segments,
-					       &means, &request);
+		int64_t written;
 
+		expect(worker, queue, i, got);
+		written = vt_blk_begin(queue->disk, &queue->mode, chain, segments, &means,
+				       &request);
 		if (written == -EINPROGRESS) {
 			request->queue = queue;
 			request->memory = vt_memory_get(queue->memory);
@@ -94,10 +114,15 @@ uint32_t vt_serve(struct vt_worker *worker, struct vt_queue *queue, uint32_t mos
 			continue;
 		}
 		complete(worker, queue, queue->memory, chain, segments, written);
-		completed = !(got > LOOKS && i % LOOKS == LOOKS - 1 &&
-			      published_early(worker, queue, &began));
+		vt_ring_show(queue->ring);
+		untold = true;
+		if ((got >= HALVED && i == got / 2 - 1) ||
+		    (got > LOOKS && i % LOOKS == LOOKS - 1 && took_long(&began))) {
+			publish(worker, queue);
+			untold = false;
+		}
 	}
-	if (completed)
+	if (untold)
 		publish(worker, queue);
 	return (uint32_t)got;
 }

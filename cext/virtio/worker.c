@@ -21,11 +21,13 @@
 /* What a request costs beside its bytes when queues take turns, and what one turn is worth. */
 #define REQUEST_BYTES 4096u
 #define TURN_BYTES (16u * 2u * REQUEST_BYTES)
-#define FIRST_WINDOW_NS 2000u
+#define SHORTEST_LOOK_NS 2000u
 /* A round that took longer may have been one without the processor. */
 #define AWAY_NS 3000u
 /* How long rings are not looked at after that was seen. */
 #define NO_LOOK_NS 10000000u
+/* And after looks of all lengths were in vain: what those cost is a few per cent of this. */
+#define REST_NS 2000000u
 /* Kicks of sleeping queues are looked for after so many rounds over the waking ones. */
 #define ROUNDS 32u
 #define EVENTS 64
@@ -205,10 +207,11 @@ static void judge_look(struct vt_worker *worker, struct vt_queue *queue, uint64_
 		queue->window_ns = worker->poll_ns;
 }
 
-/* No work came while a queue was looked at: a shorter look is to do. */
+/* No work came while a queue was looked at: a shorter look is to do, and when the shortest was in vain
+ * too, none for a while. */
 static void shorten_look(struct vt_worker *worker, struct vt_queue *queue, uint64_t now)
 {
-	if (now < queue->look_at)
+	if (now < queue->look_at || !worker->poll_ns)
 		return;
 	if (queue->look_at) {
 		queue->look_at = 0;
@@ -218,9 +221,10 @@ static void shorten_look(struct vt_worker *worker, struct vt_queue *queue, uint6
 		return;
 	}
 	queue->window_ns /= 2;
-	if (queue->window_ns < FIRST_WINDOW_NS)
-		queue->window_ns = worker->poll_ns < FIRST_WINDOW_NS ? worker->poll_ns :
-								       FIRST_WINDOW_NS;
+	if (queue->window_ns >= SHORTEST_LOOK_NS)
+		return;
+	queue->window_ns = 0;
+	queue->look_at = now + REST_NS;
 }
 
 /* Do what a queue with work may do. Return: whether it stays awake. */
@@ -241,7 +245,10 @@ static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t n
 	}
 	if (!most)
 		return true;
-	if (queue->window_ns && waited < queue->window_ns)
+	/* What a kick announced was not found by looking. */
+	if (queue->kicked)
+		queue->kicked = false;
+	else if (queue->window_ns && waited < queue->window_ns)
 		judge_look(worker, queue, now);
 	if (queue->port && !vt_port_is_busy(queue->port))
 		worker->port_at = now;
@@ -341,6 +348,7 @@ static void kicked(struct vt_worker *worker, struct vt_queue *queue, uint32_t ev
 	if (queue->parked)
 		return;
 	queue->worked_at = vt_now_ns();
+	queue->kicked = !queue->awake;
 	vt_queue_wake(queue);
 }
 

@@ -6,7 +6,8 @@
  * notifications off, until its time comes. A worker sleeps in epoll while its queues
  * are idle. After work it looks at the rings itself for a while, which doubles when work came within it
  * and halves when none did, up to the worker's limit; 0 never looks. It does not look for a while after
- * work came only because another thread had taken its processor.
+ * work came only because another thread had taken its processor, nor after looks of all lengths found
+ * nothing.
  */
 #ifndef VT_VIRTIO_WORKER_H
 #define VT_VIRTIO_WORKER_H

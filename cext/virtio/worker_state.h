@@ -30,6 +30,7 @@ struct vt_queue {
 	int64_t credit;         /* what it may do before others have had their turn, in bytes */
 	uint64_t served;        /* requests */
 	bool awake;             /* the worker looks at it by itself */
+	bool kicked;            /* that is why */
 	bool parked;            /* its limits let it do nothing before: */
 	uint64_t due;
 	uint32_t size;

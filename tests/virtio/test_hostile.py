@@ -66,7 +66,8 @@ def check(honest: Frontend, number: int) -> None:
 
 
 def exports(tmp_path: Path, controller: str | None) -> Path:
-    """An exports file of two disks: images, or ranges of an NVMe controller's namespace."""
+    """An exports file of two disks, images or ranges of an NVMe controller's namespace, and one in
+    memory for front ends that are hostile."""
     file = tmp_path / "exports.toml"
     text = "version = 1\n"
     for number, name in enumerate(("hostile", "honest")):
@@ -78,6 +79,8 @@ def exports(tmp_path: Path, controller: str | None) -> Path:
             disk = f'nvme = "{controller}/1"\noffset = {number << 20}\nsize = {1 << 20}'
         text += f'[[export]]\nname = "{name}"\n{disk}\nqueues = 2\n'
         text += f'socket_path = "{tmp_path / name}"\n'
+    text += '[[export]]\nname = "memory"\nram = "1M"\nqueues = 2\n'
+    text += f'socket_path = "{tmp_path / "memory"}"\n'
     file.write_text(text)
     return file
 
@@ -89,10 +92,11 @@ def bombard(tmp_path: Path, count: int, seed: int, controller: str | None = None
     try:
         honest = connect(tmp_path / "honest", server)
         honest.up()
-        began, path = time.monotonic(), str(tmp_path / "hostile")
+        began = time.monotonic()
+        paths = [str(tmp_path / name) for name in ("hostile", "hostile", "memory")]
         before = settled = 0
         while sent < count:
-            sent += attack(path, rng)
+            sent += attack(paths[connections % len(paths)], rng)
             connections += 1
             if connections % 20 == 0:
                 check(honest, connections)

@@ -102,6 +102,22 @@ def test_what_is_written_is_read_over_each_queue(
         assert front.request(77)[0] == 2
 
 
+@pytest.mark.parametrize("sectors", [1, 7, 8, 9, 17])
+def test_pieces_of_any_length_and_place_are_written_as_they_are(
+    path: Path, settings: DiskSettings, sectors: int
+) -> None:
+    """Long ones may go past the caches, and what is behind a whole number of their lines."""
+    with serving(path, settings), connected(path) as front:
+        front.up()
+        data = random.Random(sectors).randbytes(sectors * 512)
+        around = b"\x5a" * 32 * 512
+        for sector in (3, 8, 11):
+            assert front.write(0, around) == 0
+            assert front.write(sector, data) == 0
+            end = sector * 512 + len(data)
+            assert front.read(0, len(around)) == around[: sector * 512] + data + around[end:]
+
+
 def test_requests_beyond_the_disk_and_odd_lengths_are_errors(
     path: Path, settings: DiskSettings
 ) -> None:

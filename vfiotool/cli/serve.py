@@ -16,6 +16,7 @@ import typer
 from vfiotool.cli import output, serve_class, serve_model, serve_net, serve_vduse
 from vfiotool.cli.context import area, examples, wants_json
 from vfiotool.cli.serve_options import (
+    POLL_US,
     BlockSizeOption,
     DirectOption,
     FileOption,
@@ -96,7 +97,7 @@ def vhost_user_blk(
     direct: DirectOption = False,
     lock: LockOption = "always",
     threads: ThreadsOption = 1,
-    poll_us: PollOption = 0,
+    poll_us: PollOption = POLL_US,
     iops_limit: IopsOption = None,
     bandwidth_limit: BandwidthOption = None,
     burst: BurstOption = None,
@@ -145,7 +146,7 @@ def vhost_user_blk(
 def exports(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The exports file, in TOML.")],
     threads: ThreadsOption = 1,
-    poll_us: PollOption = 0,
+    poll_us: PollOption = POLL_US,
     control_path: ControlOption = None,
     take_over: Annotated[
         bool,

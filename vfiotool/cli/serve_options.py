@@ -56,6 +56,8 @@ PollOption = Annotated[
         help="How long a worker looks at idle rings before it sleeps, at most; 0: not at all.",
     ),
 ]
+# Longer than it takes to wake another processor of a virtual machine (up to some 40 us, seen).
+POLL_US = 50
 _MOST_THREADS, _LONGEST_POLL_US = 64, 1_000_000
 
 

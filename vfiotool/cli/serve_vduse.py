@@ -12,6 +12,7 @@ import typer
 
 from vfiotool.cli import output
 from vfiotool.cli.serve_options import (
+    POLL_US,
     BlockSizeOption,
     DirectOption,
     FileOption,
@@ -48,7 +49,7 @@ def vduse_blk(
     queues: QueuesOption = 1,
     direct: DirectOption = False,
     threads: ThreadsOption = 1,
-    poll_us: PollOption = 0,
+    poll_us: PollOption = POLL_US,
     attach: Annotated[
         Literal["virtio", "vhost", "none"],
         typer.Option(
