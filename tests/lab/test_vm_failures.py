@@ -4,22 +4,20 @@ so before the start, and the check's own remedy lets QEMU open the devices."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.lab.commands import modprobe, vfiotool
+from tests.lab.commands import modprobe
 from tests.lab.vfio_guest import EDU, PCI, bind_vfio, unbind
+from tests.lab.vm_starts import findings, line_of, options, run, start
 from vfiotool.vfio import Device
 
 MACHINE = "full"
@@ -30,52 +28,6 @@ LIMIT_S = 3600.0
 SHARED, NEIGHBOUR = "0000:05:01.0", "0000:05:02.0"
 PF, VF = "0000:01:00.0", "0000:01:00.1"
 SMALL_LOCK = 64 << 20
-
-
-def run(*words: str, code: int | None = None, prefix: Sequence[str] = ()) -> str:
-    """A command's output; in this process, but behind a `prefix`."""
-    if not prefix:
-        ran = vfiotool(*words)
-        assert code in (None, ran.code), ran.out + ran.err
-        return ran.out
-    line = [*prefix, sys.executable, "-m", "vfiotool", *words]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=1200, check=False)
-    assert code in (None, done.returncode), done.stdout + done.stderr
-    return done.stdout
-
-
-def findings(*words: str, prefix: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """What `vm check` says of the devices, by its kind."""
-    found = json.loads(run("--json", "vm", "check", *words, prefix=prefix))["findings"]
-    return {item["kind"]: item for item in found}
-
-
-def options(*words: str) -> list[str]:
-    """What `vm qemu` prints of devices that are ready."""
-    found: list[str] = json.loads(run("--json", "vm", "qemu", *words, code=0))["arguments"]
-    return found
-
-
-def line_of(words: Sequence[str]) -> list[str]:
-    qemu = shutil.which("qemu-system-x86_64")
-    if qemu is None:
-        pytest.skip("no qemu-system-x86_64 in the guest's PATH")
-    return [qemu, "-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", *words]
-
-
-def start(words: Sequence[str], prefix: Sequence[str] = ()) -> str:
-    """Start QEMU, stopped, and end it: what it says on its standard error; empty if it worked."""
-    done = subprocess.run(
-        [*prefix, *line_of(words), "-S", "-monitor", "stdio"],
-        input="quit\n",
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    said = done.stderr.strip()
-    print(done.returncode, said)
-    return said if done.returncode else ""
 
 
 def said_while_running(words: Sequence[str], wanted: str, limit_s: float) -> str:

@@ -129,38 +129,63 @@ def _reset(
     """The verdict before the first start: works once and not twice, or again and again."""
     name, methods = function.address, function.reset_methods
     evidence = f"{SYS_PCI_DEVICES}/{name}/reset_method: {' '.join(methods) or 'none'}"
-    if methods:
-        bad = methods == ("bus",) and function.vendor == "1002" and _resets_badly(function)
-        if bad:
-            detail = (
-                "works once, not twice: its only reset is that of the bus, which this family of "
-                "AMD cards does not survive; a second start finds it dead until the host reboots"
-            )
-            lines = ("modprobe vendor-reset", f"echo device_specific > {_method_path(name)}")
-            return [finding(name, "reset", WARNING, detail, evidence, *lines)]
-        if methods == ("pm",):
-            detail = "its only reset is through D3hot, which need not clear everything"
-            return [finding(name, "reset", NOTE, detail, evidence)]
-        return []
-    if check.case is not None and not check.case.no_reset:
-        return []
-    missing = [other.address for other in check.bus if other.address not in chosen]
-    alone = "/" not in function.path.partition("/pci")[2].partition("/")[2]
-    if check.bus and not alone and not missing:
-        detail = "it is reset with its bus, whose functions this VM has all"
+    if methods == ("bus",) and function.vendor == "1002" and _resets_badly(function):
+        detail = (
+            "works once, not twice: its only reset is that of the bus, which this family of "
+            "AMD cards does not survive; a second start finds it dead until the host reboots"
+        )
+        lines = ("modprobe vendor-reset", f"echo device_specific > {_method_path(name)}")
+        return [finding(name, "reset", WARNING, detail, evidence, *lines)]
+    if methods == ("pm",):
+        detail = "its only reset is through D3hot, which need not clear everything"
         return [finding(name, "reset", NOTE, detail, evidence)]
-    if check.bus and not alone:
+    alone = "/" not in function.path.partition("/pci")[2].partition("/")[2]
+    # The kernel finds out when it comes upon a function, before it has seen those behind it on the
+    # bus: function 0 keeps a reset of the bus that is refused ever after (pci_init_reset_methods).
+    refused = methods == ("bus",) and bool(check.bus) and not alone
+    if methods and not refused:
+        return []
+    if not refused and check.case is not None and not check.case.no_reset:
+        return []
+    others = [other for other in check.bus if other.address not in chosen]
+    if not check.bus or alone:
+        detail = (
+            "works once, not twice: the kernel has no way to reset it, so that the next VM finds "
+            "it as this one left it; a second start may need a reboot of the host"
+        )
+        return [finding(name, "reset", WARNING, detail, evidence, "reboot between two starts")]
+    return [_reset_with_bus(function, others, evidence)]
+
+
+def _reset_with_bus(
+    function: PciFunction, others: Sequence[PciFunction], evidence: str
+) -> PreflightFinding:
+    """`others` are the functions on its bus that the VM does not have.
+
+    vfio-pci resets a bus all of whose functions it has: when the last of them is closed, and when
+    who asks has the groups of all (vfio_pci_dev_set_try_reset, vfio_pci_dev_set_hot_reset).
+    """
+    name = function.address
+    told = ", ".join(other.address for other in others)
+    remedy = f"vfiotool vm check {' '.join([name, *(other.address for other in others)])}"
+    if any(not other.on_vfio for other in others):
+        free = [other.address for other in others if not other.on_vfio]
         detail = (
             "works once, not twice: it can only be reset with its bus, whose other functions are "
-            f"not given to the same VM: {', '.join(missing)}"
+            f"neither given to the same VM nor on a VFIO driver: {', '.join(free)}"
         )
-        remedy = f"vfiotool vm check {' '.join([name, *missing])}"
-        return [finding(name, "reset", WARNING, detail, evidence, remedy, number=len(missing))]
-    detail = (
-        "works once, not twice: the kernel has no way to reset it, so that the next VM finds it as "
-        "this one left it; a second start may need a reboot of the host"
-    )
-    return [finding(name, "reset", WARNING, detail, evidence, "reboot between two starts")]
+        binds = (f"vfiotool bind {' '.join(free)}",)
+        return finding(name, "reset", WARNING, detail, evidence, remedy, *binds, number=len(free))
+    if any(other.iommu_group != function.iommu_group for other in others):
+        detail = (
+            "it is reset with its bus when its VM ends, as long as nobody else has the bus's "
+            f"other functions ({told}); not when the guest reboots"
+        )
+        return finding(name, "reset", NOTE, detail, evidence, remedy, number=len(others))
+    detail = "it is reset with its bus, whose functions this VM has all"
+    if others:
+        detail = f"it is reset with its bus, whose other functions are in its group: {told}"
+    return finding(name, "reset", NOTE, detail, evidence)
 
 
 def _method_path(name: str) -> str:

@@ -28,6 +28,8 @@ _PAGE = 4096
 # A margin for BARs, ROMs and the device models' own memory, as libvirt has it
 # (qemu_domain.c, qemuDomainGetMemLockLimitBytes).
 _MARGIN = GIB
+# Into how many parts a q35 guest's memory is mapped before its firmware runs (seen with QEMU 10).
+_PARTS = 5
 # libvirt raises the limit of the QEMU that it starts; cloud-hypervisor is started by the caller.
 _RAISES_LIMIT = ("libvirt",)
 
@@ -186,14 +188,15 @@ def _numa(
     node = nodes.get(used[0])
     if node is None:
         return []
-    pin = _pinning(machine.guest, node, wanted.hypervisor)
-    short = []
+    short, strict = [], True
     if wanted.vcpus is not None and wanted.vcpus > node.cpus:
         short.append(f"{wanted.vcpus} vCPUs, it has {node.cpus} processors")
     if wanted.memory_bytes is not None and node.free_bytes is not None:
         less = wanted.memory_bytes - node.free_bytes
         if less > 0:
             short.append(f"{words_of(less)} of memory more than it has free")
+            strict = False
+    pin = _pinning(machine.guest, node, wanted.hypervisor, strict=strict)
     evidence = f"{SYS_NODES}/node{node.number}/cpulist, meminfo"
     far = max((d for n, d in enumerate(node.distances) if n != node.number), default=None)
     if short:
@@ -205,11 +208,15 @@ def _numa(
     return found
 
 
-def _pinning(guest: GuestMachine, node: NumaNode, hypervisor: str) -> str:
+def _pinning(guest: GuestMachine, node: NumaNode, hypervisor: str, *, strict: bool) -> str:
+    """Without `strict` what does not fit is taken from another node: bound to one that is too
+    small, the kernel kills the VM (mm/oom_kill.c, CONSTRAINT_MEMORY_POLICY)."""
     if hypervisor == "libvirt":
-        return f"<numatune><memory mode='strict' nodeset='{node.number}'/></numatune>"
+        mode = "strict" if strict else "preferred"
+        return f"<numatune><memory mode='{mode}' nodeset='{node.number}'/></numatune>"
     name = "cloud-hypervisor" if hypervisor == "cloud-hypervisor" else guest.program
-    return f"numactl --cpunodebind={node.number} --membind={node.number} {name} …"
+    how = "membind" if strict else "preferred"
+    return f"numactl --cpunodebind={node.number} --{how}={node.number} {name} …"
 
 
 def _distance(node: NumaNode | None, other: int) -> int | None:
@@ -349,26 +356,30 @@ def _mappings(
 ) -> list[PreflightFinding]:
     """A guest that runs its own IOMMU maps page by page, up to its whole memory."""
     through = [check for check in checks if check.device.through_vfio]
-    if not wanted.viommu or wanted.iommufd or wanted.memory_bytes is None or not through:
+    if wanted.iommufd or wanted.memory_bytes is None or not through:
         return []
-    most = wanted.memory_bytes // _PAGE
+    parts = _PARTS if machine.guest.kind == "q35" else 1
+    most = wanted.memory_bytes // _PAGE if wanted.viommu else parts
     if most <= machine.mappings:
         return []
-    detail = (
-        f"behind a virtual IOMMU the guest may map {most:,} pages for a device, and a container "
-        f"takes {machine.mappings:,} mappings"
-    )
+    takes = f"a container takes {machine.mappings:,} mappings"
+    detail = f"a guest's memory is mapped in {most} parts, and {takes}"
+    if wanted.viommu:
+        detail = (
+            f"behind a virtual IOMMU the guest may map {most:,} pages for a device, and {takes}"
+        )
     file = f"{SYS_MODULE}/vfio_iommu_type1/parameters/dma_entry_limit"
     remedy = (
         f"echo {most} > {file}",
         *distribution.module_option("vfio_iommu_type1", f"dma_entry_limit={most}"),
-        "or iommu=pt on the guest's kernel command line",
     )
+    if wanted.viommu:
+        remedy = (*remedy, "or iommu=pt on the guest's kernel command line")
     return [
         finding(
             _names(through),
             "mappings",
-            WARNING,
+            WARNING if wanted.viommu else BLOCKER,
             detail,
             f"{file}: {machine.mappings}",
             *remedy,

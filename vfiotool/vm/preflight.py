@@ -12,7 +12,7 @@ from vfiotool.devices.inventory import Inventory
 from vfiotool.errors import Refused
 from vfiotool.host.distribution import read_distribution
 from vfiotool.host.host import Host
-from vfiotool.host.paths import DEV_IOMMU, SYS_IOMMU_GROUPS, SYS_PCI_DEVICES
+from vfiotool.host.paths import DEV_IOMMU, SYS_IOMMU_GROUPS, SYS_PCI_DEVICES, SYS_VFIO_GROUPS
 from vfiotool.usage.blocker import KINDS, Blocker
 from vfiotool.usage.case import Case
 from vfiotool.usage.verdict import device_notes, explain
@@ -121,10 +121,15 @@ def judge_handing(
         _blocked(device, blocker, opens) for blocker in verdict.blockers if blocker.kind not in told
     ]
     if opens and missing_node is not None:
-        found.append(
-            _finding(device, "no-node", f"{missing_node} does not exist", why, missing_node)
-        )
+        found.append(_no_node(device, missing_node))
     return tuple(found)
+
+
+def _no_node(device: Handed, node: str) -> PreflightFinding:
+    """A node that was removed, or that a container was not given; the kernel knows its numbers."""
+    numbers = f"{SYS_VFIO_GROUPS}/{device.iommu_group}/dev"
+    command = f"mknod -m 600 {node} c $(tr : ' ' < {numbers})"
+    return _finding(device, "no-node", f"{node} does not exist", command, node)
 
 
 def _blocked(device: Handed, blocker: Blocker, opens: bool) -> PreflightFinding:
