@@ -127,7 +127,7 @@ def judge_handing(
 
 def _no_node(device: Handed, node: str) -> PreflightFinding:
     """A node that was removed, or that a container was not given; the kernel knows its numbers."""
-    numbers = f"{SYS_VFIO_GROUPS}/{device.iommu_group}/dev"
+    numbers = "/".join((SYS_VFIO_GROUPS, str(device.iommu_group), "dev"))
     command = f"mknod -m 600 {node} c $(tr : ' ' < {numbers})"
     return _finding(device, "no-node", f"{node} does not exist", command, node)
 
