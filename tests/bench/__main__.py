@@ -50,7 +50,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "rebind": [bench("rebind")],
     "nvme": [bench("nvme")],
     "vfio_user": [bench("vfio_user")],
-    "vhost_blk": [bench("vhost_blk"), bench("vhost_tenants")],
+    "vhost_blk": [bench("vhost_blk"), bench("vhost_tenants"), bench("late_driver")],
     "shared_queue": [bench("shared_queue")],
 }
 

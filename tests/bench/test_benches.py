@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,3 +34,10 @@ def test_starting_is_measured_against_python() -> None:
 def test_a_shared_queue_is_measured_with_one_thread_and_with_four() -> None:
     lines = printed("shared_queue", "--rounds", "1", "--seconds", "0.05", "--delays-us", "0")
     assert "four to one" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_a_driver_that_wakes_late_is_measured() -> None:
+    lines = printed("late_driver", "--rounds", "1", "--seconds", "0.05", "--late", "0,50")
+    assert [line.split()[0] for line in lines.splitlines()] == ["0", "50"]

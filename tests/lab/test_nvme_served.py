@@ -125,15 +125,17 @@ class Other(threading.Thread):
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[None]:
-    """The disk, full of one byte, served by ranges at `folder`/vm and `folder`/other."""
+def served(folder: Path, more: str = "", end: int = END) -> Iterator[None]:
+    """The disk, full of one byte up to `end`, served by ranges at `folder`/vm and `folder`/other,
+    and by what `more` has of exports."""
     with bind_nvme(DISK).open("r+b", buffering=0) as disk:
-        for _ in range(END // MIB):
+        for _ in range(end // MIB):
             disk.write(b"\xa5" * MIB)
         os.fsync(disk.fileno())
     to_vfio(DISK)
     file = folder / "exports.toml"
-    file.write_text(EXPORTS.format(disk=DISK, first=FIRST, second=SECOND, folder=folder))
+    text = EXPORTS.format(disk=DISK, first=FIRST, second=SECOND, folder=folder)
+    file.write_text(text + more)
     command = [sys.executable, "-m", "vfiotool", "serve", "exports", str(file)]
     server = subprocess.Popen([*command, "--threads", "2"])
     try:
@@ -144,12 +146,12 @@ def served(folder: Path) -> Iterator[None]:
         assert server.wait(WAIT_S) == 0
 
 
-def on_the_disk() -> bytes:
+def on_the_disk(ranges: tuple[tuple[int, int], ...] = (FIRST, SECOND), end: int = END) -> bytes:
     """What is there, as the kernel's driver reads it; nothing beside the ranges has changed."""
     with bind_nvme(DISK).open("rb", buffering=0) as disk:
-        found = b"".join(disk.read(MIB) for _ in range(END // MIB))
-    outside = ((0, FIRST[0]), (sum(FIRST), SECOND[0]), (sum(SECOND), END))
-    assert all(set(found[start:end]) == {0xA5} for start, end in outside)
+        found = b"".join(disk.read(MIB) for _ in range(end // MIB))
+    starts, ends = [at for at, _ in ranges] + [end], [0] + [sum(one) for one in ranges]
+    assert all(set(found[before:at]) == {0xA5} for before, at in zip(ends, starts, strict=True))
     return found
 
 

@@ -180,6 +180,11 @@ class Frontend:
         bytes before it sets them, and the device would see that."""
         return memoryview(self.memory).cast("H")
 
+    def fence(self) -> None:
+        """What was stored before is seen before anything is loaded after it."""
+        with self._fence:
+            pass
+
     def u16(self, at: int) -> int:
         return int(self.words[at // 2])
 
@@ -204,8 +209,7 @@ class Frontend:
         found = []
         while len(found) < count:
             self.words[(ring.at + 0x1004) // 2 + SIZE] = ring.seen
-            with self._fence:
-                pass
+            self.fence()
             if self.u16(ring.at + 0x2002) == ring.seen:
                 ready = select.select([ring.call, self.socket], [], [], TIMEOUT_S)[0]
                 if self.socket in ready and self.u16(ring.at + 0x2002) == ring.seen:

@@ -158,6 +158,25 @@ def test_what_was_fetched_before_a_fault_keeps_nobody_waiting(
     assert said == []
 
 
+def test_a_driver_that_sleeps_is_woken_while_the_rest_is_answered(path: Path) -> None:
+    """The first completion after a pause is seen at once, those after it together."""
+    seen: list[int] = []
+
+    class Watched(Echo):
+        def handle(self, queue: int, requests: list[QueueRequest]) -> None:
+            for request in requests:
+                request.complete(request.write(b"x"))
+                seen.append(front.u16(front.rings[0].at + 0x2002))
+
+    with served(Watched(), path) as (_, said), connected(path) as front:
+        front.up()
+        for head in range(4):
+            front.put(front.rings[0], head, [(DATA + 64 * head, 8, True)])
+            front.add(front.rings[0], head, kick=head == 3)
+        assert sorted(front.wait(front.rings[0], 4)) == [(head, 1) for head in range(4)]
+    assert said == [] and seen == [1, 1, 1, 1]
+
+
 def test_the_configuration_is_the_dataclass_as_the_specification_packs_it(path: Path) -> None:
     device = Echo()
     with served(device, path), connected(path) as front:

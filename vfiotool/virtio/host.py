@@ -54,6 +54,8 @@ class _LoopQueue:
         self._tasks: set[asyncio.Task[None]] = set()
         self._due = False
         self._worked_at = 0.0
+        # Nothing was there at the last look: the driver may sleep, perhaps on another processor.
+        self._was_idle = True
         self.direct.completed = self.publish_soon
         if self._kick is not None:
             host.loop.add_reader(self._kick, self._kicked)
@@ -99,20 +101,23 @@ class _LoopQueue:
                 return
             self._worked_at = self.host.loop.time()
             self._hand_over(requests)
+            self._was_idle = False
             if not self.direct.is_open or (self._task is not None and device.ordered):
                 return
         self.host.loop.call_soon(self._turn)
 
     def _rest(self) -> None:
         """There was nothing: look again soon if there was something just now, or ask for kicks."""
+        self._was_idle = True
         if why := self.direct.broken():
             self._break(why)
         elif self.host.loop.time() - self._worked_at < _LOOK_S or self.direct.notify(on=True):
             self.host.loop.call_soon(self._turn)
 
     def _hand_over(self, requests: list[QueueRequest]) -> None:
-        # What is completed at once is published at once, together.
-        self.direct.completed = None
+        # What is completed at once is published at once, together; but for the first one after a
+        # pause: a driver that sleeps wakes up while the others are answered.
+        self.direct.completed = self._publish_first if self._was_idle else None
         try:
             answer = self.host.device.handle(self.index, requests)
         except Exception as error:
@@ -154,6 +159,10 @@ class _LoopQueue:
             self.host.report(f"{type(self.host.device).__name__}.failed: {error!r}")
         if not request.is_complete:
             request.complete(0)
+
+    def _publish_first(self) -> None:
+        self.direct.completed = None
+        self.direct.publish()
 
     def publish_soon(self) -> None:
         """Make what was completed outside of a turn visible, once a round of the loop."""
