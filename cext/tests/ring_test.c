@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <string.h>
@@ -356,6 +357,10 @@ static void maps(void)
 	CHECK(vt_memory_create(&piped, 1, &memory) == -EINVAL);
 	piped.fd = -1;
 	CHECK(vt_memory_create(&piped, 1, &memory) == -EBADF);
+	/* A file of a file system that answers itself. */
+	piped.fd = open("/sys/kernel/uevent_seqnum", O_RDONLY | O_CLOEXEC);
+	CHECK(piped.fd < 0 || vt_memory_create(&piped, 1, &memory) == -EOPNOTSUPP);
+	close(piped.fd);
 	CHECK(vt_memory_create(two, VT_MEMORY_REGIONS + 1, &memory) == -E2BIG);
 	CHECK(vt_memory_create(two, 2, &memory) == 0);
 	CHECK(vt_memory_segments(memory, 0x7ff0, 0x20, cut, 4) == 2);

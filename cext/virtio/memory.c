@@ -2,13 +2,18 @@
 #include "virtio/memory.h"
 
 #include <errno.h>
+#include <linux/magic.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
+
+/* Of linux/magic.h, where it is new or was never there. */
+#define XFS 0x58465342
 
 struct mapped {
 	uint64_t guest, user, size;
@@ -35,8 +40,9 @@ struct slot {
 	struct vt_memory *memory;
 };
 
-#define SLOTS (16u * VT_MEMORY_REGIONS)
+#define SLOTS VT_MEMORY_ROOM
 static struct slot slots[SLOTS];
+static uint32_t first_free; /* none before it is */
 static pthread_mutex_t slots_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct sigaction before;
 static int guarded;
@@ -46,9 +52,10 @@ static int take_slot(struct vt_memory *memory, const struct mapped *region)
 	int found = -ENOSPC;
 
 	pthread_mutex_lock(&slots_lock);
-	for (uint32_t i = 0; i < SLOTS; i++) {
+	for (uint32_t i = first_free; i < SLOTS; i++) {
 		if (slots[i].end)
 			continue;
+		first_free = i + 1;
 		slots[i].memory = memory;
 		slots[i].page = region->page;
 		slots[i].end = (uintptr_t)region->mapping + region->mapping_size;
@@ -66,6 +73,8 @@ static void give_slot(int slot)
 	__atomic_store_n(&slots[slot].start, 0, __ATOMIC_RELEASE);
 	slots[slot].end = 0;
 	slots[slot].memory = NULL;
+	if ((uint32_t)slot < first_free)
+		first_free = (uint32_t)slot;
 	pthread_mutex_unlock(&slots_lock);
 }
 
@@ -97,6 +106,20 @@ static int check(const struct vt_region *regions, uint32_t count)
 	return 0;
 }
 
+/* Whether a file's pages are there without anybody's help but this kernel's. */
+static bool is_local(int fd)
+{
+	struct statfs file_system;
+	uint32_t type;
+
+	if (fstatfs(fd, &file_system))
+		return false;
+	type = (uint32_t)file_system.f_type;
+	return type == TMPFS_MAGIC || type == (uint32_t)HUGETLBFS_MAGIC ||
+	       type == (uint32_t)RAMFS_MAGIC || type == EXT4_SUPER_MAGIC || type == XFS ||
+	       type == (uint32_t)BTRFS_SUPER_MAGIC;
+}
+
 static int map_region(struct vt_memory *memory, const struct vt_region *announced, bool sized)
 {
 	struct mapped *region = &memory->regions[memory->count];
@@ -110,6 +133,8 @@ static int map_region(struct vt_memory *memory, const struct vt_region *announce
 	if (sized &&
 	    (!S_ISREG(status.st_mode) || wanted > (uint64_t)status.st_size))
 		return -EINVAL;
+	if (sized && !is_local(announced->fd))
+		return -EOPNOTSUPP;
 	/* A file on hugetlbfs says its page size here; others say less than a page's multiple. */
 	if (status.st_blksize > 0 && (uint64_t)status.st_blksize > page &&
 	    ((uint64_t)status.st_blksize & ((uint64_t)status.st_blksize - 1)) == 0 &&

@@ -15,6 +15,9 @@
 
 /* What QEMU announces at most (VHOST_USER_MAX_RAM_SLOTS, and memory slots beside it). */
 #define VT_MEMORY_REGIONS 512u
+/* Regions that are mapped in a process at once, of all maps; the kernel's own limit on mappings
+ * (vm.max_map_count) is about twice that. */
+#define VT_MEMORY_ROOM 32768u
 
 struct vt_memory;
 
@@ -30,8 +33,10 @@ struct vt_region {
 /* Map `count` regions. On success `*memory` holds one reference.
  *
  * Return: 0; -EINVAL for a size of 0, a sum that overflows, regions that overlap (in either
- * address space), or a file that is smaller than what is announced of it; -E2BIG for too many
- * regions; otherwise the errno of fstat or mmap. Nothing stays mapped after an error.
+ * address space), or a file that is smaller than what is announced of it; -EOPNOTSUPP for a file on a
+ * file system that a program or another host answers for (FUSE, NFS), which could leave whoever
+ * touches the memory waiting for ever; -E2BIG for too many regions; -ENOSPC when VT_MEMORY_ROOM are
+ * mapped; otherwise the errno of fstat or mmap. Nothing stays mapped after an error.
  */
 int vt_memory_create(const struct vt_region *regions, uint32_t count, struct vt_memory **memory);
 

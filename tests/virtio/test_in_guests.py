@@ -60,7 +60,8 @@ done
 FOR_LONG = (
     FIND
     + """
-until [ "$(cut -d. -f1 /proc/uptime)" -ge SECONDS ]; do
+end=$(($(cut -d. -f1 /proc/uptime) + SECONDS))
+until [ "$(cut -d. -f1 /proc/uptime)" -ge $end ]; do
     fio --name=v --filename=$DISK --size=32m --bs=4k --rw=randwrite --ioengine=libaio \
         --iodepth=16 --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --minimal \
         >/run/fio.out || { cat /run/fio.out; exit 1; }
@@ -113,9 +114,13 @@ def in_guest(
     then: Callable[[Completed], None],
     *,
     packed: bool = False,
+    ready: threading.Event | None = None,
 ) -> None:
+    """Run a script in a guest with a served disk; `ready` is set once the guest is up."""
     options = with_disk(exports.parent / f"{name}.sock", packed=packed)
     with Guest("basic", KERNEL, qemu_arguments=options) as guest:
+        if ready is not None:
+            ready.set()
         then(guest.exec(["sh", "-c", script.replace("SERIAL", name)], timeout_s=400))
 
 
@@ -208,8 +213,10 @@ def test_two_guests_see_delays_only_while_their_server_is_replaced_twenty_times(
     done: dict[str, Completed] = {}
     script = FOR_LONG.replace("SECONDS", "150")
 
+    up = {name: threading.Event() for name in ("first", "second")}
+
     def run(name: str) -> None:
-        in_guest(exports, name, script, lambda got: done.update({name: got}))
+        in_guest(exports, name, script, lambda got: done.update({name: got}), ready=up[name])
 
     for name in ("first", "second"):
         wait_for(exports.parent / f"{name}.sock", server)
@@ -218,8 +225,10 @@ def test_two_guests_see_delays_only_while_their_server_is_replaced_twenty_times(
         thread.start()
     times = 0
     try:
-        # The first ones meet the firmware and the guests' boot, the others a file system's load.
+        # The first ones meet the firmware and the guests' boot, the others a disk under load.
         while times < 20:
+            if times == 5:
+                assert all(event.wait(300) for event in up.values()), done
             threads[0].join(4.0)
             assert any(thread.is_alive() for thread in threads), done
             server = disturb(server, exports)

@@ -86,6 +86,10 @@ def _figures(kind: type[_T], values: Any) -> _T:
     return kind(*(getattr(values, field.name) for field in fields(kind)))  # type: ignore[arg-type]
 
 
+# Regions that a process can have mapped at once.
+MEMORY_ROOM = int(lib.VT_MEMORY_ROOM)
+
+
 class MemoryMap:
     """A front end's memory, mapped here. Raises UsageError for regions that contradict themselves.
 

@@ -14,11 +14,12 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import IntEnum
 
-from vfiotool.errors import VfiotoolError
+from vfiotool.errors import Refused, VfiotoolError
 from vfiotool.native.virtqueue import (
+    MEMORY_ROOM,
     MemoryMap,
     MemoryRegion,
     RingLayout,
@@ -33,7 +34,6 @@ from vfiotool.virtio.message import (
     ProtocolError,
     VhostMessage,
     VhostRequest,
-    VringAddresses,
     format_backend_request,
     format_config,
     format_inflight,
@@ -50,7 +50,7 @@ from vfiotool.virtio.message import (
     parse_u64,
     parse_vring_descriptor,
 )
-from vfiotool.virtio.served import QueueStart, RunningQueue, ServedDevice, VirtioFeature
+from vfiotool.virtio.served import QueueStart, ServedDevice, VirtioFeature, Vring
 
 # What QEMU may plug in at most; each is one mapping of ours.
 MEMORY_SLOTS = 509
@@ -83,22 +83,6 @@ _TRANSPORT = (
 )
 
 
-@dataclass
-class Vring:
-    """One queue's state. Descriptors are owned; `queue` is there while it runs."""
-
-    size: int = 0
-    base: int = 0
-    addresses: VringAddresses | None = None
-    kick: int | None = None
-    call: int | None = None
-    error: int | None = None
-    kicked: bool = False
-    enabled: bool = False
-    paused: bool = False
-    queue: RunningQueue | None = None
-
-
 class Frontend:
     """One front end's connection to a device, whose queues may run in `workers`.
 
@@ -112,8 +96,11 @@ class Frontend:
         device: ServedDevice,
         workers: list[Worker],
         may_run: Callable[[Frontend], bool] = lambda _: True,
+        room: Callable[[], int] = lambda: MEMORY_ROOM,
     ) -> None:
         self._may_run = may_run
+        # How many memory regions more its tenant may have mapped.
+        self._room = room
         self.device = device
         self.workers = workers
         self.features = 0
@@ -133,6 +120,12 @@ class Frontend:
     @property
     def is_running(self) -> bool:
         return any(vring.queue is not None for vring in self.vrings)
+
+    @property
+    def mapped(self) -> int:
+        """Memory regions that it has mapped here."""
+        logs = (self.log is not None) + (self.dirty is not None)
+        return logs + (len(self.regions) if self.memory is not None else 0)
 
     def offered(self) -> int:
         return int(self.device.features() | _TRANSPORT)
@@ -295,8 +288,13 @@ class Frontend:
         if old is not None:
             self.device.leave(old)
 
+    def _map(self, regions: list[MemoryRegion]) -> MemoryMap:
+        if len(regions) > self._room():
+            raise Refused(f"{len(regions)} memory regions are more than its share")
+        return MemoryMap(regions)
+
     def _mapped(self, regions: list[MemoryRegion]) -> MemoryMap:
-        fresh = MemoryMap(regions)
+        fresh = self._map(regions)
         try:
             self.device.reach(fresh, regions)
         except BaseException:
@@ -313,13 +311,13 @@ class Frontend:
 
     def set_log(self, area: InflightArea, descriptor: int) -> None:
         """Keep the in-flight logs there from now on; the descriptor is ours once this returns."""
-        fresh = MemoryMap([MemoryRegion(0, 0, area.size, area.offset, descriptor)])
+        fresh = self._map([MemoryRegion(0, 0, area.size, area.offset, descriptor)])
         self._drop_log()
         self.log, self.log_area, self.log_fd = fresh, area, descriptor
 
     def set_dirty_log(self, size: int, offset: int, descriptor: int) -> None:
         """Log written pages there from now on; the descriptor is ours once this returns."""
-        fresh = MemoryMap([MemoryRegion(0, 0, size, offset, descriptor)])
+        fresh = self._map([MemoryRegion(0, 0, size, offset, descriptor)])
         self._set_dirty(fresh, size, offset, descriptor)
 
     def _set_dirty(
@@ -386,7 +384,8 @@ class Frontend:
         return format_u64(len(self.vrings)), None
 
     def _get_max_mem_slots(self, _: VhostMessage) -> tuple[bytes, None]:
-        return format_u64(MEMORY_SLOTS), None
+        # Another map is made beside the one that is there.
+        return format_u64(min(MEMORY_SLOTS, max(1, (self._room() - self.mapped) // 2 - 2))), None
 
     def _set_mem_table(self, message: VhostMessage) -> None:
         regions = parse_memory_table(message)

@@ -345,7 +345,7 @@ def _unpack_export(
         stack.callback(connected.close)
         receiver = Receiver(connected)
         stack.callback(receiver.close)
-        frontend = Frontend(disk, server.workers, export.may_run)
+        frontend = server.frontend(export)
         stack.callback(frontend.close)
         _unpack_frontend(frontend, receiver, entry, unpacked)
         connections.append(Connection(connected, receiver, frontend))

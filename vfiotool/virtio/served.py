@@ -17,6 +17,7 @@ from vfiotool.native.virtqueue import (
     Worker,
     WrittenPages,
 )
+from vfiotool.virtio.message import VringAddresses
 
 
 class VirtioFeature(IntFlag):
@@ -102,3 +103,19 @@ class ServedDevice(Protocol):
 
     def close(self) -> None:
         """Give back what it holds; no queue runs any more."""
+
+
+@dataclass
+class Vring:
+    """One queue's state. Descriptors are owned; `queue` is there while it runs."""
+
+    size: int = 0
+    base: int = 0
+    addresses: VringAddresses | None = None
+    kick: int | None = None
+    call: int | None = None
+    error: int | None = None
+    kicked: bool = False
+    enabled: bool = False
+    paused: bool = False
+    queue: RunningQueue | None = None

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from vfiotool.errors import Refused, UsageError, VfiotoolError, from_oserror
 from vfiotool.native.limits import UNLIMITED, WEIGHT, Rate
-from vfiotool.native.virtqueue import ServedQueue, Worker
+from vfiotool.native.virtqueue import MEMORY_ROOM, ServedQueue, Worker
 from vfiotool.virtio.backend import Frontend
 from vfiotool.virtio.balance import next_move
 from vfiotool.virtio.block import BlockDisk
@@ -288,8 +288,18 @@ class Server:
             export.listener.accept()[0].close()
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
+    def frontend(self, export: Export) -> Frontend:
+        """What a connection to an export begins with. Each export may have its share of the regions
+        that the process can map, so that none uses up what the others need."""
+
+        def room() -> int:
+            held = sum(one.frontend.mapped for one in export.connections)
+            return MEMORY_ROOM // max(1, len(self.exports)) - held
+
+        return Frontend(export.device, self.workers, export.may_run, room)
+
     def _connect(self, export: Export, connection: socket.socket) -> None:
-        frontend = Frontend(export.device, self.workers, export.may_run)
+        frontend = self.frontend(export)
         self.attach(export, Connection(connection, Receiver(connection), frontend))
 
     def resume(self, frontends: Iterable[Frontend]) -> None:
