@@ -96,7 +96,7 @@ def _class(title: str, item: type) -> Iterator[str]:
     if issubclass(item, enum.Enum):
         yield "Values: " + ", ".join(f"`{member.name}`" for member in item) + "."
         yield ""
-    for name, member in sorted(vars(item).items()):
+    for name, member in sorted(_members(item).items()):
         if name.startswith("_"):
             continue
         found = member.__func__ if isinstance(member, classmethod | staticmethod) else member
@@ -104,9 +104,24 @@ def _class(title: str, item: type) -> Iterator[str]:
             text = inspect.getdoc(found)
             if text:
                 yield f"- `{name}`: {_first(text)}"
-        elif inspect.isfunction(found) and inspect.getdoc(found):
+        elif inspect.ismemberdescriptor(found) and inspect.getdoc(found):
+            yield f"- `{name}`: {_first(inspect.getdoc(found) or '')}"
+        elif _is_function(found) and inspect.getdoc(found):
             yield f"- `{name}{_signature(found)}`: {_first(inspect.getdoc(found) or '')}"
     yield ""
+
+
+def _members(item: type) -> dict[str, Any]:
+    """What is written in the class itself, or in the type of C that it begins with."""
+    found: dict[str, Any] = {}
+    for base in reversed(item.__mro__):
+        if base is item or base.__module__ == "vfiotool.native._types":
+            found |= vars(base)
+    return found
+
+
+def _is_function(item: Any) -> bool:
+    return inspect.isfunction(item) or inspect.ismethoddescriptor(item)
 
 
 def _function(heading: str, name: str, item: Callable[..., Any]) -> list[str]:
