@@ -194,3 +194,10 @@ def test_what_only_looks_like_an_address_is_left_alone(text: str) -> None:
 def test_masking_any_text_ends_and_leaves_no_mac(text: str) -> None:
     once = Mask(KEY).text(f"{text} {MAC}")
     assert MAC not in once and not re.search("001b21aabbcc", once)
+
+
+def test_a_link_local_address_that_was_given_by_hand_stays_one() -> None:
+    """`why` says the same of a host and of its anonymized snapshot."""
+    given, made = IPv6Address("fe80::1"), IPv6Address("fe80::5054:ff:fe12:3456")
+    assert IPv6Address(Mask(KEY).ipv6(given.packed)) == given
+    assert int(IPv6Address(Mask(KEY).ipv6(made.packed))) >> 32 & 0xFFFFFFFF

@@ -35,13 +35,16 @@ def found(small: SmallHost, address: str = NIC) -> list[tuple[str, str]]:
 
 def test_an_interface_that_is_only_up_is_not_in_use(small: SmallHost) -> None:
     small.network(NIC, "eth1")
-    small.addresses(("lo", "127.0.0.1/8"), ("eth1", "fe80::1/64"), ("eth9", "10.0.0.1/8"))
+    small.addresses(
+        ("lo", "127.0.0.1/8"), ("eth1", "fe80::5054:ff:fe12:3456/64"), ("eth9", "10.0.0.1/8")
+    )
     assert found(small) == []
 
 
 def test_an_address_is_a_use(small: SmallHost) -> None:
     small.network(NIC, "eth1")
-    small.addresses(("eth1", "10.0.2.15/24"), ("eth1", "fec0::1/64"), ("eth1", "fe80::1/64"))
+    made = "fe80::5054:ff:fe12:3456/64"
+    small.addresses(("eth1", "10.0.2.15/24"), ("eth1", "fec0::1/64"), ("eth1", made))
     (entry,) = blockers(small.host(), NIC)
     assert entry.kind == "route"
     assert entry.detail == "eth1 has 10.0.2.15/24, fec0::1/64"

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 
 from vfiotool.errors import VfiotoolError
 from vfiotool.host.namespaces import Found, find_namespaces
-from vfiotool.host.paths import PROC, PROC_SOCKET_COUNTS, SYS_BUS, VSOCK
+from vfiotool.host.paths import (
+    KERNELS,
+    PROC,
+    PROC_APPLETALK,
+    PROC_GROUPS4,
+    PROC_GROUPS6,
+    PROC_LLC,
+    PROC_MPLS,
+    PROC_PACKET_GENERATOR,
+    PROC_SOCKET_COUNTS,
+    SYS_BUS,
+    SYS_CAN_GATEWAY,
+    SYS_NET,
+    VSOCK,
+)
 from vfiotool.host.probe import answer_of
 from vfiotool.host.processes import counted, enter_namespace, plain
 
@@ -19,6 +34,8 @@ _MAIN_TABLE = 254
 # A host that carries the Internet's routes has a million: what matters is that there are some.
 _ROUTES_TOLD = 16
 _SOCKETS_TOLD = 4
+# All routers of a site, SSDP, mDNS: the groups of IPv6 beyond the link that say nothing.
+_EVERYWHERE = frozenset(n.to_bytes(14, "big") for n in (0x2, 0xC, 0xFB))
 # Pairs of interfaces that name each other and carry nothing of one another's.
 _PAIRS = frozenset({"veth", "vxcan", "netkit"})
 
@@ -44,7 +61,7 @@ def net_routes() -> str:
 
     names = {link.index: link.name for link in read_links()}
     told: dict[str, dict[str, None]] = {}
-    for route in read_routes():
+    for route in read_routes(mpls=os.path.isdir(PROC_MPLS)):
         name = plain(names.get(route.index, f"#{route.index}"))
         texts = told.setdefault(name, {})
         if route.automatic or len(texts) >= _ROUTES_TOLD:
@@ -78,11 +95,77 @@ def net_traffic() -> str:
             texts[f"{item.protocol} port {item.port}" if item.port else item.protocol] = None
     found += [(index, text) for index, texts in sorted(told.items()) for text in texts]
     lines = [f"{names.get(index, f'#{index}')}\t{text}\n" for index, text in found]
+    lines += [f"{plain(name)}\t{KERNELS}{text}\n" for name, text in _kernels_own(names)]
     if counts.get("XDP") and not xdp:
         lines.append("!\tXDP sockets, of which this kernel does not tell where they are bound\n")
     # Asking would load the family's module.
     virtual = [*read_vsock_sockets()] if "AF_VSOCK" in counts else []
     return "".join([*lines, *(f"{VSOCK}\t{text}\n" for text in virtual[:_SOCKETS_TOLD])])
+
+
+def _kernels_own(names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    """What the kernel does with interfaces by itself, or for sockets that are bound to none."""
+    from vfiotool.netlink.traffic import read_can_gateway
+
+    if os.path.isdir(SYS_CAN_GATEWAY):
+        for index in sorted(read_can_gateway()):
+            yield names.get(index, f"#{index}"), "forwards CAN frames"
+    groups = (*parse_groups4(_lines(PROC_GROUPS4)), *parse_groups6(_lines(PROC_GROUPS6)))
+    for name in sorted(set(groups)):
+        yield name, "receives multicasts for a program"
+    # Type, flag, the interface's address@SAP (net/llc/llc_proc.c). Unbinding would wait for it.
+    stations = {row.split()[2].partition("@")[0] for row in _lines(PROC_LLC)[1:] if row.split()[2:]}
+    for name in sorted(names.values()) if stations else ():
+        if {*_lines(f"{SYS_NET}/{name}/address")} & stations:
+            yield name, "has an LLC socket"
+    # Interface, address, networks, status (net/appletalk/atalk_proc.c).
+    for line in _lines(PROC_APPLETALK)[1:]:
+        yield line.partition(" ")[0], "speaks AppleTalk"
+    if os.path.isdir(PROC_PACKET_GENERATOR):
+        for name in sorted(os.listdir(PROC_PACKET_GENERATOR)):
+            if name != "pgctrl" and not name.startswith("kpktgend_"):
+                # A device that has two threads is named eth0@1.
+                yield name.partition("@")[0], "sends generated packets (pktgen)"
+
+
+def _lines(path: str) -> list[str]:
+    """A table of the kernel's; none where the facility is not there."""
+    try:
+        with open(path, encoding="ascii", errors="surrogateescape") as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def parse_groups4(lines: Iterable[str]) -> Iterator[str]:
+    """The interfaces that a program receives IPv4 multicasts on (net/ipv4/igmp.c,
+    igmp_mc_seq_show): an interface's row, then one of each group, in the order of bytes of memory.
+
+    Left out are the groups of the link itself and of service discovery, which daemons join on
+    every interface that is up.
+    """
+    name = ""
+    for line in lines:
+        words = line.split()
+        if line[:1].isdecimal() and len(words) > 1:
+            name = words[1]
+        elif line[:1].isspace() and words:
+            group = int(words[0], 16).to_bytes(4, sys.byteorder)
+            if group[:3] != b"\xe0\0\0" and group != b"\xef\xff\xff\xfa":
+                yield name
+
+
+def parse_groups6(lines: Iterable[str]) -> Iterator[str]:
+    """The same of IPv6 (net/ipv6/mcast.c, igmp6_mc_seq_show): number, interface, group, users.
+
+    Left out too are the routers' group of a site, which the kernel joins by itself.
+    """
+    for line in lines:
+        words = line.split()
+        group = bytes.fromhex(words[2]) if len(words) > 2 else b""
+        # RFC 4291, 2.7: the scope; RFC 2375 for the groups.
+        if len(group) == 16 and group[1] & 15 > 2 and group[2:] not in _EVERYWHERE:
+            yield words[1]
 
 
 def _socket_counts() -> dict[str, int]:

@@ -16,6 +16,7 @@ from vfiotool.netlink.codec import (
     NETLINK_ROUTE,
     Message,
     Socket,
+    as_int,
     as_text,
     iterate_attributes,
     nested,
@@ -58,6 +59,11 @@ _XDP_INFO = struct.Struct("=II")
 # include/uapi/linux/vm_sockets_diag.h: the states wanted; state, both ends' context and port.
 _AF_VSOCK = 40
 _ESTABLISHED, _LISTEN = 1, 10
+# include/uapi/linux/can/gw.h: family, type, flags; the interfaces of a job.
+_RTM_GETROUTE = 26
+_AF_CAN = 29
+_RTCANMSG = struct.Struct("=BBH")
+_CGW_INTERFACES = (9, 10)
 _VSOCK_REQUEST = struct.pack("=BBxxI16x", _AF_VSOCK, 0, 1 << _ESTABLISHED | 1 << _LISTEN)
 _VSOCK = struct.Struct("=xxBxIIII")
 _VSOCK_LOCAL = 1
@@ -117,6 +123,26 @@ def parse_hooked(payload: bytes) -> Iterable[int]:
 def _has_filter(index: int, hook: int) -> bool:
     head = _TCMSG.pack(0, index, 0, hook, 0)
     return bool(_dump(NETLINK_ROUTE, _RTM_GETTFILTER, head, "list tc filters"))
+
+
+def read_can_gateway() -> frozenset[int]:
+    """The interfaces that the kernel takes CAN frames from and sends them to by itself (can-gw).
+
+    For a kernel that has it: another answers with all its routes. Raises KernelError.
+    """
+    payload = _RTCANMSG.pack(_AF_CAN, 0, 0)
+    answers = _dump(NETLINK_ROUTE, _RTM_GETROUTE, payload, "list CAN routes")
+    return frozenset(index for message in answers for index in parse_can_route(message.payload))
+
+
+def parse_can_route(payload: bytes) -> Iterator[int]:
+    """Both interfaces of one job of can-gw."""
+    if payload[:1] == bytes([_AF_CAN]):
+        attributes = parse_attributes(payload[_RTCANMSG.size :])
+        for kind in _CGW_INTERFACES:
+            index = as_int(attributes.get(kind))
+            if index:
+                yield index
 
 
 def read_bound_sockets() -> Iterator[BoundSocket]:

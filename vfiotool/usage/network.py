@@ -2,7 +2,7 @@
 
 An interface is in use if it or anything stacked on it has an address or a route, belongs to a
 bridge, bond or the like, or lives in another network namespace. One that is merely up is not;
-nor is one with nothing but the link-local address that the kernel gives by itself.
+nor is one with nothing but a link-local address that was made by itself.
 Source: Documentation/ABI/testing/sysfs-class-net, net/ipv4/fib_trie.c, net/ipv6/route.c for the
 columns of the route tables.
 """
@@ -10,7 +10,7 @@ columns of the route tables.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from vfiotool.devices.attached import is_part_of
@@ -26,6 +26,7 @@ from vfiotool.host.paths import (
     PROC_ROUTE6,
     SYS_NET,
 )
+from vfiotool.netlink.routes import LABEL, NEXT_HOP
 from vfiotool.usage.blocker import Blocker, Usage
 from vfiotool.usage.far_disks import vital_over_network
 from vfiotool.usage.links import SELF, Graph, Interface, in_namespace, namespace_text, read_graph
@@ -39,6 +40,8 @@ _RTF_REJECT = 0x200
 _RTF_ANYCAST = 0x00100000
 _RTF_LOCAL = 0x80000000
 _MAX_UPPERS = 1024
+# What shows and ends routes of other kinds than IP's, by how they begin.
+_OTHER_ROUTES = {LABEL: "ip -family mpls route", NEXT_HOP: "ip nexthop"}
 
 
 class Placed(Protocol):
@@ -168,12 +171,7 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
         others = [route for route in own_routes if route not in defaults]
         if others and not cidrs:
             facts.append(f"carries routes ({', '.join(others[:4])}{' …' * (len(others) > 4)})")
-        if own_routes:
-            tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in own_routes}
-            if any(" table " in route for route in own_routes):
-                evidence.append(f"ip route show table all dev {shlex.quote(name)}")
-            else:
-                evidence.append(f"{', '.join(sorted(tables))} name {name}")
+        evidence += _shown_by(name, own_routes)
         hosts = {cidr.partition("/")[0] for cidr in addresses.get(name, [])}
         vital = over_network if cidrs or own_routes else None
         if defaults:
@@ -192,10 +190,32 @@ def _routes(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> 
             remedy = None if vital else f"ip address flush dev {shlex.quote(name)}"
             if remedy is not None and not cidrs:
                 # Routes that no address made stay when the addresses go.
-                remedy = f"ip route flush table all dev {shlex.quote(name)}"
+                remedy = _ended_by(name, own_routes)
             where = "; ".join(evidence)
             found.append(Blocker("route", address, name, detail, where, remedy, vital))
     return found
+
+
+def _shown_by(name: str, routes: Collection[str]) -> list[str]:
+    """What shows these routes of an interface."""
+    kinds = {_OTHER_ROUTES.get(route.partition(" ")[0], "") for route in routes}
+    shown = [f"{kind} show dev {shlex.quote(name)}" for kind in sorted(kinds - {""})]
+    plain = [route for route in routes if route.partition(" ")[0] not in _OTHER_ROUTES]
+    if any(" table " in route for route in plain):
+        shown.append(f"ip route show table all dev {shlex.quote(name)}")
+    elif plain:
+        tables = {PROC_ROUTE6 if ":" in route else PROC_ROUTE for route in plain}
+        shown.append(f"{', '.join(sorted(tables))} name {name}")
+    return shown
+
+
+def _ended_by(name: str, routes: Iterable[str]) -> str:
+    """What ends these routes of an interface."""
+    kinds = {_OTHER_ROUTES.get(route.partition(" ")[0], "ip route") for route in routes}
+    return "; ".join(
+        f"{kind} flush{' table all' * (kind == 'ip route')} dev {shlex.quote(name)}"
+        for kind in sorted(kinds)
+    )
 
 
 def _pppoe(host: Sight, address: str, carriers: dict[str, tuple[str, ...]]) -> list[Blocker]:
@@ -233,7 +253,10 @@ def _is_automatic(cidr: str) -> bool:
         interface = ip_interface(cidr)
     except ValueError:
         return False
-    return interface.version == 6 and interface.is_link_local
+    # RFC 4291, 2.5.6; RFC 7217: an interface identifier that is made by itself has 64 bits of a MAC
+    # address or at random. fe80::1 was given by hand: others have it as their router.
+    made = int(interface.ip) & (1 << 64) - 1
+    return interface.version == 6 and interface.is_link_local and made >> 32 != 0
 
 
 def read_routes(host: Sight) -> dict[str, list[str]]:

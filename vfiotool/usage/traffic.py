@@ -10,11 +10,15 @@ import shlex
 from collections.abc import Iterable
 
 from vfiotool.host.paths import (
+    KERNELS,
     NET_TRAFFIC,
+    PROC_APPLETALK,
     PROC_CAN,
+    PROC_LLC,
     PROC_MULTICAST4,
     PROC_MULTICAST6,
     PROC_PACKET,
+    PROC_PACKET_GENERATOR,
     PROC_PROTOCOLS,
     SYS_BLOCK,
     SYS_RDMA,
@@ -36,7 +40,13 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
     found = []
     for name in sorted(carriers):
         facts = traffic.get(name, [])
-        sockets = [fact for fact in facts if fact not in _RULES]
+        for fact in facts:
+            if fact.startswith(KERNELS):
+                detail = f"{fact} over {name}"
+                evidence = _TOLD_BY.get(fact.removeprefix(KERNELS), f"{NET_TRAFFIC} names {{}}")
+                evidence = evidence.format(shlex.quote(name))
+                found.append(Blocker("packet-socket", address, name, detail, evidence))
+        sockets = [f for f in facts if f not in _RULES and not f.startswith(KERNELS)]
         if name in taps:
             detail = f"a program has a packet socket on {name}"
             evidence = f"{PROC_PACKET} has the index of {name}"
@@ -73,6 +83,14 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
 
 
 _RULES = ("filtered", "redirected")
+# By what is said in a row of the kernel's own (host/observe_net.py).
+_TOLD_BY = {
+    "forwards CAN frames": "cangw -L",
+    "receives multicasts for a program": "ip maddress show dev {}",
+    "has an LLC socket": f"{PROC_LLC} has the address of {{}}",
+    "speaks AppleTalk": f"{PROC_APPLETALK} names {{}}",
+    "sends generated packets (pktgen)": f"{PROC_PACKET_GENERATOR}/{{}}",
+}
 
 
 def _rules(address: str, name: str, facts: Iterable[str]) -> list[Blocker]:
