@@ -12,7 +12,10 @@ PermissionError, UsageError a ValueError.
 from __future__ import annotations
 
 import errno as _errno
+import os as _os
 
+# Of what another's exception says.
+_LONGEST_SAID = 300
 # By every name. Some numbers have two: 95 is EOPNOTSUPP to the kernel and ENOTSUP to Python's
 # errorcode, whose name errors carry.
 _NUMBERS = {name: getattr(_errno, name) for name in dir(_errno) if name.startswith("E")}
@@ -225,6 +228,26 @@ def from_oserror(
     reason = _errno_text(error)
     branch = NotPermitted if error.errno in (_errno.EACCES, _errno.EPERM) else KernelError
     return branch(f"{operation}: {reason}", hint=hint, device=device, errno_name=name)
+
+
+def described(error: BaseException) -> str:
+    """An exception of code that is not vfiotool's, in one line: its type, what it says, and the
+    innermost place outside this package: `ZeroDivisionError: division by zero (card.py:12, run)`.
+    """
+    place, ours = "", _os.path.dirname(__file__) + _os.sep
+    at = error.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        if not code.co_filename.startswith((ours, "<")):
+            name = _os.path.basename(code.co_filename)
+            place = f"{name}:{at.tb_lineno}" + f", {code.co_name}" * (code.co_name[0] != "<")
+        at = at.tb_next
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{_os.path.basename(error.filename)}:{error.lineno}"
+    text = " ".join(said.split())[:_LONGEST_SAID]
+    told = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{told} ({place})" if place else told
 
 
 def _errno_text(error: OSError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -16,11 +16,13 @@ Kind = TypeVar("Kind", bound=Model)
 
 
 @contextmanager
-def serving(model: Model, *, twin: bool = True) -> Iterator[ModelServer]:
+def serving(
+    model: Model, *, twin: bool = True, report: Callable[[str], object] | None = None
+) -> Iterator[ModelServer]:
     """`model` on a socket in a folder of its own: pytest's paths can be too long for one."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        ModelServer(model, f"{folder}/model.sock", twin=twin) as server,
+        ModelServer(model, f"{folder}/model.sock", twin=twin, report=report) as server,
     ):
         yield server
 

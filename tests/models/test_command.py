@@ -25,6 +25,14 @@ class Card(Model):
     vendor, device, class_code = 0x1234, 0x4321, 0xFF0000
 
 not_a_model = int
+
+class Unborn(Card):
+    def __init__(self):
+        self.size = 1 // 0
+
+class Wanting(Card):
+    def __init__(self, size):
+        super().__init__()
 """
 
 
@@ -112,6 +120,51 @@ def test_what_is_no_model_is_said(
     arguments = ["serve", "vfio-user", *words, "--socket-path", str(tmp_path / "s")]
     assert main(arguments) == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "code", "said"),
+    [
+        (CARD, "Unborn", 2, ["Unborn() fails: ZeroDivisionError", "(card.py:11, __init__)"]),
+        (CARD, "Wanting", 2, ["missing 1 required positional argument", "give them defaults"]),
+        ("def (", "Card", 2, ["cannot be imported: SyntaxError: invalid syntax (card.py:1)"]),
+        ("import no_such_thing", "Card", 2, ["No module named 'no_such_thing' (card.py:1)"]),
+        ("raise SystemExit(7)", "Card", 2, ["cannot be imported: SystemExit: 7 (card.py:1)"]),
+    ],
+    ids=["raises", "arguments", "syntax", "import", "exit"],
+)
+def test_a_class_that_cannot_be_made_is_one_error_that_says_where(
+    text: str,
+    name: str,
+    code: int,
+    said: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "card.py").write_text(text)
+    words = ["serve", "vfio-user", f"{tmp_path}/card.py:{name}", "--socket-path", "s"]
+    assert main(words) == code
+    told = capsys.readouterr().err
+    assert all(one in told for one in said) and "Traceback" not in told, told
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "said"),
+    [
+        ("{}/none/s", 5, "there is no folder"),
+        ("{}", 2, "exists and is not a socket"),
+        ("{}/" + "a" * 120, 2, "a socket's path has 1 to 107 bytes"),
+        ("", 2, "a socket's path has 1 to 107 bytes"),
+    ],
+    ids=["folder", "not a socket", "long", "empty"],
+)
+def test_a_path_that_cannot_be_a_socket_s_is_said(
+    path: str, code: int, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["serve", "vfio-user", "edu", "--socket-path", path.format(tmp_path)]
+    assert main(arguments) == code
+    assert said in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_socket_that_is_served_is_not_taken_over(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,15 @@ import os
 import random
 import socket
 import struct
+import tempfile
+import threading
 import time
 
 import pytest
 
 from tests.models.served import open_files, resident_kib, serving
 from tests.models.test_conformance import Card, wait_for
-from vfiotool.models import ModelServer
+from vfiotool.models import BarSpec, DmaFault, Model, ModelServer
 from vfiotool.vfio import Device, UserCommand, user_message
 
 messages = pytest.mark.parametrize(
@@ -188,6 +190,104 @@ def test_descriptors_that_are_not_memory_are_refused() -> None:
 def _master(client: Client) -> None:
     payload = user_message.REGION_ACCESS.pack(4, 7, 2) + b"\x06\0"
     assert client.ask(UserCommand.REGION_WRITE, payload) == 0
+
+
+def test_an_interrupt_s_descriptor_is_an_eventfd() -> None:
+    with serving(Card()) as server, tempfile.TemporaryFile() as file:
+        client = Client(server)
+        client.hello()
+        before = open_files()
+        read_end, write_end = os.pipe()
+        folder = os.open("/", os.O_RDONLY)
+        event = os.eventfd(0)
+        asked = struct.pack("=IIIII", 20, 36, 2, 0, 1)
+        try:
+            for wrong in (read_end, write_end, folder, file.fileno(), client.socket.fileno()):
+                assert client.ask(UserCommand.DEVICE_SET_IRQS, asked, [wrong])
+            assert client.ask(UserCommand.DEVICE_SET_IRQS, asked, [event]) == 0
+        finally:
+            for one in (read_end, write_end, folder, event):
+                os.close(one)
+        assert open_files() == before + 1
+        client.close()
+        is_served(server)
+
+
+class Greedy(Card):
+    """It fetches memory when it is told to, within the handler."""
+
+    faulted = ""
+
+    def region_write(self, index: int, offset: int, data: bytes) -> None:
+        super().region_write(index, offset, data)
+        if index == 0:
+            try:
+                self.dma_read(0x1000, 4)
+            except DmaFault as fault:
+                self.faulted = str(fault)
+
+
+def test_commands_that_come_while_the_device_waits_for_memory_do_not_fill_the_server() -> None:
+    card = Greedy()
+    with serving(card) as server:
+        is_served(server)
+        wait_for(lambda: server.session is None)
+        files, kib = open_files(), resident_kib()
+        client = Client(server)
+        client.hello()
+        _master(client)
+        given = user_message.DMA_MAP.pack(32, 3, 0, 0x1000, 0x1000)
+        assert client.ask(UserCommand.DMA_MAP, given) == 0
+        write = user_message.REGION_ACCESS.pack(4, 0, 4) + bytes(4)
+        client.send(user_message.format_message(1, UserCommand.REGION_WRITE, 0, write))
+        message = user_message.format_message(1, UserCommand.REGION_WRITE, 16, bytes(60000))
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 3000:
+                client.send(message)
+                sent += 1
+        assert sent < 600
+        client.close()
+        wait_for(lambda: server.session is None)
+        assert "faster than they are answered" in card.faulted
+        assert open_files() == files and resident_kib() - kib < 64 << 10
+        is_served(server)
+
+
+def test_bytes_that_come_one_by_one_do_not_keep_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(Card()) as server:
+        client = Client(server)
+        client.hello()
+        assert server.session is not None
+        server.session.channel.set_limit(0.3)
+        begun = time.monotonic()
+        message = user_message.format_message(1, UserCommand.REGION_WRITE, 0, bytes(1000))
+        with contextlib.suppress(OSError):
+            for at in range(len(message)):
+                client.send(message[at : at + 1])
+                threading.Event().wait(0.05)
+        assert client.is_ended() and time.monotonic() - begun < 12
+        client.close()
+        is_served(server)
+
+
+def test_a_large_read_costs_no_more_a_byte_than_small_ones() -> None:
+    """Its time grew with the square of its size: one client kept the server for half a minute."""
+
+    class Large(Model):
+        bars = (BarSpec(0, 1 << 21, wide=True),)
+
+    with serving(Large()) as server:
+        begun = time.process_time()
+        for at in range(0, 1 << 18, 1 << 12):
+            server.model.region_read(0, at, 1 << 12)
+        small = time.process_time() - begun
+        begun = time.process_time()
+        assert server.model.region_read(0, 0, 1 << 20) == bytes(1 << 20)
+        # Four times as much; it was forty.
+        assert time.process_time() - begun < 12 * small
 
 
 def test_memory_that_is_shortened_under_the_device_is_a_fault_and_no_crash() -> None:

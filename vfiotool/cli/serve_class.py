@@ -30,17 +30,11 @@ def vhost_user(
 
     QEMU takes it as vhost-user-test-device-pci,virtio-id=N, or by a device of its own for the type.
     """
-    from vfiotool.cli.user_class import load_class
+    from vfiotool.cli.user_class import load_class, make
     from vfiotool.virtio.device import VirtioDevice
 
     found = load_class(name, VirtioDevice)
-    try:
-        device = found()
-    except TypeError as error:
-        raise UsageError(
-            f"{name}: cannot be made without arguments: {error}",
-            hint="give its arguments defaults, or subclass it",
-        ) from error
+    device = make(found, name)
     if getattr(device, "id", None) is None:
         raise UsageError(f"{name}: has no `id`, the virtio device type")
     asyncio.run(_serve(device, socket_path))

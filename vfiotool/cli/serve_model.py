@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vfiotool.cli import candidates, output
+from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
     from vfiotool.models import Model
@@ -48,9 +49,10 @@ def vfio_user(model: ModelArgument, socket_path: PathOption, fault: FaultOption 
 
     QEMU 10.1 and newer takes it as a vfio-user-pci device, drivers open it as vfio-user:PATH.
     """
+    from vfiotool.cli.user_class import make
     from vfiotool.models import ModelServer
 
-    made = load_model(model)()
+    made = make(load_model(model), model)
     for name in fault or ():
         made.faults.set(name)
     # Waited for, not handled: a handler that stops the server would wait for what it interrupts.
@@ -73,4 +75,9 @@ def load_model(text: str) -> type[Model]:
     from vfiotool.cli.user_class import load_class
     from vfiotool.models import Model
 
+    if ":" not in text and text.replace("-", "_") not in SHIPPED:
+        shipped = ", ".join(name.replace("_", "-") for name in SHIPPED)
+        raise UsageError(
+            f"{text!r} is not MODULE:CLASS", hint=f"./mycard.py:Card, or one of: {shipped}"
+        )
     return load_class(SHIPPED.get(text.replace("-", "_"), text), Model)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from vfiotool.errors import NotFound, UsageError, from_oserror
+from vfiotool.errors import NotFound, UsageError, VfiotoolError, described, from_oserror
 
 _T = TypeVar("_T")
 
@@ -37,6 +37,22 @@ def load_class(text: str, base: type[_T]) -> type[_T]:
     return found
 
 
+def make(kind: type[_T], text: str) -> _T:
+    """An instance of the class that `text` named. Raises what vfiotool itself raises, and
+    UsageError, which says where, for anything else."""
+    try:
+        return kind()
+    except VfiotoolError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(
+            f"{text}: {kind.__name__}() fails: {described(error)}",
+            hint="it is made without arguments: give them defaults"
+            if isinstance(error, TypeError)
+            else None,
+        ) from error
+
+
 def _by_name(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
@@ -45,8 +61,8 @@ def _by_name(name: str) -> ModuleType:
             f"there is no module {error.name}",
             hint=f"install it, or name its file: ./{name.replace('.', '/')}.py",
         ) from error
-    except Exception as error:
-        raise UsageError(f"{name} cannot be imported: {error!r}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{name} cannot be imported: {described(error)}") from error
 
 
 def _from_file(where: str) -> ModuleType:
@@ -72,6 +88,6 @@ def _from_file(where: str) -> ModuleType:
     sys.modules.setdefault(path.stem, module)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{where} cannot be imported: {error!r}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{where} cannot be imported: {described(error)}") from error
     return module

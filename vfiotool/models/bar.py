@@ -37,7 +37,10 @@ class BarSpec:
     def __post_init__(self) -> None:
         last = 4 if self.wide else 5
         if not 0 <= self.index <= last or self.size < 4 or self.size & (self.size - 1):
-            raise UsageError(f"BAR {self.index} of {self.size} bytes: a power of two, BAR 0 to 5")
+            raise UsageError(
+                f"BAR {self.index} of {self.size} bytes: a BAR's size is a power of two, at least "
+                f"4, and its index 0 to {last}"
+            )
         if any(
             area.offset % PAGE or area.size % PAGE or area.offset + area.size > self.size
             for area in self.shared
@@ -127,6 +130,9 @@ class Bar:
             return self.read(offset, half) | self.read(offset + half, half) << 8 * half
         handler = self._on_read.get(register.name)
         value = self.get(register) if handler is None else handler()
+        if not isinstance(value, int):
+            given = f"{type(value).__name__}, not a number"
+            raise UsageError(f"the handler that reads {register.name} gave {given}")
         return int(value >> 8 * (offset - register.offset) & (1 << 8 * width) - 1)
 
     def write(self, offset: int, value: int, width: int) -> None:

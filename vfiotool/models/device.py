@@ -20,6 +20,7 @@ from vfiotool.models.config import (
     COMMAND_PORTS,
     ModelConfig,
 )
+from vfiotool.models.declaration import check_declaration
 from vfiotool.models.dma import ClientMemory, DmaFault
 from vfiotool.models.faults import Faults
 from vfiotool.models.signals import ERR, INTX, MSI, MSIX, REQ, Signals
@@ -52,7 +53,8 @@ class Model:
         self._make(self.make_config(self.bars), self.bars)
 
     def make_config(self, bars: Sequence[BarSpec]) -> ModelConfig:
-        """Its configuration space, as declared."""
+        """Its configuration space, as declared. Raises UsageError for what cannot be declared."""
+        check_declaration(self, bars)
         table = (self.msix, self.msix_bar, self.msix_offset) if self.msix else None
         return ModelConfig.of(
             vendor=self.vendor,
@@ -162,10 +164,10 @@ class Model:
             if index == CONFIG_INDEX:
                 data = self.config.read(offset, count)
                 return self._lied(index, offset, data)
-            out = b""
+            out = bytearray()
             for at, width in pieces(offset, count):
                 out += self.read(index, at, width).to_bytes(width, "little")
-            return self._lied(index, offset, out)
+            return self._lied(index, offset, bytes(out))
 
     def _lied(self, index: int, offset: int, data: bytes) -> bytes:
         lie, width = self.faults.lie, len(data)

@@ -173,7 +173,7 @@ class ClientMemory:
                 at += length
 
     def _pread(self, piece: _Piece, place: int, length: int) -> bytes:
-        data = b""
+        data = bytearray()
         while len(data) < length:
             start = piece.offset + place + len(data)
             try:
@@ -183,7 +183,7 @@ class ClientMemory:
             if not more:
                 raise DmaFault(f"I/O address {piece.iova + place:#x}: its file was shortened")
             data += more
-        return data
+        return bytes(data)
 
     def _pwrite(self, piece: _Piece, place: int, part: bytes) -> None:
         done = 0
@@ -197,12 +197,12 @@ class ClientMemory:
             raise DmaFault(f"I/O address {piece.iova + place:#x}: {error.strerror}") from error
 
     def _ask(self, iova: int, count: int) -> bytes:
-        found = b""
+        found = bytearray()
         while len(found) < count:
             step = min(count - len(found), user_message.LARGEST_TRANSFER)
             payload = user_message.DMA_ACCESS.pack(iova + len(found), step)
             found += self._message(UserCommand.DMA_READ, payload, step)
-        return found
+        return bytes(found)
 
     def _tell(self, iova: int, data: bytes) -> None:
         for at in range(0, len(data), user_message.LARGEST_TRANSFER):

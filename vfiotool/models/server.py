@@ -6,22 +6,40 @@ import contextlib
 import os
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable
 
-from vfiotool.errors import KernelError, UsageError, from_oserror
+import vfiotool
+from vfiotool.errors import (
+    KernelError,
+    TimedOut,
+    UsageError,
+    VfiotoolError,
+    described,
+    from_oserror,
+)
 from vfiotool.models.device import Model
 from vfiotool.models.session import Session
 
 # A client that is connected and waits its turn; more are refused by the kernel.
 _BACKLOG = 4
 _LONGEST_PATH = 107
+# How long a handler may go on after the end, and how many lines are said of those that raise.
+_LET_GO_S = 5.0
+_OURS = os.path.dirname(vfiotool.__file__) + os.sep
+_MOST_TOLD = 100
 
 
 class ModelServer:
     """Serves `model` at the path `socket_path`: a socket of mode 0600, which a server that has
     ended left is replaced. `with` runs it in a thread; `run` in the caller's. A client that goes
     leaves the device as it is; his memory and interrupts are let go.
+
+    What a handler raises is answered with EIO; the device is served on. `report` is handed one
+    line for each place that raised, and one for each client that goes. Without it the end of
+    `with` raises what was raised first, or notes it on the exception under way. That end raises
+    TimedOut where a handler does not return, and KernelError where serving ended by itself.
 
     Raises UsageError for a path that cannot be a socket's, KernelError (EADDRINUSE) while another
     process serves it.
@@ -33,14 +51,20 @@ class ModelServer:
         socket_path: str,
         *,
         twin: bool = True,
-        report: Callable[[str], object] = lambda _: None,
+        report: Callable[[str], object] | None = None,
     ) -> None:
+        if not hasattr(model, "lock"):
+            kind = type(model).__name__
+            raise UsageError(f"{kind}: its __init__ does not call super().__init__()")
         self.model = model
         self.path = socket_path
         self.sessions = 0
         self.session: Session | None = None
         self._twin = twin
         self._report = report
+        self._told: set[str] = set()
+        self._first: BaseException | None = None
+        self._broken: VfiotoolError | None = None
         self._ending = False
         self._lock = threading.Lock()
         self._listener = _listen(socket_path)
@@ -61,19 +85,37 @@ class ModelServer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
+            except OSError as error:
+                if not self._ending:
+                    self._broken = from_oserror(f"accept a client at {self.path}", error)
                 return
             with self._lock:
                 if self._ending:
                     connection.close()
                     return
-                session = self.session = Session(self.model, connection, twin=self._twin)
+                session = self.session = Session(
+                    self.model, connection, twin=self._twin, failed=self._failed
+                )
                 self.sessions += 1
-            reason = session.run()
+            reason = ""
+            try:
+                reason = session.run()
+            except Exception as error:  # of the model's `start` or `stop`
+                self._failed(error)
             with self._lock:
                 self.session = None
-            if not self._ending:
+            if reason and not self._ending and self._report is not None:
                 self._report(f"the client has gone: {reason}")
+
+    def _failed(self, error: BaseException) -> None:
+        """The model's own code has raised."""
+        told = f"{type(self.model).__name__}: {described(error)}"
+        if self._first is None:
+            self._first = error
+        # A client can have it raised as often as it likes.
+        if self._report is not None and told not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(told)
+            self._report(f"{told}: answered with EIO; said once")
 
     def drop_client(self) -> None:
         """End the connection of the client that there is: the device vanishes from it."""
@@ -101,16 +143,48 @@ class ModelServer:
         self._thread.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, _kind: object, under_way: BaseException | None, _trace: object) -> None:
         self.stop()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_LET_GO_S)
+            if self._thread.is_alive():
+                raise TimedOut(
+                    f"{type(self.model).__name__}: a handler has not returned for "
+                    f"{_LET_GO_S:g} s: {self._place()}",
+                    errno_name="ETIMEDOUT",
+                )
         self.model.close()
+        self._raise_what_failed(under_way)
+
+    def _raise_what_failed(self, under_way: BaseException | None) -> None:
+        failed = self._broken or (self._first if self._report is None else None)
+        if failed is None or failed is under_way:
+            return
+        if under_way is None and isinstance(failed, Exception):
+            raise failed
+        if under_way is None:
+            raise UsageError(f"{type(self.model).__name__}: {described(failed)}") from failed
+        under_way.add_note(f"in the model: {type(self.model).__name__}: {described(failed)}")
+
+    def _place(self) -> str:
+        """Where in the handler the thread is."""
+        assert self._thread is not None
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        place = "in vfiotool's own code"
+        while frame is not None and frame.f_code is not ModelServer.run.__code__:
+            code = frame.f_code
+            if not code.co_filename.startswith(_OURS):
+                place = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}, {code.co_name}"
+            frame = frame.f_back
+        return place
 
 
 def _listen(path: str) -> socket.socket:
     if not path or len(os.fsencode(path)) > _LONGEST_PATH or "\0" in path:
-        raise UsageError(f"{path[:80]!r} is not a socket's path of at most {_LONGEST_PATH} bytes")
+        said = f"{path[:80]!r}{'…' * (len(path) > 80)} of {len(os.fsencode(path))} bytes"
+        raise UsageError(f"{said}: a socket's path has 1 to {_LONGEST_PATH} bytes")
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise UsageError(f"{path} exists and is not a socket")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_dead(path)
@@ -122,7 +196,9 @@ def _listen(path: str) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise from_oserror(f"listen at {path}", error) from error
+        folder = os.path.dirname(path) or "."
+        hint = None if os.path.isdir(folder) else f"there is no folder {folder}"
+        raise from_oserror(f"listen at {path}", error, hint=hint) from error
     except BaseException:
         listener.close()
         raise
@@ -137,8 +213,12 @@ def _remove_dead(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # A server that has as many clients as it lets wait is one as well.
+        probe.setblocking(False)
         try:
             probe.connect(path)
+        except BlockingIOError:
+            pass
         except ConnectionRefusedError:
             os.unlink(path)
             return

@@ -32,10 +32,19 @@ class _Refused(Exception):
 
 
 class Session:
-    """A connected client of `model`; `run` serves it to its end."""
+    """A connected client of `model`; `run` serves it to its end. A command whose handler raises is
+    answered with EIO, and `failed` hears of it."""
 
-    def __init__(self, model: Model, connection: socket.socket, *, twin: bool = True) -> None:
+    def __init__(
+        self,
+        model: Model,
+        connection: socket.socket,
+        *,
+        twin: bool = True,
+        failed: Callable[[BaseException], object] = lambda _: None,
+    ) -> None:
         self.model = model
+        self._failed = failed
         self.channel = UserChannel(connection)
         self._offers_twin = twin
         self._twin: UserChannel | None = None
@@ -64,6 +73,8 @@ class Session:
                 self._serve(self.channel.next_command())
         except VfiotoolError as error:
             return error.message
+        except OSError as error:
+            return f"{error.strerror}"
         finally:
             self._end()
 
@@ -114,9 +125,10 @@ class Session:
             # Cut short: the client can be told, the next message begins where it should.
             message.close()
             self.channel.fail(message, errno.EINVAL)
-        except BaseException:
+        except (Exception, SystemExit) as error:
             message.close()
-            raise
+            self._failed(error)
+            self.channel.fail(message, errno.EIO)
         else:
             message.close()
             if not self.model.faults.mute:

@@ -12,10 +12,20 @@ import os
 import struct
 import threading
 
+from vfiotool.host.paths import PROC
 from vfiotool.vfio import user_message as wire
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
 _ONE = struct.pack("=Q", 1)
+
+
+def _is_eventfd(file: int) -> bool:
+    """Whether it is one, as the kernel's VFIO demands; signalled, another kind of file could keep
+    the model waiting."""
+    try:
+        return os.readlink(f"{PROC}/self/fd/{file}") == "anon_inode:[eventfd]"
+    except OSError:
+        return False
 
 
 class Signals:
@@ -64,7 +74,7 @@ class Signals:
         return self._act(action, index, chosen)
 
     def _assign(self, index: int, start: int, count: int, files: list[int]) -> int:
-        if files and len(files) != count:
+        if (files and len(files) != count) or not all(_is_eventfd(file) for file in files):
             return errno.EINVAL
         with self._lock:
             for vector in range(start, start + count):
@@ -109,7 +119,7 @@ class Signals:
         if file is None:
             return
         self.fired[key] = self.fired.get(key, 0) + 1
-        # Full, or not an eventfd: the client's own loss.
+        # Full: the client's own loss.
         with contextlib.suppress(OSError):
             os.write(file, _ONE)
 

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -21,24 +22,47 @@ from vfiotool.vfio.user_message import (
     REPLY,
     UserMessage,
     UserProtocolError,
+    called,
     format_message,
     receive,
 )
+
+# Seconds for a peer that did not answer before, and how many calls in a row it may leave open.
+_AGAIN_S, _MOST_SILENT = 1.0, 5
+# What commands that wait to be answered may take, in bytes: their payloads, and some room for each
+# and for each of their descriptors.
+_MOST_HELD, _ROOM = 16 << 20, 4096
 
 
 class UserFailure(VfiotoolError):
     """A command was answered with an error; `number` is its errno, or 0."""
 
     def __init__(self, command: int, number: int) -> None:
-        super().__init__(f"vfio-user command {command} failed with errno {number}")
+        super().__init__(f"{called(command)} was answered with errno {number}")
         self.number = number
+
+
+def _cost(message: UserMessage) -> int:
+    return _ROOM * (1 + 16 * len(message.descriptors)) + len(message.payload)
 
 
 class UserChannel:
     """A connected socket, which it owns. `limit_s` bounds each wait for the peer: for a reply, for
-    the rest of a message, and for room to send."""
+    the rest of a message, and for room to send. After a call without reply the next ones wait a
+    second at most until the peer says something, and the fifth in a row ends the connection: who
+    closes a device asks much of it. `name` is what errors call the peer; `hint` is what they say
+    of one that does not reply."""
 
-    def __init__(self, connection: socket.socket, limit_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        limit_s: float = 10.0,
+        *,
+        name: str = "",
+        hint: str | None = None,
+    ) -> None:
+        self._name = f"{name}: " if name else ""
+        self._hint = hint
         connection.setblocking(True)
         self._connection = connection
         self._sending = threading.Lock()
@@ -49,6 +73,7 @@ class UserChannel:
         self._reading = False
         self._waiting: dict[int, UserMessage | None] = {}
         self._commands: deque[UserMessage] = deque()
+        self._held = 0
         self._next = 0
         self.failure: VfiotoolError | None = None
         self.set_limit(limit_s)
@@ -56,9 +81,19 @@ class UserChannel:
     def set_limit(self, limit_s: float) -> None:
         """Bound waits from now on."""
         self.limit_s = limit_s
+        self._bound(socket.SO_SNDTIMEO, limit_s)
+        self._set_silent(0)
+
+    def _set_silent(self, calls: int) -> None:
+        self._silent_calls = calls
+        self._patience_s = min(self.limit_s, _AGAIN_S) if calls else self.limit_s
+        self._bound(socket.SO_RCVTIMEO, self._patience_s)
+
+    def _bound(self, option: int, limit_s: float) -> None:
         whole = int(limit_s)
         limit = struct.pack("@ll", whole, max(int((limit_s - whole) * 1e6), 0 if whole else 1))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        # Another thread may have closed it.
+        with contextlib.suppress(OSError):
             self._connection.setsockopt(socket.SOL_SOCKET, option, limit)
 
     @property
@@ -85,7 +120,8 @@ class UserChannel:
         with self._lock:
             if self.failure is None:
                 self.failure = KernelError(
-                    f"the vfio-user connection has ended: {reason}", errno_name="ECONNRESET"
+                    f"{self._name}the vfio-user connection has ended: {reason}",
+                    errno_name="ECONNRESET",
                 )
             self._state.notify_all()
         with contextlib.suppress(OSError):
@@ -111,8 +147,9 @@ class UserChannel:
             self._next = number + 1 & 0xFFFF
             self._waiting[number] = None
         try:
+            deadline = time.monotonic() + self._patience_s
             self._send(format_message(number, command, 0, payload), descriptors)
-            reply = self._await(number)
+            reply = self._await(number, command, deadline)
         finally:
             with self._lock:
                 late = self._waiting.pop(number, None)
@@ -121,12 +158,14 @@ class UserChannel:
         if reply.failed or reply.command != command:
             reply.close()
             if reply.command != command:
-                raise self._end(f"command {command} was answered as {reply.command}")
+                raise self._end(f"{called(command)} was answered as {called(reply.command)}")
             raise UserFailure(command, reply.error)
         return reply
 
-    def _await(self, number: int) -> UserMessage:
+    def _await(self, number: int, command: int, deadline: float) -> UserMessage:
+        # Other messages that come meanwhile do not put the deadline off.
         while True:
+            late = False
             with self._lock:
                 while True:
                     reply = self._waiting[number]
@@ -134,22 +173,36 @@ class UserChannel:
                         return reply
                     if self.failure is not None:
                         raise self._gone()
+                    if late:
+                        break
                     if not self._reading:
                         self._reading = True
                         break
-                    if not self._state.wait(self.limit_s):
-                        raise self._silent()
-            if not self._read():
-                raise self._silent()
+                    self._state.wait(max(deadline - time.monotonic(), 0))
+                    late = time.monotonic() >= deadline
+            if late or not self._read() or time.monotonic() >= deadline:
+                # It may have come at the last moment.
+                with self._lock:
+                    reply = self._waiting[number]
+                if reply is not None:
+                    return reply
+                if self.failure is not None:
+                    raise self._gone()
+                raise self._silent(command)
 
-    def _silent(self) -> TimedOut:
-        return TimedOut(f"no reply in {self.limit_s:g} s", errno_name="ETIMEDOUT")
+    def _silent(self, command: int) -> TimedOut:
+        limit_s = self._patience_s
+        self._set_silent(self._silent_calls + 1)
+        said = f"{self._name}no reply to {called(command)} in {limit_s:g} s"
+        if self._silent_calls >= _MOST_SILENT:
+            self._end(f"{_MOST_SILENT} commands in a row were not answered")
+        return TimedOut(said, hint=self._hint, errno_name="ETIMEDOUT")
 
     def _read(self) -> bool:
         """Take one message off the socket, as the only reader; False when none came in time."""
         message: UserMessage | None = None
         try:
-            message = receive(self._connection)
+            message = receive(self._connection, self.limit_s)
         except BlockingIOError:
             return False
         except EOFError:
@@ -160,13 +213,19 @@ class UserChannel:
             with self._lock:
                 self._reading = False
                 if message is not None:
+                    message.sender = self._name
                     self._deliver(message)
                 self._state.notify_all()
+        if self._held > _MOST_HELD:
+            self._end("commands come faster than they are answered")
         return True
 
     def _deliver(self, message: UserMessage) -> None:
+        if self._silent_calls:
+            self._set_silent(0)
         if not message.is_reply:
             self._commands.append(message)
+            self._held += _cost(message)
         elif message.number in self._waiting and self._waiting[message.number] is None:
             self._waiting[message.number] = message
         else:
@@ -180,7 +239,9 @@ class UserChannel:
             with self._lock:
                 while True:
                     if self._commands:
-                        return self._commands.popleft()
+                        message = self._commands.popleft()
+                        self._held -= _cost(message)
+                        return message
                     if self.failure is not None:
                         raise self._gone()
                     if not self._reading:

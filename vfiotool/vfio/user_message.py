@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import struct
+import time
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -79,6 +80,14 @@ class UserCommand(IntEnum):
     MIG_DATA_WRITE = 18
 
 
+_NAMES = {int(command): command.name for command in UserCommand}
+
+
+def called(command: int) -> str:
+    """A command's name, as the specification has it."""
+    return _NAMES.get(command, f"command {command}")
+
+
 class UserProtocolError(VfiotoolError):
     """The peer broke the protocol; its connection ends."""
 
@@ -95,6 +104,8 @@ class UserMessage:
     error: int
     payload: bytes
     descriptors: list[int] = field(default_factory=list)
+    # What errors call the peer, followed by a colon, or nothing.
+    sender: str = ""
 
     @property
     def is_reply(self) -> bool:
@@ -122,27 +133,33 @@ class UserMessage:
         """The fixed head of its payload. Raises UserProtocolError where it is cut short."""
         if len(self.payload) < layout.size:
             raise UserProtocolError(
-                f"command {self.command} with {len(self.payload)} bytes, not {layout.size}"
+                f"{self.sender}{called(self.command)} with {len(self.payload)} bytes, "
+                f"not {layout.size}"
             )
         return layout.unpack_from(self.payload)
 
 
-def _received(connection: socket.socket, size: int) -> bytes:
+def _received(connection: socket.socket, size: int, deadline: float) -> bytes:
     """Exactly `size` bytes. Raises EOFError, UserProtocolError when they do not come in time."""
-    data = b""
-    while len(data) < size:
+    parts: list[bytes] = []
+    left = size
+    while left:
         try:
-            more = connection.recv(size - len(data))
+            more = connection.recv(left)
         except BlockingIOError:
-            raise UserProtocolError("a message was not sent whole in time") from None
+            more = None
+        # Bytes that come one by one keep the socket's own limit from passing.
+        if more is None or (parts and time.monotonic() > deadline):
+            raise UserProtocolError("a message was not sent whole in time")
         if not more:
             raise EOFError
-        data = data + more if data else more
-    return data
+        parts.append(more)
+        left -= len(more)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def receive(connection: socket.socket) -> UserMessage:
-    """The next message from a blocking socket.
+def receive(connection: socket.socket, limit_s: float = 10.0) -> UserMessage:
+    """The next message from a blocking socket, which is there `limit_s` seconds after it began.
 
     Raises BlockingIOError when the socket's time limit passed before it began, EOFError at the
     end, UserProtocolError for what is no message, OSError as recv does.
@@ -150,6 +167,7 @@ def receive(connection: socket.socket) -> UserMessage:
     data, ancillary, flags, _ = connection.recvmsg(
         HEADER.size, socket.CMSG_SPACE(4 * MOST_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
     )
+    deadline = time.monotonic() + limit_s
     descriptors: list[int] = []
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -159,15 +177,18 @@ def receive(connection: socket.socket) -> UserMessage:
         if not data:
             raise EOFError
         if flags & socket.MSG_CTRUNC:
-            raise UserProtocolError("a message carries too many descriptors")
+            raise UserProtocolError(
+                "a message carries too many descriptors, or this process can open no more"
+            )
         if len(data) < HEADER.size:
-            data += _received(connection, HEADER.size - len(data))
+            data += _received(connection, HEADER.size - len(data), deadline)
         number, command, size, flags, error = HEADER.unpack(data)
         if not HEADER.size <= size <= LARGEST_MESSAGE:
             raise UserProtocolError(f"a message of {size} bytes")
         if flags & _TYPE > REPLY:
             raise UserProtocolError(f"a message of type {flags & _TYPE}")
-        payload = _received(connection, size - HEADER.size) if size > HEADER.size else b""
+        left = size - HEADER.size
+        payload = _received(connection, left, deadline) if left else b""
         return UserMessage(number, command, flags, error, payload, descriptors)
     except BaseException:
         for descriptor in descriptors:
@@ -222,14 +243,16 @@ def parse_version(message: UserMessage) -> tuple[int, int, UserCapabilities]:
     major, minor = message.unpack(_VERSION)
     data = message.payload[_VERSION.size :].rstrip(b"\0")
     if len(data) > _MOST_VERSION_DATA:
-        raise UserProtocolError(f"{len(data)} bytes of version data")
+        raise UserProtocolError(f"{message.sender}{len(data)} bytes of version data")
     try:
         told = json.loads(data.decode()) if data else {}
     except (ValueError, RecursionError) as error:
-        raise UserProtocolError(f"the version data is not JSON: {str(error)[:80]}") from None
+        raise UserProtocolError(
+            f"{message.sender}the version data is not JSON: {str(error)[:80]}"
+        ) from None
     given = told.get("capabilities", {}) if isinstance(told, dict) else None
     if not isinstance(given, dict):
-        raise UserProtocolError("the version data has no object of capabilities")
+        raise UserProtocolError(f"{message.sender}the version data has no object of capabilities")
     twin = given.get("twin_socket")
     twin = twin if isinstance(twin, dict) else {}
     index = twin.get("fd_index")

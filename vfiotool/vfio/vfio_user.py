@@ -14,14 +14,13 @@ import contextlib
 import ctypes
 import errno
 import os
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from vfiotool.errors import KernelError, NotFound, Unsupported, UsageError, VfiotoolError
+from vfiotool.errors import KernelError, Unsupported, UsageError, VfiotoolError
 from vfiotool.host.host import Host
 from vfiotool.native import library as native
 from vfiotool.vfio import user_message as wire
@@ -36,10 +35,10 @@ from vfiotool.vfio.space import (
     StillMapped,
     file_of,
     let_go,
-    open_failure,
 )
 from vfiotool.vfio.target import Target
 from vfiotool.vfio.user_channel import UserChannel, UserFailure
+from vfiotool.vfio.user_connect import channel_of, connect, errno_of
 from vfiotool.vfio.user_message import UserCommand, UserMessage, UserProtocolError
 
 # As vfio-pci does it: a region's position tells its index.
@@ -73,7 +72,7 @@ class UserCalls:
         self._memory = memory
         self._files: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self.channel = _connect(path, name)
+        self.channel = connect(path, name)
         self._twin: UserChannel | None = None
         self._server: threading.Thread | None = None
         try:
@@ -83,7 +82,10 @@ class UserCalls:
             raise
 
     def _negotiate(self) -> None:
-        reply = self._call(UserCommand.VERSION, wire.format_version(wire.OURS))
+        try:
+            reply = self._call(UserCommand.VERSION, wire.format_version(wire.OURS))
+        except UserFailure as failure:
+            raise self._failed(failure, f"agree with {self.name} on a version") from failure
         descriptors = reply.take()
         try:
             major, _, told = wire.parse_version(reply)
@@ -93,8 +95,10 @@ class UserCalls:
             if told.twin_socket:
                 if told.twin_index is None or not 0 <= told.twin_index < len(descriptors):
                     raise UserProtocolError(f"{self.name} offers a second socket and sends none")
-                twin = descriptors.pop(told.twin_index)
-                self._twin = UserChannel(socket.socket(fileno=twin), self.channel.limit_s)
+                # Its own from the moment that it is a socket.
+                self._twin = channel_of(descriptors[told.twin_index], self.name)
+                del descriptors[told.twin_index]
+                self._twin.set_limit(self.channel.limit_s)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -111,7 +115,7 @@ class UserCalls:
             raise self._failed(failure, what()) from failure
 
     def _failed(self, failure: UserFailure, what: str) -> VfiotoolError:
-        return native.failed(-(failure.number or errno.EIO), what, device=self.name)
+        return native.failed(errno_of(failure), what, device=self.name)
 
     def serve_memory(self) -> None:
         """From now on a thread answers the server's reads and writes of memory."""
@@ -239,7 +243,7 @@ class UserCalls:
         try:
             self._call(UserCommand.DEVICE_SET_IRQS, asked, files).close()
         except UserFailure as failure:
-            return -(failure.number or errno.EIO)
+            return errno_of(failure)
         return 0
 
     def irq_assign(self, index: int, start: int, descriptors: Sequence[int]) -> int:
@@ -301,7 +305,7 @@ class UserCalls:
             files = () if memory.file is None else (memory.file,)
             self._call(UserCommand.DMA_MAP, asked, files).close()
         except UserFailure as failure:
-            return -(failure.number or errno.EIO)
+            return errno_of(failure)
         return 0
 
     def unmap(self, memory: LentMemory) -> int:
@@ -310,23 +314,8 @@ class UserCalls:
         try:
             self._call(UserCommand.DMA_UNMAP, asked).close()
         except UserFailure as failure:
-            return -(failure.number or errno.EIO)
+            return errno_of(failure)
         return 0
-
-
-def _connect(path: str, name: str) -> UserChannel:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.connect(path)
-    except OSError as error:
-        connection.close()
-        if error.errno == errno.ENOENT:
-            raise NotFound(f"{name}: there is no such socket", device=name) from error
-        hint = "is its server still running?" if error.errno == errno.ECONNREFUSED else None
-        failure = open_failure(-(error.errno or errno.EINVAL), path, name)
-        failure.hint = hint or failure.hint
-        raise failure from error
-    return UserChannel(connection)
 
 
 class MemoryTable:
