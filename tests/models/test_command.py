@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from vfiotool.cli import serve_model
 from vfiotool.cli.main import main
+from vfiotool.models import FAULT_NAMES
 
 CARD = """
 from vfiotool.models import Model
@@ -165,6 +167,10 @@ def test_a_path_that_cannot_be_a_socket_s_is_said(
     assert main(arguments) == code
     assert said in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
+
+
+def test_the_help_names_every_fault() -> None:
+    assert serve_model._FAULTS == FAULT_NAMES
 
 
 def test_a_socket_that_is_served_is_not_taken_over(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,9 @@ and a server that goes on."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 import threading
 from typing import Any
 
@@ -165,6 +168,27 @@ def test_a_model_that_was_not_made_whole_is_refused() -> None:
         serving(Half()),
     ):
         pass
+
+
+def test_of_servers_that_begin_at_once_one_serves() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, made = f"{folder}/s", []
+        together = threading.Barrier(8)
+
+        def begin() -> None:
+            together.wait()
+            with contextlib.suppress(KernelError):
+                made.append(server.ModelServer(Faulty(), path))
+
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(made) == 1 and os.listdir(folder) == ["s"]
+        with made[0] as served, Device.open(served.name) as device:
+            assert device.vendor == 0x1234
+        assert os.listdir(folder) == []
 
 
 def test_a_dma_fault_that_a_handler_takes_is_none_of_the_server_s() -> None:

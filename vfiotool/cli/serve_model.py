@@ -22,6 +22,18 @@ SHIPPED = {
     "nvme": "vfiotool.models.nvme:NvmeModel",
 }
 
+# As `FAULT_NAMES` of the models, which help does not import.
+_FAULTS = (
+    "slow",
+    "mute",
+    "gone",
+    "reset-hangs",
+    "reset-nothing",
+    "reset-fails",
+    "reset-lost",
+    "d3-gone",
+)
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -36,10 +48,8 @@ FaultOption = Annotated[
     typer.Option(
         "--fault",
         metavar="NAME",
-        help="slow, mute, gone, reset-hangs, reset-nothing, reset-fails, d3-gone.",
-        autocompletion=candidates.words(
-            "slow", "mute", "gone", "reset-hangs", "reset-nothing", "reset-fails", "d3-gone"
-        ),
+        help=f"What it does wrong: {', '.join(_FAULTS)}.",
+        autocompletion=candidates.words(*_FAULTS),
     ),
 ]
 

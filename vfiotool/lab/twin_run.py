@@ -155,7 +155,10 @@ def running_twin(
         sockets, models = {}, {}
         for number, one in enumerate(plan.replays):
             model = models[one.original.address] = played(one)
-            server = stack.enter_context(ModelServer(model, str(folder / f"{number}.sock")))
+            path = str(folder / f"{number}.sock")
+            # What a card does wrong shows in the twin; it is not the end of it.
+            server = ModelServer(model, path, report=lambda _: None)
+            stack.enter_context(server)
             sockets[one.original.address] = server.path
         guest = stack.enter_context(Guest(twin_machine(plan, sockets), kernel, **options))
         guest.exec(["bash", "-c", setup_script(host, plan)], timeout_s=_SETUP_LIMIT_S, merge=True)

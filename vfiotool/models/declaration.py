@@ -6,27 +6,47 @@ PCI Local Bus Specification 3.0, 6.1 and 6.2.1 (ids), 6.2.5.1 (BARs), 6.8.1.3 (M
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from vfiotool.errors import UsageError
 from vfiotool.models.bar import PAGE, BarSpec
 from vfiotool.vfio import Register
-
-if TYPE_CHECKING:
-    from vfiotool.models.device import Model
 
 _MSI_COUNTS = (0, 1, 2, 4, 8, 16, 32)
 _MOST_MSIX, _ENTRY_BYTES = 2048, 16
 _SMALLEST_MEMORY, _LARGEST_NARROW, _LARGEST = 16, 1 << 31, 1 << 39
 
 
-def check_declaration(model: Model, bars: Sequence[BarSpec]) -> None:
+class Declared(Protocol):
+    """What a model's class declares beside its BARs."""
+
+    @property
+    def vendor(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def class_code(self) -> int: ...
+    @property
+    def revision(self) -> int: ...
+    @property
+    def subsystem(self) -> tuple[int, int]: ...
+    @property
+    def msi(self) -> int: ...
+    @property
+    def msix(self) -> int: ...
+    @property
+    def msix_bar(self) -> int: ...
+    @property
+    def msix_offset(self) -> int: ...
+
+
+def check_declaration(model: Declared, bars: Sequence[BarSpec]) -> None:
     """Raises UsageError, which names the class and the first fault of its declaration."""
     for fault in _faults(model, bars):
         raise UsageError(f"{type(model).__name__}: {fault}")
 
 
-def _faults(model: Model, bars: Sequence[BarSpec]) -> Iterator[str]:
+def _faults(model: Declared, bars: Sequence[BarSpec]) -> Iterator[str]:
     yield from _ids(model)
     if not isinstance(bars, Sequence) or not all(isinstance(one, BarSpec) for one in bars):
         yield "`bars` is a tuple of BarSpec"
@@ -46,7 +66,7 @@ def _faults(model: Model, bars: Sequence[BarSpec]) -> Iterator[str]:
                 yield f"{name} handles register {register.name}, which no BAR declares"
 
 
-def _ids(model: Model) -> Iterator[str]:
+def _ids(model: Declared) -> Iterator[str]:
     if not isinstance(model.subsystem, tuple) or len(model.subsystem) != 2:
         yield "`subsystem` is two ids, of vendor and device"
     for name, value, bits in (
@@ -85,7 +105,7 @@ def _bar(spec: BarSpec) -> Iterator[str]:
         end = area.offset + area.size
 
 
-def _interrupts(model: Model, bars: Sequence[BarSpec]) -> Iterator[str]:
+def _interrupts(model: Declared, bars: Sequence[BarSpec]) -> Iterator[str]:
     if model.msi not in _MSI_COUNTS:
         yield f"`msi` is 1, 2, 4, 8, 16 or 32 vectors, not {model.msi!r}"
     if not isinstance(model.msix, int) or not 0 <= model.msix <= _MOST_MSIX:

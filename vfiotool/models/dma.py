@@ -21,6 +21,8 @@ from vfiotool.vfio import UserChannel, UserCommand, user_message
 
 PAGE = 4096
 _MOST_BITS = 64
+# Of one copy: who drives a model tells it lengths, and maps sparse files.
+_MOST_AT_ONCE = 256 << 20
 
 
 class DmaFault(VfiotoolError):
@@ -144,8 +146,10 @@ class ClientMemory:
         return parts
 
     def read(self, iova: int, count: int) -> bytes:
-        """A copy of memory. Raises DmaFault."""
+        """A copy of memory, of 256 MiB at most at once. Raises DmaFault."""
         found: list[bytes] = []
+        if count > _MOST_AT_ONCE:
+            raise DmaFault(f"{count} bytes at I/O address {iova:#x}: read them in parts")
         with self._lock:
             for piece, place, length in self._parts(iova, count, user_message.DMA_READABLE):
                 if piece.memory is not None:

@@ -188,12 +188,10 @@ def _listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_dead(path)
-        old = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(old)
-        listener.listen(_BACKLOG)
+        _appear(listener, path)
+    except FileExistsError as error:
+        listener.close()
+        raise _taken(path) from error
     except OSError as error:
         listener.close()
         folder = os.path.dirname(path) or "."
@@ -203,6 +201,36 @@ def _listen(path: str) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _appear(listener: socket.socket, path: str) -> None:
+    """Listen at `path`, which is there once it listens and not before: until then the socket would
+    be as one that a dead server left, to clients and to the next server. It replaces nothing."""
+    hidden = os.path.join(os.path.dirname(path), f".{os.urandom(3).hex()}")
+    if len(os.fsencode(hidden)) > _LONGEST_PATH:
+        hidden = path
+    old = os.umask(0o177)
+    try:
+        listener.bind(hidden)
+    finally:
+        os.umask(old)
+    listener.listen(_BACKLOG)
+    if hidden == path:
+        return
+    try:
+        os.link(hidden, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without hard links.
+        os.rename(hidden, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(hidden)
+
+
+def _taken(path: str) -> KernelError:
+    return KernelError(f"listen at {path}: it is served already", errno_name="EADDRINUSE")
 
 
 def _remove_dead(path: str) -> None:
@@ -222,4 +250,4 @@ def _remove_dead(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-    raise KernelError(f"listen at {path}: it is served already", errno_name="EADDRINUSE")
+    raise _taken(path)
