@@ -220,7 +220,8 @@ def _bars(check: ReadyCheck, function: PciFunction, wanted: WantedGuest) -> list
     if low > _WINDOW_32:
         detail = f"its 32-bit BARs take {words_of(low)} below 4 GiB, where a guest has about "
         detail += words_of(_WINDOW_32)
-        remedy = "-machine q35,max-ram-below-4g=1G"
+        # SeaBIOS has its window behind the configuration space at 0xb0000000, whatever the memory.
+        remedy = "-machine q35,max-ram-below-4g=1G with OVMF (SeaBIOS has no larger window)"
         found.append(
             finding(name, "bar-32", WARNING, detail, evidence, remedy, number=low, unit="bytes")
         )
