@@ -19,6 +19,8 @@ from vfiotool.lab.kernels.cache import cache_root, digest, filled, locked, verif
 
 PACKAGES = ("qemu-utils", "qemu-block-extra", "libblkio-dev")
 BLKIO = ("blkio-bench", "blkio-copy")
+# Of networks: testpmd, which drives virtio-user ports, and iperf3.
+NET_PACKAGES = ("dpdk-dev", "iperf3")
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
 
@@ -29,7 +31,8 @@ class Peers:
     folder: Path
 
     def command(self, program: str) -> list[str]:
-        """How to start `program`: qemu-storage-daemon, qemu-io, qemu-img, blkio-bench or -copy."""
+        """How to start `program`: qemu-storage-daemon, qemu-io, qemu-img, blkio-bench or -copy; or
+        dpdk-testpmd or iperf3, of `find_net`."""
         libraries = self.folder / _LIBRARIES
         paths = ":".join(str(path) for path in (libraries, *_folders_beside(libraries)))
         loader = libraries / "ld-linux-x86-64.so.2"
@@ -50,6 +53,15 @@ def _folder() -> Path:
     return cache_root() / f"peers-{digest('peers 1', *PACKAGES, *BLKIO)}"
 
 
+def drivers(found: Peers, *names: str) -> list[str]:
+    """testpmd's options that load these drivers of DPDK, such as net_virtio."""
+    options = []
+    for name in names:
+        [library] = (found.folder / _LIBRARIES).glob(f"dpdk/pmds-*/librte_{name}.so")
+        options += ["-d", str(library)]
+    return options
+
+
 def is_here() -> bool:
     """Whether they were fetched already."""
     return _folder().is_dir()
@@ -57,14 +69,26 @@ def is_here() -> bool:
 
 @functools.cache
 def find() -> Peers | str:
-    """The peers, fetched on first use, or why they cannot be had here."""
-    folder = _folder()
+    """The peers of disks, fetched on first use, or why they cannot be had here."""
+    return _find(_folder(), PACKAGES, "trixie-backports", BLKIO)
+
+
+@functools.cache
+def find_net() -> Peers | str:
+    """The peers of networks, likewise."""
+    folder = cache_root() / f"net-peers-{digest('net peers 1', *NET_PACKAGES)}"
+    return _find(folder, NET_PACKAGES, "trixie", ())
+
+
+def _find(
+    folder: Path, wanted: tuple[str, ...], release: str, examples: tuple[str, ...]
+) -> Peers | str:
     try:
         if not folder.is_dir():
             _check_machine()
             with locked("peers"):
                 if not folder.is_dir():
-                    _fetch(folder)
+                    _fetch(folder, wanted, release, examples)
         return Peers(verified(folder))
     except VfiotoolError as error:
         return f"the peers cannot be had: {error.message}"
@@ -77,10 +101,10 @@ def _check_machine() -> None:
         raise Unsupported("no gcc")
 
 
-def _fetch(folder: Path) -> None:
+def _fetch(folder: Path, wanted: tuple[str, ...], release: str, examples: tuple[str, ...]) -> None:
     apt = packages.Apt("peers", "trixie", backports=True, bare=True)
     apt.update()
-    files = apt.download_missing(*PACKAGES, release="trixie-backports")
+    files = apt.download_missing(*wanted, release=release)
     with filled(folder) as partial:
         # As in any merged system: packages still ship /lib.
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -88,7 +112,7 @@ def _fetch(folder: Path) -> None:
             (partial / name).symlink_to(f"usr/{name}")
         for file in files:
             packages.unpack(file, partial)
-        for program in BLKIO:
+        for program in examples:
             _compile(partial, program)
         # Only programs and libraries are kept.
         for name in ("etc", "var", "usr/share", "usr/include"):
