@@ -240,7 +240,8 @@ class InFlight:
         """Nobody waits for `number` any more."""
         if (sent := self.out.get(number)) is not None:
             sent.late = True
-        elif (done := self.results.pop(number, None)) is not None:
+        # Another thread may have ended it just now.
+        if (done := self.results.pop(number, None)) is not None:
             self.aside.append(completion_of(done))
 
     def call(
