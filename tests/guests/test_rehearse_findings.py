@@ -155,6 +155,18 @@ def test_a_command_that_does_not_end_is_given_up(capsys: pytest.CaptureFixture[s
     assert [row["name"] for row in rows] == ["slow", "quick"] and rows[1]["json"] == {}
 
 
+def test_a_policy_with_faults_is_refused_before_a_twin_boots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearse_run, "rehearse", lambda *_, **__: pytest.fail("it boots"))
+    policy = tmp_path / "policy.toml"
+    policy.write_text("version = 1\n[[device]]\nmatch = { address = 5 }\n")
+    host = Path(__file__).resolve().parents[2] / "fixtures/hosts/intel-workstation"
+    assert main(["lab", "rehearse", str(policy), "--host", str(host)]) == 2
+    told = capsys.readouterr().err
+    assert f"{policy}:3" in told and "boots" not in told
+
+
 def test_a_fault_is_of_a_device_that_a_model_plays(tmp_path: Path) -> None:
     snapshot = str(HOSTS / "storage-in-use")
     host = read_twin_host(snapshot)

@@ -26,7 +26,7 @@ from vfiotool.models import ReplayModel, bars_of
 HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
 NAMES = sorted(path.name for path in HOSTS.iterdir())
 BUILT = ("intel-workstation", "two-socket-server", "amd-desktop")
-ENDPOINT = bytes(64)
+ENDPOINT = bytes(256)
 
 
 def bridge_config(kind: int, *, acs: bool | None = None) -> bytes:
@@ -274,6 +274,124 @@ def test_a_full_root_bus_leaves_out_what_has_no_room() -> None:
     plan = planned(*crowd, function("0000:00:1e.0"))
     assert any("the root bus is full" in line for line in plan.differences)
     assert "0000:00:1e.0" not in plan.addresses
+
+
+ONES = b"\xff" * 256
+
+
+def lacks(plan: TwinPlan, kind: str) -> str:
+    return "; ".join(lack.line for lack in plan.lacks if lack.kind == kind)
+
+
+def test_what_reads_as_all_ones_is_left_out_with_all_below_and_said() -> None:
+    """It was planned, and the whole twin ended when it was to be played."""
+    plan = planned(
+        function("0000:00:02.0", config=ONES),
+        function("0000:00:03.0", config=ONES, class_code=0x060400),
+        function("0000:01:00.0", "0000:00:03.0"),
+        function("0000:00:04.0", config=b"\0" * 0x0E + b"\2" + bytes(241)),
+        function("0000:00:05.0"),
+    )
+    assert dict(plan.addresses) == {"0000:00:05.0": "0000:00:05.0"}
+    assert "0000:00:02.0: its configuration space reads as all ones" in lacks(plan, "config")
+    assert "0000:00:04.0: its configuration space is not an endpoint's" in lacks(plan, "config")
+    assert "0000:01:00.0" in lacks(plan, "left-out")
+
+
+@pytest.mark.parametrize("config", [bytes(64), ONES, b""], ids=["64 bytes", "ones", "none"])
+def test_ports_whose_capabilities_are_not_there_are_known_by_their_driver(config: bytes) -> None:
+    """A snapshot that was taken without root has 64 bytes of each configuration space."""
+    from vfiotool.lab.twin_facts import _with_ports
+
+    port: dict[str, Any] = {"config": config, "class_code": 0x060400, "driver": "pcieport"}
+    functions = [
+        function("0000:00:02.0", group="1", **port),
+        function("0000:01:00.0", "0000:00:02.0", group="2", **port),
+        function("0000:02:01.0", "0000:00:02.0", "0000:01:00.0", group="3", **port),
+        function("0000:03:00.0", "0000:00:02.0", "0000:01:00.0", "0000:02:01.0", group="3"),
+        function("0000:00:1c.0", group="4", class_code=0x060400, config=config),
+    ]
+    found = {one.address: one for one in _with_ports(functions)}
+    assert [one.port for one in found.values()] == [
+        "root port", "upstream", "downstream", None, "pci",
+    ]  # fmt: skip
+    assert found["0000:00:02.0"].acs_on and not found["0000:02:01.0"].acs_on
+    plan = planned(*found.values())
+    assert models(plan)[:3] == ["pcie-root-port", "x3130-upstream", "xio3130-downstream"]
+    assert plan.addresses["0000:03:00.0"] == "0000:03:00.0"
+    assert "0000:00:02.0" in lacks(plan, "config")
+
+
+PORTS = ("root port", "upstream", "downstream", "pcie to pci", "pci to pcie", "pci")
+# What QEMU takes: a model, and below what it may be.
+ROOTS, LINKS = ("pcie.0",), ("pcie-root-port", "xio3130-downstream")
+CONVENTIONAL = ("pci-bridge", "pcie-pci-bridge")
+PLACES = {
+    "pcie-root-port": ROOTS,
+    "x3130-upstream": LINKS,
+    "xio3130-downstream": ("x3130-upstream",),
+    "pcie-pci-bridge": (*ROOTS, *LINKS, "x3130-upstream"),
+    "pci-bridge": (*ROOTS, *LINKS, "x3130-upstream", *CONVENTIONAL),
+}
+
+
+@pytest.mark.parametrize("above", PORTS)
+@pytest.mark.parametrize("below", PORTS)
+def test_bridges_in_odd_places_are_such_as_qemu_takes_there(above: str, below: str) -> None:
+    plan = planned(
+        function("0000:00:02.0", port=above),
+        function("0000:01:03.0", "0000:00:02.0", port=below),
+        function("0000:02:05.1", "0000:00:02.0", "0000:01:03.0"),
+    )
+    by_name = {"pcie.0": "pcie.0"}
+    for item in plan.items:
+        given = dict(item.properties)
+        parent = by_name[given["bus"]]
+        if isinstance(item, DeviceModel):
+            assert parent in PLACES[item.model], (item.model, parent)
+            by_name[given["id"]] = item.model
+        assert parent not in LINKS or given["addr"].startswith("0x0."), given
+    assert len(plan.addresses) == 3
+
+
+def test_no_bus_has_a_number_above_ff() -> None:
+    ports = [
+        function(f"0000:00:{slot:02x}.{number}", port="root port")
+        for slot in range(1, 0x1E)
+        for number in range(8)
+    ]
+    switches = [
+        function(f"0000:{number + 1:02x}:00.0", port.address, port="upstream")
+        for number, port in enumerate(ports[:40])
+    ]
+    plan = planned(*ports, *switches, function("0000:ff:00.0", ports[-1].address))
+    assert all(len(new) == len("0000:00:00.0") for new in plan.addresses.values())
+    left = [one.address for one in ports if one.address not in plan.addresses]
+    assert left and all(one in lacks(plan, "no-room") for one in left)
+    assert "0000:ff:00.0" in lacks(plan, "left-out")
+
+
+def test_root_buses_without_room_are_left_out_with_their_devices() -> None:
+    plan = planned(
+        *(
+            function(f"0000:{bus:02x}:01.0", root=f"0000:{bus:02x}")
+            for bus in range(0, 256, 4)
+        )
+    )  # fmt: skip
+    lost = [f"0000:{bus:02x}:01.0" for bus in range(0, 256, 4)]
+    lost = [one for one in lost if one not in plan.addresses]
+    assert lost and all(one in lacks(plan, "left-out") for one in lost)
+
+
+def test_a_wide_bar_takes_the_place_of_the_next_one() -> None:
+    wide, narrow = (0x1000, 0x1FFF, 0x140204), (0x4000, 0x4FFF, 0x40200)
+    assert [spec.index for spec in bars_of((wide, narrow, narrow))] == [0, 2]
+
+
+def test_a_host_without_pci_has_no_twin(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "sys/bus/pci/devices").mkdir(parents=True)
+    assert main(["lab", "twin", "--plan", str(tmp_path)]) == 3
+    assert "no PCI functions" in capsys.readouterr().err
 
 
 def _group(number: int, *devices: tuple[str, str], viable: bool = True) -> dict[str, Any]:

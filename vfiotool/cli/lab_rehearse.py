@@ -14,7 +14,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import wants_json
-from vfiotool.cli.lab_twin import KernelOption, planned
+from vfiotool.cli.lab_twin import KernelOption, asked_here, planned
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.lab.kernels import catalogue as kernels
 
@@ -72,12 +72,23 @@ def rehearse(
     with ExitStack() as stack:
         snapshot = host or _snapshot_of_this_machine(stack)
         original, plan = planned(snapshot)
+        _check(policy, snapshot)
         output.say(f"rehearse: a twin of {host or 'this machine'} boots")
         played = rehearse_run.rehearse(
             original, plan, text, kernel, faults=faults, qemu=qemu, report=_progress
         )
     _show(context, str(policy), host, plan, played, time.monotonic() - begun)
     return 1 if played.findings else 0
+
+
+def _check(policy: Path, snapshot: str) -> None:
+    """Raises UsageError for a policy with faults: no twin has to boot to find them."""
+    told = asked_here(snapshot, "plan", str(policy))
+    error = told.get("error")
+    if error and error["kind"] in ("usage", "policy"):
+        raise UsageError(error["message"], hint=error["hint"])
+    if not error and not told.get("steps") and not told.get("refusals"):
+        output.say("rehearse: on that host the policy holds already, or is about nothing")
 
 
 def _progress(one: Done) -> None:

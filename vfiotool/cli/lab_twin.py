@@ -15,7 +15,7 @@ import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import wants_json
-from vfiotool.errors import KernelError
+from vfiotool.errors import KernelError, NotFound, TimedOut, UsageError
 from vfiotool.lab.kernels import catalogue as kernels
 
 if TYPE_CHECKING:
@@ -107,7 +107,12 @@ def planned(snapshot: str) -> tuple[TwinHost, TwinPlan]:
     from vfiotool.lab.twin_facts import read_twin_host
     from vfiotool.lab.twin_plan import plan_twin
 
-    host, devices = read_twin_host(snapshot), asked_here(snapshot, "devices")
+    host = read_twin_host(snapshot)
+    if not host.functions:
+        raise NotFound(f"{snapshot}: no PCI functions, and so nothing that a twin is made of")
+    devices = asked_here(snapshot, "devices")
+    if "devices" not in devices:
+        raise UsageError(f"{snapshot}: {devices['error']['message']}")
     return host, plan_twin(host, stand_ins_of(devices), in_use_of(devices))
 
 
@@ -192,7 +197,14 @@ def _program() -> list[str]:
 def asked_here(snapshot: str, *command: str) -> dict[str, Any]:
     """What a reading command says of the snapshot, as JSON."""
     words = [sys.executable, "-m", "vfiotool", "--root", snapshot, *command, "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=False)
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=_ASK_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimedOut(
+            f"{command[0]} of {snapshot} did not end in {_ASK_LIMIT_S:g} s", errno_name="ETIMEDOUT"
+        ) from error
     try:
         found: dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
@@ -206,7 +218,8 @@ def _show_plan(context: typer.Context, plan: TwinPlan) -> None:
     if wants_json(context):
         _emit(plan, [], [])
         return
-    rows = [[old, new, plan.stand_ins.get(old, "")] for old, new in plan.addresses.items()]
+    found = sorted(plan.addresses.items())
+    rows = [[old, new, plan.stand_ins.get(old, "")] for old, new in found]
     output.table(("HOST", "TWIN", "STAND-IN"), rows)
     for lack in plan.lacks:
         output.write(f"differs: {lack.kind}: {lack.line}")

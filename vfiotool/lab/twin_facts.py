@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vfiotool.lab.machines import Iommu
@@ -17,6 +18,8 @@ _NODE = re.compile(r"node[0-9]+", re.ASCII)
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
 _DRIVER = re.compile("^DRIVER=(.+)$", re.MULTILINE)
 _EXPRESS = 0x10
+_PCI_BRIDGE = 0x0604
+_HEADER_BYTES, _WITH_CAPABILITIES = 64, 256
 # PCI Express Base 5.0, 7.5.3.2: Device/Port Type.
 PORT_TYPES = {4: "root port", 5: "upstream", 6: "downstream", 7: "pcie to pci", 8: "pci to pcie"}
 
@@ -52,6 +55,11 @@ class TwinFunction:
     @property
     def function(self) -> int:
         return int(self.address[-1])
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its capabilities could not be read: not by root, asleep, or gone."""
+        return len(self.config) < _WITH_CAPABILITIES or not self.config[:4].strip(b"\xff")
 
     @property
     def ids(self) -> str:
@@ -110,7 +118,26 @@ def read_twin_host(path: str) -> TwinHost:
         )
     kind, bits = _iommu(host)
     nodes = sum(bool(_NODE.fullmatch(name)) for name in host.listdir(_NODES)) or 1
-    return TwinHost(path, tuple(functions), kind, bits, _reserved(host), nodes)
+    return TwinHost(path, _with_ports(functions), kind, bits, _reserved(host), nodes)
+
+
+def _with_ports(functions: list[TwinFunction]) -> tuple[TwinFunction, ...]:
+    """What kind of port a bridge is whose capabilities are not known: pcieport is on PCIe ports
+    alone, whose kinds alternate; one that is in a group of its own isolates."""
+    groups = Counter(one.group for one in functions)
+    ports = {one.address: one.port for one in functions}
+    found = {}
+    for one in sorted(functions, key=lambda one: len(one.parents)):
+        if one.class_code >> 8 == _PCI_BRIDGE and one.is_cut:
+            above = ports.get(one.parents[-1]) if one.parents else None
+            port = "pci"
+            if one.driver == "pcieport":
+                below = "downstream" if above == "upstream" else "upstream"
+                port = below if one.parents else "root port"
+            ports[one.address] = port
+            alone = one.group is not None and groups[one.group] == 1
+            found[one.address] = replace(one, port=port, acs_on=alone)
+    return tuple(found.get(one.address, one) for one in functions)
 
 
 def _driver(host: Any, place: str) -> str | None:
@@ -142,7 +169,7 @@ def _number(text: str) -> int:
 
 
 def _port(config: bytes) -> str | None:
-    if len(config) < 64 or config[0x0E] & 0x7F != 1:
+    if len(config) < _HEADER_BYTES or config[0x0E] & 0x7F != 1:
         return None
     place = config[0x34] & ~3 if config[0x06] & 0x10 else 0
     for _ in range(48):

@@ -50,6 +50,8 @@ LACKS = {
             (*GROUP, *_JUDGED),
         ),
         LackKind("config", "what was not in the snapshot cannot be replayed", (*GROUP, *_JUDGED)),
+        LackKind("left-out", "what is below what is left out is left out", (*GROUP, *_JUDGED)),
+        LackKind("bridge", "QEMU has some bridges in some places alone", (*GROUP, *_JUDGED)),
         LackKind("switch-acs", "QEMU's switch ports have no ACS", (*GROUP, *_JUDGED)),
         LackKind(
             "pin", "Linux knows its pin to be broken, and no stand-in driver holds it with one"

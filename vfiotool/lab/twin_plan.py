@@ -39,6 +39,11 @@ _BROKEN_INTX = frozenset(
     | {0x80860000 | device for device in (0x1572, 0x1574, 0x1580, 0x1581, *range(0x1583, 0x158C))}
     | {0x80860000 | device for device in (0x37D0, 0x37D1, 0x37D2)}
 )
+_HEADER_BYTES, _LAST_BUS = 64, 0xFF
+# Below these there is slot 0 alone.
+_LINKS = ("pcie-root-port", "xio3130-downstream")
+_SWITCH = "x3130-upstream"
+_EXPRESS = (*_LINKS, _SWITCH, "pcie-pci-bridge")
 # QEMU's IOMMUs have 39 or 48 bits.
 _WIDE_BITS = 48
 
@@ -108,6 +113,7 @@ class _Making:
     networks: list[str] = field(default_factory=list)
     used: dict[str, StandIn] = field(default_factory=dict)
     vfs: dict[str, int] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=lambda: {"pcie.0": "pcie.0"})
     next_bus: int = 1
     chassis: int = 1
 
@@ -137,6 +143,7 @@ def plan_twin(
         _place_root(making, root, slot)
     _place_vfs(making)
     _compare_chipset(making)
+    _say_what_is_missing(making)
     if host.nodes > 1:
         making.lack(
             "numa",
@@ -170,6 +177,31 @@ def plan_twin(
     )
 
 
+def _say_what_is_missing(making: _Making) -> None:
+    """What is below a root bus or a bridge that is left out, and what is cut."""
+    said = " ".join(lack.line for lack in making.lacks)
+    functions = making.host.functions
+    lost = [one.address for one in functions if one.address not in making.addresses]
+    lost = [one for one in lost if one not in said]
+    if lost:
+        making.lack("left-out", f"{', '.join(lost)}: left out with what is above")
+    cut = [one for one in functions if one.is_cut and one.address in making.addresses]
+    ports = [one.address for one in cut if one.port is not None]
+    ends = [one.address for one in cut if one.port is None and len(one.config) >= _HEADER_BYTES]
+    if ports:
+        making.lack(
+            "config",
+            f"{', '.join(ports)}: without capabilities in the snapshot (taken without root?), their"
+            " kinds are guessed from drivers and groups",
+        )
+    if ends:
+        making.lack(
+            "config",
+            f"{', '.join(ends)}: without capabilities in the snapshot (taken without root?), and so"
+            " in the twin",
+        )
+
+
 def _expander_slots(
     making: _Making, further: list[str], slots: Mapping[int, list[TwinFunction]]
 ) -> dict[str, int]:
@@ -187,6 +219,9 @@ def _place_root(making: _Making, root: str, slot: int) -> None:
     wanted = int(root.rpartition(":")[2], 16)
     number = max(wanted, making.next_bus)
     functions = making.children.get(root, [])
+    if number > _LAST_BUS:
+        making.lack("no-room", f"root bus {root}: left out, there are 256 buses")
+        return
     if number != wanted:
         making.lack("bus-number", f"root bus {root}: its number is {number:02x} in the twin")
     name = f"root{number:x}"
@@ -195,6 +230,7 @@ def _place_root(making: _Making, root: str, slot: int) -> None:
     if making.host.nodes > 1 and len(nodes) == 1:
         properties.append(("numa_node", str(nodes.pop())))
     making.items.append(DeviceModel("pxb-pcie", tuple(properties)))
+    making.models[name] = "pxb-pcie"
     making.next_bus = number + 1
     for where, found in sorted(_by_slot(functions).items()):
         rest = [one for one in found if not _is_given(making, one, where, first=False)]
@@ -364,8 +400,16 @@ def _left_out(making: _Making, one: TwinFunction) -> bool:
                 "virtual-functions", f"{one.address}: a virtual function; replayed cards make none"
             )
         return True
-    if one.port is None and len(one.config) < 64:
+    if one.port is None and len(one.config) < _HEADER_BYTES:
         making.lack("config", f"{one.address}: its configuration space is not in the snapshot")
+        return True
+    if one.port is None and one.config[0x0E] & 0x7F:
+        gone = one.config[:2] == b"\xff\xff"
+        said = "reads as all ones" if gone else "is not an endpoint's"
+        making.lack("config", f"{one.address}: its configuration space {said}")
+        return True
+    if one.port is not None and making.next_bus > _LAST_BUS:
+        making.lack("no-room", f"{one.address}: left out, there are 256 buses")
         return True
     return False
 
@@ -373,13 +417,22 @@ def _left_out(making: _Making, one: TwinFunction) -> bool:
 def _place_bridge(
     making: _Making, one: TwinFunction, here: str, properties: tuple[tuple[str, str], ...]
 ) -> None:
+    if making.next_bus > _LAST_BUS:
+        # Others of its slot took the last ones.
+        del making.addresses[one.address]
+        making.lack("no-room", f"{one.address}: left out, there are 256 buses")
+        return
     name = f"b{making.chassis}"
-    model = {
+    own = {
         "root port": "pcie-root-port",
-        "upstream": "x3130-upstream",
+        "upstream": _SWITCH,
         "downstream": "xio3130-downstream",
         "pcie to pci": "pcie-pci-bridge",
     }.get(one.port or "", "pci-bridge")
+    model = making.models[name] = _fitting(own, making.models[dict(properties)["bus"]])
+    below = " ".join(far.address for far in making.host.functions if one.address in far.parents)
+    if model != own:
+        making.lack("bridge", f"{one.address}: {model}, QEMU has no {own} there ({below})")
     more: list[tuple[str, str]] = [("id", name)]
     if model in ("pcie-root-port", "xio3130-downstream", "pci-bridge"):
         more.append(("chassis_nr" if model == "pci-bridge" else "chassis", str(making.chassis)))
@@ -388,7 +441,6 @@ def _place_bridge(
     if model == "pcie-root-port" and not one.acs_on:
         making.acs_off.append(here)
     if model == "xio3130-downstream" and one.acs_on:
-        below = " ".join(far.address for far in making.host.functions if one.address in far.parents)
         making.lack(
             "switch-acs",
             f"{one.address}: QEMU's switch ports have no ACS, the original isolates what is below"
@@ -396,8 +448,35 @@ def _place_bridge(
         )
     number = making.next_bus
     making.next_bus += 1
-    for slot, functions in sorted(_by_slot(making.children.get(one.address, [])).items()):
+    for slot, functions in sorted(_slots_below(making, one, model).items()):
         _place_slot(making, name, number, slot, functions)
+
+
+def _fitting(model: str, above: str) -> str:
+    """QEMU's bridge in the place of `model` below one of kind `above`: the ports of a switch are
+    below each other alone, root ports at a root, and nothing of PCIe is below conventional PCI."""
+    if above in ("pcie.0", "pxb-pcie"):
+        return "pcie-root-port" if model in (_SWITCH, "xio3130-downstream") else model
+    if above == _SWITCH:
+        return "xio3130-downstream" if model in ("pcie-root-port", _SWITCH) else model
+    if above in _LINKS:
+        return "pcie-pci-bridge" if model in _LINKS else model
+    return "pci-bridge" if model in _EXPRESS else model
+
+
+def _slots_below(making: _Making, one: TwinFunction, model: str) -> dict[int, list[TwinFunction]]:
+    """What is in each slot below a bridge of QEMU's `model`."""
+    slots = _by_slot(making.children.get(one.address, []))
+    if model not in _LINKS or not slots:
+        return slots
+    first, *others = sorted(slots)
+    if first:
+        names = ", ".join(far.address for far in slots[first])
+        making.lack("slot", f"{names}: in slot 00, below a port there is no other")
+    for slot in others:
+        names = ", ".join(far.address for far in slots[slot])
+        making.lack("no-room", f"{names}: left out, below a port there is slot 00 alone")
+    return {0: slots[first]}
 
 
 def _place_endpoint(

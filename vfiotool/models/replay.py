@@ -39,8 +39,10 @@ def parse_resources(text: str) -> tuple[Resource, ...]:
 
 def bars_of(resources: Sequence[Resource]) -> tuple[BarSpec, ...]:
     """The BARs that these resources are, of the same kinds and sizes."""
-    found = []
+    found: list[BarSpec] = []
     for index, (start, last, flags) in enumerate(resources[:_BAR_COUNT]):
+        if found and found[-1].wide and found[-1].index == index - 1:
+            continue
         size = last - start + 1
         if not flags & (_PORTS | _MEMORY) or size < 4 or size & (size - 1) or size > _LARGEST_BAR:
             continue
