@@ -534,11 +534,42 @@ def test_what_is_no_disk_is_named(tmp_path: Path, image: Path) -> None:
         (DiskSettings(size=100), "--size"),
         (DiskSettings(), "size"),
         (DiskSettings(size=MIB, block_size=1000), "--block-size"),
+        (DiskSettings(size=MIB, physical_block_size=3000), "--physical-block-size 3000"),
+        (DiskSettings(size=MIB, block_size=4096, physical_block_size=512), "--physical-block-size"),
         (DiskSettings(size=MIB, queues=0), "--queues"),
         (DiskSettings(size=MIB, serial="x" * 21), "--serial"),
     ):
         with pytest.raises(Exception, match=words):
             BlockDisk(settings)
+
+
+@pytest.mark.parametrize(
+    ("block", "physical", "offset", "told"),
+    [
+        (512, 0, 0, (512, 0, 0, 0, 0)),
+        (512, 4096, 0, (512, 3, 0, 8, 0)),
+        (512, 4096, 1536, (512, 3, 5, 8, 0)),
+        (4096, 65536, 0, (4096, 4, 0, 16, 0)),
+        (4096, 4096, 0, (4096, 0, 0, 0, 0)),
+    ],
+)
+def test_logical_and_physical_blocks_are_told(
+    image: Path, block: int, physical: int, offset: int, told: tuple[int, ...]
+) -> None:
+    """Block size, exponent of a physical block, first aligned block, least and best write."""
+    disk = BlockDisk(
+        DiskSettings(
+            path=str(image),
+            size=MIB,
+            offset=offset,
+            block_size=block,
+            physical_block_size=physical,
+        )
+    )
+    try:
+        assert struct.unpack_from("<IBBHI", disk.config(), 20) == told
+    finally:
+        disk.close()
 
 
 def test_a_socket_in_use_is_refused_and_a_stale_one_replaced(path: Path, tmp_path: Path) -> None:

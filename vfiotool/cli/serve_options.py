@@ -34,6 +34,15 @@ SizeOption = Annotated[
 ]
 SerialOption = Annotated[str, typer.Option("--serial", metavar="TEXT", help="At most 20 bytes.")]
 BlockSizeOption = Annotated[int, typer.Option("--block-size", metavar="BYTES", help="512 to 4096.")]
+PhysicalOption = Annotated[
+    int,
+    typer.Option(
+        "--physical-block-size",
+        metavar="BYTES",
+        help="What writes should come in multiples of, up to 65536; default: the block size.",
+        show_default=False,
+    ),
+]
 QueuesOption = Annotated[int, typer.Option("--queues", metavar="N", help="Virtqueues.")]
 DirectOption = Annotated[
     bool, typer.Option("--direct", help="Read and write the file past the page cache.")
@@ -70,6 +79,7 @@ def disk_of(
     size: str | None,
     serial: str,
     block_size: int,
+    physical_block_size: int = 0,
     queues: int,
     direct: bool,
     lock: str = "always",
@@ -92,6 +102,7 @@ def disk_of(
         read_only=read_only,
         serial=serial,
         block_size=block_size,
+        physical_block_size=physical_block_size,
         queues=queues,
         direct=direct,
         lock=lock,

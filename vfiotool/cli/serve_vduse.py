@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -18,6 +18,7 @@ from vfiotool.cli.serve_options import (
     FileOption,
     NvmeOption,
     OffsetOption,
+    PhysicalOption,
     PollOption,
     QueuesOption,
     RamOption,
@@ -46,6 +47,7 @@ def vduse_blk(
     size: SizeOption = None,
     serial: SerialOption = "",
     block_size: BlockSizeOption = 512,
+    physical_block_size: PhysicalOption = 0,
     queues: QueuesOption = 1,
     direct: DirectOption = False,
     threads: ThreadsOption = 1,
@@ -77,13 +79,13 @@ def vduse_blk(
         size=size,
         serial=serial or name[:20],
         block_size=block_size,
+        physical_block_size=physical_block_size,
         queues=queues,
         direct=direct,
         nvme=nvme,
     )
     with ExitStack() as stack:
-        disk = BlockDisk(settings)
-        stack.callback(disk.close)
+        disk = stack.enter_context(closing(BlockDisk(settings)))
         workers = [Worker(poll_us) for _ in range(threads)]
         for worker in workers:
             stack.callback(worker.close)

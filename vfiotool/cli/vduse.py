@@ -18,6 +18,7 @@ from vfiotool.cli.serve_options import (
     BlockSizeOption,
     FileOption,
     OffsetOption,
+    PhysicalOption,
     QueuesOption,
     ReadOnlyOption,
     SerialOption,
@@ -141,6 +142,7 @@ def rescue(
     size: SizeOption = None,
     serial: SerialOption = "",
     block_size: BlockSizeOption = 512,
+    physical_block_size: PhysicalOption = 0,
     queues: QueuesOption = 1,
     timeout: Annotated[
         float,
@@ -168,6 +170,7 @@ def rescue(
             size=size,
             serial=serial or name[:20],
             block_size=block_size,
+            physical_block_size=physical_block_size,
             queues=queues,
             direct=False,
         )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SECTOR = 512
 MOST_SEGMENTS = 254
 MOST_RANGES = 16
+_LARGEST_PHYSICAL = 65536
 _MOST_RANGE_SECTORS = 1 << 21
 _LARGEST = 1 << 62
 # Of one NVMe command.
@@ -74,6 +75,8 @@ class DiskSettings:
     read_only: bool = False
     serial: str = ""
     block_size: int = SECTOR
+    physical_block_size: int = 0
+    """What writes should come in whole multiples of; 0: the block size."""
     queues: int = 1
     direct: bool = False
     """Past the page cache (O_DIRECT), where a request is aligned."""
@@ -89,6 +92,12 @@ def check(settings: DiskSettings) -> None:
     size = settings.block_size
     if not SECTOR <= size <= 4096 or size & (size - 1):
         raise UsageError(f"--block-size {size}: not a power of two from 512 to 4096")
+    physical = settings.physical_block_size
+    if physical and not (size <= physical <= _LARGEST_PHYSICAL and physical & (physical - 1) == 0):
+        raise UsageError(
+            f"--physical-block-size {physical}: not a power of two from the block size {size} to"
+            f" {_LARGEST_PHYSICAL}"
+        )
     if not 1 <= settings.queues <= 256:
         raise UsageError(f"--queues {settings.queues}: not from 1 to 256")
     if settings.offset < 0 or settings.offset % size:
@@ -206,10 +215,7 @@ class BlockDisk:
             0,
             0,  # geometry: not offered
             block,
-            0,
-            0,
-            0,
-            0,  # topology: blocks as they are
+            *self._topology(block),
             1,  # writeback
             0,
             self.settings.queues,
@@ -220,6 +226,13 @@ class BlockDisk:
             MOST_RANGES,
             1,  # zeros may unmap
         )
+
+    def _topology(self, block: int) -> tuple[int, int, int, int]:
+        """The exponent of logical blocks in a physical one, the first block that begins one, and
+        the least and the best size of a write, in logical blocks (section 5.2.4)."""
+        each = max(1, self.settings.physical_block_size // block)
+        first = -(self.settings.offset // block) % each
+        return each.bit_length() - 1, first, each if each > 1 else 0, 0
 
     @property
     def queues(self) -> int:
