@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
+import resource
 import socket
 import struct
 import tempfile
@@ -16,7 +18,7 @@ import pytest
 from tests.models.served import open_files, resident_kib, serving
 from tests.models.test_conformance import Card, wait_for
 from vfiotool.models import BarSpec, DmaFault, Model, ModelServer
-from vfiotool.vfio import Device, UserCommand, user_message
+from vfiotool.vfio import Device, UserCommand, UserProtocolError, user_message
 
 messages = pytest.mark.parametrize(
     "count", [4000, pytest.param(1_000_000, marks=pytest.mark.proof)], ids=str
@@ -328,6 +330,53 @@ def test_a_flood_of_mappings_ends_at_the_limit_that_was_told() -> None:
         client.close()
         is_served(server)
     assert ClientMemory.__init__.__defaults__ == (65535,)
+
+
+def test_a_file_that_is_mapped_page_by_page_is_opened_once() -> None:
+    """As QEMU maps memory behind a guest's IOMMU: tens of thousands of messages, a file in each."""
+    card = Card()
+    with serving(card) as server:
+        client = Client(server)
+        client.hello()
+        _master(client)
+        before, pages = open_files(), 300
+        file = memory_file(pages // 2 * 4096)
+        for page in range(pages):
+            if page == pages // 2:
+                beyond = user_message.DMA_MAP.pack(32, 3, page * 4096, page * 4096, 4096)
+                assert client.ask(UserCommand.DMA_MAP, beyond, [file]) == errno.EINVAL
+                os.ftruncate(file, pages * 4096)
+            # Backwards in the file: pieces that are neighbours in one are not in the other.
+            at = (pages // 2 - 1 - page) * 4096 if page < pages // 2 else page * 4096
+            one = user_message.DMA_MAP.pack(32, 3, at, page * 4096, 4096)
+            assert client.ask(UserCommand.DMA_MAP, one, [file]) == 0
+        assert open_files() <= before + 3, "the client's, the server's, and the mapping's own"
+        card.dma_write(4096 - 2, b"ends")
+        last = (pages // 2 - 1) * 4096
+        assert os.pread(file, 2, last + 4094) + os.pread(file, 2, last - 4096) == b"ends"
+        card.dma_write((pages - 1) * 4096, b"late")
+        assert card.dma_read((pages - 1) * 4096, 4) == os.pread(file, 4, (pages - 1) * 4096)
+        for page in range(pages):
+            one = user_message.DMA_UNMAP.pack(24, 0, page * 4096, 4096)
+            assert client.ask(UserCommand.DMA_UNMAP, one) == 0
+        os.close(file)
+        assert open_files() == before
+        client.close()
+        is_served(server)
+
+
+def test_descriptors_that_this_process_cannot_open_are_named_as_what_they_are() -> None:
+    mine, theirs = socket.socketpair()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with mine, theirs, open(os.devnull, "rb") as file:
+        data = user_message.format_message(1, 8, 0, b"")
+        socket.send_fds(theirs, [data], [file.fileno()] * 3)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(mine.fileno(), theirs.fileno()), before[1]))
+        try:
+            with pytest.raises(UserProtocolError, match="as many files open as it may"):
+                user_message.receive(mine)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_too_many_descriptors_end_the_connection() -> None:

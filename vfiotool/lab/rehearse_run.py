@@ -151,6 +151,11 @@ class _Play:
             self.report(one)
 
         play_part(self.twin.guest, name, told, take)
+        for address, why in self.twin.lost.items():
+            raise KernelError(
+                f"the rehearsal broke off: the twin has lost {address}: {why}",
+                hint="this is the twin's fault, not the host's: please report it",
+            )
 
 
 def play_part(

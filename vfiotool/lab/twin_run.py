@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,10 +33,12 @@ _PIN = 0x3D
 @dataclass(frozen=True)
 class Twin:
     """A twin that runs: its guest, and the models of the cards that are played, by the original's
-    addresses."""
+    addresses. `lost` says of each card that QEMU does not reach any more why that is: nothing that
+    is seen of it then is about the host."""
 
     guest: Guest
     models: Mapping[str, Model]
+    lost: Mapping[str, str]
 
 
 def twin_machine(plan: TwinPlan, sockets: dict[str, str]) -> Machine:
@@ -153,13 +156,13 @@ def running_twin(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vfiotool-twin-")))
         sockets, models = {}, {}
+        lost: dict[str, str] = {}
         for number, one in enumerate(plan.replays):
             model = models[one.original.address] = played(one)
+            told = functools.partial(lost.setdefault, one.original.address)
             path = str(folder / f"{number}.sock")
-            # What a card does wrong shows in the twin; it is not the end of it.
-            server = ModelServer(model, path, report=lambda _: None)
-            stack.enter_context(server)
+            server = stack.enter_context(ModelServer(model, path, report=told))
             sockets[one.original.address] = server.path
         guest = stack.enter_context(Guest(twin_machine(plan, sockets), kernel, **options))
         guest.exec(["bash", "-c", setup_script(host, plan)], timeout_s=_SETUP_LIMIT_S, merge=True)
-        yield Twin(guest, models)
+        yield Twin(guest, models, lost)

@@ -33,20 +33,47 @@ class DmaFault(VfiotoolError):
 
 
 @dataclass(slots=True)
+class _File:
+    """A file of the client's that mappings are of: opened and mapped once, however many there are.
+
+    A guest's IOMMU has QEMU map memory page by page, and each message carries its file anew.
+    """
+
+    key: tuple[int, ...]
+    descriptor: int
+    sealed: bool
+    memory: mmap.mmap | None = None
+    users: int = 0
+
+    def reach(self, end: int) -> None:
+        """See to it that the file's first `end` bytes can be reached. Raises OSError and ValueError
+        where it does not hold them."""
+        if self.memory is not None and end <= len(self.memory):
+            return
+        size = os.fstat(self.descriptor).st_size
+        if size < end:
+            raise ValueError("the file ends before the mapping does")
+        if not self.sealed:
+            os.pread(self.descriptor, 1, end - 1)
+            return
+        # The shorter mapping, made before the file grew, is not needed any more.
+        older, self.memory = self.memory, mmap.mmap(self.descriptor, size)
+        if older is not None:
+            older.close()
+
+    def close(self) -> None:
+        if self.memory is not None:
+            self.memory.close()
+        os.close(self.descriptor)
+
+
+@dataclass(slots=True)
 class _Piece:
     iova: int
     size: int
     rights: int
     offset: int
-    file: int
-    memory: mmap.mmap | None
-    skipped: int  # of `memory`, before the piece begins
-
-    def close(self) -> None:
-        if self.memory is not None:
-            self.memory.close()
-        if self.file >= 0:
-            os.close(self.file)
+    file: _File | None
 
 
 def _is_sealed(file: int) -> bool:
@@ -54,6 +81,12 @@ def _is_sealed(file: int) -> bool:
         return bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:
         return False
+
+
+def _same_file(file: int) -> tuple[int, ...]:
+    """What two descriptors have in common that reach the same file in the same way."""
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino, fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
 
 
 class ClientMemory:
@@ -65,6 +98,7 @@ class ClientMemory:
         self._lock = threading.RLock()
         self._starts: list[int] = []
         self._pieces: list[_Piece] = []
+        self._files: dict[tuple[int, ...], _File] = {}
 
     def map(self, rights: int, offset: int, iova: int, size: int, descriptors: list[int]) -> int:
         """0 or an errno. The descriptors are its own from now on."""
@@ -84,16 +118,40 @@ class ClientMemory:
                     return errno.EEXIST
                 if len(self._pieces) >= self._most:
                     return errno.ENOSPC
-                file = descriptors[0] if descriptors else -1
                 try:
-                    memory, skipped = _mapped(file, offset, size)
+                    file = self._file(descriptors[0], offset + size) if descriptors else None
                 except (OSError, ValueError, OverflowError):
                     return errno.EINVAL
-                stack.pop_all()
                 at = bisect.bisect_left(self._starts, iova)
                 self._starts.insert(at, iova)
-                self._pieces.insert(at, _Piece(iova, size, rights, offset, file, memory, skipped))
+                self._pieces.insert(at, _Piece(iova, size, rights, offset, file))
         return 0
+
+    def _file(self, descriptor: int, end: int) -> _File:
+        """The file of a descriptor, whose first `end` bytes can be reached; for one user more."""
+        key = _same_file(descriptor)
+        file = self._files.get(key)
+        if file is not None:
+            file.reach(end)
+        else:
+            own = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 0)
+            file = _File(key, own, _is_sealed(own))
+            try:
+                file.reach(end)
+            except BaseException:
+                file.close()
+                raise
+            self._files[key] = file
+        file.users += 1
+        return file
+
+    def _let_go(self, pieces: list[_Piece]) -> None:
+        """Close the files that no mapping is of any more."""
+        for file in (piece.file for piece in pieces if piece.file is not None):
+            file.users -= 1
+            if not file.users:
+                del self._files[file.key]
+                file.close()
 
     def unmap(self, iova: int, size: int, *, everything: bool = False) -> int:
         """0 or an errno; no access to it is under way when this returns. As VFIO has it
@@ -112,16 +170,14 @@ class ClientMemory:
             at = bisect.bisect_left(self._starts, found[0].iova)
             del self._starts[at : at + len(found)]
             del self._pieces[at : at + len(found)]
-            for piece in found:
-                piece.close()
+            self._let_go(found)
         return 0
 
     def clear(self) -> None:
         """Forget all; as `unmap`."""
         with self._lock:
-            for piece in self._pieces:
-                piece.close()
-            self._starts, self._pieces = [], []
+            found, self._starts, self._pieces = self._pieces, [], []
+            self._let_go(found)
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -152,13 +208,13 @@ class ClientMemory:
             raise DmaFault(f"{count} bytes at I/O address {iova:#x}: read them in parts")
         with self._lock:
             for piece, place, length in self._parts(iova, count, user_message.DMA_READABLE):
-                if piece.memory is not None:
-                    start = place + piece.skipped
-                    found.append(piece.memory[start : start + length])
-                elif piece.file >= 0:
-                    found.append(self._pread(piece, place, length))
-                else:
+                if piece.file is None:
                     found.append(self._ask(piece.iova + place, length))
+                elif piece.file.memory is None:
+                    found.append(_pread(piece, piece.file.descriptor, place, length))
+                else:
+                    start = piece.offset + place
+                    found.append(piece.file.memory[start : start + length])
         return found[0] if len(found) == 1 else b"".join(found)
 
     def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
@@ -167,38 +223,14 @@ class ClientMemory:
         with self._lock:
             for piece, place, length in self._parts(iova, len(data), user_message.DMA_WRITEABLE):
                 part = bytes(data[at : at + length])
-                if piece.memory is not None:
-                    start = place + piece.skipped
-                    piece.memory[start : start + length] = part
-                elif piece.file >= 0:
-                    self._pwrite(piece, place, part)
-                else:
+                if piece.file is None:
                     self._tell(piece.iova + place, part)
+                elif piece.file.memory is None:
+                    _pwrite(piece, piece.file.descriptor, place, part)
+                else:
+                    start = piece.offset + place
+                    piece.file.memory[start : start + length] = part
                 at += length
-
-    def _pread(self, piece: _Piece, place: int, length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            start = piece.offset + place + len(data)
-            try:
-                more = os.pread(piece.file, length - len(data), start)
-            except OSError as error:
-                raise DmaFault(f"I/O address {piece.iova + place:#x}: {error.strerror}") from error
-            if not more:
-                raise DmaFault(f"I/O address {piece.iova + place:#x}: its file was shortened")
-            data += more
-        return bytes(data)
-
-    def _pwrite(self, piece: _Piece, place: int, part: bytes) -> None:
-        done = 0
-        try:
-            # A write past the end would make a file that was shortened grow again.
-            if os.fstat(piece.file).st_size < piece.offset + place + len(part):
-                raise DmaFault(f"I/O address {piece.iova + place:#x}: its file was shortened")
-            while done < len(part):
-                done += os.pwrite(piece.file, part[done:], piece.offset + place + done)
-        except OSError as error:
-            raise DmaFault(f"I/O address {piece.iova + place:#x}: {error.strerror}") from error
 
     def _ask(self, iova: int, count: int) -> bytes:
         found = bytearray()
@@ -226,16 +258,27 @@ class ClientMemory:
         return data
 
 
-def _mapped(file: int, offset: int, size: int) -> tuple[mmap.mmap | None, int]:
-    """The memory of a file that cannot be shortened, and where in it `offset` is; None for one that
-    is to be reached through its descriptor. Raises OSError and ValueError for what does not hold
-    `size` bytes."""
-    if file < 0:
-        return None, 0
-    if os.fstat(file).st_size < offset + size:
-        raise ValueError("the file ends before the mapping does")
-    if not _is_sealed(file):
-        os.pread(file, 1, offset)
-        return None, 0
-    skipped = offset % mmap.ALLOCATIONGRANULARITY
-    return mmap.mmap(file, size + skipped, offset=offset - skipped), skipped
+def _pread(piece: _Piece, descriptor: int, place: int, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        start = piece.offset + place + len(data)
+        try:
+            more = os.pread(descriptor, length - len(data), start)
+        except OSError as error:
+            raise DmaFault(f"I/O address {piece.iova + place:#x}: {error.strerror}") from error
+        if not more:
+            raise DmaFault(f"I/O address {piece.iova + place:#x}: its file was shortened")
+        data += more
+    return bytes(data)
+
+
+def _pwrite(piece: _Piece, descriptor: int, place: int, part: bytes) -> None:
+    done = 0
+    try:
+        # A write past the end would make a file that was shortened grow again.
+        if os.fstat(descriptor).st_size < piece.offset + place + len(part):
+            raise DmaFault(f"I/O address {piece.iova + place:#x}: its file was shortened")
+        while done < len(part):
+            done += os.pwrite(descriptor, part[done:], piece.offset + place + done)
+    except OSError as error:
+        raise DmaFault(f"I/O address {piece.iova + place:#x}: {error.strerror}") from error

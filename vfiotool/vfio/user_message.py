@@ -177,8 +177,12 @@ def receive(connection: socket.socket, limit_s: float = 10.0) -> UserMessage:
         if not data:
             raise EOFError
         if flags & socket.MSG_CTRUNC:
+            # Also where this process can open no more.
             raise UserProtocolError(
-                "a message carries too many descriptors, or this process can open no more"
+                "a message carries too many descriptors"
+                if len(descriptors) >= MOST_DESCRIPTORS
+                else "a message's descriptors are lost: this process has as many files open as it "
+                "may (ulimit -n)"
             )
         if len(data) < HEADER.size:
             data += _received(connection, HEADER.size - len(data), deadline)

@@ -211,6 +211,11 @@ class Receiver:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     count = len(content) // 4
                     self._descriptors += struct.unpack(f"={count}i", content[: 4 * count])
+            if flags & socket.MSG_CTRUNC and len(self._descriptors) < MOST_DESCRIPTORS:
+                raise ProtocolError(
+                    "a message's descriptors are lost: this process has as many files open as it "
+                    "may (ulimit -n)"
+                )
             if flags & socket.MSG_CTRUNC or len(self._descriptors) > MOST_DESCRIPTORS:
                 raise ProtocolError("a message carries too many descriptors")
             if not data:
