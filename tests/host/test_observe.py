@@ -21,8 +21,9 @@ from vfiotool.host.paths import (
     NET_LINKS,
     NET_ROUTES,
     OPEN_NODES,
+    PROC,
 )
-from vfiotool.host.processes import plain
+from vfiotool.host.processes import command, plain, processes
 from vfiotool.host.tree import MemoryTree, OsTree
 
 PROGRAM = """
@@ -62,6 +63,24 @@ def test_the_own_mount_table_comes_first_and_whole() -> None:
     lines = (Host.local().read(MOUNTS) or "").splitlines()
     assert [line.partition("\t")[2] for line in lines if line.startswith("self\t")] == table
     assert lines[0].startswith("self\t")
+
+
+def test_kernel_threads_are_looked_into_once_and_programs_always() -> None:
+    """A program may call itself what it likes, also so that it looks like another's line."""
+    name = "x) S 2 0 0 0 -1 2097152 ("
+    say = f"import ctypes; ctypes.CDLL(None).prctl(15, {name[:15].encode()!r}, 0, 0, 0)"
+    program = [sys.executable, "-c", f"{say}; print(flush=True); input()"]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline()
+        listed = {int(entry) for entry in os.listdir(PROC) if entry.isdecimal()}
+        found = set(processes())
+        left_out = {pid for pid in listed - found if os.path.exists(f"{PROC}/{pid}")}
+        child.communicate(b"\n")
+    assert {child.pid, os.getpid(), 1} <= found
+    assert all(not os.listdir(f"{PROC}/{pid}/fd") for pid in left_out)
+    assert not any(os.path.exists(f"{PROC}/{pid}/exe") for pid in left_out)
+    # In a container that sees no kernel thread there is none to leave out.
+    assert left_out or command(2) != "kthreadd"
 
 
 def test_terminals_memory_and_the_own_process_are_no_open_nodes() -> None:

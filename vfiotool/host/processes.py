@@ -22,9 +22,30 @@ _KCMP = {"x86_64": 312, "aarch64": 272, "riscv64": 272, "loongarch64": 272, "s39
 _KCMP_FILES = 2
 
 
+# include/linux/sched.h, PF_KTHREAD; the place of `flags` behind the name (man 5 proc_pid_stat).
+_KERNEL_THREAD = 0x00200000
+_FLAGS_AT = 6
+_FIRST_KERNEL_THREAD = 2
+
+
 def processes() -> list[int]:
-    """The ids of all processes. Raises OSError if they cannot be listed."""
-    return sorted(int(name) for name in os.listdir(PROC) if name.isdecimal())
+    """The ids of all processes that can have files, maps or namespaces of their own.
+
+    Of kernel threads, of which a large host has thousands, only the first is one: the others share
+    its tables, which are empty (kernel/kthread.c). Raises OSError if they cannot be listed.
+    """
+    found = sorted(int(name) for name in os.listdir(PROC) if name.isdecimal())
+    return [pid for pid in found if pid == _FIRST_KERNEL_THREAD or not _is_kernel_thread(pid)]
+
+
+def _is_kernel_thread(pid: int) -> bool:
+    try:
+        with open(f"{PROC}/{pid}/stat", "rb", buffering=0) as file:
+            words = file.read(1024).rpartition(b")")[2].split()
+        return bool(int(words[_FLAGS_AT]) & _KERNEL_THREAD)
+    except (OSError, ValueError, IndexError):
+        # Whoever looks into it meets the reason again.
+        return False
 
 
 def threads(pid: int) -> list[int]:
