@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +150,12 @@ def test_a_device_that_cannot_be_opened_is_named(capsys: pytest.CaptureFixture[s
 
 
 def test_a_command_that_does_not_end_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
-    part = inside.Part({"policy": "p"})
-    done = part.command("slow", ["sleep", "600"], 0.2)
+    done = inside.played("slow", inside.program("sleep", "600"), 0.2)
     assert done["exit_code"] is None
-    assert part.command("quick", ["sh", "-c", "echo '{}'; exit 3"], 60)["exit_code"] == 3
+    # Here it is a child of ours that ends; in a twin it may wait in the kernel.
+    assert os.waitpid(done["pid"], 0)[0] == done["pid"]
+    quick = inside.program("sh", "-c", "echo '{}'; exit 3")
+    assert inside.played("quick", quick, 60)["exit_code"] == 3
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["name"] for row in rows] == ["slow", "quick"] and rows[1]["json"] == {}
 
@@ -165,6 +170,22 @@ def test_a_policy_with_faults_is_refused_before_a_twin_boots(
     assert main(["lab", "rehearse", str(policy), "--host", str(host)]) == 2
     told = capsys.readouterr().err
     assert f"{policy}:3" in told and "boots" not in told
+
+
+def test_commands_of_the_tool_are_forks_that_answer_as_the_tool_does() -> None:
+    """In a process of its own: a fork of pytest's would take its state along."""
+    code = (
+        "from vfiotool.lab.inside import rehearsal as inside\n"
+        f"root = ['--root', {str(HOSTS / 'storage-in-use')!r}]\n"
+        "inside.played('groups', inside.tool(*root, 'groups'), 60)\n"
+        "inside.played('none', inside.tool('nonsense'), 60)\n"
+        "inside.Part({'policy': 'p'}).tool('--debug', 'status', '/nowhere.toml', name='status')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    groups, none, status = [json.loads(line) for line in done.stdout.splitlines()]
+    assert groups["exit_code"] == 0 and groups["json"]["groups"]
+    assert none["exit_code"] == 2 and none["json"]["error"]["kind"] == "usage"
+    assert status["exit_code"] == 3 and "errors.NotFound" in status["text"]
 
 
 def test_a_fault_is_of_a_device_that_a_model_plays(tmp_path: Path) -> None:

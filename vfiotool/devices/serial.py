@@ -16,6 +16,8 @@ _CAP_SERIAL = 0x0003
 _EXTENDED_AT = 0x100
 # A header, and what follows it in the Device Serial Number's capability.
 _SERIAL = struct.Struct("<IQ")
+# What a device reads as that does not answer, and one whose maker has written no number.
+_NO_SERIAL = 0xFFFFFFFFFFFFFFFF
 _MAX_CAPABILITIES = 960
 
 
@@ -54,7 +56,7 @@ def read_serial_number(host: Host, address: str) -> str | None:
             return None
         header, serial = _SERIAL.unpack(found)
         if header & 0xFFFF == _CAP_SERIAL:
-            return f"{serial:016x}"
+            return None if serial == _NO_SERIAL else f"{serial:016x}"
         at = header >> 20
     return None
 

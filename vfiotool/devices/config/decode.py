@@ -125,10 +125,13 @@ class ConfigSpace:
 
     @property
     def serial(self) -> str | None:
-        """The device serial number capability's number (`"00-1a-11-ff-fe-4c-3c-70"`), or None."""
+        """The device serial number capability's number (`"00-1a-11-ff-fe-4c-3c-70"`), or None.
+
+        All ones are no number: the device does not answer, or its maker has written none.
+        """
         capability = self.find("dsn")
         value = None if capability is None else capability.fields.get("serial")
-        return value if isinstance(value, str) else None
+        return value if isinstance(value, str) and value.strip("f-") else None
 
 
 class Once(Generic[S, T]):

@@ -13,10 +13,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
+
+from vfiotool.lab.inside.forked import ForkedCommand
 
 PCI = Path("/sys/bus/pci/devices")
 STATE = Path("/run/vfiotool")
@@ -44,52 +47,62 @@ class Part:
         self.devices: list[str] = told.get("devices", [])
         self.mark: list[str] = told.get("mark", [])
         self.with_qemu: bool = told.get("qemu", True)
-        self.program = [sys.executable, "-m", "vfiotool"]
 
     def tool(
         self, *words: str, name: str | None = None, limit_s: float = COMMAND_LIMIT_S
     ) -> dict[str, Any]:
         """Run a command of vfiotool with --json, and report it."""
-        return self.command(name or words[0], [*self.program, "--json", *words], limit_s)
-
-    def command(
-        self,
-        name: str,
-        words: list[str],
-        limit_s: float,
-        hopeless: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Any]:
-        """Run a command to its end, to its limit, or until it is `hopeless`, and report it."""
-        begun = time.monotonic()
-        with subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as child:
-            code: int | None = None
-            out, error = b"", b""
-            while code is None:
-                left = limit_s - (time.monotonic() - begun)
-                try:
-                    out, error = child.communicate(timeout=max(0.0, min(_LOOK_S, left)))
-                    code = child.returncode
-                except subprocess.TimeoutExpired:
-                    if left <= _LOOK_S or hopeless():
-                        child.kill()
-                        # It may wait in the kernel, where no signal ends it: it is left behind.
-                        _leave(child)
-                        break
-        done = report(name, code, time.monotonic() - begun, out, error)
-        return {**done, "pid": child.pid}
+        return played(name or words[0], tool(*words), limit_s)
 
 
-def _leave(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.wait(1.0)
-    except subprocess.TimeoutExpired:
-        # What __exit__ would wait for.
-        child.returncode = -9
-    for stream in (child.stdout, child.stderr):
-        if stream is not None:
-            stream.close()
+class Child(Protocol):
+    """A command that runs: of Popen's interface what is used here."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+Start = Callable[[BinaryIO, BinaryIO], Child]
+
+
+def tool(*words: str) -> Start:
+    """A command of vfiotool."""
+    return lambda out, error: ForkedCommand(["--json", *words], out, error)
+
+
+def program(*words: str) -> Start:
+    """Any other program."""
+    return lambda out, error: subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=out, stderr=error
+    )
+
+
+def played(
+    name: str, start: Start, limit_s: float, hopeless: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Run a command to its end, to its limit, or until it is `hopeless`, and report it."""
+    begun = time.monotonic()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
+        child = start(out, error)
+        code: int | None = None
+        while code is None:
+            left = limit_s - (time.monotonic() - begun)
+            try:
+                code = child.wait(max(0.0, min(_LOOK_S, left)))
+            except subprocess.TimeoutExpired:
+                if left <= _LOOK_S or hopeless():
+                    # It may wait in the kernel, where no signal ends it: it is left behind.
+                    child.kill()
+                    break
+        texts = []
+        for file in (out, error):
+            file.seek(0)
+            texts.append(file.read())
+    return {**report(name, code, time.monotonic() - begun, *texts), "pid": child.pid}
 
 
 def report(
@@ -190,7 +203,7 @@ def start(part: Part) -> dict[str, Any]:
             since.append(time.monotonic())
         return bool(since) and time.monotonic() - since[0] > _HANGS_S
 
-    done = part.command("start twice", [*words, *part.devices], COMMAND_LIMIT_S, hangs)
+    done = played("start twice", program(*words, *part.devices), COMMAND_LIMIT_S, hangs)
     HOLDER.write_text(str(done["pid"]), encoding="utf-8")
     return done
 
@@ -206,7 +219,7 @@ def nested(part: Part) -> None:
     """A QEMU of the guest's own opens the devices, as `vm qemu` has it."""
     qemu = shutil.which("qemu-system-x86_64")
     told = subprocess.run(
-        [*part.program, "--json", "vm", "qemu", *part.devices],
+        [sys.executable, "-m", "vfiotool", "--json", "vm", "qemu", *part.devices],
         capture_output=True,
         timeout=COMMAND_LIMIT_S,
         check=False,
@@ -217,22 +230,23 @@ def nested(part: Part) -> None:
     line = [qemu, "-machine", "q35,accel=tcg", "-m", "64", "-nodefaults", "-display", "none"]
     # Stopped: realizing its devices opens, maps and resets them; its monitor has no more input.
     line += ["-S", "-monitor", "stdio", *json.loads(told.stdout)["arguments"]]
-    part.command("qemu", ["sh", "-c", 'echo quit | exec "$@"', "sh", *line], QEMU_LIMIT_S)
+    played("qemu", program("sh", "-c", 'echo quit | exec "$@"', "sh", *line), QEMU_LIMIT_S)
 
 
 def killed(part: Part) -> None:
     """The change is killed as soon as anything of the host has changed."""
     before, begun = state(), time.monotonic()
     watched = {name: before[name] for name in part.devices if name in before} or before
-    words = [*part.program, "--json", "apply", part.policy]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        while child.poll() is None:
-            late = time.monotonic() - begun > COMMAND_LIMIT_S
-            if late or any(of(PCI / name) != was for name, was in watched.items()):
-                child.kill()
-                break
-            # Often enough for a step of some milliseconds, and little of a guest's one processor.
-            time.sleep(0.001)
+    with open(os.devnull, "r+b") as nothing:
+        child = ForkedCommand(["--json", "apply", part.policy], nothing, nothing)
+    while child.poll() is None:
+        late = time.monotonic() - begun > COMMAND_LIMIT_S
+        if late or any(of(PCI / name) != was for name, was in watched.items()):
+            child.kill()
+            child.wait(COMMAND_LIMIT_S)
+            break
+        # Often enough for a step of some milliseconds, and little of a guest's one processor.
+        time.sleep(0.001)
     report("apply, killed", child.returncode, time.monotonic() - begun)
     done = part.tool("recover")
     if done["exit_code"] == 0 and child.returncode == 0:
