@@ -214,6 +214,8 @@ static void honest(uint32_t rounds, uint32_t size, bool event_index, bool crash)
 			held[which] = held[--held_count];
 			CHECK(!vt_ring_complete(driver.ring, id, 64 * driver.writes[id]));
 			CHECK(vt_ring_complete(driver.ring, id, 0) == -EINVAL);
+			if (!below(2))
+				vt_ring_show(driver.ring);
 			if (!below(3))
 				vt_ring_publish(driver.ring);
 		}

@@ -512,6 +512,9 @@ static void crashes(uint32_t rounds)
 				order[pending++] = chains[i].head;
 		for (uint32_t i = 0; i < pending; i++) {
 			CHECK(vt_ring_complete(driver.ring, (uint16_t)order[i], 0) == 0);
+			/* Shown, and then not yet published or never. */
+			if (!below(2))
+				vt_ring_show(driver.ring);
 			if (!below(3))
 				vt_ring_publish(driver.ring);
 		}
