@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.served import open_files
 from vfiotool.cli import serve_model
 from vfiotool.cli.main import main
 from vfiotool.models import FAULT_NAMES
@@ -164,7 +165,9 @@ def test_a_path_that_cannot_be_a_socket_s_is_said(
     path: str, code: int, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = ["serve", "vfio-user", "edu", "--socket-path", path.format(tmp_path)]
+    before = open_files()
     assert main(arguments) == code
+    assert open_files() == before
     assert said in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 

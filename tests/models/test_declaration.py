@@ -3,7 +3,6 @@ and a server that goes on."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import threading
@@ -156,6 +155,7 @@ def test_a_handler_that_does_not_return_is_named_and_not_waited_for(
     assert "a handler has not returned for 0.2 s: test_declaration.py:" in caught.value.message
     assert caught.value.message.endswith(", wait")
     model.go_on.set()
+    model.close()
 
 
 def test_a_model_that_was_not_made_whole_is_refused() -> None:
@@ -176,9 +176,12 @@ def test_of_servers_that_begin_at_once_one_serves() -> None:
         together = threading.Barrier(8)
 
         def begin() -> None:
+            model = Faulty()
             together.wait()
-            with contextlib.suppress(KernelError):
-                made.append(server.ModelServer(Faulty(), path))
+            try:
+                made.append(server.ModelServer(model, path))
+            except KernelError:
+                model.close()
 
         threads = [threading.Thread(target=begin) for _ in range(8)]
         for thread in threads:

@@ -284,8 +284,10 @@ def test_a_server_with_a_full_line_is_waited_for_with_a_limit(
             with pytest.raises(TimedOut, match="not let in within 1 s"):
                 Device.open(f"vfio-user:{folder}/s")
             # Who would serve there finds out that somebody does.
+            model = EduModel()
             with pytest.raises(KernelError, match="it is served already"):
-                ModelServer(EduModel(), f"{folder}/s")
+                ModelServer(model, f"{folder}/s")
+            model.close()
 
 
 def test_what_is_no_socket_is_said(tmp_path: Path) -> None:

@@ -69,7 +69,12 @@ def vfio_user(model: ModelArgument, socket_path: PathOption, fault: FaultOption 
     signals = (signal.SIGTERM, signal.SIGINT)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        with ModelServer(made, socket_path, report=output.warn) as server:
+        try:
+            serving = ModelServer(made, socket_path, report=output.warn)
+        except BaseException:
+            made.close()
+            raise
+        with serving as server:
             while server.serving and signal.sigtimedwait(signals, _LOOK_S) is None:
                 pass
             # A second one ends a model that does not let go.
