@@ -14,6 +14,7 @@ from vfiotool.change.steps.base import Step, Taken
 from vfiotool.devices.pci import read_functions
 from vfiotool.errors import Refused, UsageError
 from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_BLOCK, SYS_PCI_DEVICES, SYS_VDPA_DEVICES
 from vfiotool.usage.blocker import KINDS
 from vfiotool.usage.sight import Sight
 from vfiotool.usage.survey import Blocker, look
@@ -71,6 +72,22 @@ def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
 def _counts(item: Taken, blocker: Blocker) -> bool:
     kind = KINDS[blocker.kind]
     return kind.cuts_a_use and (kind.holds or not item.held_only)
+
+
+def disks_taken(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
+    """The whole disks of the devices that these steps take as things stand (`nvme0n1`).
+
+    Who claims one keeps its partitions too.
+    """
+    attached = Sight(host).attached
+    paths = [
+        host.realpath(f"{base}/{item.device}")
+        for step in steps
+        for item in step.takes(host)
+        for base in (SYS_PCI_DEVICES, SYS_VDPA_DEVICES)
+    ]
+    names = dict.fromkeys(name for path in paths if path for name in attached.blocks(path))
+    return tuple(name for name in names if not host.exists(f"{SYS_BLOCK}/{name}/partition"))
 
 
 def uses_left(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from vfiotool.change.guard import Allowance, refuse_uses
+from vfiotool.change.guard import Allowance, disks_taken, refuse_uses
 from vfiotool.change.journal import Journal, Transaction, writer_of
 from vfiotool.change.signals import KeptSignals
 from vfiotool.change.steps.base import AnotherDevice, Step
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vfiotool.netlink.codec import Message, Request
 
 _ROLL_BACK_TRIES = 3
+_CLAIM_TRIES = 2
 _Value = TypeVar("_Value")
 
 
@@ -61,18 +62,41 @@ class StepWriter:
             refuse_uses(self.host, (self.step,), self.allowed)
 
     def write_attribute(self, path: str, data: str, *, harmless: bool = False) -> None:
+        """One write, with a look before it at who uses what it takes, unless it is `harmless`.
+
+        The disks that it takes are claimed from then on until it is written.
+        """
         self.interrupts.raise_any()
-        if not harmless:
+        if harmless or self.step is None:
+            self._write(path, data, ())
+            return
+        for _ in range(_CLAIM_TRIES):
             self.guard()
+            disks = disks_taken(self.host, (self.step,))
+            if self._write(path, data, disks):
+                return
+        if not self.allowed:
+            raise Refused(
+                f"{', '.join(disks)}: somebody takes it and lets it go again all the time",
+                hint="end that use first; lsblk and fuser may show it",
+            )
+        # What has it was looked at, and is allowed.
+        self._write(path, data, ())
+
+    def _write(self, path: str, data: str, disks: tuple[str, ...]) -> bool:
+        """Whether it was written: nobody had one of the disks claimed."""
         self.note("write", path=path, data=data, **writer_of(self.host))
         try:
-            self._uninterrupted(lambda: self.host.write_attribute(path, data, self.timeout_s))
+            written = self._uninterrupted(
+                lambda: self.host.write_claiming(path, data, disks, self.timeout_s)
+            )
         except Stuck:
             raise
         except VfiotoolError:
             self.note("wrote")
             raise
         self.note("wrote")
+        return written
 
     def load_module(self, name: str) -> None:
         self.interrupts.raise_any()

@@ -32,6 +32,8 @@ _REPLY = struct.Struct("=ii")
 _REQUEST = struct.Struct("=iiq")
 # The reply of a child that ended without one.
 _LOST = (errno.EIO, 0)
+# In the place of how many bytes were written: a block device to claim has another holder.
+_CLAIMED = -1
 
 
 def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
@@ -73,13 +75,22 @@ class WriterProcess:
             return False
         return not select.select([self._replies], [], [], 0)[0]
 
-    def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
-        """One `write(2)`. Raises OSError, KernelError (short write) or Stuck (no answer)."""
+    def write_attribute(
+        self, path: str, data: bytes, timeout_s: float, claim: tuple[str, ...] = ()
+    ) -> bool:
+        """One `write(2)`, during which the block devices `claim` are claimed: nobody can mount one,
+        swap to it or build on it.
+
+        False, and nothing is written, if somebody has one of them claimed. Raises OSError,
+        KernelError (short write) or Stuck (no answer).
+        """
         what = f"write {data.decode().strip()!r} to {path}"
-        request = _REQUEST.pack(len(path.encode()), len(data), 0)
-        written = self._ask(what, path, request, data, timeout_s)
-        if written != len(data):
+        names = "\0".join((path, *claim))
+        request = _REQUEST.pack(len(names.encode()), len(data), 0)
+        written = self._ask(what, names, request, data, timeout_s)
+        if written not in (len(data), _CLAIMED):
             raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
+        return written != _CLAIMED
 
     def read(
         self, path: str, timeout_s: float, offset: int = 0, length: int = _READ_BYTES
@@ -114,7 +125,7 @@ class WriterProcess:
             self.close()
             raise
         if number:
-            raise OSError(number, os.strerror(number), path)
+            raise OSError(number, os.strerror(number), path.partition("\0")[0])
         return int(count)
 
     def close(self) -> None:
@@ -261,7 +272,28 @@ def _read_once(path: str, offset: int, length: int) -> bytes:
 
 
 def _write_once(path: str, data: bytes) -> tuple[int, int]:
-    """The errno (0 if none) and the bytes that the kernel took."""
+    """The errno (0 if none) and the bytes that the kernel took.
+
+    `path` goes on with the block devices to claim meanwhile, each after a zero byte. One that
+    cannot be opened for another reason (it has no node, no medium) is nobody's to mount either.
+    """
+    path, *claim = path.split("\0")
+    held = []
+    try:
+        for node in claim:
+            flags = os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC
+            try:
+                held.append(os.open(node, flags))
+            except OSError as error:
+                if error.errno == errno.EBUSY:
+                    return 0, _CLAIMED
+        return _write(path, data)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def _write(path: str, data: bytes) -> tuple[int, int]:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except OSError as error:

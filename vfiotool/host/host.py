@@ -182,6 +182,26 @@ class Host:
         except OSError as error:
             raise from_oserror(f"write {data.strip()!r} to {path}", error) from error
 
+    def write_claiming(
+        self,
+        path: str,
+        data: str,
+        disks: tuple[str, ...],
+        timeout_s: float = WRITE_DEADLINE_S,
+    ) -> bool:
+        """`write_attribute`, during which nobody can come to mount `disks` (`nvme0n1`), swap to
+        them or build on them: they are claimed, as mkfs does.
+
+        False, and nothing is written, if somebody has one claimed. Raises as `write_attribute`.
+        """
+        if not disks or not self.tree.claims_disks:
+            self.write_attribute(path, data, timeout_s)
+            return True
+        try:
+            return self.tree.write_claiming(path, data.encode(), timeout_s, disks)
+        except OSError as error:
+            raise from_oserror(f"write {data.strip()!r} to {path}", error) from error
+
     def writer_pid(self) -> int | None:
         """The process that the next write runs in, so that a journal can name it beforehand."""
         return self.tree.writer_pid()

@@ -6,7 +6,7 @@ import errno
 import os
 
 from vfiotool.errors import UsageError
-from vfiotool.host.paths import OBSERVED, OTHER_TOOLS
+from vfiotool.host.paths import DEV, OBSERVED, OTHER_TOOLS
 
 # Importing these would take a third of the time that `groups` takes to list a small host.
 TYPE_CHECKING = False
@@ -36,6 +36,8 @@ class Tree:
     # What stands in an error for the tree, and the directory that it is, if it is one.
     name = "this root"
     root: str | None = None
+    # Whether its disks can be claimed.
+    claims_disks = False
     # Whether it can be asked over netlink.
     answers_netlink = False
 
@@ -81,6 +83,13 @@ class Tree:
         return None
 
     def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
+        raise read_only_root(self.name)
+
+    def write_claiming(
+        self, path: str, data: bytes, timeout_s: float, disks: tuple[str, ...]
+    ) -> bool:
+        """`write_attribute` while the block devices `disks` (`nvme0n1`) are claimed; False, and
+        nothing is written, if somebody has one. Only where `claims_disks`."""
         raise read_only_root(self.name)
 
     def load_module(self, name: str, timeout_s: float) -> None:
@@ -152,6 +161,16 @@ class OsTree(Tree):
 
     def write_attribute(self, path: str, data: bytes, timeout_s: float) -> None:
         self.child().write_attribute(path, data, timeout_s)
+
+    @property
+    def claims_disks(self) -> bool:  # type: ignore[override]
+        return self.live
+
+    def write_claiming(
+        self, path: str, data: bytes, timeout_s: float, disks: tuple[str, ...]
+    ) -> bool:
+        nodes = tuple(f"{DEV}/{name.replace('!', '/')}" for name in disks)
+        return self.child().write_attribute(path, data, timeout_s, nodes)
 
     def load_module(self, name: str, timeout_s: float) -> None:
         if not self.live:
