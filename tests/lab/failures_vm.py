@@ -163,7 +163,7 @@ def test_a_window_above_the_width_of_the_iommu(
 
 def test_more_mappings_than_a_container_takes(wide: str, tmp_path: Path) -> None:
     before, said = MAPPINGS.read_text(), tmp_path / "said"
-    words = [*alone_on_the_root_bus(wide), "-device", "intel-iommu,caching-mode=on,aw-bits=39"]
+    words = ["-device", "intel-iommu,caching-mode=on,aw-bits=39", *alone_on_the_root_bus(wide)]
     try:
         MAPPINGS.write_text("64")
         found = findings(wide, "--memory", "64M", "--viommu")["mappings"]

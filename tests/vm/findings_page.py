@@ -132,7 +132,6 @@ KINDS = {
         "QEMU, when a BAR is put there: `vfio_container_dma_map(…) = -22 (Invalid argument)`",
         _CARDS,
         "a_window_above_the_width_of_the_iommu",
-        ran=False,
     ),
     "reserved-region": _real(
         "the IOMMU keeps addresses in the midst of the guest's memory",
@@ -143,9 +142,9 @@ KINDS = {
     ),
     "mappings": _real(
         "a container takes fewer mappings than a guest may make",
-        "QEMU: `vfio_container_dma_map(…) = -28 (No space left on device)`",
+        "QEMU: `vfio_container_dma_map(…) = -28 (No space left on device)`, where it takes fewer "
+        "than five; with a virtual IOMMU it was not seen yet",
         _CARDS,
-        "more_mappings_than_a_container_takes",
         "a_container_that_takes_too_few_mappings_for_any_guest",
     ),
     "reset": _real(
@@ -165,6 +164,7 @@ KINDS = {
         _CARDS,
         "a_card_that_does_not_wake",
         "a_card_that_does_not_wake_is_kept_awake",
+        ran=False,
     ),
     "bar-32": _real(
         "its 32-bit BARs do not fit below 4 GiB",
@@ -172,6 +172,7 @@ KINDS = {
         "`max-ram-below-4g` is",
         _FIRMWARE,
         "bars_below_4_gib",
+        ran=False,
     ),
     "bar-64": _real(
         "its 64-bit BARs do not fit in OVMF's window",

@@ -258,7 +258,7 @@ def _widths(
                     BLOCKER,
                     detail,
                     evidence,
-                    f"less memory: at most {words_of((1 << bits) - wide - 2 * GIB)}",
+                    f"less memory: at most {words_of(((1 << bits) - wide - 2 * GIB) // GIB * GIB)}",
                     number=end - (1 << bits),
                     unit="bytes",
                 )
