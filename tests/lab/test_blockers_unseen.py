@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.blockers_guest import PCI, assert_passable, blockers, disk_of, need, run, wait_for
+from tests.lab.blockers_guest import (
+    PCI,
+    assert_passable,
+    blockers,
+    disk_of,
+    need,
+    run,
+    wait_for,
+    why,
+)
 from tests.lab.commands import vfiotool
 
 MACHINE = "full"
@@ -228,6 +239,71 @@ def test_a_packet_socket_is_a_use(clean: ExitStack) -> None:
         (entry,) = blockers(address, "packet-socket")
         assert entry["subject"] == name
     assert not blockers(address, "packet-socket")
+
+
+def join(name: str) -> socket.socket:
+    """A program that receives the multicasts of an interface."""
+    member = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    where = struct.pack(
+        "=4s4si", socket.inet_aton("239.1.2.3"), bytes(4), socket.if_nametoindex(name)
+    )
+    member.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, where)
+    return member
+
+
+def test_a_program_that_receives_multicasts_is_a_use(clean: ExitStack) -> None:
+    address, name = interface()
+    run("ip", "link", "set", name, "up")
+    clean.callback(run, "ip", "link", "set", name, "down")
+    assert_passable(address)
+    with join(name):
+        (entry,) = blockers(address, "packet-socket")
+        assert (entry["subject"], "multicasts" in entry["detail"]) == (name, True)
+        assert vfiotool("bind", address, "--dry-run").code == 4
+    assert_passable(address)
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        ("address add fe80::1/64 dev {}", "address flush dev {}"),
+        ("nexthop add id 5 dev {}", "nexthop flush dev {}"),
+        ("-family mpls route add 100 via inet6 fe80::99 dev {}", "-family mpls route flush dev {}"),
+    ],
+)
+def test_what_is_routed_without_an_ip_address_is_a_use_that_its_step_ends(
+    clean: ExitStack, words: str, end: str
+) -> None:
+    address, name = interface()
+    run("ip", "link", "set", name, "up")
+    clean.callback(run, "ip", "link", "set", name, "down")
+    if "mpls" in words:
+        need("mpls_router")
+        Path("/proc/sys/net/mpls/platform_labels").write_text("1000")
+    run("ip", *words.format(name).split())
+    (entry,) = blockers(address, "route")
+    assert entry["subject"] == name
+    assert vfiotool("bind", address, "--dry-run").code == 4
+    step = why(address)[1]["next"][0]
+    assert step == f"ip {end.format(name)}"
+    run(*step.split())
+    assert_passable(address)
+
+
+def test_an_llc_socket_that_unbinding_would_wait_for_is_a_use(clean: ExitStack) -> None:
+    """The interface was gone, its driver's unbinding never came to an end."""
+    address, name = interface()
+    need("llc2")
+    station = bytes.fromhex((PCI / address / "net" / name / "address").read_text().replace(":", ""))
+    # include/uapi/linux/llc.h: family, hardware type, test, xid, ua, SAP, address.
+    place = struct.pack("=HHBBBB6s2x", socket.AF_LLC, 1, 0, 0, 0, 0x42, station)
+    with socket.socket(socket.AF_LLC, socket.SOCK_DGRAM) as listener:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.bind(listener.fileno(), place, len(place)) == 0, ctypes.get_errno()
+        (entry,) = blockers(address, "packet-socket")
+        assert (entry["subject"], "LLC" in entry["detail"]) == (name, True)
+        assert vfiotool("bind", address, "--dry-run").code == 4
+    assert_passable(address)
 
 
 def test_a_mount_namespace_kept_by_a_file_is_looked_into(clean: ExitStack, tmp_path: Path) -> None:
