@@ -280,6 +280,9 @@ def test_what_is_routed_without_an_ip_address_is_a_use_that_its_step_ends(
     if "mpls" in words:
         need("mpls_router")
         Path("/proc/sys/net/mpls/platform_labels").write_text("1000")
+    # A next hop is taken of an interface with a link alone.
+    carrier = PCI / address / "net" / name / "carrier"
+    wait_for(lambda: carrier.read_text() == "1\n", f"a link of {name}")
     run("ip", *words.format(name).split())
     (entry,) = blockers(address, "route")
     assert entry["subject"] == name
