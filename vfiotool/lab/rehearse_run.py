@@ -151,9 +151,9 @@ class _Play:
             self.report(one)
 
         play_part(self.twin.guest, name, told, take)
-        for address, why in self.twin.lost.items():
+        for address, why in self.twin.failed.items():
             raise KernelError(
-                f"the rehearsal broke off: the twin has lost {address}: {why}",
+                f"the rehearsal broke off: what plays {address} in the twin failed: {why}",
                 hint="this is the twin's fault, not the host's: please report it",
             )
 

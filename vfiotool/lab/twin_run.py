@@ -33,12 +33,12 @@ _PIN = 0x3D
 @dataclass(frozen=True)
 class Twin:
     """A twin that runs: its guest, and the models of the cards that are played, by the original's
-    addresses. `lost` says of each card that QEMU does not reach any more why that is: nothing that
-    is seen of it then is about the host."""
+    addresses. `failed` says of each card whose model raised, or whose QEMU does not reach it any
+    more, why that is: nothing that is seen of it then is about the host."""
 
     guest: Guest
     models: Mapping[str, Model]
-    lost: Mapping[str, str]
+    failed: Mapping[str, str]
 
 
 def twin_machine(plan: TwinPlan, sockets: dict[str, str]) -> Machine:
@@ -156,13 +156,13 @@ def running_twin(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vfiotool-twin-")))
         sockets, models = {}, {}
-        lost: dict[str, str] = {}
+        failed: dict[str, str] = {}
         for number, one in enumerate(plan.replays):
             model = models[one.original.address] = played(one)
-            told = functools.partial(lost.setdefault, one.original.address)
+            told = functools.partial(failed.setdefault, one.original.address)
             path = str(folder / f"{number}.sock")
             server = stack.enter_context(ModelServer(model, path, report=told))
             sockets[one.original.address] = server.path
         guest = stack.enter_context(Guest(twin_machine(plan, sockets), kernel, **options))
         guest.exec(["bash", "-c", setup_script(host, plan)], timeout_s=_SETUP_LIMIT_S, merge=True)
-        yield Twin(guest, models, lost)
+        yield Twin(guest, models, failed)
