@@ -3,7 +3,6 @@ them (tests/lab/failures_vm.py)."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from tests.guests.failing_cards import failing_machine
 from tests.guests.runs import ROOT, need_lab
 from vfiotool.lab.guest import Guest
-from vfiotool.lab.machines import Machine, device, root_port
 from vfiotool.models import Model
 
 pytestmark = [pytest.mark.lab, pytest.mark.proof]
@@ -65,27 +63,3 @@ def test_a_card_that_does_not_wake_is_found_and_kept_awake(
     faults.gone = False
     in_guest(guest, "-k", f"{SLEEP}_is_kept_awake")
     assert not faults.gone
-
-
-# QEMU's virtio-iommu with the MSI window of x86 and a region of its own (docs of the device:
-# `-device virtio-iommu-pci,help`); types as in the specification of virtio 1.2, 5.13.6.7.
-RESERVED = {
-    "driver": "virtio-iommu-pci",
-    "bus": "pcie.0",
-    "addr": "0x1d",
-    "reserved-regions": ["0xfee00000:0xfeefffff:1", "0x2000000:0x2ffffff:0"],
-}
-
-
-def test_an_iommu_that_keeps_addresses_and_remaps_no_interrupts() -> None:
-    need_lab(KERNEL)
-    machine = Machine(
-        "reserved",
-        "edu behind a virtio-iommu that keeps some addresses",
-        (root_port(1), device("edu", bus="rp1")),
-        iommu="none",
-        load=("virtio_iommu",),
-    )
-    words = ("-device", json.dumps(RESERVED))
-    with Guest(machine, KERNEL, cwd=ROOT, qemu_arguments=words) as guest:
-        in_guest(guest, file="tests/lab/failures_reserved.py")

@@ -29,7 +29,7 @@ from vfiotool.vm.finding import (
 )
 from vfiotool.vm.machine import GuestMachine
 
-# What a q35 guest's firmware has below 4 GiB for 32-bit BARs, and OVMF above it by default.
+# What a q35 guest's firmware has below 4 GiB for 32-bit BARs, and an older OVMF above it.
 _WINDOW_32 = 512 << 20
 _WINDOW_64 = 32 << 30
 # AMD cards that a bus reset does not bring back: Polaris, Vega, Navi 10 to 14 (the list of the
@@ -228,8 +228,9 @@ def _bars(check: ReadyCheck, function: PciFunction, wanted: WantedGuest) -> list
     high = sum(region.size for region in memory if region.bits == 64)
     if high > _WINDOW_64 and wanted.hypervisor != "cloud-hypervisor":
         mib = 1 << (2 * high - 1).bit_length() - 20
-        detail = f"its 64-bit BARs take {words_of(high)}, OVMF's window has {words_of(_WINDOW_64)}"
-        detail += " unless it is told otherwise"
+        # Since edk2-stable202211 it takes an eighth of what the CPU addresses.
+        detail = f"its 64-bit BARs take {words_of(high)}, an OVMF from before November 2022 has "
+        detail += f"{words_of(_WINDOW_64)} for them unless it is told otherwise"
         remedy = f"-fw_cfg name=opt/ovmf/X-PciMmio64Mb,string={mib}"
         found.append(
             finding(name, "bar-64", WARNING, detail, evidence, remedy, number=high, unit="bytes")
