@@ -31,11 +31,11 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Guest, d
         yield guest, models
 
 
-def in_guest(guest: Guest, *words: str, file: str = FILE) -> str:
+def in_guest(guest: Guest, *words: str) -> str:
     """Run the guest's part; what it said, which has all that QEMU said."""
     python = str(Path(sys.prefix) / "bin/python")
     options = ["-p", "no:cacheprovider", "-q", "--tb=short", "-rA", "--durations=0"]
-    options += ["--import-mode=importlib", "-o", "addopts=", file, *words]
+    options += ["--import-mode=importlib", "-o", "addopts=", FILE, *words]
     done = guest.exec(
         [python, "-m", "pytest", *options],
         timeout_s=LIMIT_S,

@@ -18,24 +18,20 @@ _FIRMWARE = "tests/guests/test_preflight_firmware.py"
 
 @dataclass(frozen=True)
 class Seen:
-    """Which tests make it happen, and what is said then; or why none does. Until a test has `ran`
-    in a guest, what it waits for has been seen by nobody."""
+    """Which tests make it happen, and what is said then; or why none does."""
 
     says: str
     words: str
     file: str = ""
     tests: tuple[str, ...] = ()
-    ran: bool = True
 
     @property
     def cell(self) -> str:
-        if not self.file:
-            return f"no: {self.words}"
-        return self.words if self.ran else f"not yet; `{self.file}` waits for: {self.words}"
+        return self.words if self.file else f"no: {self.words}"
 
 
-def _real(says: str, words: str, file: str, *names: str, ran: bool = True) -> Seen:
-    return Seen(says, words, file, tuple(f"test_{name}" for name in names), ran)
+def _real(says: str, words: str, file: str, *names: str) -> Seen:
+    return Seen(says, words, file, tuple(f"test_{name}" for name in names))
 
 
 KINDS = {
