@@ -16,8 +16,9 @@ from vfiotool.drivers.nvme import AsyncQueue, Controller, SharedQueue, health
 from vfiotool.drivers.nvme import bench as nvme_bench
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.load import Load
+from vfiotool.drivers.nvme.queue_pair import QueuePair
 from vfiotool.drivers.nvme.status import ABORTED_BY_HOST
-from vfiotool.errors import KernelError, UsageError
+from vfiotool.errors import KernelError, UsageError, VfiotoolError
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +225,33 @@ def test_a_load_ends_when_the_controller_is_reset(fake: Any) -> None:
     runner.join(20)
     assert not runner.is_alive() and len(said) == 1
     assert len(controller.create_queue().read(disk, 0, 8)) == 4096
+
+
+def test_a_load_ends_with_its_first_queue_though_another_began_after_the_reset(
+    fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller = Controller(fake)
+    disk = controller.namespace(1)
+    reset, runs = threading.Event(), QueuePair.run
+    said: list[str] = []
+
+    def late(pair: QueuePair, *rest: Any) -> Any:
+        assert pair.rings.id == 1 or reset.wait(20)
+        return runs(pair, *rest)
+
+    def load() -> None:
+        with pytest.raises(VfiotoolError) as told:
+            nvme_bench.run(controller, disk, nvme_bench.Job(runtime_s=60, depth=8, queues=2))
+        said.append(told.value.message)
+
+    monkeypatch.setattr(QueuePair, "run", late)
+    runner = threading.Thread(target=load)
+    runner.start()
+    fake.wait(lambda: 1 in controller.queues and controller.queues[1].pair.in_flight > 0)
+    controller.reset()
+    reset.set()
+    runner.join(20)
+    assert not runner.is_alive() and "reset" in said[0]
 
 
 def test_a_load_that_hears_of_a_reset_when_it_is_over_is_not_told_as_done(fake: Any) -> None:

@@ -67,8 +67,6 @@ def run(controller: Controller, disk: Namespace, job: Job) -> LoadReport:
             _clean_up(controller, queues, buffers)
         raise
     _clean_up(controller, queues, buffers)
-    if report.failed:
-        raise failed_with(report.first_status, f"{report.failed} commands; the first one")
     if not report.ios:
         raise KernelError("the load ended without a single command")
     return report
@@ -149,19 +147,26 @@ def _load(disk: Namespace, job: Job, iova: int, stride: int, number: int) -> Loa
 def _side_by_side(
     controller: Controller, queues: list[IoQueue], loads: list[Load]
 ) -> list[LoadReport]:
-    watch = controller.health.check
+    reports: list[LoadReport] = []
+    failures: list[VfiotoolError] = []
+
+    def watch() -> None:
+        controller.health.check()
+        if failures:  # a load may have begun after the reset that ended the others
+            raise UsageError("the load on another queue failed")
 
     def load(queue: IoQueue, one: Load) -> LoadReport:
         try:
-            return queue.pair.run(one, watch)
+            report = queue.pair.run(one, watch)
         except UsageError:
             controller.health.explain()  # a reset in another thread says more than "closed"
             raise
+        if report.failed:
+            raise failed_with(report.first_status, f"{report.failed} commands; the first one")
+        return report
 
     if len(queues) == 1:
         return [load(queues[0], loads[0])]
-    reports: list[LoadReport] = []
-    failures: list[VfiotoolError] = []
 
     def work(queue: IoQueue, one: Load) -> None:
         try:
