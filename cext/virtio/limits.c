@@ -137,6 +137,28 @@ static void set(struct bucket *bucket, const struct vt_rate *rate, uint64_t now)
 	bucket->rate = *rate;
 }
 
+static void get_level(const struct bucket *bucket, uint64_t now, struct vt_level *level)
+{
+	level->requests_ns = later(bucket->requests_at, now) - now;
+	level->bytes_ns = later(bucket->bytes_at, now) - now;
+}
+
+/* No more than one charge can have made of it. */
+static uint64_t bounded(const struct bucket *bucket, uint64_t level)
+{
+	uint64_t most = bucket->rate.burst_ns + LONGEST_NS;
+
+	return level < most ? level : most;
+}
+
+static void set_level(struct bucket *bucket, const struct vt_level *level, uint64_t now)
+{
+	if (bucket->rate.requests)
+		bucket->requests_at = now + bounded(bucket, level->requests_ns);
+	if (bucket->rate.bytes)
+		bucket->bytes_at = now + bounded(bucket, level->bytes_ns);
+}
+
 int vt_group_create(const struct vt_rate *rate, uint64_t now, struct vt_group **group)
 {
 	struct vt_group *made = calloc(1, sizeof(*made));
@@ -154,6 +176,21 @@ void vt_group_set(struct vt_group *group, const struct vt_rate *rate, uint64_t n
 {
 	pthread_mutex_lock(&group->lock);
 	set(&group->bucket, rate, now);
+	pthread_mutex_unlock(&group->lock);
+}
+
+void vt_group_level(struct vt_group *group, uint64_t now, struct vt_level *level)
+{
+	pthread_mutex_lock(&group->lock);
+	get_level(&group->bucket, now, level);
+	level->typical = 0;
+	pthread_mutex_unlock(&group->lock);
+}
+
+void vt_group_set_level(struct vt_group *group, const struct vt_level *level, uint64_t now)
+{
+	pthread_mutex_lock(&group->lock);
+	set_level(&group->bucket, level, now);
 	pthread_mutex_unlock(&group->lock);
 }
 
@@ -236,6 +273,22 @@ void vt_share_set(struct vt_share *share, const struct vt_rate *rate, uint32_t w
 	__atomic_store_n(&share->weight, weight ? weight : 1, __ATOMIC_RELAXED);
 	join(share, group);
 	__atomic_store_n(&share->limited, rate->requests || rate->bytes || group, __ATOMIC_RELEASE);
+	pthread_mutex_unlock(&share->lock);
+}
+
+void vt_share_level(struct vt_share *share, uint64_t now, struct vt_level *level)
+{
+	pthread_mutex_lock(&share->lock);
+	get_level(&share->bucket, now, level);
+	level->typical = share->typical;
+	pthread_mutex_unlock(&share->lock);
+}
+
+void vt_share_set_level(struct vt_share *share, const struct vt_level *level, uint64_t now)
+{
+	pthread_mutex_lock(&share->lock);
+	set_level(&share->bucket, level, now);
+	share->typical = level->typical;
 	pthread_mutex_unlock(&share->lock);
 }
 

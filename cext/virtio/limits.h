@@ -25,6 +25,13 @@ struct vt_rate {
 	uint64_t burst_ns; /* what may be saved up while idle, as a time at these rates */
 };
 
+/* What was taken and is not earned yet: what a bucket holds less than its burst, and beyond that its
+ * debt. For whoever goes on with the same limits in another process. */
+struct vt_level {
+	uint64_t requests_ns, bytes_ns; /* times at its rates */
+	uint64_t typical;               /* bytes of a request, as of late; of a group 0 */
+};
+
 /* One queue's place in the line for its group's bucket; zeroed before its first use. */
 struct vt_turn {
 	bool waiting;
@@ -35,6 +42,11 @@ int vt_group_create(const struct vt_rate *rate, uint64_t now, struct vt_group **
 
 /* Change a group's limit; debts that the new one would have paid sooner are cut. */
 void vt_group_set(struct vt_group *group, const struct vt_rate *rate, uint64_t now);
+
+void vt_group_level(struct vt_group *group, uint64_t now, struct vt_level *level);
+
+/* Go on from a level, as it was at `now`; what is not limited has none. */
+void vt_group_set_level(struct vt_group *group, const struct vt_level *level, uint64_t now);
 
 /* Give a reference back. `group` may be NULL; shares in it keep theirs. */
 void vt_group_put(struct vt_group *group);
@@ -48,6 +60,10 @@ void vt_share_put(struct vt_share *share);
 /* Change what limits a share: its own rate, its weight (at least 1) and its group, or NULL. */
 void vt_share_set(struct vt_share *share, const struct vt_rate *rate, uint32_t weight,
 		  struct vt_group *group, uint64_t now);
+
+/* A share's own level, without its group's, as vt_group_level has it. */
+void vt_share_level(struct vt_share *share, uint64_t now, struct vt_level *level);
+void vt_share_set_level(struct vt_share *share, const struct vt_level *level, uint64_t now);
 
 uint32_t vt_share_weight(const struct vt_share *share);
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from vfiotool.native.library import ffi, lib
-from vfiotool.native.limits import LimitGroup, LimitShare, Rate
+from vfiotool.native.limits import Level, LimitGroup, LimitShare, Rate
 
 SECOND = 1_000_000_000
 START = 1 << 40
@@ -143,6 +143,55 @@ def test_a_request_larger_than_the_burst_passes_and_is_paid_for() -> None:
     tenant.took = tenant.due = 0
     run([tenant], now, SECOND)
     assert within(tenant.took, 128, 0.1)
+    tenant.close()
+
+
+@pytest.mark.parametrize("idle", [0, SECOND // 4, 10 * SECOND])
+def test_what_was_saved_up_or_is_owed_goes_on_in_another_process(idle: int) -> None:
+    """Shares and groups that are made anew from the levels of others do what those would."""
+    rate = Rate(requests=1_000, bytes=1 << 22, burst_ns=SECOND // 2)
+    took = []
+    for replaced in (False, True):
+        group = LimitGroup(rate, now=START)
+        alone, member = Tenant(LimitShare()), Tenant(LimitShare(), bytes=1 << 20)
+        alone.share.set(rate, now=START)
+        member.share.set(Rate(), group=group, now=START)
+        now = run([alone, member], START, SECOND) + idle
+        if replaced:
+            levels = [one.share.level(now=now) for one in (alone, member)]
+            level = group.level(now=now)
+            for one in (alone, member):
+                one.close()
+            group.close()
+            group = LimitGroup(rate, now=now)
+            alone, member = Tenant(LimitShare()), Tenant(LimitShare(), bytes=1 << 20)
+            alone.share.set(rate, now=now)
+            member.share.set(Rate(), group=group, now=now)
+            group.set_level(level, now=now)
+            for one, was in zip((alone, member), levels, strict=True):
+                one.share.set_level(was, now=now)
+        before = alone.took, member.took
+        alone.due = member.due = 0
+        run([alone, member], now, SECOND // 10, step=1_000_000)
+        took.append((alone.took - before[0], member.took - before[1]))
+        for one in (alone, member):
+            one.close()
+        group.close()
+    assert took[0] == took[1]
+
+
+def test_a_level_is_bounded_and_is_none_of_what_is_not_limited() -> None:
+    tenant = Tenant(LimitShare())
+    tenant.share.set_level(Level(1 << 62, 1 << 62, 1 << 62), now=START)
+    assert tenant.visit(START) == 64
+    tenant.share.set(Rate(bytes=1 << 40), now=START)
+    tenant.share.set_level(Level(1 << 62, 1 << 62, 1 << 62), now=START)
+    # Of requests it is not limited, and one charge owes some 18 minutes at most.
+    level = tenant.share.level(now=START)
+    assert level.requests_ns == 0 and SECOND < level.bytes_ns <= (1 << 40) + 50_000_000
+    assert tenant.visit(START) == 0
+    tenant.due = 0
+    assert tenant.visit(START + (1 << 41)) == 1
     tenant.close()
 
 

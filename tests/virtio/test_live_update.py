@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.virtio.frontend import DATA, SIZE, T_IN, T_OUT, Frontend
 from tests.virtio.test_serve import VFIOTOOL, connect
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.virtio import control, handover
+from vfiotool.virtio.server import Server
 
 MIB = 1 << 20
 STRIDE = 2048
@@ -215,6 +217,7 @@ def test_the_old_server_goes_on_if_the_new_one_dies_is_silent_or_talks_nonsense(
 DIES_AFTER_GO = """
 import os, sys, time
 from vfiotool.virtio import control, handover
+from vfiotool.virtio.server import Server
 channel = control.connect(sys.argv[1])
 channel.sendall(b'{"ask": "take-over"}\\n')
 value, unpacked = handover.receive(channel)
@@ -253,8 +256,6 @@ def test_damaged_state_is_refused_and_nothing_of_it_stays(
         channel.sendall(b'{"ask": "take-over"}\n')
         value, unpacked = handover.receive(channel)
         fds = [unpacked.need(number) for number in range(len(unpacked._descriptors))]
-    from vfiotool.virtio.server import Server
-
     rng = random.Random(5)
     with Server(report=print) as server:
         before, refused = own_descriptors(), 0
@@ -277,6 +278,69 @@ def test_damaged_state_is_refused_and_nothing_of_it_stays(
         os.close(fd)
     assert front.write(3, b"d" * 512) == 0
     front.close()
+
+
+def offered(path: str) -> dict[str, Any]:
+    """What a server would hand over; it goes on, as nobody takes it."""
+    with control.connect(path) as channel:
+        channel.sendall(b'{"ask": "take-over"}\n')
+        value, unpacked = handover.receive(channel)
+        unpacked.close()
+    return value
+
+
+def test_what_a_machine_owes_its_limit_is_not_forgiven_by_an_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
+    file = tmp_path / "exports.toml"
+    file.write_text(
+        f'version = 1\n[[export]]\nname = "slow"\nram = "1M"\nsocket_path = "{tmp_path}/slow"\n'
+        'bandwidth_limit = 100\ngroup = "g"\n[[group]]\nname = "g"\nbandwidth_limit = 50\n'
+    )
+    path = control.control_path(str(file)) or ""
+    processes = [spawn(file)]
+    try:
+        front = connect(tmp_path / "slow", processes[0])
+        front.up()
+        assert front.write(0, b"d" * 8192) == 0
+        owed = [offered(path)]
+        processes.append(spawn(file, "--take-over"))
+        assert processes[0].wait(timeout=20) == 0
+        assert control.ask(path, {"ask": "status"})["pid"] == processes[1].pid
+        owed.append(offered(path))
+        front.close()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.communicate(timeout=20)
+    # 8 KiB at 100 and at 50 bytes a second, less what has been earned since.
+    passed = (owed[1]["clock"] - owed[0]["clock"]) / 1e9
+    for found, wanted in zip(owed, (82, 82 - passed), strict=True):
+        assert abs(found["exports"][0]["level"]["bytes_ns"] / 1e9 - wanted) < 2
+        assert abs(found["groups"]["g"]["level"]["bytes_ns"] / 1e9 - wanted - 82) < 3
+
+
+def test_an_older_server_that_says_nothing_of_levels_is_taken_over(
+    file: Path, running: list[subprocess.Popen[str]]
+) -> None:
+    path = control.control_path(str(file)) or ""
+    with control.connect(path) as channel, Server(report=print) as server:
+        channel.sendall(b'{"ask": "take-over"}\n')
+        value, unpacked = handover.receive(channel)
+        del value["clock"]
+        for entry in (*value["exports"], *value["groups"].values()):
+            del entry["level"]
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            fds = [unpacked.need(number) for number in range(len(unpacked._descriptors))]
+            handover.send(ours, value, fds)
+            for fd in fds:
+                os.close(fd)
+            taken = handover.take(server, theirs)
+            assert [settings.name for settings, _, _ in taken.exports] == ["one", "two", "ram"]
+            assert taken.levels.exports == taken.levels.groups == {}
+            taken.unused.close()
 
 
 def own_descriptors() -> int:

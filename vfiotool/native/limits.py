@@ -32,6 +32,28 @@ class Rate:
 UNLIMITED = Rate()
 
 
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What was taken of a limit and is not earned yet, as times at its rates; `typical` is the
+    bytes of a request as of late. What goes on in another process begins from it."""
+
+    requests_ns: int = 0
+    bytes_ns: int = 0
+    typical: int = 0
+
+    @classmethod
+    def of(cls, get: Any, handle: Any, now: int | None) -> Level:
+        found = ffi.new("struct vt_level *")
+        get(handle, now_ns() if now is None else now, found)
+        return cls(int(found.requests_ns), int(found.bytes_ns), int(found.typical))
+
+    def put(self, set_level: Any, handle: Any, now: int | None) -> None:
+        made = ffi.new("struct vt_level *")
+        made.requests_ns, made.bytes_ns = self.requests_ns, self.bytes_ns
+        made.typical = self.typical
+        set_level(handle, made, now_ns() if now is None else now)
+
+
 def now_ns() -> int:
     """The clock of workers and limits."""
     return int(lib.vt_now_ns())
@@ -49,6 +71,13 @@ class LimitGroup:
 
     def set(self, rate: Rate, *, now: int | None = None) -> None:
         lib.vt_group_set(self.handle, rate.filled(), now_ns() if now is None else now)
+
+    def level(self, *, now: int | None = None) -> Level:
+        return Level.of(lib.vt_group_level, self.handle, now)
+
+    def set_level(self, level: Level, *, now: int | None = None) -> None:
+        """Go on from a level that was so at `now`."""
+        level.put(lib.vt_group_set_level, self.handle, now)
 
     def close(self) -> None:
         handle, self.handle = self.handle, ffi.NULL
@@ -76,6 +105,14 @@ class LimitShare:
         handle = ffi.NULL if group is None else group.handle
         moment = now_ns() if now is None else now
         lib.vt_share_set(self.handle, rate.filled(), weight, handle, moment)
+
+    def level(self, *, now: int | None = None) -> Level:
+        """Its own; its group has another."""
+        return Level.of(lib.vt_share_level, self.handle, now)
+
+    def set_level(self, level: Level, *, now: int | None = None) -> None:
+        """Go on from a level that was so at `now`."""
+        level.put(lib.vt_share_set_level, self.handle, now)
 
     @property
     def waits(self) -> int:

@@ -1,7 +1,8 @@
 """Live update: what a running server hands to the process that takes its place, and takes back.
 
 Over one connected socket go, for each export, its listening and connected sockets, features,
-memory regions, queue indices and kick, call and log descriptors, limits and figures. Who receives
+memory regions, queue indices and kick, call and log descriptors, limits with what was taken of
+them, and figures. Who receives
 checks all of it as a front end's own messages are checked. The order is what keeps two processes
 from serving one disk:
 
@@ -29,7 +30,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vfiotool.errors import KernelError, Refused, UsageError, VfiotoolError
-from vfiotool.native.limits import Rate
+from vfiotool.native.limits import Level, Rate, now_ns
 from vfiotool.native.virtqueue import DiskFigures, MemoryRegion
 from vfiotool.virtio.backend import Frontend
 from vfiotool.virtio.block import BlockDisk, DiskSettings
@@ -173,7 +174,7 @@ def _pack_frontend(frontend: Frontend, receiver: Receiver, parcel: Parcel) -> di
     }
 
 
-def _pack_export(export: Export, parcel: Parcel) -> dict[str, Any]:
+def _pack_export(export: Export, parcel: Parcel, clock: int) -> dict[str, Any]:
     assert isinstance(export.device, BlockDisk)
     if export.listener is None:
         raise Refused(f"{export.name} is a VDUSE device, which one process has")
@@ -184,6 +185,7 @@ def _pack_export(export: Export, parcel: Parcel) -> dict[str, Any]:
         "socket_path": export.path,
         "disk": asdict(export.device.settings),
         "rate": asdict(export.rate),
+        "level": asdict(export.device.share.level(now=clock)),
         "weight": export.weight,
         "group": export.group,
         "figures": asdict(export.device.figures()),
@@ -199,6 +201,21 @@ def _pack_export(export: Export, parcel: Parcel) -> dict[str, Any]:
     }
 
 
+def _pack_all(server: Server, listener: socket.socket, parcel: Parcel) -> dict[str, Any]:
+    clock = now_ns()
+    levels = server.groups.levels(clock)
+    return {
+        "format": FORMAT,
+        "control": parcel.keep(listener.fileno()),
+        "clock": clock,
+        "groups": {
+            name: {**asdict(rate), "level": asdict(levels[name])}
+            for name, rate in server.groups.rates.items()
+        },
+        "exports": [_pack_export(export, parcel, clock) for export in server.exports.values()],
+    }
+
+
 def hand_over(server: Server, channel: socket.socket, listener: socket.socket) -> bool:
     """Give everything to the process at the other end of a control connection, which `listener`
     accepted. Returns whether it serves now; otherwise this process goes on, as before."""
@@ -210,12 +227,7 @@ def hand_over(server: Server, channel: socket.socket, listener: socket.socket) -
         for frontend in frontends:
             frontend.pause()
         parcel = Parcel()
-        whole = {
-            "format": FORMAT,
-            "control": parcel.keep(listener.fileno()),
-            "groups": {name: asdict(rate) for name, rate in server.groups.rates.items()},
-            "exports": [_pack_export(export, parcel) for export in server.exports.values()],
-        }
+        whole = _pack_all(server, listener, parcel)
         send(channel, whole, parcel.descriptors)
         _expect(channel, "ready")
         send(channel, {"say": "go"})
@@ -258,12 +270,46 @@ def _expect(channel: socket.socket, word: str) -> None:
 # Unpacking
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What was taken of limits and not earned yet at `clock`. An older server sends none of it."""
+
+    clock: int
+    groups: dict[str, Level]
+    exports: dict[str, Level]
+
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Levels:
+        # Of a server whose clock is another (a time namespace), no time has passed.
+        clock = min(_whole(value.get("clock", 0)), now_ns())
+        groups = {str(name): entry for name, entry in value["groups"].items()}
+        exports = {str(entry["name"]): entry for entry in value["exports"]}
+        return cls(clock, _levels(groups), _levels(exports))
+
+    def apply(self, server: Server) -> None:
+        server.groups.set_levels(self.groups, self.clock)
+        for name, level in self.exports.items():
+            device = server.exports[name].device
+            assert isinstance(device, BlockDisk)
+            device.share.set_level(level, now=self.clock)
+
+
+def _levels(entries: dict[str, Any]) -> dict[str, Level]:
+    found = {}
+    for name, entry in entries.items():
+        if (level := entry.get("level")) is not None:
+            kinds = ("requests_ns", "bytes_ns", "typical")
+            found[name] = Level(*(_whole(level[kind], 1 << 62) for kind in kinds))
+    return found
+
+
 @dataclass
 class TakenOver:
     """What was received and checked, and is not served yet."""
 
     exports: list[tuple[ExportSettings, Export, list[Connection]]]
     groups: list[GroupSettings]
+    levels: Levels
     control: socket.socket
     channel: socket.socket
     unused: ExitStack
@@ -281,6 +327,7 @@ class TakenOver:
             server.limit(export.name, settings.rate, settings.weight, settings.group)
             for connection in connections:
                 server.attach(export, connection)
+        self.levels.apply(server)
         server.resume([c.frontend for _, _, connections in self.exports for c in connections])
         send(self.channel, {"say": "started"})
         self.channel.close()
@@ -299,7 +346,8 @@ def take(server: Server, channel: socket.socket) -> TakenOver:
             groups = [GroupSettings(str(n), _rate(r)) for n, r in value["groups"].items()]
             control = unpacked.socket(value["control"])
             stack.callback(control.close)
-            taken = TakenOver([], groups, control, channel, ExitStack())
+            levels = Levels.of(value)
+            taken = TakenOver([], groups, levels, control, channel, ExitStack())
             for entry in value["exports"]:
                 taken.exports.append(_unpack_export(server, entry, unpacked, stack))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:

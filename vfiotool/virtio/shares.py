@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vfiotool.native.limits import UNLIMITED, LimitGroup, LimitShare, Rate
+from vfiotool.native.limits import UNLIMITED, Level, LimitGroup, LimitShare, Rate
 from vfiotool.virtio.exports import GroupSettings
 
 
@@ -35,6 +35,16 @@ class Groups:
             self.set(group, UNLIMITED)
         found = None if group is None else self._groups[group]
         share.set(rate, weight=weight, group=found)
+
+    def levels(self, now: int) -> dict[str, Level]:
+        """What each group has taken and not earned yet."""
+        return {name: group.level(now=now) for name, group in self._groups.items()}
+
+    def set_levels(self, levels: dict[str, Level], now: int) -> None:
+        """Have groups go on from what they had at `now`; those that are not here are left out."""
+        for name, level in levels.items():
+            if name in self._groups:
+                self._groups[name].set_level(level, now=now)
 
     def close(self) -> None:
         for group in self._groups.values():
