@@ -3,15 +3,43 @@
  * Each is one call without a step of Python's in it, so that no other thread and no signal comes
  * between: the interpreter's lock is all that is needed, and a thread whose time is over leaves
  * nothing behind that others would wait for. Whatever is not plain is left to Python, which takes
- * the TurnLock: a wait, a full queue, an error, somebody who has that lock (a reset, say). Objects
- * that the garbage collector knows are made before or after the steps that belong together, for it
- * may run Python then.
+ * the TurnLock: a long wait, a full queue, an error, somebody who has that lock (a reset, say).
+ * Objects that the garbage collector knows are made before or after the steps that belong together,
+ * for it may run Python then.
+ *
+ * A short wait is here too. One thread looks for all; as soon as another one's command has ended
+ * and its own has not, it wakes that one and sleeps in its place: for a batch of commands of a
+ * thread there is one switch of threads.
  */
+#define _GNU_SOURCE
 #include "python/queue_types.h"
 
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "vfio/fork.h"
+
+/* So long `end` waits at most: then Python does, who knows of time-outs and the controller's
+ * health. */
+#define WAIT_NS 2000000u
+/* What comes so soon is waited for without letting another thread run: to change threads twice
+ * costs as much. */
+#define SPIN_NS 20000u
+/* Who looked may have gone on to something else than to wait: so late another one looks. */
+#define SLEEP_NS 500000
+
+/* A thread that sleeps in `end`. Never given back to the allocator while the object lives: whoever
+ * woke it may still be at `open`. */
+struct waiter {
+	struct waiter *next;
+	PyObject *number; /* what it waits for, borrowed */
+	uint32_t open;    /* a futex */
+};
 
 typedef struct {
 	PyObject_HEAD
@@ -26,7 +54,10 @@ typedef struct {
 	PyObject *tell;       /* called without arguments: settles the rest, and wakes */
 	PyObject *names[2];   /* "closed" and "failure", of `health` */
 	PyTypeObject *sent, *pins;
+	struct waiter *sleeping, *spare;
+	unsigned arriving; /* were woken, and have not got the interpreter's lock yet */
 	uint64_t generation;
+	int leading; /* a thread looks for all, in `lead` */
 	int closed;
 } SharedCalls;
 
@@ -195,10 +226,138 @@ static PyObject *told(const SharedCalls *self, const SentCommand *sent)
 	return made;
 }
 
-static PyObject *end(SharedCalls *self, PyObject *number)
+static uint64_t now_ns(void)
 {
-	PyObject *found, *made;
+	struct timespec now;
 
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static struct waiter *new_waiter(SharedCalls *self, PyObject *number)
+{
+	struct waiter *made = self->spare;
+
+	if (made)
+		self->spare = made->next;
+	else
+		made = malloc(sizeof(*made));
+	if (made)
+		made->number = number;
+	else
+		PyErr_NoMemory();
+	return made;
+}
+
+static void remove_waiter(SharedCalls *self, const struct waiter *gone)
+{
+	for (struct waiter **at = &self->sleeping; *at; at = &(*at)->next) {
+		if (*at == gone) {
+			*at = gone->next;
+			return;
+		}
+	}
+}
+
+static void wake(struct waiter *other)
+{
+	syscall(SYS_futex, &other->open, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* Takes the first sleeper whose command has ended, or with `any` the first one, out of the list: to
+ * be woken, best without the interpreter's lock, which it wants. */
+static struct waiter *open_one(SharedCalls *self, int any)
+{
+	for (struct waiter *one = self->sleeping; one; one = one->next) {
+		if (any || PyDict_Contains(self->results, one->number)) {
+			remove_waiter(self, one);
+			self->arriving++;
+			__atomic_store_n(&one->open, 1, __ATOMIC_RELEASE);
+			return one;
+		}
+	}
+	return NULL;
+}
+
+/* Sleeps until another thread opens `me`, for a while at most; wakes `other` first. */
+static void sleep_for(SharedCalls *self, struct waiter *me, struct waiter *other)
+{
+	struct timespec time = { 0, SLEEP_NS };
+
+	me->open = 0;
+	me->next = self->sleeping;
+	self->sleeping = me;
+	Py_BEGIN_ALLOW_THREADS
+	if (other)
+		wake(other);
+	syscall(SYS_futex, &me->open, FUTEX_WAIT_PRIVATE, 0, &time, NULL, 0);
+	Py_END_ALLOW_THREADS
+	if (me->open)
+		self->arriving--;
+	else
+		remove_waiter(self, me);
+}
+
+/* Whether there is something to wait for in C. */
+static int waits(const SharedCalls *self, PyObject *number, uint64_t until)
+{
+	return is_free(self) && !PyDict_Contains(self->results, number) && now_ns() < until;
+}
+
+/* Looks for all until `number` has come, or another one's: `*other`, to be woken. As
+ * `look_and_tell`. */
+static int lead(SharedCalls *self, PyObject *number, uint64_t until, struct waiter **other)
+{
+	uint64_t since = now_ns();
+	int able;
+
+	self->leading = 1;
+	while ((able = look_and_tell(self)) == 1 && waits(self, number, until)) {
+		*other = open_one(self, 0);
+		if (*other)
+			break;
+		if (now_ns() - since < SPIN_NS && !self->arriving)
+			continue;
+		Py_BEGIN_ALLOW_THREADS
+		sched_yield();
+		Py_END_ALLOW_THREADS
+		since = now_ns();
+	}
+	self->leading = 0;
+	return able;
+}
+
+/* Waits for a moment: 0, or -1 with an exception set. */
+static int wait_for(SharedCalls *self, PyObject *number)
+{
+	uint64_t until = now_ns() + WAIT_NS;
+	struct waiter *me = new_waiter(self, number);
+	int able = 1;
+
+	if (!me)
+		return -1;
+	while (able == 1 && waits(self, number, until)) {
+		struct waiter *other = NULL;
+
+		if (!self->leading)
+			able = lead(self, number, until, &other);
+		if (other || self->leading)
+			sleep_for(self, me, other);
+	}
+	me->next = self->spare;
+	self->spare = me;
+	return able < 0 ? -1 : 0;
+}
+
+static PyObject *end(SharedCalls *self, PyObject *const *arguments, Py_ssize_t count)
+{
+	PyObject *number, *found, *made;
+
+	if (count != 1 && count != 2) {
+		PyErr_SetString(PyExc_TypeError, "end takes 1 or 2 arguments");
+		return NULL;
+	}
+	number = arguments[0];
 	if (self->generation != vt_fork_generation)
 		return Py_NewRef(Py_None);
 	found = PyDict_GetItemWithError(self->results, number);
@@ -206,6 +365,11 @@ static PyObject *end(SharedCalls *self, PyObject *number)
 		if (look_and_tell(self) < 0)
 			return NULL;
 		found = PyDict_GetItemWithError(self->results, number);
+		if (!found && count == 2 && arguments[1] == Py_True) {
+			if (wait_for(self, number))
+				return NULL;
+			found = PyDict_GetItemWithError(self->results, number);
+		}
 	}
 	if (!found)
 		return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
@@ -224,8 +388,12 @@ static PyObject *end(SharedCalls *self, PyObject *number)
 
 static PyObject *shut(SharedCalls *self, PyObject *unused)
 {
+	struct waiter *one;
+
 	(void)unused;
 	self->closed = 1;
+	while ((one = open_one(self, 1)))
+		wake(one);
 	Py_RETURN_NONE;
 }
 
@@ -293,6 +461,7 @@ static int shared_clear(SharedCalls *self)
 static void shared_dealloc(SharedCalls *self)
 {
 	PyTypeObject *type = Py_TYPE((PyObject *)self);
+	struct waiter *spare;
 
 	PyObject_GC_UnTrack(self);
 	Py_XDECREF((PyObject *)self->calls);
@@ -308,6 +477,10 @@ static void shared_dealloc(SharedCalls *self)
 	Py_XDECREF(self->tell);
 	Py_XDECREF(self->names[0]);
 	Py_XDECREF(self->names[1]);
+	while ((spare = self->spare)) {
+		self->spare = spare->next;
+		free(spare);
+	}
 	PyObject_GC_Del(self);
 	Py_DECREF(type);
 }
@@ -317,9 +490,10 @@ static PyMethodDef shared_methods[] = {
 	  "begin($self, command, holds, /)\n--\n\n"
 	  "Send a QueueCommand that uses the buffers in the tuple `holds`: its number, or 0 where\n"
 	  "that takes more than a moment, or is refused: the lock, or another way, tells." },
-	{ "end", (PyCFunction)end, METH_O,
-	  "end($self, number, /)\n--\n\n"
-	  "The completion of a command if it has come, once; or None." },
+	{ "end", (PyCFunction)(void (*)(void))end, METH_FASTCALL,
+	  "end($self, number, waits=False, /)\n--\n\n"
+	  "The completion of a command if it has come, where `waits` is True if it comes within a\n"
+	  "moment, once; or None." },
 	{ "shut", (PyCFunction)shut, METH_NOARGS, "shut($self, /)\n--\n\nSend and look no more." },
 	{ NULL, NULL, 0, NULL },
 };

@@ -7,6 +7,7 @@ import mmap
 import struct
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -297,10 +298,115 @@ def test_threads_that_change_as_often_as_can_be_get_what_is_theirs(rig: Rig) -> 
     assert wrong == [] and rig.out == {} == rig.results
 
 
+def ended_by_threads(
+    rig: Rig, numbers: list[int]
+) -> tuple[dict[int, Told], list[threading.Thread]]:
+    """What threads that began to wait got: filled as they get it."""
+    found: dict[int, Told] = {}
+
+    def wait(number: int) -> None:
+        while (told := rig.shared.end(number, True)) is None:
+            if not rig.out:
+                return
+        found[number] = told
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    return found, threads
+
+
+def test_a_short_wait_is_for_what_comes_meanwhile(rig: Rig) -> None:
+    numbers = [rig.begin() for _ in range(3)]
+    assert rig.shared.end(numbers[0], False) is None
+    assert rig.shared.end(numbers[0], True) is None  # nothing comes: it ends all the same
+    found, threads = ended_by_threads(rig, numbers)
+    for place in (2, 0, 1):
+        rig.answer(place, result=place + 1)
+    for thread in threads:
+        thread.join(20)
+    assert [found[number].result for number in numbers] == [1, 2, 3]
+    assert rig.out == {} == rig.results and rig.buffer.pins == 0
+
+
+def test_who_waits_leaves_when_it_is_shut_or_another_takes_the_lock(rig: Rig) -> None:
+    numbers = [rig.begin() for _ in range(3)]
+    with rig.lock:
+        assert rig.shared.end(numbers[0], True) is None
+    found, threads = ended_by_threads(rig, numbers)
+    rig.shared.shut()
+    assert rig.shared.end(numbers[0], True) is None
+    for number in numbers:
+        rig.out.pop(number).unpin()
+    for thread in threads:
+        thread.join(20)
+    assert found == {} and not any(thread.is_alive() for thread in threads)
+
+
+def test_an_error_of_who_tells_comes_to_who_waits_and_leaves_the_others_waiting(rig: Rig) -> None:
+    numbers = [rig.begin() for _ in range(2)]
+    rig.out[numbers[1]].late = True  # left to Python, which is told
+
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    shared = SharedCalls(
+        rig.calls, rig.lock, SentCommand, PinCount, Told, rig.out, rig.results,
+        rig.waiting, itertools.count(2 * OURS - 9), rig.health, strike,
+    )  # fmt: skip
+    rig.answer(1)
+    with pytest.raises(KeyboardInterrupt):
+        shared.end(numbers[0], True)
+    rig.answer(0)
+    rig.held[0] = 0  # as Python takes it
+    assert shared.end(numbers[0], True) is not None
+
+
+def test_threads_that_wait_in_turn_get_what_is_theirs(rig: Rig) -> None:
+    """A controller in a thread of its own; each waits for its own, and none for ever."""
+    sending, left, over = threading.Lock(), deque[tuple[int, int]](), threading.Event()
+    wrong, rounds, slow = [], 200, []  # type: ignore[var-annotated]
+
+    def controller() -> None:
+        while not over.is_set():
+            with sending:
+                if left:
+                    place, mine = left.popleft()
+                    rig.answer(place, result=mine)
+
+    def work(mine: int) -> None:
+        memory = Memory()
+        for turn in range(rounds):
+            number = 0
+            while not number:
+                with sending:
+                    number = rig.shared.begin(rig.command(turn), (memory,))
+                    if number:
+                        left.append(((number - OURS) % ENTRIES, mine))
+            while (found := rig.shared.end(number, True)) is None:
+                slow.append(number)
+            if found.result != mine or memory.pins:
+                wrong.append(found)
+
+    plays = threading.Thread(target=controller)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in (plays, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    over.set()
+    plays.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == [] and rig.out == {} == rig.results
+
+
 def test_arguments_that_are_none_of_it_are_refused(rig: Rig) -> None:
     for wrong in ((), (rig.command(),), (rig.command(), (), 1)):
         with pytest.raises(TypeError):
             rig.shared.begin(*wrong)  # type: ignore[arg-type]
+    for wrong in ((), (1, True, 2)):
+        with pytest.raises(TypeError):
+            rig.shared.end(*wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         SharedCalls()  # type: ignore[call-arg]
     with pytest.raises(TypeError):

@@ -87,6 +87,7 @@ def test_who_was_chosen_to_look_and_need_not_wait_any_more_chooses_another(
             thread = threading.Thread(target=read, args=(number,))
             thread.start()
             fake.wait(lambda: len(fake.held) == number + 1 and turn.waiting == number)
+            fake.wait(lambda: ours._leading)  # the first, once its short wait is over
             return thread
 
         def answer_first() -> None:

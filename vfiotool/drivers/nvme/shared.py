@@ -34,6 +34,8 @@ _YIELD, _REST = partial(time.sleep, 0), partial(time.sleep, _PAUSE_S)
 # as much. After looks in vain such waits are left out, each time twice as many.
 _SPIN_NS = 20_000
 _LEFT_OUT_MAX = 64
+# C waits for less than that (WAIT_NS of cext/python/shared_type.c).
+_MOMENT_S = 0.01
 
 
 class SharedInFlight:
@@ -63,7 +65,7 @@ class SharedInFlight:
     ) -> Completion:
         """As `InFlight.call`, from any thread."""
         number = self.begin(send, holds) or self.start(send, deadline, what, holds)
-        done = self.ended(number) or self.result(number, deadline, what)
+        done = self.ended(number, deadline) or self.result(number, deadline, what)
         if done.status:
             raise failed_with(done.status, what)
         return done
@@ -82,10 +84,11 @@ class SharedInFlight:
                 if number := self.commands.start(send, holds=holds, call=True):
                     return number
 
-    def ended(self, number: int) -> Completion | None:
-        """The completion of command `number` if it has come."""
+    def ended(self, number: int, deadline: Deadline | None) -> Completion | None:
+        """The completion of command `number` if it comes within a moment."""
+        waits = deadline is None or deadline.timeout_s > _MOMENT_S
         try:
-            return self._ended(number)
+            return self._ended(number, waits and self.commands.interrupt is None)
         except BaseException:
             self.commands.give_up(number)
             raise
@@ -245,7 +248,7 @@ class SharedQueue:
         """Wait for the command that `begin` sent, once. Raises KernelError with the controller's
         words if it failed, and ETIMEDOUT."""
         deadline = None if timeout_s is IO_TIMEOUT_S else Deadline(timeout_s)
-        done = self._shared.ended(number)
+        done = self._shared.ended(number, deadline)
         if done is None:
             done = self._shared.result(number, deadline or Deadline(timeout_s), "a command")
         if done.status:
