@@ -10,12 +10,13 @@ import pytest
 
 from tests.change.changing import NVME, binding, furnished, run_folder
 from tests.fakes.kernel import FakeKernel
-from vfiotool.change import writer
+from vfiotool.change import guard
 from vfiotool.change.apply import change
 from vfiotool.change.guard import Allowance
 from vfiotool.change.journal import Journal
 from vfiotool.errors import Refused
 from vfiotool.host.child import WriterProcess, _write_once
+from vfiotool.usage.blocker import Blocker, Usage
 
 NODE = "/dev/nvme0n1"
 
@@ -44,7 +45,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Claiming:
     kernel.__class__ = Claiming
     assert isinstance(kernel, Claiming)
     kernel.claims = []
-    monkeypatch.setattr(writer, "disks_taken", lambda host, steps: ("nvme0n1",))
+    monkeypatch.setattr(guard, "_disks_of", lambda sight, taken: ("nvme0n1",))
     return kernel
 
 
@@ -81,10 +82,25 @@ def test_a_disk_that_somebody_claims_and_no_look_finds_stays(kernel: Claiming) -
     assert not any(path.endswith("/unbind") for path, _ in kernel.writes)
 
 
-def test_an_allowed_use_is_disrupted_though_it_claims_the_disk(kernel: Claiming) -> None:
+MOUNTED = Blocker("mounted", NVME, "/data", "it is mounted at /data", "mount tables")
+OPEN = Blocker("open-file", NVME, "/dev/nvme0", "/dev/nvme0 is open in pid 1", "pid 1")
+
+
+@pytest.mark.parametrize(("use", "taken"), [(MOUNTED, True), (OPEN, False)])
+def test_an_allowed_use_of_the_disk_alone_explains_that_it_is_claimed(
+    kernel: Claiming, monkeypatch: pytest.MonkeyPatch, use: Blocker, taken: bool
+) -> None:
+    """What was allowed of something else, such as a node that is open, says nothing of a mount."""
+    monkeypatch.setattr(guard, "look", lambda *_: Usage((use,)))
     kernel.claimed_first = 2
-    take(kernel, (Allowance("mounted", "/data"),))
-    assert driver(kernel) == "vfio-pci"
+    allowed = (Allowance(use.kind, use.subject),)
+    if taken:
+        take(kernel, allowed)
+        assert driver(kernel) == "vfio-pci"
+        return
+    with pytest.raises(Refused, match="nvme0n1: somebody takes it"):
+        take(kernel, allowed)
+    assert driver(kernel) == "nvme"
 
 
 def test_nothing_is_written_while_a_disk_is_another_s(
@@ -101,13 +117,16 @@ def test_nothing_is_written_while_a_disk_is_another_s(
         return real(path, flags)
 
     monkeypatch.setattr(os, "open", opened)
-    names = "\0".join((str(attribute), NODE))
     held[NODE] = errno.EBUSY
-    assert _write_once(names, b"1") == (0, -1)
+    assert _write_once(str(attribute), b"1", [NODE]) == (0, -1)
+    # It may be anybody's: this process cannot open it.
+    for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        held[NODE] = number
+        assert _write_once(str(attribute), b"1", [NODE]) == (number, 0)
     assert attribute.read_bytes() == b""
     # No node, or no medium: nobody can mount it.
     held[NODE] = errno.ENOENT
-    assert _write_once(names, b"1") == (0, 1)
+    assert _write_once(str(attribute), b"1", [NODE]) == (0, 1)
     assert attribute.read_bytes() == b"1"
 
 

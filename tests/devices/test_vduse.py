@@ -88,7 +88,7 @@ def test_no_allowance_takes_one_without_a_server_away(monkeypatch: pytest.Monkey
     """Its removal would wait for ever and hold all of vDPA's lock."""
     host = a_host(in_flight="1  0")
     found = tuple(item for item in blockers(host, "vd0") if item.kind == "no-server")
-    monkeypatch.setattr(guard, "find_blockers", lambda *_: found)
+    monkeypatch.setattr(guard, "look_at", lambda *_: guard.Look(found))
     with pytest.raises(Refused, match="its server is gone") as refused:
         guard.refuse_uses(host, (), [guard.Allowance("no-server", "vd0")])
     assert (refused.value.hint or "").startswith("vfiotool vduse rescue vd0")

@@ -165,15 +165,53 @@ def test_only_routes_without_addresses_are_flushed_as_routes() -> None:
     assert entry.remedy == "ip address flush dev eth1"
 
 
-def test_a_console_over_the_network_that_shows_no_target_is_unseen() -> None:
-    """Kernels before 6.7 do not show the one that the module was loaded with."""
+def test_a_target_that_netconsole_was_loaded_with_is_unseen_beside_others_that_show() -> None:
+    """Only those that were made in configfs have a folder there."""
     small = SmallHost()
     small.network(NIC, "eth1")
+    assert kinds(small, NIC) == []
     small.file("/sys/module/netconsole/initstate", "live")
-    assert ("unseen", paths.SYS_NETCONSOLE) in kinds(small, NIC)
-    small.file(f"{paths.SYS_NETCONSOLE}/cmdline0/dev_name", "eth9")
-    small.folders |= {paths.SYS_NETCONSOLE, f"{paths.SYS_NETCONSOLE}/cmdline0"}
-    assert ("unseen", paths.SYS_NETCONSOLE) not in kinds(small, NIC)
+    assert kinds(small, NIC) == [("unseen", paths.SYS_NETCONSOLE)]
+    (entry,) = survey(small.host(), NIC).blockers
+    assert entry.remedy is not None and "configfs" in entry.remedy
+    small.file(f"{paths.SYS_NETCONSOLE}/other/dev_name", "eth9")
+    small.folders |= {paths.SYS_NETCONSOLE, f"{paths.SYS_NETCONSOLE}/other"}
+    (entry,) = survey(small.host(), NIC).blockers
+    assert (entry.subject, entry.remedy) == (paths.SYS_NETCONSOLE, None)
+
+
+def test_a_target_in_configfs_is_named_by_its_interface() -> None:
+    small = SmallHost()
+    small.network(NIC, "eth1")
+    base = f"{paths.SYS_NETCONSOLE}/far"
+    small.folders |= {paths.SYS_NETCONSOLE, base}
+    small.file(f"{base}/dev_name", "eth1")
+    small.file(f"{base}/enabled", "0")
+    assert kinds(small, NIC) == []
+    small.file(f"{base}/enabled", "1")
+    (entry,) = survey(small.host(), NIC).blockers
+    assert (entry.kind, entry.subject) == ("console", "eth1")
+    assert entry.remedy == f"echo 0 > {base}/enabled"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("quiet netconsole=@/eth0,@10.0.0.1/", [("unseen", paths.SYS_NETCONSOLE)]),
+        ("netconsole.netconsole=@/eth0,@10.0.0.1/ quiet", [("unseen", paths.SYS_NETCONSOLE)]),
+        ("quiet netconsole.oops_only=1 netconsole=", []),
+    ],
+)
+def test_a_netconsole_that_is_built_in_has_the_target_of_the_kernels_command_line(
+    words: str, found: list[tuple[str, str]]
+) -> None:
+    """Its name there may be one from before the interface was renamed."""
+    small = SmallHost()
+    small.network(NIC, "eth1")
+    small.file("/proc/cmdline", words)
+    assert kinds(small, NIC) == []
+    small.folders.add("/sys/module/netconsole")
+    assert kinds(small, NIC) == found
 
 
 @pytest.mark.parametrize(("driver", "found"), [(None, []), ("virtio_blk", [("unseen", DISK)])])

@@ -372,3 +372,19 @@ def test_the_lower_folder_of_an_overlay_is_read_where_it_is_told(options: str, l
 
 def test_octal_escapes_are_undone() -> None:
     assert unescape("/a\\040b\\134c\\011") == "/a b\\c\t"
+
+
+def test_a_clusters_heartbeat_is_a_use_that_claims_nothing(small: SmallHost) -> None:
+    """OCFS2's: the kernel has the disk open by itself, and shares it with other hosts."""
+    base = "/sys/kernel/config/cluster"
+    small.file("/sys/module/ocfs2_nodemanager/initstate", "live")
+    assert found(small) == [("unseen", base)]
+    small.folders |= {base, f"{base}/ours", f"{base}/ours/heartbeat"}
+    small.file(f"{base}/ours/heartbeat/threshold", "31")
+    small.file(f"{base}/ours/heartbeat/AB12/dev", "")
+    small.folders.add(f"{base}/ours/heartbeat/AB12")
+    assert found(small) == []
+    small.file(f"{base}/ours/heartbeat/AB12/dev", "sdb1")
+    assert found(small) == []
+    small.file(f"{base}/ours/heartbeat/AB12/dev", "nvme0n1")
+    assert found(small) == [("storage-member", "ours")]

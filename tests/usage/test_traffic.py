@@ -55,6 +55,7 @@ def found(small: SmallHost, address: str = NIC) -> list[tuple[str, str, str]]:
     [
         ("redirected", "traffic-rule", "a tc rule of another interface sends packets to eth1"),
         ("filtered", "traffic-rule", "tc filters take packets of eth1"),
+        ("programmed", "traffic-rule", "BPF programs take packets of eth1 (tcx)"),
         ("udp port 67", "packet-socket", "a socket bound to eth1 (udp port 67)"),
     ],
 )
@@ -477,6 +478,7 @@ def test_a_vsock_socket_is_told_unless_it_stays_within(
 
 def test_xdp_sockets_that_no_diagnosis_tells_are_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe_net, "_socket_counts", lambda: {"XDP": 1})
+    monkeypatch.setattr(observe_net, "has_tcx", lambda index: False)
     monkeypatch.setattr(traffic, "read_xdp_sockets", lambda: iter(()))
     assert "!\tXDP sockets" in observe_net.net_traffic()
     monkeypatch.setattr(traffic, "read_xdp_sockets", lambda: iter([BoundSocket(1, "xdp q 0", 0)]))

@@ -20,6 +20,8 @@ from vfiotool.usage.sight import Sight
 from vfiotool.usage.survey import Blocker, look
 
 _CHILDREN = ("mdev-children", "vdpa-children")
+# The kinds of use that have a disk claimed (blkdev_get, O_EXCL).
+_OF_DISKS = ("mounted", "swap", "storage-member")
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,25 @@ class Allowance:
         return cls(kind, what)
 
 
-def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
-    """Every use that these steps would cut off as things stand, each once.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What steps take, as one look at the host saw it.
+
+    `uses`: every use that they would cut off as things stand, each once; `disks`: the whole disks
+    of what they take (`nvme0n1`): who claims one keeps its partitions too.
+    """
+
+    uses: tuple[Blocker, ...] = ()
+    disks: tuple[str, ...] = ()
+
+    @property
+    def has_a_disk_in_use(self) -> bool:
+        """Whether one of the uses is of a disk, so that the disk's claim is somebody's already."""
+        return any(use.kind in _OF_DISKS for use in self.uses)
+
+
+def look_at(host: Host, steps: Iterable[Step]) -> Look:
+    """Look at what these steps take, each thing once.
 
     What an earlier step of theirs takes away itself (VFs, an mdev) is no use that a later one
     would find.
@@ -50,7 +69,7 @@ def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
     steps = tuple(steps)
     taken = dict.fromkeys(item for step in steps for item in step.takes(host))
     if not taken:
-        return ()
+        return Look()
     # All at once: what tells a VF's index is then read once for each card.
     names = [item.device for item in taken]
     functions = {item.address: item for item in read_functions(host, names, links=False)}
@@ -61,12 +80,28 @@ def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
         found.update(dict.fromkeys(each for each in usage.blockers if _counts(item, each)))
     remade = {step.remakes_vfs_of for step in steps}
     removed = {step.removes for step in steps}
-    return tuple(
+    uses = tuple(
         blocker
         for blocker in found
         if not (blocker.kind == "vfs-enabled" and blocker.device in remade)
         and not (blocker.kind in _CHILDREN and blocker.subject in removed)
     )
+    return Look(uses, _disks_of(sight, taken))
+
+
+def _disks_of(sight: Sight, taken: Iterable[Taken]) -> tuple[str, ...]:
+    paths = [
+        sight.realpath(f"{base}/{item.device}")
+        for item in taken
+        for base in (SYS_PCI_DEVICES, SYS_VDPA_DEVICES)
+    ]
+    names = dict.fromkeys(name for path in paths if path for name in sight.attached.blocks(path))
+    return tuple(name for name in names if not sight.exists(f"{SYS_BLOCK}/{name}/partition"))
+
+
+def find_blockers(host: Host, steps: Iterable[Step]) -> tuple[Blocker, ...]:
+    """Every use that these steps would cut off as things stand, each once."""
+    return look_at(host, steps).uses
 
 
 def _counts(item: Taken, blocker: Blocker) -> bool:
@@ -74,31 +109,18 @@ def _counts(item: Taken, blocker: Blocker) -> bool:
     return kind.cuts_a_use and (kind.holds or not item.held_only)
 
 
-def disks_taken(host: Host, steps: Iterable[Step]) -> tuple[str, ...]:
-    """The whole disks of the devices that these steps take as things stand (`nvme0n1`).
-
-    Who claims one keeps its partitions too.
-    """
-    attached = Sight(host).attached
-    paths = [
-        host.realpath(f"{base}/{item.device}")
-        for step in steps
-        for item in step.takes(host)
-        for base in (SYS_PCI_DEVICES, SYS_VDPA_DEVICES)
-    ]
-    names = dict.fromkeys(name for path in paths if path for name in attached.blocks(path))
-    return tuple(name for name in names if not host.exists(f"{SYS_BLOCK}/{name}/partition"))
-
-
 def uses_left(
     host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] = ()
 ) -> tuple[Blocker, ...]:
     """The uses that the steps would cut off and that are not allowed by kind and name."""
+    return _not_allowed(look_at(host, steps).uses, allowed)
+
+
+def _not_allowed(uses: Iterable[Blocker], allowed: Iterable[Allowance]) -> tuple[Blocker, ...]:
     permits = {(entry.kind, entry.what) for entry in allowed}
-    found = find_blockers(host, steps)
     return tuple(
         entry
-        for entry in found
+        for entry in uses
         if (entry.kind, entry.subject) not in permits or not KINDS[entry.kind].can_be_allowed
     )
 
@@ -115,11 +137,15 @@ def _remedy(left: tuple[Blocker, ...]) -> str:
     return f"end that use first (see: vfiotool why {left[0].device}); to override: {allows}"
 
 
-def refuse_uses(host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] = ()) -> None:
-    """Raise Refused, naming every use that is not allowed by kind and name."""
-    left = uses_left(host, steps, allowed)
+def refuse_uses(host: Host, steps: Iterable[Step], allowed: Iterable[Allowance] = ()) -> Look:
+    """What was seen, all of whose uses are allowed by kind and name.
+
+    Raises Refused, naming every use that is not.
+    """
+    seen = look_at(host, steps)
+    left = _not_allowed(seen.uses, allowed)
     if not left:
-        return
+        return seen
     lines = [f"{entry.device} {entry.kind}: {entry.detail} [{entry.evidence}]" for entry in left]
     raise Refused(
         "refusing: device is in use: " + "; ".join(lines),

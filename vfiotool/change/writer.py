@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from vfiotool.change.guard import Allowance, disks_taken, refuse_uses
+from vfiotool.change.guard import Allowance, Look, refuse_uses
 from vfiotool.change.journal import Journal, Transaction, writer_of
 from vfiotool.change.signals import KeptSignals
 from vfiotool.change.steps.base import AnotherDevice, Step
@@ -56,10 +56,11 @@ class StepWriter:
         self.nodes = tuple(dict.fromkeys((*known, *step.nodes(self.host))))
         self.number, self.step = number, step
 
-    def guard(self) -> None:
-        """Raise Refused if the step in hand would take what somebody uses now."""
-        if self.step is not None:
-            refuse_uses(self.host, (self.step,), self.allowed)
+    def guard(self) -> Look:
+        """What the step in hand takes. Raises Refused if somebody uses it now."""
+        if self.step is None:
+            return Look()
+        return refuse_uses(self.host, (self.step,), self.allowed)
 
     def write_attribute(self, path: str, data: str, *, harmless: bool = False) -> None:
         """One write, with a look before it at who uses what it takes, unless it is `harmless`.
@@ -71,13 +72,12 @@ class StepWriter:
             self._write(path, data, ())
             return
         for _ in range(_CLAIM_TRIES):
-            self.guard()
-            disks = disks_taken(self.host, (self.step,))
-            if self._write(path, data, disks):
+            seen = self.guard()
+            if self._write(path, data, seen.disks):
                 return
-        if not self.allowed:
+        if not seen.has_a_disk_in_use:
             raise Refused(
-                f"{', '.join(disks)}: somebody takes it and lets it go again all the time",
+                f"{', '.join(seen.disks)}: somebody takes it and lets it go again all the time",
                 hint="end that use first; lsblk and fuser may show it",
             )
         # What has it was looked at, and is allowed.

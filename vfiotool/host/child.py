@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import time
+from collections.abc import Sequence
 
 from vfiotool.errors import KernelError, Stuck, VfiotoolError
 
@@ -28,12 +29,17 @@ CALLOUT_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 _READ_BYTES = 1 << 16
 _REPLY = struct.Struct("=ii")
-# The lengths of the path and of the data (negative: so many bytes are to be read), and from where.
-_REQUEST = struct.Struct("=iiq")
+# The lengths of the path, of the nodes to claim meanwhile and of the data (negative: so many bytes
+# are to be read), and from where.
+_REQUEST = struct.Struct("=iiiq")
+# Between the nodes to claim: no path holds it.
+_NEXT = "\0"
 # The reply of a child that ended without one.
 _LOST = (errno.EIO, 0)
 # In the place of how many bytes were written: a block device to claim has another holder.
 _CLAIMED = -1
+# Errors of opening that say nothing of what is opened.
+_OPENS_NO_MORE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def write_in_child(path: str, data: bytes, timeout_s: float) -> None:
@@ -85,9 +91,9 @@ class WriterProcess:
         KernelError (short write) or Stuck (no answer).
         """
         what = f"write {data.decode().strip()!r} to {path}"
-        names = "\0".join((path, *claim))
-        request = _REQUEST.pack(len(names.encode()), len(data), 0)
-        written = self._ask(what, names, request, data, timeout_s)
+        where, nodes = path.encode(), _NEXT.join(claim).encode()
+        request = _REQUEST.pack(len(where), len(nodes), len(data), 0) + where + nodes + data
+        written = self._ask(what, path, request, timeout_s, reads=False)
         if written not in (len(data), _CLAIMED):
             raise KernelError(f"write to {path}: the kernel took {written} of {len(data)} bytes")
         return written != _CLAIMED
@@ -99,16 +105,15 @@ class WriterProcess:
 
         Raises OSError or Stuck (no answer).
         """
-        request = _REQUEST.pack(len(path.encode()), -length, offset)
-        self._ask(f"read {path}", path, request, None, timeout_s)
+        where = path.encode()
+        request = _REQUEST.pack(len(where), 0, -length, offset) + where
+        self._ask(f"read {path}", path, request, timeout_s, reads=True)
         return self._answer
 
-    def _ask(
-        self, what: str, path: str, request: bytes, data: bytes | None, timeout_s: float
-    ) -> int:
+    def _ask(self, what: str, path: str, request: bytes, timeout_s: float, *, reads: bool) -> int:
         """The number of bytes written, or read and left in `_answer`."""
         try:
-            os.write(self._requests, request + path.encode() + (data or b""))
+            os.write(self._requests, request)
             if not select.select([self._replies], [], [], timeout_s)[0]:
                 raise Stuck(
                     f"{what}: no answer after {timeout_s:g} s",
@@ -117,7 +122,7 @@ class WriterProcess:
             # Header and data come in one piece, but for files larger than a pipe takes at once.
             reply = os.read(self._replies, _REPLY.size + _READ_BYTES)
             number, count = _REPLY.unpack_from(reply) if len(reply) >= _REPLY.size else _LOST
-            if data is None and not number:
+            if reads and not number:
                 self._answer = reply[_REPLY.size :]
                 self._answer += _read_exactly(self._replies, count - len(self._answer))
         except BaseException:
@@ -125,7 +130,7 @@ class WriterProcess:
             self.close()
             raise
         if number:
-            raise OSError(number, os.strerror(number), path.partition("\0")[0])
+            raise OSError(number, os.strerror(number), path)
         return int(count)
 
     def close(self) -> None:
@@ -147,10 +152,13 @@ class WriterProcess:
 
 def _serve(requests: int, replies: int) -> None:
     while header := _read_exactly(requests, _REQUEST.size):
-        where, length, offset = _REQUEST.unpack(header)
+        where, nodes, length, offset = _REQUEST.unpack(header)
         path = _read_exactly(requests, where).decode()
+        claim = _read_exactly(requests, nodes).decode()
         if length >= 0:
-            os.write(replies, _REPLY.pack(*_write_once(path, _read_exactly(requests, length))))
+            data = _read_exactly(requests, length)
+            claimed = claim.split(_NEXT) if claim else []
+            os.write(replies, _REPLY.pack(*_write_once(path, data, claimed)))
             continue
         try:
             data = _read_once(path, offset, -length)
@@ -271,13 +279,13 @@ def _read_once(path: str, offset: int, length: int) -> bytes:
         os.close(descriptor)
 
 
-def _write_once(path: str, data: bytes) -> tuple[int, int]:
+def _write_once(path: str, data: bytes, claim: Sequence[str]) -> tuple[int, int]:
     """The errno (0 if none) and the bytes that the kernel took.
 
-    `path` goes on with the block devices to claim meanwhile, each after a zero byte. One that
-    cannot be opened for another reason (it has no node, no medium) is nobody's to mount either.
+    The block devices `claim` are claimed meanwhile. One that cannot be opened by anybody (it has no
+    node, no medium) is nobody's to mount either; where it is this process that can open no more,
+    nothing is written.
     """
-    path, *claim = path.split("\0")
     held = []
     try:
         for node in claim:
@@ -287,6 +295,8 @@ def _write_once(path: str, data: bytes) -> tuple[int, int]:
             except OSError as error:
                 if error.errno == errno.EBUSY:
                     return 0, _CLAIMED
+                if error.errno in _OPENS_NO_MORE:
+                    return error.errno, 0
         return _write(path, data)
     finally:
         for descriptor in held:

@@ -13,8 +13,8 @@ point: one that is missing was cut short.
                         of its master; its device's path below /sys; addresses with commas; `xdp`
     net-routes          interface, a route of it (`default via 10.0.0.1 table 100`)
     net-traffic         interface; `redirected` (tc sends it packets), `filtered` (tc filters see
-                        its own) or a socket that is bound to it (`udp port 67`); `vsock:` and
-                        what a socket of that family does
+                        its own), `programmed` (BPF programs of tcx do) or a socket that is bound
+                        to it (`udp port 67`); `vsock:` and what a socket of that family does
     caller              server address, client address of the SSH session of the caller, if any
     open-nodes          pid, command, node, the device's path below /sys (`?` of a VFIO device
                         that the kernel does not tell, `char/195:0` of one without a path)

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
-from vfiotool.errors import VfiotoolError
+from vfiotool.errors import VfiotoolError, errno_name
+from vfiotool.host.bpf import has_tcx
 from vfiotool.host.namespaces import Found, find_namespaces
 from vfiotool.host.paths import (
     KERNELS,
@@ -96,11 +97,23 @@ def net_traffic() -> str:
     found += [(index, text) for index, texts in sorted(told.items()) for text in texts]
     lines = [f"{names.get(index, f'#{index}')}\t{text}\n" for index, text in found]
     lines += [f"{plain(name)}\t{KERNELS}{text}\n" for name, text in _kernels_own(names)]
+    lines += _programmed(names)
     if counts.get("XDP") and not xdp:
         lines.append("!\tXDP sockets, of which this kernel does not tell where they are bound\n")
     # Asking would load the family's module.
     virtual = [*read_vsock_sockets()] if "AF_VSOCK" in counts else []
     return "".join([*lines, *(f"{VSOCK}\t{text}\n" for text in virtual[:_SOCKETS_TOLD])])
+
+
+def _programmed(names: Mapping[int, str]) -> Iterator[str]:
+    """The interfaces whose packets BPF programs see that no filter of tc's shows."""
+    try:
+        for index, name in names.items():
+            if has_tcx(index):
+                yield f"{name}\tprogrammed\n"
+    except OSError as error:
+        why = errno_name(error.errno)
+        yield f"!\twhich interfaces BPF programs are attached to (tcx): {why}\n"
 
 
 def _kernels_own(names: Mapping[int, str]) -> Iterator[tuple[str, str]]:

@@ -76,7 +76,8 @@ KINDS = {
         BlockerKind(
             "traffic-rule",
             "tc rules take packets from an interface of it, or send it packets of another",
-            "filters of ingress and clsact, and mirred actions, by rtnetlink",
+            "filters of ingress and clsact, and mirred actions, by rtnetlink; BPF programs of tcx "
+            "by bpf(2)",
             order=6,
         ),
         BlockerKind(

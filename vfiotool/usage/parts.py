@@ -9,6 +9,7 @@ Documentation/driver-api/dmaengine, Documentation/networking/netconsole.rst.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Collection
 
@@ -16,6 +17,7 @@ from vfiotool.devices.attached import owners
 from vfiotool.devices.pci import PciFunction
 from vfiotool.host.paths import (
     NO_CONFIGFS,
+    PROC_CMDLINE,
     PROC_CRYPTO,
     SYS_DMA,
     SYS_HWRNG,
@@ -33,6 +35,8 @@ _EV_KEY = 1
 _KEY_ENTER, _KEY_A = 28, 30
 # include/linux/pci_ids.h: encryption controllers, and co-processors, as QAT calls itself.
 CRYPTO_CLASSES = ("10", "0b40")
+# `netconsole=…`, and the same as a parameter of the module that is built in.
+_NETCONSOLE_OPTION = re.compile(r"(netconsole\.)?netconsole=.")
 
 
 def parts_usage(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> Usage:
@@ -176,13 +180,10 @@ def _engine_modules(sight: Sight, function: PciFunction) -> frozenset[str]:
 def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> list[Blocker]:
     """Kernel consoles over the network, on an interface of it or what stands on one."""
     found = []
-    targets = sight.listdir(SYS_NETCONSOLE)
-    if interfaces and not targets and sight.exists(f"{SYS_MODULE}/netconsole/initstate"):
-        # Nobody loads it for nothing: configfs is not mounted, or this kernel does not show there
-        # the target that it was loaded with (drivers/net/netconsole.c, before 6.7).
-        why = "none of its targets shows" if sight.exists(SYS_NETCONSOLE) else NO_CONFIGFS
-        sight.miss(SYS_NETCONSOLE, f"netconsole is loaded, {why}")
-    for target in targets:
+    hidden = _hidden_target(sight) if interfaces else None
+    if hidden is not None:
+        sight.miss(SYS_NETCONSOLE, hidden)
+    for target in sight.listdir(SYS_NETCONSOLE):
         base = f"{SYS_NETCONSOLE}/{target}"
         name = sight.read(f"{base}/dev_name")
         if name in interfaces and sight.read_int(f"{base}/enabled"):
@@ -193,3 +194,23 @@ def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str
             )
             found.append(blocker)
     return found
+
+
+def _hidden_target(sight: Sight) -> str | None:
+    """Why netconsole may have a target that does not show, whatever others show; None if not.
+
+    One that it was given when it was loaded has no folder in configfs; since Linux 6.7 it gets one
+    only once somebody makes `cmdline0` (drivers/net/netconsole.c, alloc_param_target). Nor does
+    sysfs show the option, a module's may have been typed by hand, and what the kernel's command
+    line names may have another name by now.
+    """
+    if sight.exists(f"{SYS_MODULE}/netconsole/initstate"):
+        if not sight.exists(SYS_NETCONSOLE):
+            return f"netconsole is loaded, {NO_CONFIGFS}"
+        return "netconsole is loaded, and a target that it was loaded with does not show there"
+    if not sight.exists(f"{SYS_MODULE}/netconsole"):
+        return None
+    # Built in: the command line alone can have given it one.
+    words = (sight.read(PROC_CMDLINE) or "").split()
+    given = next((word for word in words if _NETCONSOLE_OPTION.match(word)), None)
+    return None if given is None else f"the kernel was started with {given}"

@@ -13,6 +13,7 @@ from vfiotool.host.paths import (
     NO_CONFIGFS,
     PROC_ZFS,
     SYS_BLOCK,
+    SYS_CLUSTERS,
     SYS_LIO_CORE,
     SYS_MODULE,
     SYS_NVME_TARGETS,
@@ -53,6 +54,7 @@ def storage_usage(host: Sight, address: str, path: str, *, virtio: bool = True) 
         *(_member(host, address, layer) for layer in layers if len(layer.chain) > 1),
         *_pool_members(host, address, layers),
         *_exports(host, address, layers),
+        *_heartbeats(host, address, layers),
     ]
     claimed = _claims(host, address, own, {root for root, _ in uses})
     found = [*shared, *(blocker for _, blocker in uses), *claimed]
@@ -141,6 +143,32 @@ def _passed_through(host: Sight, address: str, path: str) -> list[Blocker]:
             evidence = f"{base}/device_path is {fields[2]}"
             remedy = f"echo 0 > {shlex.quote(base)}/enable"
             found.append(Blocker("storage-member", address, system, detail, evidence, remedy))
+    return found
+
+
+def _heartbeats(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
+    """Disks that a cluster's heartbeat is written to, without a claim and by no process.
+
+    A host that misses it is fenced by the others, or resets itself. Source:
+    fs/ocfs2/cluster/heartbeat.c, o2hb_region_dev_store and o2hb_region_dev_show.
+    """
+    if host.exists(f"{SYS_MODULE}/ocfs2_nodemanager/initstate") and not host.exists(SYS_CLUSTERS):
+        host.miss(SYS_CLUSTERS, f"a cluster of OCFS2 may have a heartbeat, {NO_CONFIGFS}")
+    names = {layer.name: layer for layer in layers}
+    found = []
+    for cluster in host.listdir(SYS_CLUSTERS):
+        for region in host.listdir(f"{SYS_CLUSTERS}/{cluster}/heartbeat"):
+            evidence = f"{SYS_CLUSTERS}/{cluster}/heartbeat/{region}/dev"
+            layer = names.get((host.read(evidence) or "").replace("/", "!"))
+            if layer is not None:
+                detail = f"{chain_text(layer)} has the heartbeat of the cluster {cluster} (OCFS2)"
+                evidence = f"{evidence} is {layer.name}"
+                found.append(
+                    (
+                        layer.chain[0],
+                        Blocker("storage-member", address, cluster, detail, evidence),
+                    )
+                )
     return found
 
 

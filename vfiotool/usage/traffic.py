@@ -82,7 +82,7 @@ def traffic_usage(host: Sight, address: str, carriers: Iterable[str]) -> list[Bl
     return found
 
 
-_RULES = ("filtered", "redirected")
+_RULES = ("filtered", "redirected", "programmed")
 # By what is said in a row of the kernel's own (host/observe_net.py).
 _TOLD_BY = {
     "forwards CAN frames": "cangw -L",
@@ -105,6 +105,10 @@ def _rules(address: str, name: str, facts: Iterable[str]) -> list[Blocker]:
         quoted = shlex.quote(name)
         remedy = f"tc filter del dev {quoted} ingress; tc filter del dev {quoted} egress"
         found.append(Blocker("traffic-rule", address, name, detail, evidence, remedy))
+    elif "programmed" in facts:
+        detail = f"BPF programs take packets of {name} (tcx)"
+        evidence = f"bpftool net show dev {shlex.quote(name)}"
+        found.append(Blocker("traffic-rule", address, name, detail, evidence))
     return found
 
 
