@@ -192,6 +192,25 @@ def test_a_target_in_configfs_is_named_by_its_interface() -> None:
     (entry,) = survey(small.host(), NIC).blockers
     assert (entry.kind, entry.subject) == ("console", "eth1")
     assert entry.remedy == f"echo 0 > {base}/enabled"
+    small.network("0000:03:00.0", "eth2")
+    small.file(f"{base}/dev_name", "eth2")
+    assert kinds(small, NIC) == []
+    # An alternative name, which nothing else tells.
+    small.file(f"{base}/dev_name", "enp2s0f0np0")
+    assert kinds(small, NIC) == [("unseen", base)]
+    assert kinds(small, RNG) == []
+
+
+def test_a_console_over_the_interface_of_a_vdpa_device_is_its_use() -> None:
+    small = SmallHost()
+    small.link(f"{paths.SYS_VDPA_DEVICES}/vdpa0", "/sys/devices/vdpa0")
+    small.link("/sys/class/net/eth3", "/sys/devices/vdpa0/virtio9/net/eth3")
+    small.file("/sys/devices/vdpa0/virtio9/net/eth3/ifindex", "7")
+    base = f"{paths.SYS_NETCONSOLE}/far"
+    small.folders |= {paths.SYS_NETCONSOLE, base}
+    small.file(f"{base}/dev_name", "eth3")
+    small.file(f"{base}/enabled", "1")
+    assert ("console", "eth3") in kinds(small, "vdpa0")
 
 
 @pytest.mark.parametrize(

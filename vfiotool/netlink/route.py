@@ -44,7 +44,7 @@ _IFLA_PARENT_DEV_NAME = 56
 _IFLA_PARENT_DEV_BUS_NAME = 57
 _IFLA_INFO_KIND = 1
 _IFLA_INFO_DATA = 2
-# The lower interface of kinds that do not tell it as IFLA_LINK (if_link.h, if_tunnel.h).
+# The lower interface of the kind that does not tell it as IFLA_LINK (if_link.h).
 _IFLA_VXLAN_LINK = 3
 _IFLA_XDP_ATTACHED = 2
 _RTM_GETNSID = 90
@@ -117,7 +117,9 @@ def parse_link(payload: bytes) -> NetLink:
     info = parse_attributes(attributes.get(_IFLA_LINKINFO, b""))
     kind = as_text(info.get(_IFLA_INFO_KIND))
     lower = as_int(attributes.get(_IFLA_LINK))
-    if lower is None and kind == "vxlan":
+    if kind == "vxlan":
+        # Away from its lower interface's namespace it tells its own index as IFLA_LINK: it has no
+        # ndo_get_iflink (net/core/rtnetlink.c, nla_put_iflink).
         lower = as_int(parse_attributes(info.get(_IFLA_INFO_DATA, b"")).get(_IFLA_VXLAN_LINK))
     xdp = parse_attributes(attributes.get(_IFLA_XDP, b"")).get(_IFLA_XDP_ATTACHED, b"\0")
     return NetLink(

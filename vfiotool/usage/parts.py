@@ -23,6 +23,7 @@ from vfiotool.host.paths import (
     SYS_HWRNG,
     SYS_INPUT,
     SYS_MODULE,
+    SYS_NET,
     SYS_NETCONSOLE,
     SYS_PCI_DRIVERS,
     SYS_WATCHDOG,
@@ -47,7 +48,7 @@ def parts_usage(sight: Sight, function: PciFunction, interfaces: Collection[str]
         *_class_devices(sight, function, "dma-engine", SYS_DMA, _channel),
         *_random(sight, function),
         *_crypto(sight, function),
-        *_netconsoles(sight, function, interfaces),
+        *netconsoles(sight, function.address, interfaces),
     ]
     return Usage(tuple(found))
 
@@ -177,22 +178,29 @@ def _engine_modules(sight: Sight, function: PciFunction) -> frozenset[str]:
     return frozenset(name for name in found if name)
 
 
-def _netconsoles(sight: Sight, function: PciFunction, interfaces: Collection[str]) -> list[Blocker]:
-    """Kernel consoles over the network, on an interface of it or what stands on one."""
+def netconsoles(sight: Sight, address: str, interfaces: Collection[str]) -> list[Blocker]:
+    """Kernel consoles over the network, on one of the `interfaces` of a device and what stands on
+    them."""
     found = []
     hidden = _hidden_target(sight) if interfaces else None
     if hidden is not None:
         sight.miss(SYS_NETCONSOLE, hidden)
+    known = {*interfaces, *sight.listdir(SYS_NET)} if interfaces else interfaces
     for target in sight.listdir(SYS_NETCONSOLE):
         base = f"{SYS_NETCONSOLE}/{target}"
         name = sight.read(f"{base}/dev_name")
-        if name in interfaces and sight.read_int(f"{base}/enabled"):
+        if not interfaces or not sight.read_int(f"{base}/enabled"):
+            continue
+        if name in interfaces:
             detail = f"the kernel's console runs over {name} (netconsole)"
             remedy = f"echo 0 > {shlex.quote(base)}/enabled"
             blocker = Blocker(
-                "console", function.address, name or target, detail, f"{base}/enabled is 1", remedy
+                "console", address, name or target, detail, f"{base}/enabled is 1", remedy
             )
             found.append(blocker)
+        elif name not in known:
+            # By an alternative name, or by a MAC address (net/core/netpoll.c, netpoll_setup).
+            sight.miss(base, f"a console over the network runs over {name}, whatever that is")
     return found
 
 

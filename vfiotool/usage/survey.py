@@ -32,7 +32,7 @@ from vfiotool.usage.layers import stack_on
 from vfiotool.usage.network import interfaces_above, network_usage
 from vfiotool.usage.nodes import node_usage
 from vfiotool.usage.occupied import may_be_used
-from vfiotool.usage.parts import parts_usage
+from vfiotool.usage.parts import netconsoles, parts_usage
 from vfiotool.usage.sight import Sight, Unseen
 from vfiotool.usage.storage import storage_usage
 
@@ -182,6 +182,7 @@ def _vdpa_usage(sight: Sight, name: str, path: str) -> Usage:
         [
             storage_usage(sight, name, path),
             network_usage(sight, _Vdpa(name, path)),
+            Usage(tuple(netconsoles(sight, name, interfaces_above(sight, path)))),
             _open_nodes(sight, name, path, None),
             _server_usage(sight, name),
         ]
