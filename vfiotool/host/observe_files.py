@@ -48,8 +48,9 @@ _SYSPATH = "vfio-device-syspath:"
 # `    0: /dev/nvme0n1` below `UserFiles:` (io_uring/fdinfo.c).
 _REGISTERED = re.compile(r"\s*\d+: (.+)")
 _TRIES = 5
-# include/uapi/linux/io_uring.h: where a ring's entries are mapped, once for each ring.
-_IORING_OFF_SQES = 0x10000000
+# include/uapi/linux/io_uring.h: the parts of a ring that are mapped, each once for a ring; which of
+# them, is up to the program.
+_RING_PARTS = (0, 0x8000000, 0x10000000)
 # include/linux/ioport.h: a region of memory, not of ports.
 _IORESOURCE_MEM = 0x200
 
@@ -270,7 +271,7 @@ def _registered(pid: int, table: str, number: str, looked: _Nodes) -> Iterator[N
 
 def _mapped(pid: int, looked: _Nodes) -> Iterator[Node]:
     """Nodes that are mapped, though their descriptors may be closed."""
-    task, rings = living(pid), 0
+    task, parts = living(pid), dict.fromkeys(_RING_PARTS, 0)
     with open(f"{PROC}/{task}/maps", encoding="utf-8", errors="backslashreplace") as file:
         lines = file.read().splitlines()
     for line in lines:
@@ -281,7 +282,8 @@ def _mapped(pid: int, looked: _Nodes) -> Iterator[Node]:
         if called == _VFIO_DEVICE:
             yield called, "?"
         elif called == _IO_URING:
-            rings += int(offset, 16) == _IORING_OFF_SQES
+            if int(offset, 16) in parts:
+                parts[int(offset, 16)] += 1
         elif called.startswith("/"):
             try:
                 yield from _mapping(task, span, offset, (f"{number} {inode}", called), looked)
@@ -290,6 +292,7 @@ def _mapped(pid: int, looked: _Nodes) -> Iterator[Node]:
                 if error.errno not in GONE:
                     raise
     # A ring lives on while it is mapped, and with it what is registered with it.
+    rings = max(parts.values())
     if rings and rings > _rings(pid):
         looked.unknown.add(f"the files registered with io_uring by pid {pid}, which closed it")
 
