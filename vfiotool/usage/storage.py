@@ -146,6 +146,10 @@ def _passed_through(host: Sight, address: str, path: str) -> list[Blocker]:
     return found
 
 
+# The attribute of a heartbeat's region that names its disk.
+_ITS_DISK = "dev"
+
+
 def _heartbeats(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Use]:
     """Disks that a cluster's heartbeat is written to, without a claim and by no process.
 
@@ -158,7 +162,7 @@ def _heartbeats(host: Sight, address: str, layers: tuple[Layer, ...]) -> list[Us
     found = []
     for cluster in host.listdir(SYS_CLUSTERS):
         for region in host.listdir(f"{SYS_CLUSTERS}/{cluster}/heartbeat"):
-            evidence = f"{SYS_CLUSTERS}/{cluster}/heartbeat/{region}/dev"
+            evidence = f"{SYS_CLUSTERS}/{cluster}/heartbeat/{region}/{_ITS_DISK}"
             layer = names.get((host.read(evidence) or "").replace("/", "!"))
             if layer is not None:
                 detail = f"{chain_text(layer)} has the heartbeat of the cluster {cluster} (OCFS2)"
