@@ -40,6 +40,7 @@ HEADERS = (
     "virtio/block.h",
     "virtio/limits.h",
     "virtio/worker.h",
+    "virtio/signal.h",
     "virtio/direct.h",
 )
 # Of the C library's own headers, as far as ours mention it.

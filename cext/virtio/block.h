@@ -50,6 +50,11 @@ void vt_disk_close(struct vt_disk *disk);
 /* Change the size that requests are checked against: after the image was resized. */
 void vt_disk_resize(struct vt_disk *disk, uint64_t size);
 
+/* With `mute`, have no driver of a disk signalled any more: the interrupt of one blocks, and each of its
+ * queues would hold its worker up by as much. Workers do that; control ends the driver, and undoes it. */
+void vt_disk_mute(struct vt_disk *disk, bool mute);
+bool vt_disk_is_muted(const struct vt_disk *disk);
+
 void vt_disk_figures(const struct vt_disk *disk, struct vt_disk_figures *figures);
 
 /* How the driver of one queue's device uses the disk. */

@@ -137,6 +137,16 @@ void vt_disk_resize(struct vt_disk *disk, uint64_t size)
 	__atomic_store_n(&disk->size, size, __ATOMIC_RELEASE);
 }
 
+void vt_disk_mute(struct vt_disk *disk, bool mute)
+{
+	__atomic_store_n(&disk->muted, mute, __ATOMIC_RELEASE);
+}
+
+bool vt_disk_is_muted(const struct vt_disk *disk)
+{
+	return __atomic_load_n(&disk->muted, __ATOMIC_ACQUIRE);
+}
+
 void vt_disk_figures(const struct vt_disk *disk, struct vt_disk_figures *figures)
 {
 	const uint64_t *from = (const uint64_t *)&disk->figures;

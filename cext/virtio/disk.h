@@ -15,6 +15,7 @@ struct vt_disk {
 	uint64_t offset, size;
 	uint64_t mapped; /* bytes at `memory` */
 	bool read_only, discard;
+	bool muted;      /* by workers and control */
 	char id[VT_BLK_ID_BYTES];
 	struct vt_disk_figures figures;
 };

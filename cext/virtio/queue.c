@@ -242,7 +242,8 @@ static int run_set_call(struct vt_command *command)
 		close(queue->call_fd);
 	queue->call_fd = *fd;
 	/* A signal may have gone to the old one. */
-	vt_queue_signal(queue);
+	if (!queue->broken)
+		vt_queue_signal(queue);
 	return 0;
 }
 

@@ -170,6 +170,11 @@ static bool add_one(int fd)
 	return write(fd, &one, sizeof(one)) >= 0 || errno != EINTR;
 }
 
+const char *vt_signal_blocks(void)
+{
+	return VT_SIGNAL_BLOCKS;
+}
+
 bool vt_signal(int fd)
 {
 	bool done;

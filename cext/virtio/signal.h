@@ -16,5 +16,6 @@ bool vt_signal(int fd);
 
 /* What a queue that was signalled in vain says of itself. */
 #define VT_SIGNAL_BLOCKS "its driver's interrupt blocks"
+const char *vt_signal_blocks(void);
 
 #endif

@@ -47,6 +47,17 @@ void vt_count(uint64_t *counter)
 	__atomic_store_n(counter, *counter + 1, __ATOMIC_RELAXED);
 }
 
+/* Return: false if it blocks, or another of the disk's driver did. */
+static bool tell(struct vt_queue *queue, int fd)
+{
+	if (fd < 0)
+		return true;
+	if (!vt_disk_is_muted(queue->disk) && vt_signal(fd))
+		return true;
+	vt_disk_mute(queue->disk, true);
+	return false;
+}
+
 void vt_queue_signal(struct vt_queue *queue)
 {
 	if (queue->call_is_vduse) {
@@ -54,7 +65,7 @@ void vt_queue_signal(struct vt_queue *queue)
 		if (queue->call_fd < 0 ||
 		    vt_ioctl(queue->call_fd, INJECT_IRQ, &queue->call_index) < 0)
 			return;
-	} else if (!vt_signal(queue->call_fd)) {
+	} else if (!tell(queue, queue->call_fd)) {
 		close(queue->call_fd);
 		queue->call_fd = -1;
 		vt_queue_breaks(queue, VT_SIGNAL_BLOCKS);
@@ -68,7 +79,7 @@ void vt_queue_breaks(struct vt_queue *queue, const char *why)
 	if (queue->kick_fd >= 0)
 		epoll_ctl(queue->worker->epoll, EPOLL_CTL_DEL, queue->kick_fd, NULL);
 	__atomic_store_n(&queue->broken, why, __ATOMIC_RELEASE);
-	vt_signal(queue->error_fd);
+	tell(queue, queue->error_fd);
 }
 
 void vt_queue_wake(struct vt_queue *queue)

@@ -36,6 +36,16 @@ def _guest_memory(memory: MemoryMap) -> GuestMemory:
     return GuestMemory(_address(memory.handle), views)
 
 
+def signal(descriptor: int) -> bool:
+    """Add 1 to a driver's eventfd. False if that blocks: nobody should signal it again."""
+    return bool(lib.vt_signal(descriptor))
+
+
+def signal_blocks() -> str:
+    """What a queue that was signalled in vain says of itself."""
+    return str(ffi.string(lib.vt_signal_blocks()).decode())
+
+
 def _giver(handle: Any) -> Any:
     return lambda _: lib.vt_memory_put(handle)
 

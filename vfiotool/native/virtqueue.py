@@ -192,6 +192,14 @@ class RawDisk:
     def resize(self, size: int) -> None:
         lib.vt_disk_resize(self.handle, size)
 
+    @property
+    def is_muted(self) -> bool:
+        """Whether a driver's interrupt blocked: none is signalled any more until `unmute`."""
+        return bool(lib.vt_disk_is_muted(self.handle))
+
+    def unmute(self) -> None:
+        lib.vt_disk_mute(self.handle, False)
+
     def figures(self) -> DiskFigures:
         values = ffi.new("struct vt_disk_figures *")
         lib.vt_disk_figures(self.handle, values)

@@ -257,6 +257,12 @@ class BlockDisk:
         else:
             memory.close()
 
+    def held_up(self) -> bool:
+        return self.raw.is_muted
+
+    def forgive(self) -> None:
+        self.raw.unmute()
+
     def write_config(self, offset: int, data: bytes) -> None:
         raise UsageError("no field of a disk's configuration can be written")
 

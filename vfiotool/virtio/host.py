@@ -11,11 +11,10 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from vfiotool.errors import UsageError, VfiotoolError
-from vfiotool.native.direct import DirectQueue, QueueRequest
+from vfiotool.native.direct import DirectQueue, QueueRequest, signal, signal_blocks
 from vfiotool.native.virtqueue import MemoryMap, MemoryRegion, Worker, WrittenPages
 from vfiotool.virtio.device import VirtioDevice
 from vfiotool.virtio.served import QueueStart
@@ -192,14 +191,16 @@ class _LoopQueue:
             self._broken = why
             if self._kick is not None:
                 self.host.loop.remove_reader(self._kick)
-            if self._error is not None:
-                with suppress(OSError):
-                    os.eventfd_write(self._error, 1)
+            blocks = self.host.blocked
+            blocks |= self._error is not None and not blocks and not signal(self._error)
+            self.host.blocked = blocks or why == signal_blocks()
 
     async def _stop(self) -> int:
         """Drain and end. What does not end in time is failed, or left to the in-flight log."""
         if self._kick is not None:
             self.host.loop.remove_reader(self._kick)
+        if self._broken is None and (why := self.direct.broken()):
+            self._break(why)
         self._broken = self._broken or "stopped"
         ends = self.host.loop.time() + DRAIN_S
         # Those before the fault of a ring that broke were fetched too, but nobody has them.
@@ -260,6 +261,7 @@ class DeviceHost:
         self.report = report
         self.loop = asyncio.get_running_loop()
         self.running: dict[int, _LoopQueue] = {}
+        self.blocked = False
         self.changed: Callable[[], None] = lambda: None
         device._take = self.take
         if device.config is not None:
@@ -293,6 +295,12 @@ class DeviceHost:
 
     def leave(self, memory: MemoryMap) -> None:
         memory.close()
+
+    def held_up(self) -> bool:
+        return self.blocked
+
+    def forgive(self) -> None:
+        self.blocked = False
 
     def start_queue(
         self, _workers: list[Worker], index: int, features: int, start: QueueStart

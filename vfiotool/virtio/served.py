@@ -90,6 +90,12 @@ class ServedDevice(Protocol):
         """A driver's memory, before a queue has it: for what moves data by itself. Raises
         KernelError where there is no room for it; the map stays the caller's then."""
 
+    def held_up(self) -> bool:
+        """Whether its driver made a thread of ours wait, by an interrupt that blocks."""
+
+    def forgive(self) -> None:
+        """`held_up` no more: that driver is gone."""
+
     def leave(self, memory: MemoryMap) -> None:
         """Close a map that `reach` was given and that no queue is to use any more."""
 

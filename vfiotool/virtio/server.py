@@ -26,6 +26,7 @@ from vfiotool.virtio.balance import next_move
 from vfiotool.virtio.block import BlockDisk
 from vfiotool.virtio.exports import ExportSettings, GroupSettings
 from vfiotool.virtio.message import ProtocolError, Receiver
+from vfiotool.virtio.offences import Offences
 from vfiotool.virtio.served import ServedDevice
 from vfiotool.virtio.shares import Groups
 from vfiotool.virtio.vduse_service import VduseService
@@ -69,6 +70,7 @@ class Export:
         self.path = path
         self.service = service
         self.connections: list[Connection] = []
+        self.offences = Offences()
         self.rate, self.weight = UNLIMITED, WEIGHT
         self.group: str | None = None
 
@@ -98,8 +100,18 @@ def open_export(settings: ExportSettings, *, lasting: bool = False) -> Export:
 class Server:
     """Exports and the workers that serve them. Use as a context manager."""
 
-    def __init__(self, *, threads: int = 1, poll_us: int = 0, report: Report = _to_stderr) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int = 1,
+        poll_us: int = 0,
+        report: Report = _to_stderr,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.report = report
+        self._clock = clock
+        # Exports that take no connection for a while.
+        self._waiting: dict[str, Export] = {}
         self._selector = selectors.DefaultSelector()
         self.exports: dict[str, Export] = {}
         self._ending = False
@@ -133,9 +145,8 @@ class Server:
                 raise
             self.exports[export.name] = export
             return
-        assert export.listener is not None
         self.exports[export.name] = export
-        self._selector.register(export.listener, selectors.EVENT_READ, lambda: self._accept(export))
+        self._listen(export)
 
     def limit(self, name: str, rate: Rate, weight: int, group: str | None) -> None:
         """Change what a disk's export may do, at once and without disturbing it."""
@@ -157,10 +168,11 @@ class Server:
     def remove(self, name: str, *, unlink: bool = True) -> None:
         """Serve an export no more: its connections end after what they have in flight."""
         export = self.exports.pop(name)
-        for connection in list(export.connections):
-            self._disconnect(export, connection)
+        while export.connections:
+            self._drop(export, export.connections[-1])
         if export.listener is not None:
-            self._selector.unregister(export.listener)
+            if self._waiting.pop(name, None) is None:
+                self._selector.unregister(export.listener)
             export.listener.close()
         if export.path is not None and unlink:
             with suppress(OSError):
@@ -187,12 +199,30 @@ class Server:
         balanced = time.monotonic()
         while not self._ending and self.exports:
             # One worker has nothing to give away, and needs no clock.
-            patience = _BALANCE_S if len(self.workers) > 1 and self._running() else None
-            for key, _ in self._selector.select(patience):
+            balances = len(self.workers) > 1 and bool(self._running())
+            for key, _ in self._selector.select(self._patience(balances)):
                 key.data()
-            if patience is not None and time.monotonic() - balanced >= _BALANCE_S:
+            self._listen_again()
+            if balances and time.monotonic() - balanced >= _BALANCE_S:
                 self.balance(time.monotonic() - balanced)
                 balanced = time.monotonic()
+
+    def _patience(self, balances: bool) -> float | None:
+        """For how long there is nothing to do but what sockets say."""
+        now = self._clock()
+        times = [export.offences.until - now for export in self._waiting.values()]
+        return max(0.0, min([*times, *[_BALANCE_S] * balances])) if times or balances else None
+
+    def _listen_again(self) -> None:
+        """Take connections of exports that have waited long enough."""
+        for export in list(self._waiting.values()):
+            if export.offences.until <= self._clock():
+                del self._waiting[export.name]
+                self._listen(export)
+
+    def _listen(self, export: Export) -> None:
+        assert export.listener is not None
+        self._selector.register(export.listener, selectors.EVENT_READ, lambda: self._accept(export))
 
     def _running(self) -> list[ServedQueue]:
         """The queues that workers serve."""
@@ -264,7 +294,7 @@ class Server:
             self._actions.pop(0)()
 
     def _accept(self, export: Export) -> None:
-        if export.listener is None:
+        if export.listener is None or export.name in self._waiting:
             return
         try:
             connection, _ = export.listener.accept()
@@ -307,7 +337,7 @@ class Server:
         paused = list(frontends)
         for export in list(self.exports.values()):
             for connection in list(export.connections):
-                if connection.frontend not in paused:
+                if connection.closed or connection.frontend not in paused:
                     continue
                 try:
                     connection.frontend.resume()
@@ -328,6 +358,8 @@ class Server:
             # Its event came together with the one that ended it.
             return
         try:
+            if export.device.held_up():
+                raise ProtocolError("its driver's interrupt blocks")
             message = connection.receiver.receive()
             if message is None:
                 return
@@ -360,6 +392,20 @@ class Server:
             del self.exports[export.name]
 
     def _disconnect(self, export: Export, connection: Connection) -> None:
+        self._drop(export, connection)
+        if not export.device.held_up():
+            return
+        # Those beside it are the same tenant's.
+        while export.connections:
+            self._drop(export, export.connections[-1])
+        export.device.forgive()
+        if export.listener is not None:
+            wait_s = export.offences.note(self._clock())
+            self._selector.unregister(export.listener)
+            self._waiting[export.name] = export
+            self.report(f"{export.name}: its driver held up others: no connection for {wait_s:g} s")
+
+    def _drop(self, export: Export, connection: Connection) -> None:
         connection.closed = True
         export.connections.remove(connection)
         self._selector.unregister(connection.socket)
