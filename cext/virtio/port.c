@@ -121,6 +121,7 @@ int vt_port_open(const struct vt_port_settings *settings, struct vt_port **port)
 	struct vt_nvme_counters counters;
 	struct vt_port *made;
 	uint32_t page = settings->page_size;
+	bool deaf;
 
 	*port = NULL;
 	if (page < 4096 || page & (page - 1) || settings->bounce_bytes < page ||
@@ -139,10 +140,10 @@ int vt_port_open(const struct vt_port_settings *settings, struct vt_port **port)
 	made->bounces = calloc(settings->bounces, sizeof(*made->bounces));
 	made->settings.event_fd =
 		settings->event_fd < 0 ? -1 : fcntl(settings->event_fd, F_DUPFD_CLOEXEC, 0);
-	if (!made->out || !made->free || !made->bounces ||
-	    (settings->event_fd >= 0 && made->settings.event_fd < 0)) {
+	deaf = settings->event_fd >= 0 && made->settings.event_fd < 0;
+	if (deaf || !made->out || !made->free || !made->bounces) {
 		vt_port_close(made);
-		return settings->event_fd >= 0 && made->settings.event_fd < 0 ? -EMFILE : -ENOMEM;
+		return deaf ? -EMFILE : -ENOMEM;
 	}
 	for (uint32_t i = 0; i < made->depth; i++)
 		made->free[i] = made->depth - 1 - i;

@@ -60,6 +60,7 @@ static int run_start(struct vt_command *command)
 	/* What was made available before we came is announced by nobody. */
 	queue->worked_at = vt_now_ns();
 	queue->window_ns = queue->worker->poll_ns;
+	queue->step = VT_FIRST_STEP;
 	vt_queue_wake(queue);
 	/* Who served it before may have ended between showing a completion and signalling it. */
 	vt_queue_signal(queue);

@@ -263,7 +263,10 @@ static bool work_on(struct vt_worker *worker, struct vt_queue *queue, uint64_t n
 		judge_look(worker, queue, now);
 	if (queue->port && !vt_port_is_busy(queue->port))
 		worker->port_at = now;
+	most = most > queue->step ? queue->step : most;
 	got = vt_serve(worker, queue, most);
+	if (got == queue->step && queue->step < VT_BATCH)
+		queue->step *= 2;
 	account(queue, worker->chains, got, now);
 	worker->since_events += got;
 	queue->worked_at = now;
@@ -278,6 +281,7 @@ static bool visit(struct vt_worker *worker, struct vt_queue *queue, uint64_t now
 	if (vt_ring_waiting(queue->ring))
 		return work_on(worker, queue, now);
 	queue->credit = 0;
+	queue->step = VT_FIRST_STEP;
 	if (now - queue->worked_at < queue->window_ns)
 		return true;
 	shorten_look(worker, queue, now);

@@ -10,6 +10,9 @@
 #include "virtio/worker.h"
 
 #define VT_BATCH 64u
+/* What a queue is given at first after it had nothing: a driver that sleeps is woken by the first of
+ * it, and by the time that it runs there is more to do on both ends. */
+#define VT_FIRST_STEP 16u
 #define VT_ARENA (2u * VT_CHAIN_SEGMENTS)
 #define VT_WORKER_PORTS 16u
 
@@ -34,6 +37,7 @@ struct vt_queue {
 	bool parked;            /* its limits let it do nothing before: */
 	uint64_t due;
 	uint32_t size;
+	uint32_t step;          /* what it is given at once, twice as much each time */
 	uint64_t window_ns;     /* how long, after its last work */
 	uint64_t worked_at;
 	uint64_t look_at;       /* when it is looked at again, if that did harm; or 0 */
