@@ -269,7 +269,7 @@ static void wake(struct waiter *other)
 static struct waiter *open_one(SharedCalls *self, int any)
 {
 	for (struct waiter *one = self->sleeping; one; one = one->next) {
-		if (any || PyDict_Contains(self->results, one->number)) {
+		if (any || PyDict_Contains(self->results, one->number) == 1) {
 			remove_waiter(self, one);
 			self->arriving++;
 			__atomic_store_n(&one->open, 1, __ATOMIC_RELEASE);
@@ -309,10 +309,14 @@ static int waits(const SharedCalls *self, PyObject *number, uint64_t until)
 static int lead(SharedCalls *self, PyObject *number, uint64_t until, struct waiter **other)
 {
 	uint64_t since = now_ns();
-	int able;
+	int able = 1;
 
 	self->leading = 1;
-	while ((able = look_and_tell(self)) == 1 && waits(self, number, until)) {
+	/* Before each look: whoever ran meanwhile may have the lock now, or be another user. */
+	while (able == 1 && waits(self, number, until)) {
+		able = look_and_tell(self);
+		if (able != 1 || PyDict_Contains(self->results, number))
+			break;
 		*other = open_one(self, 0);
 		if (*other)
 			break;
@@ -365,7 +369,8 @@ static PyObject *end(SharedCalls *self, PyObject *const *arguments, Py_ssize_t c
 		if (look_and_tell(self) < 0)
 			return NULL;
 		found = PyDict_GetItemWithError(self->results, number);
-		if (!found && count == 2 && arguments[1] == Py_True) {
+		/* A number of another type may be compared by Python: it is not waited for here. */
+		if (!found && count == 2 && arguments[1] == Py_True && PyLong_CheckExact(number)) {
 			if (wait_for(self, number))
 				return NULL;
 			found = PyDict_GetItemWithError(self->results, number);

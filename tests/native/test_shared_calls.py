@@ -7,6 +7,7 @@ import mmap
 import struct
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -341,6 +342,39 @@ def test_who_waits_leaves_when_it_is_shut_or_another_takes_the_lock(rig: Rig) ->
     for thread in threads:
         thread.join(20)
     assert found == {} and not any(thread.is_alive() for thread in threads)
+
+
+def test_who_waits_looks_no_more_once_another_has_the_lock(rig: Rig) -> None:
+    """A reset, say, or the thread that has the queue pair next: what has come is for them."""
+    number, calls, found = rig.begin(), [], []  # type: ignore[var-annotated]
+
+    def wait() -> None:
+        while not found:
+            calls.append(told := rig.shared.end(number, True))
+            if told is not None:
+                found.append(told)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    for _ in range(20):
+        before = len(calls)
+        while len(calls) < before + 2:
+            time.sleep(0)  # so that the thread waits in C again
+        with rig.lock:
+            if rig.answers == 0:
+                rig.answer(0, result=7)
+            before = len(calls)
+            while len(calls) < before + 2 and not found:
+                time.sleep(0)
+            if found or number not in rig.out:
+                break
+            rig.memory[4096:4112] = bytes(16)
+            rig.answers = 0
+    was_taken = bool(found or rig.results)
+    if not was_taken:
+        rig.answer(0, result=7)
+    thread.join(20)
+    assert [told.result for told in found] == [7] and not was_taken
 
 
 def test_an_error_of_who_tells_comes_to_who_waits_and_leaves_the_others_waiting(rig: Rig) -> None:
