@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from tests.models.served import serving
 from vfiotool.cli import lab_rehearse
 from vfiotool.cli.main import main
 from vfiotool.errors import NotFound
-from vfiotool.lab import rehearse_run
+from vfiotool.lab import rehearse_run, twin_run
 from vfiotool.lab.inside import rehearsal as inside
 from vfiotool.lab.inside import vm
 from vfiotool.lab.rehearse import (
@@ -153,7 +154,9 @@ def test_a_command_that_does_not_end_is_given_up(capsys: pytest.CaptureFixture[s
     done = inside.played("slow", inside.program("sleep", "600"), 0.2)
     assert done["exit_code"] is None
     # Here it is a child of ours that ends; in a twin it may wait in the kernel.
-    assert os.waitpid(done["pid"], 0)[0] == done["pid"]
+    # Popen may have done so already.
+    with contextlib.suppress(ChildProcessError):
+        assert os.waitpid(done["pid"], 0)[0] == done["pid"]
     quick = inside.program("sh", "-c", "echo '{}'; exit 3")
     assert inside.played("quick", quick, 60)["exit_code"] == 3
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -219,10 +222,11 @@ def test_the_page_and_its_json(
         return Rehearsal(done, CARD, (f"{CARD}: differs",), findings(done))
 
     monkeypatch.setattr(rehearse_run, "rehearse", played)
+    monkeypatch.setattr(twin_run, "refuse_unready", lambda *_: None)
     words = ["lab", "rehearse", str(policy), "--host", str(HOSTS / "amd-desktop")]
-    assert main([*words, "--fault", "2b:00.0=reset-nothing", "--no-qemu"]) == 1
+    assert main([*words, "--fault", "05:00.0=reset-nothing", "--no-qemu"]) == 1
     asked.pop("report")(done[0])
-    assert asked == {"faults": {CARD: "reset-nothing"}, "qemu": False}
+    assert asked == {"faults": {"0000:05:00.0": "reset-nothing"}, "qemu": False}
     told = capsys.readouterr().out
     assert "As planned" in told and f"A device that does not let go: {CARD}" in told
     assert "On the host this would go wrong" in told and "second-start" in told
@@ -235,3 +239,95 @@ def test_the_page_and_its_json(
     assert main(["lab", "rehearse", str(policy)]) == 0
     assert "taken back as it was" in capsys.readouterr().out
     assert lab_rehearse._SNAPSHOT_LIMIT_S > 0
+
+
+def no_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearse_run, "rehearse", lambda *_, **__: pytest.fail("it boots"))
+    monkeypatch.setattr(twin_run, "running_twin", lambda *_, **__: pytest.fail("it boots"))
+
+
+def rehearse(policy: Path, rules: str, host: str, *more: str) -> int:
+    policy.write_text(f"version = 1\n{rules}")
+    return main(["lab", "rehearse", str(policy), "--host", str(HOSTS / host), *more])
+
+
+@pytest.mark.parametrize(
+    ("faults", "code", "said"),
+    [
+        (("00:1f.2=gone",), 3, "0000:00:1f.2 is not played by a model in the twin"),
+        (("nonsense=gone",), 3, "not played by a model"),
+        (("05:00.0=gone", "0000:05:00.0=mute"), 2, "0000:05:00.0 has two of them, gone and mute"),
+        (("05:00.0=hangs",), 2, "is not DEVICE=FAULT"),
+    ],
+)
+def test_a_fault_that_cannot_be_is_refused_before_anything_boots(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    faults: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    no_boot(monkeypatch)
+    words = [word for fault in faults for word in ("--fault", fault)]
+    assert rehearse(tmp_path / "p.toml", "", "amd-desktop", *words) == code
+    told = capsys.readouterr().err
+    assert said in told and "boots" not in told
+
+
+def test_a_kernel_that_cannot_be_had_is_told_before_anything_boots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_boot(monkeypatch)
+    kernel = ("--kernel", "/no/such/kernel")
+    assert rehearse(tmp_path / "p.toml", "", "amd-desktop", *kernel) == 3
+    assert main(["lab", "twin", *kernel, str(HOSTS / "amd-desktop")]) == 3
+    told = capsys.readouterr().err
+    assert "no kernel named /no/such/kernel" in told
+    assert "boots" not in told and "twin: host-bridge" not in told
+
+
+def test_an_option_behind_the_snapshot_is_not_taken_for_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_boot(monkeypatch)
+    assert main(["lab", "twin", str(HOSTS / "amd-desktop"), "--plan"]) == 2
+    assert "--plan" in capsys.readouterr().err
+
+
+def test_a_policy_that_matches_nothing_on_the_host_boots_no_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_boot(monkeypatch)
+    rules = '[[device]]\nmatch = { address = "0000:77:00.0" }\n'
+    assert rehearse(tmp_path / "p.toml", rules, "amd-desktop") == 1
+    told = capsys.readouterr()
+    assert "no twin has to boot" in told.err
+    assert "the policy: no-match:" in told.out and "0000:77:00.0" in told.out
+
+
+def test_a_policy_for_what_the_twin_cannot_have_boots_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the twin it would match nothing, which says nothing of the host."""
+    no_boot(monkeypatch)
+    host = read_twin_host(str(HOSTS / "vfs-enabled"))
+    plan = plan_twin(host)
+    lost = next(one.address for one in host.functions if one.address not in plan.addresses)
+    monkeypatch.setattr(lab_rehearse, "planned", lambda _: (host, plan))
+    rules = f'[[device]]\nmatch = {{ address = "{lost}" }}\n'
+    assert rehearse(tmp_path / "p.toml", rules, "vfs-enabled") == 3
+    told = capsys.readouterr().err
+    assert f"the twin cannot have {lost}" in told and "boots" not in told
+
+
+def test_refusals_on_the_host_are_told_before_the_twin_boots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(twin_run, "refuse_unready", lambda *_: None)
+    monkeypatch.setattr(rehearse_run, "rehearse", lambda *_, **__: Rehearsal(()))
+    rules = '[[device]]\nmatch = { address = "0000:05:00.0" }\ngroup = "whole"\n'
+    assert rehearse(tmp_path / "p.toml", rules, "amd-desktop") == 0
+    told = capsys.readouterr().err
+    assert "on that host apply refuses: 0000:02:00.1" in told
+    assert told.index("refuses") < told.index("boots")

@@ -53,6 +53,7 @@ PAGE = BarSpec(0, 4096)
         ({"msix": 4}, "`msix_bar` is 0, and there is no such BAR"),
         (bars(PAGE, msix=4, msix_bar=2), "`msix_bar` is 2"),
         (bars(PAGE, msix=4, msix_offset=4), "`msix_offset` is a multiple of 8"),
+        (bars(PAGE, msix=4, msix_offset="8"), "`msix_offset` is a multiple of 8, not '8'"),
         (bars(PAGE, msix=4, msix_offset=8192), "no room for 4 MSI-X vectors"),
         (bars(BarSpec(0, 4096, registers=Registers), msix=4), "lies over register first"),
     ],
@@ -208,3 +209,114 @@ def test_a_dma_fault_that_a_handler_takes_is_none_of_the_server_s() -> None:
     with opened(Careful()) as device:
         device.region(0).write32(4, 0x1000)
         assert device.region(0).read32(0) == 9
+
+
+def test_what_an_author_says_of_a_bar_is_looked_at_where_it_is_said() -> None:
+    for wrong in (
+        {"index": "0"},
+        {"size": 4096.0},
+        {"size": None},
+        {"registers": dict},
+        {"registers": Register(0)},
+        {"shared": Area(0, 4096)},
+        {"shared": ((0, 4096),)},
+    ):
+        with pytest.raises(UsageError, match="BAR"):
+            BarSpec(**{"index": 0, "size": 4096, **wrong})
+    for mark in (reads, writes):
+        for name in ("status", Registers, lambda self: 0):
+            with pytest.raises(UsageError, match=f"{mark.__name__}.*a handler is of a register"):
+                mark(name)
+
+
+class Small(Model):
+    bars = (BarSpec(0, 32),)
+    msi = 2
+
+
+def test_what_is_not_there_is_named_with_what_there_is() -> None:
+    model = Small()
+    for reach in (
+        lambda: model.bar(3),
+        lambda: model.get(Registers.first, bar=3),
+        lambda: model.set(Registers.first, 1, bar=3),
+        lambda: model.read(3, 0, 4),
+        lambda: model.write(3, 0, 0, 4),
+    ):
+        with pytest.raises(UsageError, match="Small has no BAR 3; declared: 0"):
+            reach()
+    for reach in (lambda: model.get(Registers.last), lambda: model.set(Registers.last, 1)):
+        with pytest.raises(UsageError, match="register last at 0x20 is not within BAR 0"):
+            reach()
+    for vector in (2, -1):
+        with pytest.raises(UsageError, match=f"Small: vector {vector} of 2; 0 is the first"):
+            model.interrupt(vector)
+    with pytest.raises(UsageError, match="'hang' is not a fault of a reset"):
+        model.faults.reset = "hang"  # type: ignore[assignment]
+    model.close()
+
+
+def test_a_vector_that_is_not_on_is_named_with_its_device_and_those_that_are() -> None:
+    with opened(Small()) as device:
+        irqs = device.irqs.msi(2)
+        with pytest.raises(UsageError, match=r"msi 2 of vfio-user:.*: 2 of its 2 vectors are on"):
+            irqs[2]
+        assert [one.vector for one in irqs] == [0, 1] and irqs[-1].vector == 1
+        assert irqs[1] in irqs and [one.vector for one in reversed(irqs)] == [1, 0]
+
+
+def test_what_is_used_before_the_model_is_made_is_said() -> None:
+    class Early(Model):
+        bars = (BarSpec(0, 4096, registers=Registers),)
+
+        def __init__(self, use: str) -> None:
+            if use == "set":
+                self.set(Registers.first, 1)
+            getattr(self, use)
+            super().__init__()
+
+    for use in ("set", "lock", "faults", "config", "memory"):
+        with pytest.raises(UsageError, match=r"Early: `.*` is used before super\(\).__init__"):
+            Early(use)
+    with pytest.raises(AttributeError, match="'Early' object has no attribute 'misspelt'"):
+        Early("misspelt")
+    assert not hasattr(Early("vendor"), "misspelt")
+
+
+def test_only_an_instance_of_a_model_is_served() -> None:
+    for wrong, said in ((Small, "the class Small"), ("card", "'card'"), (None, "None")):
+        with pytest.raises(UsageError, match=f"{said} is not a model"):
+            server.ModelServer(wrong, "/nowhere")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gave", [None, "7", 1.5])
+def test_what_a_model_s_code_gives_for_a_read_is_a_number(gave: Any) -> None:
+    class Silent(Model):
+        bars = (BarSpec(0, 4096),)
+
+        def read(self, bar: int, offset: int, width: int) -> int:
+            return gave  # type: ignore[no-any-return]
+
+    said: list[str] = []
+    for model, giver in ((Silent(), "read"), (Small(), "faults.lie")):
+        if giver == "faults.lie":
+            model.faults.lie = lambda bar, _offset, _width, value: value if bar else gave
+        with (
+            serving(model, report=said.append) as served,
+            Device.open(served.name) as device,
+            pytest.raises(KernelError),
+        ):
+            device.region(0).read32(0)
+        assert any(f"`{giver}` gave {type(gave).__name__}, not a number" in one for one in said)
+
+
+def test_a_number_that_is_too_large_for_a_read_is_cut() -> None:
+    class Large(Model):
+        bars = (BarSpec(0, 4096),)
+
+        def read(self, bar: int, offset: int, width: int) -> int:
+            return -1 if offset else 0x1_2345_6789
+
+    with opened(Large()) as device:
+        assert device.region(0).read32(0) == 0x23456789
+        assert device.region(0).read32(4) == 0xFFFFFFFF

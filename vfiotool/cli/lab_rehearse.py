@@ -8,14 +8,14 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import wants_json
 from vfiotool.cli.lab_twin import KernelOption, asked_here, planned
-from vfiotool.errors import KernelError, UsageError
+from vfiotool.errors import KernelError, NotFound, UsageError
 from vfiotool.lab.kernels import catalogue as kernels
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from vfiotool.lab.twin_plan import TwinPlan
 
 _SNAPSHOT_LIMIT_S = 120.0
+# The errors of a plan that are the policy's own: no device is as it says, or several are.
+_MATCHES_NOTHING = ("not-found", "ambiguous")
+_MOST_TOLD = 3
 
 
 def rehearse(
@@ -62,33 +65,65 @@ def rehearse(
     something.
     """
     from vfiotool.lab import rehearse_run
+    from vfiotool.lab.twin_run import refuse_unready
 
+    faults = _faults(fault or [])
     try:
         text = policy.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{policy} cannot be read: {error}") from error
-    faults = dict(map(_fault, fault or []))
     begun = time.monotonic()
     with ExitStack() as stack:
         snapshot = host or _snapshot_of_this_machine(stack)
         original, plan = planned(snapshot)
-        _check(policy, snapshot)
-        output.say(f"rehearse: a twin of {host or 'this machine'} boots")
-        played = rehearse_run.rehearse(
-            original, plan, text, kernel, faults=faults, qemu=qemu, report=_progress
-        )
+        rehearse_run.refuse_faults(plan, faults)
+        told = _asked(policy, snapshot)
+        if "error" in told:
+            output.say("rehearse: no twin has to boot: on that host nothing would be done")
+            played = rehearse_run.unplayed(told)
+        else:
+            _refuse_what_is_left_out(plan, told)
+            refuse_unready(plan, kernel)
+            output.say(f"rehearse: a twin of {host or 'this machine'} boots")
+            played = rehearse_run.rehearse(
+                original, plan, text, kernel, faults=faults, qemu=qemu, report=_progress
+            )
     _show(context, str(policy), host, plan, played, time.monotonic() - begun)
     return 1 if played.findings else 0
 
 
-def _check(policy: Path, snapshot: str) -> None:
-    """Raises UsageError for a policy with faults: no twin has to boot to find them."""
+def _asked(policy: Path, snapshot: str) -> dict[str, Any]:
+    """The policy's plan on the host itself: no twin has to boot for what is known from that.
+
+    Raises UsageError for a policy with faults; a policy that matches nothing gives its error.
+    """
     told = asked_here(snapshot, "plan", str(policy))
     error = told.get("error")
-    if error and error["kind"] in ("usage", "policy"):
-        raise UsageError(error["message"], hint=error["hint"])
-    if not error and not told.get("steps") and not told.get("refusals"):
+    if error and error["kind"] not in _MATCHES_NOTHING:
+        kind = UsageError if error["kind"] in ("usage", "policy") else KernelError
+        raise kind(error["message"], hint=error["hint"])
+    refusals = told.get("refusals", [])
+    for row in refusals[:_MOST_TOLD]:
+        output.say(f"rehearse: on that host apply refuses: {row['device']}: {row['detail']}")
+    if not error and not told.get("steps") and not refusals:
         output.say("rehearse: on that host the policy holds already, or is about nothing")
+    return told
+
+
+def _refuse_what_is_left_out(plan: TwinPlan, told: dict[str, Any]) -> None:
+    """Raises NotFound where the policy takes a device that the twin has not: what it would say of
+    the policy is nothing about the host."""
+    from vfiotool.lab.rehearse import taken
+
+    lost = [one for one in taken(told) if one not in plan.addresses]
+    if lost:
+        why = [line for line in plan.differences if any(one in line for one in lost)]
+        raise NotFound(
+            f"the twin cannot have {', '.join(lost)}, which the policy takes"
+            + "".join(f"; {line}" for line in why[:_MOST_TOLD]),
+            hint="rehearse a policy without them; all that differs: vfiotool lab twin --plan",
+            device=lost[0],
+        )
 
 
 def _progress(one: Done) -> None:
@@ -97,16 +132,22 @@ def _progress(one: Done) -> None:
     output.say(f"rehearse: {one.act}: {one.name}: {said(one)}")
 
 
-def _fault(text: str) -> tuple[str, str]:
+def _faults(texts: list[str]) -> dict[str, str]:
+    """What each device does wrong, by its address. Raises UsageError."""
     from vfiotool.models import FAULT_NAMES
 
-    device, _, name = text.partition("=")
-    if name not in FAULT_NAMES:
-        raise UsageError(
-            f"--fault {text[:60]!r} is not DEVICE=FAULT",
-            hint=f"a device's address, and one of: {', '.join(FAULT_NAMES)}",
-        )
-    return device if device.count(":") > 1 else f"0000:{device}", name
+    found: dict[str, str] = {}
+    for text in texts:
+        device, _, name = text.partition("=")
+        if name not in FAULT_NAMES:
+            raise UsageError(
+                f"--fault {text[:60]!r} is not DEVICE=FAULT",
+                hint=f"a device's address, and one of: {', '.join(FAULT_NAMES)}",
+            )
+        address = (device if device.count(":") > 1 else f"0000:{device}").lower()
+        if found.setdefault(address, name) != name:
+            raise UsageError(f"--fault: {address} has two of them, {found[address]} and {name}")
+    return found
 
 
 def _snapshot_of_this_machine(stack: ExitStack) -> str:

@@ -74,18 +74,24 @@ def twin(
     a policy that takes all of them. Exit code 1: they differ, and no lack of the twin explains it.
     """
     from vfiotool.lab.twin_compare import is_explained
-    from vfiotool.lab.twin_run import running_twin
+    from vfiotool.lab.twin_run import refuse_unready, running_twin
 
+    # What follows the snapshot's name is the command's, and click leaves it as it is.
+    words = command[1:] if command and command[0] == "--" else command
+    if words and words is command and words[0].startswith("-"):
+        raise UsageError(
+            f"{words[0][:40]!r} is not a command: options stand before SNAPSHOT",
+            hint="vfiotool lab twin [OPTIONS] SNAPSHOT -- COMMAND",
+        )
     host, made = planned(snapshot)
     if plan:
         _show_plan(context, made)
         return 0
+    refuse_unready(made, kernel)
     for lack in made.lacks:
         output.say(f"twin: {lack.kind}: {lack.line}")
     with running_twin(host, made, kernel) as running:
-        if command:
-            # What follows the snapshot's name is the command's, and click leaves it as it is.
-            words = command[1:] if command[0] == "--" else command
+        if words:
             return _run(running.guest, words, timeout)
         found = compare_with(running.guest, snapshot, made)
     told = [one for one in found if not is_explained(one, made.lacks)]

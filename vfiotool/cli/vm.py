@@ -105,9 +105,9 @@ def check(
     wanted = WantedGuest(size, vcpus, hypervisor, iommufd, viommu)
     host, inventory, chosen = chosen_devices(context, devices)
     token = find_token(host, chosen, vf_token)
-    found = preflight.check(host, inventory, chosen, wanted, token)
+    told = preflight.examine(host, inventory, chosen, wanted, token)
+    found, notes = told.findings, list(told.notes)
     ready = all(item.severity != BLOCKER for item in found)
-    notes = [note for device in chosen for note in preflight.notes(host, inventory, device)]
     if wants_json(context):
         payload = {"ready": ready, "findings": [item.as_json() for item in found], "notes": notes}
         output.emit(payload)

@@ -121,9 +121,8 @@ def require_ready(
     if host.live:
         preflight.require_ready(host, inventory, chosen, vf_token)
         return
-    for device in chosen:
-        for finding in preflight.findings(host, inventory, device, vf_token):
-            output.warn(f"vfiotool: {device.name} is not ready there: {finding.detail}")
+    for finding in preflight.findings_of(host, inventory, chosen, vf_token):
+        output.warn(f"vfiotool: {finding.device} is not ready there: {finding.detail}")
 
 
 def find_token(host: Host, devices: list[Handed], given: str | None) -> str | None:

@@ -14,6 +14,7 @@ from vfiotool.lab.guest import Guest
 from vfiotool.lab.inside import rehearsal as inside
 from vfiotool.lab.rehearse import (
     ACTS,
+    NOT_FOUND,
     Done,
     Rehearsal,
     findings,
@@ -33,6 +34,24 @@ _PART_LIMIT_S = 600.0
 _IN_A_TWIN = {"reset-hangs": "reset-lost"}
 
 
+def refuse_faults(plan: TwinPlan, faults: Mapping[str, str]) -> None:
+    """Raises NotFound for a fault of a device that no model plays in the twin."""
+    played = sorted(one.original.address for one in plan.replays)
+    for address in faults:
+        if address not in played:
+            raise NotFound(
+                f"{address} is not played by a model in the twin: it can have no fault",
+                hint=f"played are: {', '.join(played) or 'none'}",
+            )
+
+
+def unplayed(planned: Any) -> Rehearsal:
+    """The rehearsal of a policy that matches nothing on the host: `planned` is what `plan --json`
+    said of it there."""
+    done = (Done(ACTS[0], "plan", NOT_FOUND, found=planned),)
+    return Rehearsal(done, findings=findings(done))
+
+
 def rehearse(
     host: TwinHost,
     plan: TwinPlan,
@@ -49,12 +68,7 @@ def rehearse(
     Raises what `running_twin` raises, NotFound for a fault of a device that is none of the twin's,
     KernelError.
     """
-    for address in faults or {}:
-        if address not in {one.original.address for one in plan.replays}:
-            raise NotFound(
-                f"{address} is not played by a model in the twin: it can have no fault",
-                hint="vfiotool lab twin --plan SNAPSHOT",
-            )
+    refuse_faults(plan, faults or {})
     with running_twin(host, plan, kernel) as twin:
         return _Play(twin, plan, qemu, report).play(policy, faults or {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -143,6 +144,12 @@ def played(replay: Replay) -> Model:
     model.serial = (one.serial or one.address).encode()[:20]
     model.has_reset = True
     return model
+
+
+def refuse_unready(plan: TwinPlan, kernel: str) -> None:
+    """Raises what `Guest` raises of a kernel, a QEMU or a machine that cannot be had; nothing is
+    started."""
+    Guest(twin_machine(plan, {one.original.address: os.devnull for one in plan.replays}), kernel)
 
 
 @contextmanager

@@ -35,6 +35,16 @@ class BarSpec:
     shared: tuple[Area, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.index, int) or not isinstance(self.size, int):
+            raise UsageError(f"BAR {self.index!r} of {self.size!r} bytes: both are numbers")
+        kind = self.registers
+        if kind is not None and not (isinstance(kind, type) and issubclass(kind, RegisterMap)):
+            raise UsageError(
+                f"BAR {self.index}: `registers` is a RegisterMap's class, not {kind!r}"
+            )
+        shared = self.shared
+        if not isinstance(shared, tuple) or not all(isinstance(one, Area) for one in shared):
+            raise UsageError(f"BAR {self.index}: `shared` is a tuple of Area, not {shared!r}")
         last = 4 if self.wide else 5
         if not 0 <= self.index <= last or self.size < 4 or self.size & (self.size - 1):
             raise UsageError(
@@ -73,6 +83,10 @@ def writes(register: Register) -> Callable[[Handler], Handler]:
 
 
 def _handles(kind: str, register: Register) -> Callable[[Handler], Handler]:
+    if not isinstance(register, Register):
+        word = kind.removeprefix("_")
+        raise UsageError(f"{word}({register!r}): a handler is of a register: @{word}(Map.register)")
+
     def mark(method: Handler) -> Handler:
         setattr(method, kind, (*getattr(method, kind, ()), register))
         return method
@@ -102,12 +116,22 @@ class Bar:
         self._on_write = _handlers(model, "_writes", declared)
 
     def get(self, register: Register) -> int:
-        """What is stored for a register."""
+        """What is stored for a register. Raises UsageError for one that is not within the BAR."""
+        self._refuse_outside(register)
         return self.load(register.offset, register.width)
 
     def set(self, register: Register, value: int) -> None:
-        """Store a register's value, whatever its access is; no handler is called."""
+        """Store a register's value, whatever its access is; no handler is called. Raises UsageError
+        as `get` does."""
+        self._refuse_outside(register)
         self.store(register.offset, value, register.width)
+
+    def _refuse_outside(self, register: Register) -> None:
+        if register.offset + register.width > self.spec.size:
+            raise UsageError(
+                f"register {register.name} at {register.offset:#x} is not within BAR "
+                f"{self.spec.index} of {self.spec.size:#x} bytes"
+            )
 
     def load(self, offset: int, width: int) -> int:
         return int.from_bytes(self.memory[offset : offset + width], "little")

@@ -113,8 +113,8 @@ def _interrupts(model: Declared, bars: Sequence[BarSpec]) -> Iterator[str]:
     if not model.msix:
         return
     first = model.msix_offset
-    if first % 8 or first < 0:
-        yield f"`msix_offset` is a multiple of 8, not {first}"
+    if not isinstance(first, int) or first % 8 or first < 0:
+        yield f"`msix_offset` is a multiple of 8, not {first!r}"
     found = [spec for spec in bars if spec.index == model.msix_bar and not spec.ports]
     if not found:
         yield f"`msix_bar` is {model.msix_bar}, and there is no such BAR of memory for the table"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vfiotool.errors import UsageError
 from vfiotool.models.bar import Bar, BarSpec
@@ -27,6 +27,9 @@ from vfiotool.models.signals import ERR, INTX, MSI, MSIX, REQ, Signals
 from vfiotool.vfio import Register
 
 CONFIG_INDEX, REGION_COUNT = 7, 9
+_MADE = frozenset(
+    ("lock", "faults", "config", "has_reset", "signals", "memory", "closed", "_bars", "_slept")
+)
 
 
 class Model:
@@ -89,6 +92,13 @@ class Model:
         self._lost = False
         self.power_on()
 
+    def __getattr__(self, name: str) -> Any:
+        """What `_make` sets, used before it did."""
+        kind = type(self).__name__
+        if name in _MADE:
+            raise UsageError(f"{kind}: `{name}` is used before super().__init__() was called")
+        raise AttributeError(f"{kind!r} object has no attribute {name!r}", name=name, obj=self)
+
     def interrupt_counts(self) -> tuple[int, ...]:
         """How many interrupts there are of each index, from INTx to REQ."""
         counts = {INTX: int(self.intx), MSI: self.msi, MSIX: self.msix, ERR: 0, REQ: 1}
@@ -98,18 +108,23 @@ class Model:
         """Put the registers into their first state; storage is zero. Also after a reset."""
 
     def bar(self, index: int) -> Bar:
-        return self._bars[index]
+        """A BAR that is declared. Raises UsageError for one that is not."""
+        found = self._bars.get(index)
+        if found is None:
+            there = ", ".join(map(str, self._bars)) or "none"
+            raise UsageError(f"{type(self).__name__} has no BAR {index!r}; declared: {there}")
+        return found
 
     def bar_or_none(self, index: int) -> Bar | None:
         return self._bars.get(index)
 
     def get(self, register: Register, bar: int = 0) -> int:
         """What is stored for a register."""
-        return self._bars[bar].get(register)
+        return self.bar(bar).get(register)
 
     def set(self, register: Register, value: int, bar: int = 0) -> None:
         """Store a register's value, read-only ones too."""
-        self._bars[bar].set(register, value)
+        self.bar(bar).set(register, value)
 
     def fields(self, register: Register, bar: int = 0) -> dict[str, int]:
         """The fields of what is stored for a register."""
@@ -133,7 +148,11 @@ class Model:
 
     def interrupt(self, vector: int = 0) -> None:
         """Signal a vector, by the kind that the client listens to; INTx is asserted until
-        `deassert`. MSI and MSI-X are memory writes: they need Bus Master Enable."""
+        `deassert`. MSI and MSI-X are memory writes: they need Bus Master Enable. What the client
+        has not turned on is lost. Raises UsageError for a vector that is not declared."""
+        most = max(self.signals.counts[MSIX], self.signals.counts[MSI], 1)
+        if not 0 <= vector < most:
+            raise UsageError(f"{type(self).__name__}: vector {vector} of {most}; 0 is the first")
         if self._is_gone():
             return
         for index in (MSIX, MSI):
@@ -166,7 +185,7 @@ class Model:
                 return self._lied(index, offset, data)
             out = bytearray()
             for at, width in pieces(offset, count):
-                out += self.read(index, at, width).to_bytes(width, "little")
+                out += self._number("read", self.read(index, at, width), width)
             return self._lied(index, offset, bytes(out))
 
     def _lied(self, index: int, offset: int, data: bytes) -> bytes:
@@ -174,6 +193,13 @@ class Model:
         if lie is None or width not in (1, 2, 4, 8):
             return data
         value = lie(index, offset, width, int.from_bytes(data, "little"))
+        return self._number("faults.lie", value, width)
+
+    def _number(self, giver: str, value: object, width: int) -> bytes:
+        """What the author's code gave for an access, as bytes; a larger number is cut."""
+        if not isinstance(value, int):
+            gave = type(value).__name__
+            raise UsageError(f"{type(self).__name__}: `{giver}` gave {gave}, not a number")
         return (value & (1 << 8 * width) - 1).to_bytes(width, "little")
 
     def region_write(self, index: int, offset: int, data: bytes) -> None:
@@ -206,11 +232,11 @@ class Model:
 
     def read(self, bar: int, offset: int, width: int) -> int:
         """One aligned access to a BAR; override for a device with rules of its own."""
-        return self._bars[bar].read(offset, width)
+        return self.bar(bar).read(offset, width)
 
     def write(self, bar: int, offset: int, value: int, width: int) -> None:
         """As `read`."""
-        self._bars[bar].write(offset, value, width)
+        self.bar(bar).write(offset, value, width)
 
     def reset(self) -> None:
         """Reset the function, as the faults allow. Raises UsageError where it is to fail."""

@@ -17,7 +17,7 @@ import threading
 from dataclasses import dataclass
 
 from vfiotool.errors import VfiotoolError
-from vfiotool.vfio import UserChannel, UserCommand, user_message
+from vfiotool.vfio import UserChannel, UserCommand, is_sealed, user_message
 
 PAGE = 4096
 _MOST_BITS = 64
@@ -76,13 +76,6 @@ class _Piece:
     file: _File | None
 
 
-def _is_sealed(file: int) -> bool:
-    try:
-        return bool(fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
-    except OSError:
-        return False
-
-
 def _same_file(file: int) -> tuple[int, ...]:
     """What two descriptors have in common that reach the same file in the same way."""
     found = os.fstat(file)
@@ -135,7 +128,7 @@ class ClientMemory:
             file.reach(end)
         else:
             own = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 0)
-            file = _File(key, own, _is_sealed(own))
+            file = _File(key, own, is_sealed(own))
             try:
                 file.reach(end)
             except BaseException:

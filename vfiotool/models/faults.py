@@ -36,11 +36,25 @@ class Faults:
         self.delay_s = 0.0
         self.mute = False
         self.gone = False
-        self.reset: ResetFault = "none"
+        self._reset: ResetFault = "none"
         self.d3_gone = False
         self.lie: Callable[[int, int, int, int], int] | None = None
         # Set when the server ends: what hangs is let go.
         self.released = threading.Event()
+
+    @property
+    def reset(self) -> ResetFault:
+        """What a reset does wrong. Setting it raises UsageError for what is not one of them."""
+        return self._reset
+
+    @reset.setter
+    def reset(self, what: ResetFault) -> None:
+        if what not in get_args(ResetFault):
+            raise UsageError(
+                f"{what!r} is not a fault of a reset",
+                hint=f"one of: {', '.join(get_args(ResetFault))}",
+            )
+        self._reset = what
 
     def set(self, name: str) -> None:
         """Turn on the fault called `name` (`FAULT_NAMES`). Raises UsageError."""

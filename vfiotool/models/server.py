@@ -53,7 +53,10 @@ class ModelServer:
         twin: bool = True,
         report: Callable[[str], object] | None = None,
     ) -> None:
-        if not hasattr(model, "lock"):
+        if not isinstance(model, Model):
+            what = f"the class {model.__name__}" if isinstance(model, type) else repr(model)[:80]
+            raise UsageError(f"{what} is not a model: what is served is an instance of one")
+        if "lock" not in vars(model):
             kind = type(model).__name__
             raise UsageError(f"{kind}: its __init__ does not call super().__init__()")
         self.model = model

@@ -63,6 +63,7 @@ from vfiotool.vfio.space import AddressSpace, StillMapped
 from vfiotool.vfio.target import SERVED, Target, find
 from vfiotool.vfio.trace import Trace, differences, load
 from vfiotool.vfio.user_channel import UserChannel, UserFailure
+from vfiotool.vfio.user_connect import is_sealed
 from vfiotool.vfio.user_message import UserCommand, UserMessage, UserProtocolError
 
 __all__ = [
@@ -110,6 +111,7 @@ __all__ = [
     "differences",
     "dma_of",
     "find",
+    "is_sealed",
     "load",
     "open_dmabuf",
     "open_space",

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import errno
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from vfiotool.errors import KernelError, Unsupported, UsageError
 from vfiotool.native import library as native
@@ -252,7 +252,18 @@ class InterruptSet:
         return len(self.vectors)
 
     def __getitem__(self, vector: int) -> Interrupt:
-        return self.vectors[vector]
+        """Raises UsageError for a vector that is not on."""
+        try:
+            return self.vectors[vector]
+        except IndexError:
+            raise UsageError(
+                f"{self.name} {vector} of {self.owner.device.name}: "
+                f"{len(self.vectors)} of its {self.info.count} vectors are on, 0 is the first",
+                device=self.owner.device.name,
+            ) from None
+
+    def __iter__(self) -> Iterator[Interrupt]:
+        return iter(self.vectors)
 
     @property
     def name(self) -> str:

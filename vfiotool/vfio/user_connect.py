@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -33,6 +34,21 @@ def channel_of(descriptor: int, name: str) -> UserChannel:
     except OSError as error:
         raise UserProtocolError(f"{name} offers a second socket, and it is none") from error
     return UserChannel(connection, _LIMIT_S, name=name, hint=_BUSY)
+
+
+def is_sealed(descriptor: int) -> bool:
+    """Whether nobody can shorten the file (F_SEAL_SHRINK of fcntl(2), for good): touching what is
+    mapped of one that was shortened is a bus error. False for files that have no seals."""
+    try:
+        return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+
+
+def always_holds(descriptor: int, size: int) -> bool:
+    """Whether the file has `size` bytes, and keeps them."""
+    # In this order: it could be shortened between the two.
+    return is_sealed(descriptor) and os.fstat(descriptor).st_size >= size
 
 
 def _is_something_else(path: str) -> bool:

@@ -4,6 +4,8 @@
 
 The client's side of QEMU's docs/interop/vfio-user.rst. Memory of `device.dma.alloc` is shared by
 its file; other memory (`device.dma.map`) the server reaches by messages, which a thread answers.
+A region is mapped where the seals of its file keep it from being shortened, as a server that
+shortens a mapped file ends whoever touches it (SIGBUS); any other is reached by messages.
 Needs no root, no kernel module and no IOMMU.
 """
 
@@ -38,7 +40,7 @@ from vfiotool.vfio.space import (
 )
 from vfiotool.vfio.target import Target
 from vfiotool.vfio.user_channel import UserChannel, UserFailure
-from vfiotool.vfio.user_connect import channel_of, connect, errno_of
+from vfiotool.vfio.user_connect import always_holds, channel_of, connect, errno_of
 from vfiotool.vfio.user_message import UserCommand, UserMessage, UserProtocolError
 
 # As vfio-pci does it: a region's position tells its index.
@@ -177,8 +179,9 @@ class UserCalls:
 
     def _region(self, reply: UserMessage, index: int, descriptors: list[int]) -> bytes:
         argsz, flags, _, cap_offset, size, offset = reply.unpack(wire.REGION_INFO)
-        if not descriptors or os.fstat(descriptors[0]).st_size < offset + size:
-            # Without a file, or beyond its end, a mapped access would be a bus error.
+        if not descriptors or not always_holds(descriptors[0], offset + size):
+            # Without a file, or beyond its end, a mapped access would be a bus error, which ends
+            # this process: the region is read and written by messages.
             flags &= ~wire.REGION_MMAP_FLAG
         if size >> _INDEX_SHIFT:
             raise UserProtocolError(f"{self.name}: region {index} of {size} bytes")

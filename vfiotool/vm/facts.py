@@ -118,14 +118,17 @@ def read_machine(host: Host, *, users: bool = True) -> MachineFacts:
 
 
 def read_checks(
-    host: Host, inventory: Inventory, devices: Sequence[Handed]
+    host: Host, inventory: Inventory, devices: Sequence[Handed], *, configs: bool = True
 ) -> tuple[ReadyCheck, ...]:
-    """Each device's part, in their order. Raises NotFound for one that is gone."""
+    """Each device's part, in their order; without `configs` no configuration space is read. Raises
+    NotFound for one that is gone."""
     reader = CaseReader(host, inventory.by_address, inventory.by_group)
-    return tuple(_read_check(host, inventory, reader, device) for device in devices)
+    return tuple(_read_check(host, inventory, reader, device, configs) for device in devices)
 
 
-def _read_check(host: Host, inventory: Inventory, reader: CaseReader, device: Handed) -> ReadyCheck:
+def _read_check(
+    host: Host, inventory: Inventory, reader: CaseReader, device: Handed, configs: bool
+) -> ReadyCheck:
     if not device.through_vfio:
         there = bool(device.path) and (not host.live or host.exists(device.path))
         return ReadyCheck(device, None, None, (), (), (), None, None, there)
@@ -139,7 +142,7 @@ def _read_check(host: Host, inventory: Inventory, reader: CaseReader, device: Ha
     return ReadyCheck(
         device=device,
         case=case,
-        config=None if function is None else read_config(host, device.name),
+        config=read_config(host, device.name) if configs and function is not None else None,
         card=tuple(
             f
             for f in others

@@ -7,6 +7,7 @@ decides on their frozen values, so that a recorded host is judged as the running
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vfiotool.devices.inventory import Inventory
 from vfiotool.errors import Refused
@@ -26,6 +27,32 @@ from vfiotool.vm.memory import judge_memory
 _ORDER = {"blocker": 0, "warning": 1, "note": 2}
 
 
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What is to be said of devices before a virtual machine opens them. `notes` are what to know
+    of those that keep no VM from opening them: that one cannot be reset."""
+
+    findings: tuple[PreflightFinding, ...]
+    notes: tuple[str, ...]
+
+
+def examine(
+    host: Host,
+    inventory: Inventory,
+    devices: Sequence[Handed],
+    wanted: WantedGuest,
+    vf_token: str | None = None,
+) -> Preflight:
+    """Everything that `vm check` says of these devices in one virtual machine. Reads only, and
+    each device's configuration space once: each word of it is a question to the device."""
+    machine = read_machine(host, users=wanted.iommufd)
+    checks = read_checks(host, inventory, devices)
+    found = judge(machine, checks, wanted, vf_token)
+    found += judge_memory(machine, checks, wanted, read_distribution(host))
+    notes = [note for one in checks if one.case is not None for note in device_notes(one.case)]
+    return Preflight(tuple(sorted(found, key=lambda item: _ORDER[item.severity])), tuple(notes))
+
+
 def check(
     host: Host,
     inventory: Inventory,
@@ -33,12 +60,8 @@ def check(
     wanted: WantedGuest,
     vf_token: str | None = None,
 ) -> tuple[PreflightFinding, ...]:
-    """Everything that `vm check` says of these devices in one virtual machine. Reads only."""
-    machine = read_machine(host, users=wanted.iommufd)
-    checks = read_checks(host, inventory, devices)
-    found = judge(machine, checks, wanted, vf_token)
-    found += judge_memory(machine, checks, wanted, read_distribution(host))
-    return tuple(sorted(found, key=lambda item: _ORDER[item.severity]))
+    """The findings of `examine`."""
+    return examine(host, inventory, devices, wanted, vf_token).findings
 
 
 def judge(
@@ -68,17 +91,22 @@ def findings(
     host: Host, inventory: Inventory, device: Handed, vf_token: str | None = None
 ) -> tuple[PreflightFinding, ...]:
     """What keeps a VM from opening the device now; empty if nothing does. Reads only."""
-    (one,) = read_checks(host, inventory, [device])
-    if one.case is None:
-        found = judge_card(one, {device.name}, WantedGuest(), Q35)
-        return tuple(item for item in found if item.severity == BLOCKER)
-    return judge_handing(one.case, device, vf_token, missing_node=one.missing_node)
+    return findings_of(host, inventory, [device], vf_token)
 
 
-def notes(host: Host, inventory: Inventory, device: Handed) -> tuple[str, ...]:
-    """What to know of a device that keeps no VM from opening it: that it cannot be reset."""
-    (one,) = read_checks(host, inventory, [device])
-    return () if one.case is None else tuple(device_notes(one.case))
+def findings_of(
+    host: Host, inventory: Inventory, devices: Sequence[Handed], vf_token: str | None = None
+) -> tuple[PreflightFinding, ...]:
+    """As `findings`, of devices in their order, by one look at the host's users of devices; no
+    configuration space is read."""
+    found: list[PreflightFinding] = []
+    for one in read_checks(host, inventory, devices, configs=False):
+        if one.case is None:
+            judged = judge_card(one, {one.device.name}, WantedGuest(), Q35)
+            found += [item for item in judged if item.severity == BLOCKER]
+        else:
+            found += judge_handing(one.case, one.device, vf_token, missing_node=one.missing_node)
+    return tuple(found)
 
 
 def judge_handing(
@@ -146,13 +174,12 @@ def require_ready(
     host: Host, inventory: Inventory, devices: list[Handed], vf_token: str | None = None
 ) -> None:
     """Raise Refused with the first finding of the first device that is not ready."""
-    for device in devices:
-        for found in findings(host, inventory, device, vf_token):
-            raise Refused(
-                f"{device.name} cannot be handed to a VM yet: {found.detail}",
-                hint=found.next,
-                device=device.name,
-            )
+    for found in findings_of(host, inventory, devices, vf_token):
+        raise Refused(
+            f"{found.device} cannot be handed to a VM yet: {found.detail}",
+            hint=found.next,
+            device=found.device,
+        )
 
 
 def _finding(
