@@ -68,10 +68,7 @@ def rehearse(
     from vfiotool.lab.twin_run import refuse_unready
 
     faults = _faults(fault or [])
-    try:
-        text = policy.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{policy} cannot be read: {error}") from error
+    text = _text(policy)
     begun = time.monotonic()
     with ExitStack() as stack:
         snapshot = host or _snapshot_of_this_machine(stack)
@@ -90,6 +87,13 @@ def rehearse(
             )
     _show(context, str(policy), host, plan, played, time.monotonic() - begun)
     return 1 if played.findings else 0
+
+
+def _text(policy: Path) -> str:
+    try:
+        return policy.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{policy} cannot be read: {error}") from error
 
 
 def _asked(policy: Path, snapshot: str) -> dict[str, Any]:
