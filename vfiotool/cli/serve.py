@@ -34,6 +34,7 @@ from vfiotool.cli.serve_options import (
     check_threads,
     disk_of,
 )
+from vfiotool.cli.serve_stats import StatsOption, check_stats, print_stats
 from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def vhost_user_blk(
     iops_limit: IopsOption = None,
     bandwidth_limit: BandwidthOption = None,
     burst: BurstOption = None,
+    stats: StatsOption = None,
     print_capabilities: CapabilitiesOption = False,
 ) -> int:
     """Serve one disk over vhost-user until SIGTERM; the image is raw, its format never probed."""
@@ -114,6 +116,7 @@ def vhost_user_blk(
 
     if (socket_path is None) == (fd is None):
         raise UsageError("give one of --socket-path and --fd")
+    check_stats(stats)
     disk = disk_of(
         blk_file,
         ram,
@@ -135,6 +138,7 @@ def vhost_user_blk(
             _adopt(server, settings, fd)
         else:
             _add(server, settings)
+        print_stats(server, stats)
         _serve(server)
     return 0
 
@@ -150,6 +154,7 @@ def exports(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The exports file, in TOML.")],
     threads: ThreadsOption = 1,
     poll_us: PollOption = POLL_US,
+    stats: StatsOption = None,
     control_path: ControlOption = None,
     take_over: Annotated[
         bool,
@@ -165,6 +170,7 @@ def exports(
     from vfiotool.virtio.control import control_path as usual_path
     from vfiotool.virtio.daemon import Daemon
 
+    check_stats(stats)
     with _server(threads, poll_us) as server:
         daemon = Daemon(server, file, control_path or usual_path(file))
         signal.signal(signal.SIGHUP, lambda *_: server.soon(daemon.follow))
@@ -173,6 +179,7 @@ def exports(
                 daemon.take_over()
             else:
                 daemon.start()
+            print_stats(server, stats)
             _serve(server)
         finally:
             daemon.close()

@@ -72,7 +72,7 @@ def _rows(server: dict[str, Any]) -> list[list[output.Part]]:
                 ("broken", "bold red") if broken else state,
                 str(len(queues)),
                 *(str(figures.get(name, 0)) for name in ("reads", "writes")),
-                *(_size(figures.get(name, 0)) for name in ("bytes_read", "bytes_written")),
+                *(size(figures.get(name, 0)) for name in ("bytes_read", "bytes_written")),
                 str(figures.get("failed", 0)),
                 _limits(export),
             ]
@@ -85,7 +85,7 @@ def _limits(export: dict[str, Any]) -> str:
     if export["iops_limit"]:
         found.append(f"{export['iops_limit']} IOPS")
     if export["bandwidth_limit"]:
-        found.append(f"{_size(export['bandwidth_limit'])}/s")
+        found.append(f"{size(export['bandwidth_limit'])}/s")
     if export["group"]:
         found.append(f"group {export['group']}")
     if found:
@@ -93,7 +93,8 @@ def _limits(export: dict[str, Any]) -> str:
     return ", ".join(found) or "none"
 
 
-def _size(count: int) -> str:
+def size(count: float) -> str:
+    """Bytes as people read them."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":

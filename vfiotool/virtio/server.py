@@ -110,6 +110,9 @@ class Server:
     ) -> None:
         self.report = report
         self._clock = clock
+        # What is done every so many seconds, and when next.
+        self._periods: list[tuple[float, Callable[[], None]]] = []
+        self._dues: list[float] = []
         # Exports that take no connection for a while.
         self._waiting: dict[str, Export] = {}
         self._selector = selectors.DefaultSelector()
@@ -203,6 +206,7 @@ class Server:
             for key, _ in self._selector.select(self._patience(balances)):
                 key.data()
             self._listen_again()
+            self._keep_periods()
             if balances and time.monotonic() - balanced >= _BALANCE_S:
                 self.balance(time.monotonic() - balanced)
                 balanced = time.monotonic()
@@ -211,7 +215,20 @@ class Server:
         """For how long there is nothing to do but what sockets say."""
         now = self._clock()
         times = [export.offences.until - now for export in self._waiting.values()]
+        times += [due - now for due in self._dues]
         return max(0.0, min([*times, *[_BALANCE_S] * balances])) if times or balances else None
+
+    def every(self, seconds: float, action: Callable[[], None]) -> None:
+        """Have `run` call `action` every so many seconds; what it is late for is left out."""
+        self._periods.append((seconds, action))
+        self._dues.append(self._clock() + seconds)
+
+    def _keep_periods(self) -> None:
+        now = self._clock()
+        for number, (seconds, action) in enumerate(self._periods):
+            if self._dues[number] <= now:
+                self._dues[number] = now + seconds
+                action()
 
     def _listen_again(self) -> None:
         """Take connections of exports that have waited long enough."""
