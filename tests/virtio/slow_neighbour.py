@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.virtio.frontend import DATA, SIZE, T_IN, TIMEOUT_S, Frontend
-from vfiotool.virtio.backend import PROTOCOL_FEATURES, ProtocolFeature
+from vfiotool.virtio.backend import PROTOCOL_FEATURES
 from vfiotool.virtio.block import BlockDisk, DiskSettings
-from vfiotool.virtio.message import VhostRequest
+from vfiotool.virtio.message import ProtocolFeature, VhostRequest
 from vfiotool.virtio.server import Export, Server, listen
 
 MIB = 1 << 20

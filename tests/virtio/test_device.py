@@ -215,7 +215,10 @@ def test_a_fault_of_the_class_fails_its_batch_and_is_reported(path: Path) -> Non
         front.up()
         assert ask(front, b"fault", 8) == (0, bytes(8))
         assert ask(front, b"again", 5) == (5, b"AGAIN")
-    assert said == ["Echo, queue 0: RuntimeError('a fault of the class')"]
+    (told,) = said
+    assert told.startswith(
+        "Echo.handle, queue 0: RuntimeError: a fault of the class (test_device.py:"
+    )
 
 
 def test_coroutines_answer_in_order_and_a_stop_waits_for_them(path: Path) -> None:

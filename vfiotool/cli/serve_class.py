@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vfiotool.cli import output
-from vfiotool.errors import UsageError
 
 if TYPE_CHECKING:
     from vfiotool.virtio.device import VirtioDevice
@@ -35,8 +34,6 @@ def vhost_user(
 
     found = load_class(name, VirtioDevice)
     device = make(found, name)
-    if getattr(device, "id", None) is None:
-        raise UsageError(f"{name}: has no `id`, the virtio device type")
     asyncio.run(_serve(device, socket_path))
     return 0
 

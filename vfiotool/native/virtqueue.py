@@ -123,7 +123,9 @@ class MemoryMap:
         return int(lib.vt_memory_references(self.handle))
 
     def places(self) -> list[tuple[int, int, int]]:
-        """(address here, bytes, guest address) of its regions."""
+        """(address here, bytes, guest address) of its regions; of a map that is not closed."""
+        if self.handle == ffi.NULL:
+            raise VfiotoolError("the memory map is closed")
         table = ffi.new("struct vt_place[]", lib.VT_MEMORY_REGIONS)
         count = lib.vt_memory_places(self.handle, table, lib.VT_MEMORY_REGIONS)
         return [(one.host, one.size, one.guest) for one in table[0:count]]

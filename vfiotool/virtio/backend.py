@@ -15,7 +15,6 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from enum import IntEnum
 
 from vfiotool.errors import Refused, VfiotoolError
 from vfiotool.native.virtqueue import (
@@ -32,6 +31,7 @@ from vfiotool.virtio.message import (
     BackendRequest,
     InflightArea,
     ProtocolError,
+    ProtocolFeature,
     VhostMessage,
     VhostRequest,
     format_backend_request,
@@ -57,20 +57,6 @@ MEMORY_SLOTS = 509
 LARGEST_QUEUE = 1024
 # Of SET_VRING_ADDR's flags (VHOST_VRING_F_LOG).
 _LOG_RING = 1
-
-
-class ProtocolFeature(IntEnum):
-    """Bit numbers of the protocol features offered here."""
-
-    MQ = 0
-    LOG_SHMFD = 1
-    REPLY_ACK = 3
-    BACKEND_REQ = 5
-    CONFIG = 9
-    INFLIGHT_SHMFD = 12
-    CONFIGURE_MEM_SLOTS = 15
-    GET_VRING_BASE_INFLIGHT = 20
-    GET_VRING_BASE_SKIP_DRAIN = 23
 
 
 PROTOCOL_FEATURES = sum(1 << feature for feature in ProtocolFeature)
@@ -173,14 +159,17 @@ class Frontend:
             return self.channel.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(data)
         return False
 
-    def close(self) -> None:
-        """Stop all queues, after what they fetched, and give everything back."""
-        for vring in self.vrings:
-            self._stop(vring)
-            for descriptor in (vring.kick, vring.call, vring.error):
-                if descriptor is not None:
-                    os.close(descriptor)
-            vring.kick = vring.call = vring.error = None
+    def close(self) -> list[str]:
+        """Stop all queues, after what they fetched, and give everything back. What a queue keeps
+        that did not stop is its own; returns why."""
+        failed = []
+        for index, vring in enumerate(self.vrings):
+            try:
+                self._stop(vring)
+            except Exception as error:
+                why = error.message if isinstance(error, VfiotoolError) else repr(error)
+                failed.append(f"queue {index} does not stop: {why}")
+            vring.close()
         self._set_regions([])
         if self.memory is not None:
             self.device.leave(self.memory)
@@ -190,6 +179,7 @@ class Frontend:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+        return failed
 
     # Queues
 
@@ -275,18 +265,24 @@ class Frontend:
                 os.close(region.fd)
         self.regions = regions
 
-    def _publish(self, regions: list[MemoryRegion]) -> None:
-        """Map these regions and put them under the running queues; nothing changes on an error."""
+    def _publish(self, regions: list[MemoryRegion], message: VhostMessage | None = None) -> None:
+        """Map these regions and put them under the running queues; nothing changes on an error, but
+        for a queue's own, which comes when all is done. The regions' descriptors are those of
+        `message`, and ours with the change."""
         fresh = self._mapped(regions) if regions else None
         self._set_regions(regions)
+        if message is not None:
+            message.descriptors.clear()
         old, self.memory = self.memory, fresh
-        for vring in self.vrings:
-            if fresh is None:
-                self._stop(vring)
-            elif vring.queue is not None:
-                vring.queue.set_memory(fresh)
-        if old is not None:
-            self.device.leave(old)
+        try:
+            for vring in self.vrings:
+                if fresh is None:
+                    self._stop(vring)
+                elif vring.queue is not None:
+                    vring.queue.set_memory(fresh)
+        finally:
+            if old is not None:
+                self.device.leave(old)
 
     def _map(self, regions: list[MemoryRegion]) -> MemoryMap:
         if len(regions) > self._room():
@@ -388,15 +384,12 @@ class Frontend:
         return format_u64(min(MEMORY_SLOTS, max(1, (self._room() - self.mapped) // 2 - 2))), None
 
     def _set_mem_table(self, message: VhostMessage) -> None:
-        regions = parse_memory_table(message)
-        self._publish(regions)
-        message.descriptors.clear()
+        self._publish(parse_memory_table(message), message)
 
     def _add_mem_reg(self, message: VhostMessage) -> None:
         if len(self.regions) >= MEMORY_SLOTS:
             raise ProtocolError(f"more than {MEMORY_SLOTS} memory slots")
-        self._publish([*self.regions, parse_one_region(message)])
-        message.descriptors.clear()
+        self._publish([*self.regions, parse_one_region(message)], message)
 
     def _rem_mem_reg(self, message: VhostMessage) -> None:
         gone = parse_one_region(message)
@@ -408,8 +401,11 @@ class Frontend:
 
     def _set_log_base(self, message: VhostMessage) -> tuple[bytes, None]:
         size, offset = parse_log(message.payload)
-        self.set_dirty_log(size, offset, message.descriptors[0])
-        message.descriptors.clear()
+        try:
+            self.set_dirty_log(size, offset, message.descriptors[0])
+        finally:
+            if self.dirty_fd in message.descriptors:
+                message.descriptors.clear()
         return format_u64(0), None
 
     def _set_vring_num(self, message: VhostMessage) -> None:

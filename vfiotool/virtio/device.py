@@ -29,6 +29,8 @@ U16 = Annotated[int, "H"]
 U32 = Annotated[int, "I"]
 U64 = Annotated[int, "Q"]
 Mac = Annotated[bytes, "6s"]
+# What vhost-user can carry of a configuration space.
+CONFIG_BYTES = 256
 
 
 class VirtioConfig:
@@ -59,14 +61,33 @@ class VirtioConfig:
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
+        served = self._changed is not None and not name.startswith("_")
+        if served and (known := self.layout().get(name)) is not None:
+            # Here it is whose fault it is; a driver that asks would be told of it otherwise.
+            self._packed(name, known[1], value)
         before = getattr(self, name, None)
         super().__setattr__(name, value)
-        if self._changed is not None and not name.startswith("_") and value != before:
+        if self._changed is not None and served and value != before:
             self._changed()
 
     def pack(self) -> bytes:
-        """The configuration space as the driver sees it."""
-        return b"".join(form.pack(getattr(self, name)) for name, (_, form) in self.layout().items())
+        """The configuration space as the driver sees it. Raises UsageError, which names the field,
+        for a value that does not fit."""
+        return b"".join(
+            self._packed(name, form, getattr(self, name, None))
+            for name, (_, form) in self.layout().items()
+        )
+
+    def _packed(self, name: str, form: struct.Struct, value: Any) -> bytes:
+        try:
+            data = form.pack(value)
+        except struct.error as error:
+            what = f"{type(self).__name__}.{name} is {value!r}"
+            raise UsageError(f"{what}: {error}") from error
+        if isinstance(value, bytes) and len(value) != form.size:
+            what = f"{type(self).__name__}.{name} has {len(value)} bytes"
+            raise UsageError(f"{what}: not {form.size}")
+        return data
 
     def wrote(self, offset: int, data: bytes) -> list[str]:
         """Take what the driver wrote; returns the fields. Raises UsageError for other places."""
@@ -135,3 +156,32 @@ class VirtioDevice:
     def take(self, queue: int, most: int = 64) -> list[QueueRequest]:
         """Up to `most` requests that wait in a queue; none if it does not run."""
         return [] if self._take is None else self._take(queue, most)
+
+
+# Those of rings, transport and negotiation, or of no meaning yet (section 6).
+_RESERVED = sum(1 << bit for bit in range(24, 50))
+
+
+def check(device: VirtioDevice) -> None:
+    """See that a device's attributes are what the engine relies on. Raises UsageError, which names
+    the one that is not."""
+    kind, queues, features = type(device).__name__, device.queues, device.features
+    number = getattr(device, "id", None)
+    if not isinstance(number, int) or not 0 < number <= 0xFFFF:
+        raise UsageError(
+            f"{kind}.id is {number!r}: not a virtio device type, such as 4 (section 5)"
+        )
+    if not isinstance(queues, int) or not 1 <= queues <= 256:
+        raise UsageError(f"{kind}.queues is {queues!r}: not 1 to 256")
+    if not isinstance(features, int) or not 0 <= features < 1 << 64:
+        raise UsageError(f"{kind}.features is {features!r}: not a number of 64 bits")
+    if features & _RESERVED:
+        raise UsageError(f"{kind}.features is {features:#x}: bits 24 to 49 are not a device's")
+    if not isinstance(device.taken, frozenset | set):
+        raise UsageError(f"{kind}.taken is {device.taken!r}: not a set of queues")
+    if device.config is None:
+        return
+    if not isinstance(device.config, VirtioConfig):
+        raise UsageError(f"{kind}.config is {device.config!r}: not a VirtioConfig")
+    if len(device.config.pack()) > CONFIG_BYTES:
+        raise UsageError(f"{kind}.config has more than {CONFIG_BYTES} bytes")

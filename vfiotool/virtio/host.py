@@ -8,15 +8,16 @@ that takes long delays its own front ends and nobody else's.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from vfiotool.errors import UsageError, VfiotoolError
+from vfiotool.errors import UsageError, VfiotoolError, described, from_oserror
 from vfiotool.native.direct import DirectQueue, QueueRequest, signal, signal_blocks
 from vfiotool.native.virtqueue import MemoryMap, MemoryRegion, Worker, WrittenPages
-from vfiotool.virtio.device import VirtioDevice
+from vfiotool.virtio.device import VirtioDevice, check
 from vfiotool.virtio.served import QueueStart
 from vfiotool.virtio.server import Export, Report, Server, listen
 
@@ -81,7 +82,7 @@ class _LoopQueue:
             return
         device = self.host.device
         if self.index in device.taken:
-            device.kicked(self.index)
+            self.host.tell("kicked", self.index)
             if self.direct.is_open and not self._broken:
                 left = self.direct.waiting
                 self.direct.notify(on=True)
@@ -133,6 +134,10 @@ class _LoopQueue:
     async def _answer(self, answer: Any, requests: list[QueueRequest]) -> None:
         try:
             await answer
+        except asyncio.CancelledError as error:
+            if not self._broken:
+                # By itself: whoever stops the queue sees to its requests.
+                self._failed(requests, error)
         except Exception as error:
             self._failed(requests, error)
         finally:
@@ -144,18 +149,16 @@ class _LoopQueue:
                 self.direct.publish()
                 self._turn()
 
-    def _failed(self, requests: list[QueueRequest], error: Exception) -> None:
-        self.host.report(f"{type(self.host.device).__name__}, queue {self.index}: {error!r}")
+    def _failed(self, requests: list[QueueRequest], error: BaseException) -> None:
+        kind = type(self.host.device).__name__
+        self.host.report(f"{kind}.handle, queue {self.index}: {described(error)}")
         for request in requests:
             self._fail(request)
 
     def _fail(self, request: QueueRequest) -> None:
         if request.is_complete:
             return
-        try:
-            self.host.device.failed(request)
-        except Exception as error:
-            self.host.report(f"{type(self.host.device).__name__}.failed: {error!r}")
+        self.host.tell("failed", request)
         if not request.is_complete:
             request.complete(0)
 
@@ -222,14 +225,15 @@ class _LoopQueue:
         for descriptor in (self._kick, self._error):
             if descriptor is not None:
                 os.close(descriptor)
-        self.host.running.pop(self.index, None)
-        self.host.device.stopped(self.index)
+        del self.host.running[self.index]
+        self.host.tell("stopped", self.index)
         return base
 
     # Control's
 
     def stop(self) -> int:
-        return self.host.in_loop(self._stop())
+        # A class that keeps the loop busy is not waited for; the queue ends as soon as it can.
+        return self.host.in_loop(self._stop(), later=True)
 
     def suspend(self) -> int:
         """A class's coroutine is not cancelled half-way: it ends first."""
@@ -255,17 +259,16 @@ class DeviceHost:
     """
 
     def __init__(self, device: VirtioDevice, report: Report) -> None:
-        if not 1 <= device.queues <= 256:
-            raise UsageError(f"{type(device).__name__}.queues is {device.queues}: not 1 to 256")
+        check(device)
         self.device = device
         self.report = report
         self.loop = asyncio.get_running_loop()
         self.running: dict[int, _LoopQueue] = {}
         self.blocked = False
         self.changed: Callable[[], None] = lambda: None
+        self._late: concurrent.futures.Future[Any] | None = None
         device._take = self.take
         if device.config is not None:
-            device.config.pack()
             device.config._changed = lambda: self.changed()
 
     @property
@@ -286,7 +289,7 @@ class DeviceHost:
 
         def take() -> None:
             for field in config.wrote(offset, data):
-                self.device.driver_wrote(field)
+                self.tell("driver_wrote", field)
 
         self.call(take)
 
@@ -305,14 +308,18 @@ class DeviceHost:
     def start_queue(
         self, _workers: list[Worker], index: int, features: int, start: QueueStart
     ) -> _LoopQueue:
-        def begin() -> _LoopQueue:
+        async def begin() -> _LoopQueue:
+            kind = type(self.device).__name__
+            if index in self.running:
+                raise VfiotoolError(f"{kind} still has requests of queue {index}'s last driver")
             self.device.negotiated = features
-            queue = _LoopQueue(self, index, start)
-            self.running[index] = queue
-            self.device.started(index)
+            queue = self.running[index] = _LoopQueue(self, index, start)
+            if not self.tell("started", index):
+                await queue._stop()
+                raise VfiotoolError(f"{kind} does not start queue {index}")
             return queue
 
-        return self.call(begin)
+        return self.in_loop(begin())
 
     def resize(self) -> bool:
         return False
@@ -325,6 +332,16 @@ class DeviceHost:
         running = self.running.get(queue)
         return [] if running is None else running.take(most)
 
+    def tell(self, method: str, *arguments: object) -> bool:
+        """Call a method of the device that only takes note; a fault is reported. Whether there was
+        none."""
+        try:
+            getattr(self.device, method)(*arguments)
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            self.report(f"{type(self.device).__name__}.{method}: {described(error)}")
+            return False
+        return True
+
     def call(self, function: Callable[[], _T]) -> _T:
         """Have the loop call this, and wait for it."""
 
@@ -333,13 +350,31 @@ class DeviceHost:
 
         return self.in_loop(run())
 
-    def in_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Have the loop do this, and wait for it, with a limit."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+    def in_loop(self, work: Coroutine[Any, Any, _T], *, later: bool = False) -> _T:
+        """Have the loop do this, and wait for it, with a limit. What the loop had no time for is
+        not done any more, or done `later`, when it has. Raises VfiotoolError then."""
+        done: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+        async def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                # What it is about may be gone: a cancelled task would still begin with it.
+                work.close()
+                return
+            try:
+                done.set_result(await work)
+            except BaseException as error:
+                done.set_exception(error)
+
+        asyncio.run_coroutine_threadsafe(run(), self.loop)
+        # A loop that something is left to is not waited for again and again.
+        busy = self._late is not None and not self._late.done()
         try:
-            return future.result(_LOOP_S)
+            return done.result(0 if busy else _LOOP_S)
         except TimeoutError:
-            future.cancel()
+            if later:
+                self._late = done
+            elif not done.cancel():
+                return done.result()
             raise VfiotoolError(
                 f"{type(self.device).__name__} has kept its loop busy for {_LOOP_S:.0f} s",
                 hint="make what takes long `async`, or give it to an executor",
@@ -354,10 +389,10 @@ class Served:
         self._report = report
 
     async def __aenter__(self) -> Served:
-        await self.device.open()
+        await self._life("open")
         try:
-            self._server = Server(threads=0, report=self._report)
             host = DeviceHost(self.device, self._report)
+            self._server = Server(threads=0, report=self._report)
             host.changed = lambda: self._server.soon(self._tell_drivers)
             try:
                 self._export = Export("device", host, listen(self.path), self.path)
@@ -366,7 +401,7 @@ class Served:
                 self._server.close()
                 raise
         except BaseException:
-            await self.device.close()
+            await self._life("close")
             raise
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
@@ -385,7 +420,20 @@ class Served:
         # Control waits for the loop to stop the queues, so the loop must not wait for it.
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
         self.device._take = None
-        await self.device.close()
+        await self._life("close")
+
+    async def _life(self, method: str) -> None:
+        """The device's `open` or `close`; what they raise is a fault of the class."""
+        what = f"{type(self.device).__name__}.{method}()"
+        try:
+            await getattr(self.device, method)()
+        except VfiotoolError:
+            raise
+        except OSError as error:
+            what += f": {error.filename}" if error.filename is not None else ""
+            raise from_oserror(what, error) from error
+        except Exception as error:
+            raise UsageError(f"{what} fails: {described(error)}") from error
 
 
 async def serve(device: VirtioDevice, path: str, until: asyncio.Event, report: Report) -> None:

@@ -68,6 +68,20 @@ class VhostRequest(IntEnum):
     GET_VRING_BASE_SKIP_DRAIN = 45
 
 
+class ProtocolFeature(IntEnum):
+    """Bit numbers of the protocol features offered here."""
+
+    MQ = 0
+    LOG_SHMFD = 1
+    REPLY_ACK = 3
+    BACKEND_REQ = 5
+    CONFIG = 9
+    INFLIGHT_SHMFD = 12
+    CONFIGURE_MEM_SLOTS = 15
+    GET_VRING_BASE_INFLIGHT = 20
+    GET_VRING_BASE_SKIP_DRAIN = 23
+
+
 class BackendRequest(IntEnum):
     """Requests that go the other way, over SET_BACKEND_REQ_FD's socket."""
 

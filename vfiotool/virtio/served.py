@@ -6,6 +6,7 @@ served alike, over vhost-user and VDUSE.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Protocol
@@ -125,3 +126,10 @@ class Vring:
     enabled: bool = False
     paused: bool = False
     queue: RunningQueue | None = None
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        for descriptor in (self.kick, self.call, self.error):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.kick = self.call = self.error = None

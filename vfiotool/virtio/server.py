@@ -428,7 +428,8 @@ class Server:
         self._selector.unregister(connection.socket)
         for why in connection.frontend.broken():
             self.report(f"{export.name}: {why}")
-        connection.frontend.close()
+        for why in connection.frontend.close():
+            self.report(f"{export.name}: {why}")
         connection.receiver.close()
         connection.socket.close()
 
