@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,25 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from jsonschema import Draft202012Validator
 
 from tests.oracles import libvirt as oracle
+from tests.vm.given import (
+    AP,
+    BLOCK,
+    CCW,
+    DISK,
+    GPU,
+    HOSTS,
+    MDEV,
+    NET,
+    NIC,
+    USER,
+    UUID,
+    VGPU,
+    WIDE,
+    function,
+    vf,
+)
 from vfiotool.cli.main import main
 from vfiotool.devices.inventory import read_inventory
 from vfiotool.errors import Unsupported, UsageError, VfiotoolError
@@ -21,42 +38,14 @@ from vfiotool.lab.qemu import Qemu, find
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.importers.yaml_subset import parse_yaml
 from vfiotool.snapshot.load import open_root
-from vfiotool.vm import cloud_hypervisor, incus, kubevirt, libvirt, proxmox, qemu, yaml_text
+from vfiotool.vm import cloud_hypervisor, incus, libvirt, proxmox, qemu, yaml_text
 from vfiotool.vm.handed import Handed, handed, handed_socket
 from vfiotool.vm.machine import machine_of
 from vfiotool.vm.releases import oldest, parse_release, require_release
 from vfiotool.vm.script import start_script
 
-HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
-UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
-
-
-def function(name: str, **changes: Any) -> Handed:
-    template = read_inventory(open_root(str(HOSTS / "shared-group"))).by_address["0000:02:01.0"]
-    own = replace(template, address=name, **changes)
-    return Handed(name, f"/sys/bus/pci/devices/{name}", "vfio-pci", 5, own)
-
-
-def vf(name: str = "0000:03:10.0") -> Handed:
-    own = function(name, physfn="0000:03:00.0", vf_index=0, class_code="020000", vendor="8086")
-    return replace(own, network=VfSettings(0, mac="52:54:00:00:00:01", vlan=10))
-
-
-GPU = [function("0000:01:00.0", class_code="030000"), function("0000:01:00.1")]
-WIDE = function("10000:e1:00.0")
-MDEV = Handed(UUID, f"/sys/bus/mdev/devices/{UUID}", "vfio-pci", 7, None, type="GRID T4-2Q")
-CCW = replace(MDEV, model="vfio-ccw")
-AP = replace(MDEV, model="vfio-ap")
-NET = Handed("vdpa0", "/dev/vhost-vdpa-0", "vdpa", None, None, virtio="net")
-BLOCK = replace(NET, name="vdpa1", path="/dev/vhost-vdpa-1", virtio="block")
-DISK = handed_socket("vhost-user-blk", "/run/vm1.sock")
-NIC = handed_socket("vhost-user-net", "/run/net1.sock")
-USER = handed_socket("vfio-user", "/run/edu.sock")
-VGPU = function("0000:41:00.4", driver="nvidia", physfn="0000:41:00.0", class_code="030200")
-
 CASES = {
     "gpu and audio": GPU,
-    "a domain above ffff": [WIDE],
     "a network VF": [vf()],
     "mdev": [MDEV],
     "vfio-ccw": [CCW],
@@ -122,6 +111,77 @@ def test_libvirt_keeps_the_functions_of_one_card_together() -> None:
 def test_libvirt_has_no_element_for_vfio_user() -> None:
     with pytest.raises(Unsupported, match="no element for vfio-user"):
         libvirt.hostdevs([USER])
+
+
+def test_libvirt_and_incus_cannot_name_a_domain_above_ffff() -> None:
+    """libvirt says host=10000:…, which QEMU refuses; Incus takes four digits of the domain."""
+    with pytest.raises(Unsupported, match="domain is above ffff"):
+        libvirt.hostdevs([WIDE])
+    with pytest.raises(Unsupported, match="domain above ffff"):
+        incus.devices_of([WIDE])
+
+
+def test_each_of_thirty_disks_has_a_target_of_its_own() -> None:
+    disks = [replace(DISK, name=f"/run/{n}", path=f"/run/{n}") for n in range(30)]
+    found = [ElementTree.fromstring(text).find("target") for text in libvirt.elements(disks)]
+    names = [target.attrib["dev"] for target in found if target is not None]
+    assert len(set(names)) == 30
+    assert (names[0], names[24], names[25], names[29]) == ("vdb", "vdz", "vdaa", "vdae")
+
+
+ODD = handed_socket("vhost-user-blk", "/run/a, b'[1]<&>.sock")
+
+
+def test_a_path_with_a_comma_is_read_back_as_it_is() -> None:
+    words = qemu.arguments([ODD])
+    assert "socket,id=vhost-user-blk0-chr,path=/run/a,, b'[1]<&>.sock" in words
+    line = shlex.split(" ".join(map(shlex.quote, words)))
+    assert line == words
+    source = ElementTree.fromstring(libvirt.hostdevs([ODD])).find("source")
+    assert source is not None and source.attrib["path"] == ODD.path
+    assert cloud_hypervisor.arguments([ODD])[-1] == f'vhost_user=on,socket="{ODD.path}"'
+    with pytest.raises(Unsupported, match="quotation mark"):
+        cloud_hypervisor.arguments([handed_socket("vfio-user", '/run/".sock')])
+
+
+@pytest.mark.parametrize("path", ["", "/run/a\nb", "/run/\x1b[31m", "/" + 107 * "x"])
+def test_what_cannot_be_a_sockets_path_is_bad_usage(path: str) -> None:
+    with pytest.raises(UsageError, match="socket's path"):
+        handed_socket("vfio-user", path)
+    assert handed_socket("vfio-user", "/" + 106 * "x").path
+
+
+def test_a_socket_serves_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second of them was left out of the virtual machine, without a word."""
+    line = ["--root", str(HOSTS / "shared-group"), "vm", "qemu", "vhost-user-blk:/run/x"]
+    assert main([*line, "vhost-user-net:/run/x"]) == 2
+    assert "cannot be both vhost-user-blk and vhost-user-net" in capsys.readouterr().err
+    assert main([*line, "vhost-user-blk:/run/../run/x"]) == 0
+    assert capsys.readouterr().out.count("-chardev") == 1
+
+
+def test_a_machine_without_pci_express_gets_no_root_ports() -> None:
+    """pseries has pci.0 alone: there is no bus pcie.0 to put a root port on."""
+    words = qemu.arguments([*GPU, DISK, USER], guest=machine_of("ppc64"))
+    line = " ".join(words)
+    assert "pcie" not in line and "vfio-rp" not in line
+    places = [word for word in words if "bus=pci.0" in word]
+    assert [place.partition("bus=")[2] for place in places] == [
+        "pci.0,addr=0x1b.0,multifunction=on",
+        "pci.0,addr=0x1b.1",
+        "pci.0,addr=0x1a",
+    ]
+    assert (json.loads(words[-1])["bus"], json.loads(words[-1])["addr"]) == ("pci.0", "0x19")
+    assert "addr=0x1b" in " ".join(qemu.arguments(GPU, guest=machine_of("arm64")))
+
+
+def test_more_cards_than_a_root_bus_has_places_for_are_refused() -> None:
+    cards = [function(f"0000:{bus:02x}:00.0") for bus in range(129)]
+    assert len(qemu.arguments(cards[:128])) == 4 * 128
+    with pytest.raises(Unsupported, match="places for 128 cards"):
+        qemu.arguments(cards)
+    with pytest.raises(Unsupported, match="pseries has places for 26 cards"):
+        qemu.arguments(cards[:27], guest=machine_of("ppc64"))
 
 
 def test_qemu_shares_the_memory_where_another_process_looks_into_it() -> None:
@@ -203,7 +263,7 @@ def test_cloud_hypervisor_takes_each_kind_by_its_option() -> None:
         "--device",
         f"path=/sys/bus/mdev/devices/{UUID}",
         "--vdpa",
-        "path=/dev/vhost-vdpa-0,num_queues=1",
+        "path=/dev/vhost-vdpa-0,num_queues=2",
         "--disk",
         "vhost_user=on,socket=/run/vm1.sock",
         "--net",
@@ -250,9 +310,28 @@ def test_proxmox_keeps_a_card_together_and_hands_the_rest_to_qemu() -> None:
         "hostpci1: 0000:03:10.0,pcie=1",
     ]
     assert lines[3].startswith("args: -device pcie-root-port,")
+    # 0x09 to 0x1e of the root bus are Proxmox's own; its sound device is at 1b.0.
+    assert "addr=0x8.0," in lines[3] and "addr=0x1b" not in lines[3]
     assert "sysfsdev=/sys/bus/pci/devices/10000:e1:00.0" in lines[3]
     with pytest.raises(Unsupported, match="takes 16"):
         proxmox.lines([function(f"0000:{bus:02x}:00.0") for bus in range(1, 18)])
+
+
+def test_what_goes_to_qemu_by_proxmox_comes_with_the_machine_and_the_memory_it_needs() -> None:
+    lines = proxmox.lines([ODD])
+    assert lines[:2] == ["machine: q35", "memory: 1024"]
+    words = shlex.split(lines[2].removeprefix("args: "))
+    assert "-m" not in words
+    assert "memory-backend-memfd,id=vfiotool-mem,size=1024M,share=on" in words
+    assert "socket,id=vhost-user-blk0-chr,path=/run/a,, b'[1]<&>.sock" in words
+    assert proxmox.lines([WIDE])[0] == "machine: q35"
+
+
+def test_one_card_with_vgas_registers_is_the_display_of_a_proxmox_machine() -> None:
+    second = function("0000:02:00.0", class_code="030000")
+    virtual = function("0000:00:02.1", class_code="030000", physfn="0000:00:02.0")
+    lines = proxmox.lines([virtual, *GPU, second])
+    assert [line.partition(",")[2] for line in lines[1:]] == ["pcie=1", "pcie=1,x-vga=1", "pcie=1"]
 
 
 def test_incus_has_two_types() -> None:
@@ -266,100 +345,6 @@ def test_incus_has_two_types() -> None:
     with pytest.raises(Unsupported) as caught:
         incus.devices_of([replace(MDEV, parent="0000:00:02.0")])
     assert "mdev: GRID T4-2Q" in str(caught.value.hint)
-
-
-# KubeVirt's API v1, PermittedHostDevices and HostDevice; SriovNetworkNodePolicy and SriovNetwork
-# as sriov-network-operator's config/crd/bases has them; the device plug-in's resourceList.
-STRING = {"type": "string", "minLength": 1}
-
-
-def closed(required: list[str], **properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "required": required,
-        "properties": properties,
-        "additionalProperties": False,
-    }
-
-
-def listed(**properties: Any) -> dict[str, Any]:
-    return {"type": "array", "minItems": 1, "items": closed(list(properties), **properties)}
-
-
-PERMITTED = closed(
-    [],
-    pciHostDevices=listed(
-        pciVendorSelector={"type": "string", "pattern": "^[0-9A-F]{4}:[0-9A-F]{4}$"},
-        resourceName={"type": "string", "pattern": "^[a-z0-9.]+/[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"},
-    ),
-    mediatedDevices=listed(mdevNameSelector=STRING, resourceName=STRING),
-)
-POLICY = closed(
-    ["nicSelector", "nodeSelector", "numVfs", "resourceName"],
-    resourceName={"type": "string", "pattern": "^[a-zA-Z0-9_]+$"},
-    nodeSelector={"type": "object", "additionalProperties": STRING},
-    numVfs={"type": "integer", "minimum": 0},
-    externallyManaged={"type": "boolean"},
-    nicSelector=closed(
-        [],
-        vendor=STRING,
-        deviceID=STRING,
-        rootDevices={"type": "array", "items": STRING},
-        pfNames={"type": "array", "items": STRING},
-    ),
-    deviceType={"enum": ["netdevice", "vfio-pci"]},
-)
-NETWORK = closed(
-    ["resourceName"],
-    resourceName=STRING,
-    networkNamespace=STRING,
-    vlan={"type": "integer", "minimum": 0, "maximum": 4096},
-)
-RESOURCES = closed(
-    ["resourceList"],
-    resourceList={
-        "type": "array",
-        "items": closed(
-            ["resourceName", "selectors"],
-            resourceName={"type": "string", "pattern": "^[a-zA-Z0-9_]+$"},
-            selectors=closed(
-                [],
-                drivers={"type": "array", "items": STRING},
-                pciAddresses={"type": "array", "items": STRING},
-            ),
-        ),
-    },
-)
-
-
-def hold(schema: dict[str, Any], value: Any) -> None:
-    Draft202012Validator.check_schema(schema)
-    errors = [error.message for error in Draft202012Validator(schema).iter_errors(value)]
-    assert not errors, errors
-
-
-def test_kubevirts_resources_are_as_published() -> None:
-    documents: Any = kubevirt.resources([*GPU, MDEV, vf(), vf("0000:03:10.2")])
-    kinds = [item["kind"] for item in documents]
-    assert kinds == [
-        "KubeVirt",
-        "VirtualMachine",
-        "ConfigMap",
-        "SriovNetworkNodePolicy",
-        "SriovNetwork",
-    ]
-    cluster, machine, plugin, policy, network = documents
-    hold(PERMITTED, cluster["spec"]["configuration"]["permittedHostDevices"])
-    wanted = machine["spec"]["template"]["spec"]["domain"]["devices"]["hostDevices"]
-    hold(listed(name=STRING, deviceName=STRING), wanted)
-    permitted = json.dumps(cluster)
-    assert all(item["deviceName"] in permitted for item in wanted)
-    hold(RESOURCES, json.loads(plugin["data"]["config.json"]))
-    hold(POLICY, policy["spec"])
-    hold(NETWORK, network["spec"])
-    assert (policy["spec"]["numVfs"], network["spec"]["vlan"]) == (2, 10)
-    with pytest.raises(Unsupported):
-        kubevirt.resources([DISK])
 
 
 def plain(nodes: Any) -> Any:
@@ -400,7 +385,7 @@ def test_a_script_binds_what_is_not_ready_and_gives_it_back(
         "#!/bin/sh\n"
         f'echo "vfiotool $*" >> {calls}\n'
         f'case "$*" in "vm check 0000:01:00.0") [ -e {tmp_path}/bound ] ;;\n'
-        f"bind*) touch {tmp_path}/bound ;; esac\n"
+        f"*--dry-run*) ;; bind*) touch {tmp_path}/bound ;; esac\n"
     )
     (tmp_path / program).write_text(f'#!/bin/sh\necho "run $*" >> {calls}\nexit 3\n')
     for name in ("vfiotool", program):
@@ -415,14 +400,48 @@ def test_a_script_binds_what_is_not_ready_and_gives_it_back(
     )
     assert done.returncode == 3, done.stderr
     lines = calls.read_text().splitlines()
-    assert lines[:4] == [
+    other = " --hypervisor cloud-hypervisor" if kind == "cloud-hypervisor" else ""
+    assert lines[:5] == [
         "vfiotool vm check 0000:01:00.0",
+        "vfiotool bind 0000:01:00.0 --dry-run --json",
         "vfiotool bind 0000:01:00.0",
         "vfiotool vm check 0000:01:00.1",
-        "vfiotool vm check 0000:01:00.0 0000:01:00.1 --memory 2G --vcpus 4",
+        f"vfiotool vm check 0000:01:00.0 0000:01:00.1{other} --memory 2G --vcpus 4",
     ]
-    assert lines[4].startswith("run ") and lines[4].endswith("-kernel my kernel")
-    assert lines[5:] == ["vfiotool release 0000:01:00.0"]
+    assert lines[5].startswith("run ") and lines[5].endswith("-kernel my kernel")
+    assert lines[6:] == ["vfiotool release 0000:01:00.0"]
+
+
+def test_a_script_leaves_what_was_bound_before_although_it_is_not_ready(tmp_path: Path) -> None:
+    """Its group is not viable yet, or its token is not known: bind has nothing to do for it."""
+    calls = tmp_path / "calls"
+    nothing = {"format_version": "1.0", "steps": [], "in_sync": True, "notes": []}
+    (tmp_path / "vfiotool").write_text(
+        f'#!/bin/sh\necho "$*" >> {calls}\n'
+        f"case \"$*\" in *--dry-run*) echo '{json.dumps(nothing, indent=2)}' ;;\n"
+        "vm*) exit 1 ;; esac\n"
+    )
+    (tmp_path / "vfiotool").chmod(0o755)
+    script = tmp_path / "start"
+    script.write_text(start_script("qemu", GPU[:1], [], memory=None, vcpus=1))
+    done = subprocess.run(["sh", str(script)], env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert done.returncode == 1
+    assert calls.read_text().splitlines() == [
+        "vm check 0000:01:00.0",
+        "bind 0000:01:00.0 --dry-run --json",
+        "vm check 0000:01:00.0",
+    ]
+
+
+def test_a_script_checks_what_it_starts() -> None:
+    """A VF behind a guard is never ready without its token: it was bound anew, and released."""
+    guarded = replace(vf(), guard="0000:03:00.0")
+    text = start_script(
+        "qemu", [guarded, *GPU], [], memory="2G", vcpus=1, iommufd=True, vf_token=UUID
+    )
+    assert f"vm check 0000:03:10.0 --vf-token {UUID} >/dev/null" in text
+    assert "vm check 0000:01:00.0 >/dev/null" in text
+    assert f"0000:01:00.1 --vf-token {UUID} --iommufd --memory 2G --vcpus 1 >&2" in text
 
 
 def test_a_script_starts_the_machine_of_this_hosts_architecture() -> None:

@@ -168,7 +168,10 @@ def qemu_options(
     release: Release = None,
     script: Script = False,
 ) -> int:
-    """Print the options (-device vfio-pci) for a q35 machine of QEMU."""
+    """Print the options (-device vfio-pci) for a q35 machine of QEMU.
+
+    On a host that is not x86 for the machine of its own kind: virt, s390-ccw-virtio, pseries.
+    """
     host, inventory, chosen = chosen_devices(context, devices)
     token = find_token(host, chosen, vf_token)
     features = qemu.features_of(chosen, iommufd=iommufd, vf_token=token)
@@ -178,10 +181,20 @@ def qemu_options(
     size = None if memory is None else parse_memory(memory)
     if script and size is None:
         memory, size = "1G", parse_memory("1G")
-    words = qemu.arguments(chosen, iommufd=iommufd, vf_token=token, memory_bytes=size)
+    guest = machine_of(read_platform(host).architecture)
+    words = qemu.arguments(chosen, iommufd=iommufd, vf_token=token, memory_bytes=size, guest=guest)
     if script:
-        guest = machine_of(read_platform(host).architecture)
-        output.text(start_script("qemu", chosen, words, memory=memory, vcpus=vcpus, guest=guest))
+        text = start_script(
+            "qemu",
+            chosen,
+            words,
+            memory=memory,
+            vcpus=vcpus,
+            guest=guest,
+            iommufd=iommufd,
+            vf_token=token,
+        )
+        output.text(text)
         return 0
     _print_words(context, words, oldest(qemu.PROGRAM, features), qemu.PROGRAM)
     return 0
@@ -262,7 +275,14 @@ def kubevirt_resources(context: typer.Context, devices: HandedArgument) -> int:
 
     Network VFs go to the SR-IOV device plug-in and network operator, whose resources are printed.
     """
-    documents = kubevirt.resources(ready_devices(context, devices))
+    chosen = ready_devices(context, devices)
+    documents = kubevirt.resources(chosen)
+    for run in kubevirt.runs_of(chosen):
+        if not run.has_policy:
+            output.warn(
+                f"vfiotool: no SriovNetworkNodePolicy for VFs of {run.parent}: its interface is "
+                "not known, by which the operator takes others than the first VFs"
+            )
     if wants_json(context):
         output.emit({"resources": documents})
     else:

@@ -14,8 +14,9 @@ from vfiotool.cli.context import SELECTORS, host_of, uuid_of
 from vfiotool.devices.inventory import Inventory, read_inventory
 from vfiotool.devices.selector import resolve
 from vfiotool.devices.vdpa import read_devices
-from vfiotool.errors import VfiotoolError
+from vfiotool.errors import UsageError, VfiotoolError
 from vfiotool.host.host import Host
+from vfiotool.host.paths import SYS_PCI_DEVICES
 from vfiotool.netlink.route import VfSettings
 from vfiotool.policy.facts import read_policy_facts
 from vfiotool.policy.saved import ETC_FOLDER, DesiredState
@@ -75,7 +76,11 @@ def chosen_devices(
             device = handed_vdpa(host, rest, _virtio_of(host, rest))
         else:
             device = _with_network(host, handed(inventory, resolve(host, name)))
-        found.setdefault(device.name, device)
+        if found.setdefault(device.name, device).model != device.model:
+            raise UsageError(
+                f"{device.name} cannot be both {found[device.name].model} and {device.model}",
+                hint="a socket serves one device: name it once",
+            )
     return host, inventory, list(found.values())
 
 
@@ -92,7 +97,12 @@ def _with_network(host: Host, device: Handed) -> Handed:
         settings = ()
     own = [one for one in settings if one.index == function.vf_index]
     index = function.vf_index
-    return replace(device, network=own[0] if own else VfSettings(0 if index is None else index))
+    interfaces = host.listdir(f"{SYS_PCI_DEVICES}/{function.physfn}/net")
+    return replace(
+        device,
+        network=own[0] if own else VfSettings(0 if index is None else index),
+        parent_interface=interfaces[0] if len(interfaces) == 1 else None,
+    )
 
 
 def _virtio_of(host: Host, name: str) -> str | None:

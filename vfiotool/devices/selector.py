@@ -105,7 +105,7 @@ def _match(host: Host, text: str, depth: int) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    return text if len(text) <= 80 and text.isprintable() else ascii(text[:80])
+    return text if text and len(text) <= 80 and text.isprintable() else ascii(text[:80])
 
 
 def _malformed(text: str, hint: str | None = None) -> UsageError:

@@ -9,6 +9,7 @@ from vfiotool.vm.handed import VDPA, Handed
 
 PROGRAM = "cloud-hypervisor"
 _OPTIONS = {
+    # docs/vdpa.md: the number of virtqueues; a network device has one to receive and one to send.
     VDPA: ("--vdpa", "path={},num_queues=1"),
     "vhost-user-blk": ("--disk", "vhost_user=on,socket={}"),
     "vhost-user-net": ("--net", "vhost_user=on,socket={}"),
@@ -41,8 +42,24 @@ def arguments(devices: Sequence[Handed], *, memory_bytes: int | None = None) -> 
                 device=device.name,
             )
         option, value = _OPTIONS.get(device.model, ("--device", "path={}"))
-        found.setdefault(option, []).append(value.format(device.path))
+        if device.model == VDPA and device.virtio == "net":
+            value = "path={},num_queues=2"
+        found.setdefault(option, []).append(value.format(_value(device)))
     return [word for option, values in found.items() for word in (option, *values)]
+
+
+def _value(device: Handed) -> str:
+    """A path as the options' parser reads it back. Raises Unsupported for one with a quote.
+
+    Source: cloud-hypervisor, option_parser: quotes keep what is special, and have no escape.
+    """
+    if '"' in device.path:
+        raise Unsupported(
+            f"cloud-hypervisor takes no path with a quotation mark: {device.path}",
+            hint="serve it on another path",
+            device=device.name,
+        )
+    return f'"{device.path}"' if set(device.path) & set(",[]") else device.path
 
 
 def features_of(devices: Iterable[Handed]) -> set[str]:

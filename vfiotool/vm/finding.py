@@ -76,7 +76,7 @@ def parse_memory(text: str) -> int:
     """`16G` in bytes; a bare number counts MiB, as QEMU's -m does. Raises UsageError."""
     match = _SIZE.fullmatch(text)
     size = int(match[1]) << _UNITS[match[2].upper() or "M"] if match else 0
-    if not 0 < size <= 1 << 52:
+    if not 1 << 20 <= size <= 1 << 52:
         raise UsageError(f"{text[:40]!r} is not an amount of memory", hint="write 16G or 2048M")
     return size
 

@@ -16,6 +16,8 @@ from vfiotool.netlink.route import VfSettings
 VDPA = "vdpa"
 # What a selector says before the path of a socket, and what QEMU calls that device.
 SOCKETS = ("vhost-user-blk", "vhost-user-net", "vfio-user")
+# include/uapi/linux/un.h: UNIX_PATH_MAX is 108, the last byte of which ends the path.
+_LONGEST_SOCKET = 107
 # These look into the guest's memory from another process or from the kernel.
 _SHARE_MEMORY = (VDPA, *SOCKETS)
 
@@ -40,6 +42,8 @@ class Handed:
     zpci: bool = False
     # Of a VF, what its physical function's interface was told of it.
     network: VfSettings | None = None
+    # Of a network VF, its physical function's interface.
+    parent_interface: str | None = None
     # Of a vDPA device, `net` or `block`, where the host tells it.
     virtio: str | None = None
     # Of an mdev: what it is made of, and its type's name for people.
@@ -119,11 +123,17 @@ def handed_vdpa(host: Host, name: str, virtio: str | None = None) -> Handed:
 
 def handed_socket(model: str, path: str) -> Handed:
     """A device that another process serves on a socket. Raises UsageError for a bad path."""
-    if not path or any(not char.isprintable() or char == "," for char in path):
+    hint = f"write {model}:/run/NAME.sock"
+    if not path or not path.isprintable():
+        raise UsageError(f"{path[:60]!r} is not a socket's path", hint=hint)
+    whole = os.path.abspath(path)
+    if len(os.fsencode(whole)) > _LONGEST_SOCKET:
         raise UsageError(
-            f"{path[:60]!r} is not a socket's path", hint=f"write {model}:/run/NAME.sock"
+            f"a socket's path has {_LONGEST_SOCKET} bytes at most, this one has "
+            f"{len(os.fsencode(whole))}",
+            hint=hint,
         )
-    return Handed(os.path.abspath(path), os.path.abspath(path), model, None, None)
+    return Handed(whole, whole, model, None, None)
 
 
 def _guard(inventory: Inventory, function: PciFunction) -> str | None:

@@ -14,7 +14,8 @@ def devices_of(devices: Sequence[Handed]) -> dict[str, object]:
     """The `devices` part of an instance, for `incus config edit`.
 
     Graphics cards are `gpu`, everything else on PCI is `pci`. Raises Unsupported for mediated
-    devices that are there already (Incus makes its own of a type), vDPA and sockets.
+    devices that are there already (Incus makes its own of a type), vDPA, sockets, and domains
+    above ffff.
     """
     found: dict[str, object] = {}
     for device in devices:
@@ -27,6 +28,13 @@ def devices_of(devices: Sequence[Handed]) -> dict[str, object]:
                 )
             raise Unsupported(
                 f"Incus has no device for {device.name}", hint=hint, device=device.name
+            )
+        if device.address.domain > 0xFFFF:
+            # shared/validate: IsPCIAddress takes four digits of the domain.
+            raise Unsupported(
+                f"Incus takes no address with a domain above ffff: {device.name}",
+                hint="raw.qemu takes what vfiotool vm qemu prints",
+                device=device.name,
             )
         name = "vfio-" + device.name.replace(":", "-").replace(".", "-")
         code = device.function.class_code or ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vfiotool.errors import Unsupported
 from vfiotool.vm.handed import Handed
@@ -17,13 +18,38 @@ from vfiotool.vm.handed import Handed
 PROGRAM = "KubeVirt"
 _PREFIX = "devices.kubevirt.io"
 _OPERATOR = "sriovnetwork.openshift.io"
+# Where the virtual machine is, and with it the attachments that the operator makes.
+_NAMESPACE = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class VfRun:
+    """VFs of one physical function, one after another, with one VLAN: what one policy can name.
+
+    `first` and `last` are their indices, None where the host does not tell them.
+    """
+
+    name: str
+    parent: str
+    interface: str | None
+    members: tuple[Handed, ...]
+    first: int | None
+    last: int | None
+    vlan: int
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether the operator can be told of just these VFs: of others than the first ones only
+        by the interface (its helper.go, generatePfNameVfGroup)."""
+        return self.first == 0 or (self.first is not None and self.interface is not None)
 
 
 def resources(devices: Sequence[Handed]) -> list[dict[str, object]]:
     """The documents, in this order: KubeVirt's permitted devices, the part of a VirtualMachine that
-    asks for them, and for network VFs the device plug-in's resources and the operator's.
+    asks for what is given, and for network VFs the device plug-in's resources and the operator's.
 
-    Raises Unsupported for what KubeVirt cannot name: vDPA devices and sockets.
+    A run of VFs that no policy of the operator can name (`VfRun.has_policy`) has none. Raises
+    Unsupported for what KubeVirt cannot name: vDPA devices and sockets.
     """
     for device in devices:
         if not device.through_vfio:
@@ -32,14 +58,65 @@ def resources(devices: Sequence[Handed]) -> list[dict[str, object]]:
                 hint="it takes PCI devices and mediated devices that are there on the node",
                 device=device.name,
             )
-    networks = [device for device in devices if _is_network_vf(device)]
-    others = [device for device in devices if device not in networks]
-    found = []
-    if others:
-        found += [_permitted(others), _machine(others)]
-    if networks:
-        found += [_plugin(networks), *_operator(networks)]
+    runs = runs_of(devices)
+    others = [device for device in devices if not _is_network_vf(device)]
+    found = [_permitted(others)] if others else []
+    found.append(_machine(others, runs))
+    if runs:
+        found.append(_plugin(runs))
+        for run in runs:
+            found += _operator(run)
     return found
+
+
+def runs_of(devices: Sequence[Handed]) -> list[VfRun]:
+    """The network VFs among `devices`, as the operator's policies can name them.
+
+    Each run has a resource of its own: of two policies for one resource the operator drops one
+    (its helper.go, mergeConfigs).
+    """
+    parents: dict[str, list[Handed]] = {}
+    for device in devices:
+        if _is_network_vf(device) and device.function is not None:
+            parents.setdefault(device.function.physfn or "", []).append(device)
+    found = []
+    for parent, members in parents.items():
+        runs: list[list[Handed]] = []
+        for device in sorted(members, key=_index_key):
+            if runs and _follows(runs[-1][-1], device):
+                runs[-1].append(device)
+            else:
+                runs.append([device])
+        for run in runs:
+            first, last = _index(run[0]), _index(run[-1])
+            name = _short(parent)
+            if len(runs) > 1:
+                name += "_" + re.sub(
+                    r"[^0-9a-z]", "_", run[0].name if first is None else str(first)
+                )
+            vlan = _vlan(run[0])
+            interface = run[0].parent_interface
+            found.append(VfRun(name, parent, interface, tuple(run), first, last, vlan))
+    return found
+
+
+def _index(device: Handed) -> int | None:
+    return None if device.function is None else device.function.vf_index
+
+
+def _index_key(device: Handed) -> tuple[int, str]:
+    index = _index(device)
+    return (1 << 16 if index is None else index, device.name)
+
+
+def _vlan(device: Handed) -> int:
+    return (device.network.vlan or 0) if device.network is not None else 0
+
+
+def _follows(before: Handed, after: Handed) -> bool:
+    first, second = _index(before), _index(after)
+    in_a_row = first is not None and second == first + 1
+    return in_a_row and _vlan(before) == _vlan(after)
 
 
 def _is_network_vf(device: Handed) -> bool:
@@ -84,41 +161,50 @@ def _permitted(devices: Sequence[Handed]) -> dict[str, object]:
     }
 
 
-def _machine(devices: Sequence[Handed]) -> dict[str, object]:
-    wanted = [
+def _machine(devices: Sequence[Handed], runs: Sequence[VfRun]) -> dict[str, object]:
+    wanted: list[dict[str, object]] = [
         {"name": f"device{number}", "deviceName": resource_name(device)}
         for number, device in enumerate(devices)
     ]
+    interfaces: list[dict[str, object]] = []
+    networks: list[dict[str, object]] = []
+    for run in runs:
+        for device in run.members:
+            name = f"net{len(interfaces)}"
+            interface: dict[str, object] = {"name": name, "sriov": {}}
+            mac = device.network.mac if device.network is not None else None
+            if mac not in (None, "00:00:00:00:00:00"):
+                interface["macAddress"] = mac
+            interfaces.append(interface)
+            network = f"{_NAMESPACE}/{_dashed(run.name)}"
+            networks.append({"name": name, "multus": {"networkName": network}})
+    asked: dict[str, object] = {}
+    if wanted:
+        asked["hostDevices"] = wanted
+    if interfaces:
+        asked["interfaces"] = interfaces
+    spec: dict[str, object] = {"domain": {"devices": asked}}
+    if networks:
+        spec["networks"] = networks
     return {
         "apiVersion": "kubevirt.io/v1",
         "kind": "VirtualMachine",
         "metadata": {"name": "vm1"},
-        "spec": {
-            "runStrategy": "Halted",
-            "template": {"spec": {"domain": {"devices": {"hostDevices": wanted}}}},
-        },
+        "spec": {"runStrategy": "Halted", "template": {"spec": spec}},
     }
 
 
-def _by_parent(devices: Sequence[Handed]) -> dict[str, list[Handed]]:
-    found: dict[str, list[Handed]] = {}
-    for device in devices:
-        if device.function is not None and device.function.physfn is not None:
-            found.setdefault(device.function.physfn, []).append(device)
-    return found
-
-
-def _plugin(devices: Sequence[Handed]) -> dict[str, object]:
+def _plugin(runs: Sequence[VfRun]) -> dict[str, object]:
     """The device plug-in's configuration, whose `config.json` is JSON in a string."""
     listed = [
         {
-            "resourceName": _short(parent),
+            "resourceName": run.name,
             "selectors": {
                 "drivers": ["vfio-pci"],
-                "pciAddresses": [device.name for device in members],
+                "pciAddresses": [device.name for device in run.members],
             },
         }
-        for parent, members in _by_parent(devices).items()
+        for run in runs
     ]
     return {
         "apiVersion": "v1",
@@ -128,45 +214,53 @@ def _plugin(devices: Sequence[Handed]) -> dict[str, object]:
     }
 
 
-def _operator(devices: Sequence[Handed]) -> list[dict[str, object]]:
+def _operator(run: VfRun) -> list[dict[str, object]]:
+    metadata = {"name": _dashed(run.name), "namespace": "sriov-network-operator"}
     found: list[dict[str, object]] = []
-    for parent, members in _by_parent(devices).items():
-        name = _short(parent)
-        first = members[0].function
-        selector: dict[str, object] = {"rootDevices": [parent]}
-        if first is not None and first.vendor is not None:
-            selector["vendor"] = first.vendor
-        dashed = name.replace("_", "-")
-        metadata = {"name": dashed, "namespace": "sriov-network-operator"}
+    if run.has_policy and run.last is not None:
         found.append(
             {
                 "apiVersion": f"{_OPERATOR}/v1",
                 "kind": "SriovNetworkNodePolicy",
                 "metadata": metadata,
                 "spec": {
-                    "resourceName": name,
+                    "resourceName": run.name,
                     "nodeSelector": {"feature.node.kubernetes.io/network-sriov.capable": "true"},
-                    "numVfs": len(members),
+                    "numVfs": run.last + 1,
                     # vfiotool has made the VFs: the operator shall only hand them out.
                     "externallyManaged": True,
-                    "nicSelector": selector,
+                    "nicSelector": _selector(run),
                     "deviceType": "vfio-pci",
                 },
             }
         )
-        vlans = {device.network.vlan for device in members if device.network is not None}
-        spec: dict[str, object] = {"resourceName": name, "networkNamespace": "default"}
-        if len(vlans) == 1 and (vlan := vlans.pop()):
-            spec["vlan"] = vlan
-        found.append(
-            {
-                "apiVersion": f"{_OPERATOR}/v1",
-                "kind": "SriovNetwork",
-                "metadata": dict(metadata),
-                "spec": spec,
-            }
-        )
+    spec: dict[str, object] = {"resourceName": run.name, "networkNamespace": _NAMESPACE}
+    if run.vlan:
+        spec["vlan"] = run.vlan
+    found.append(
+        {
+            "apiVersion": f"{_OPERATOR}/v1",
+            "kind": "SriovNetwork",
+            "metadata": dict(metadata),
+            "spec": spec,
+        }
+    )
     return found
+
+
+def _selector(run: VfRun) -> dict[str, object]:
+    """The physical function, and of its VFs which: without a range they are the first ones."""
+    selector: dict[str, object] = {"rootDevices": [run.parent]}
+    function = run.members[0].function
+    if function is not None and function.vendor is not None:
+        selector["vendor"] = function.vendor
+    if run.first != 0:
+        selector["pfNames"] = [f"{run.interface}#{run.first}-{run.last}"]
+    return selector
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _short(parent: str) -> str:

@@ -22,7 +22,8 @@ def hostdevs(devices: Sequence[Handed], *, iommufd: bool = False) -> str:
 
     PCI functions are `managed='no'`: vfiotool has bound them, and libvirt shall not rebind them.
     A network VF is an `<interface>`, so that libvirt keeps its MAC and VLAN. The functions of one
-    card are functions of one device in the guest. Raises Unsupported for vfio-user.
+    card are functions of one device in the guest. Raises Unsupported for vfio-user and for domains
+    above ffff, which libvirt gives to QEMU in a form that QEMU refuses.
     """
     return "\n".join(elements(devices, iommufd=iommufd)) + "\n"
 
@@ -90,6 +91,13 @@ def _element(device: Handed, iommufd: bool, disks: int) -> Element:
         element = Element("hostdev", kind)
         SubElement(SubElement(element, "source"), "address", {"uuid": device.name})
         return element
+    if device.address.domain > 0xFFFF:
+        # qemuBuildPCIHostdevDevProps says host=; QEMU's set_pci_host_devaddr takes 16 bits of it.
+        raise Unsupported(
+            f"libvirt cannot hand {device.name} to QEMU: its domain is above ffff",
+            hint="vfiotool vm qemu prints what <qemu:commandline> takes",
+            device=device.name,
+        )
     return _interface(device, iommufd) if _is_network_vf(device) else _hostdev(device, iommufd)
 
 
@@ -164,6 +172,15 @@ def _disk(kind: str, disks: int, **driver: str) -> Element:
 
 
 def _with_target(element: Element, disks: int) -> Element:
-    target = {"dev": f"vd{chr(ord('b') + disks % 25)}", "bus": "virtio"}
-    SubElement(element, "target", target)
+    # vda is the domain's own disk.
+    SubElement(element, "target", {"dev": f"vd{_letters(disks + 1)}", "bus": "virtio"})
     return element
+
+
+def _letters(number: int) -> str:
+    """a to z, then aa, as the kernel names its disks."""
+    name = ""
+    while number >= 0:
+        name = chr(ord("a") + number % 26) + name
+        number = number // 26 - 1
+    return name

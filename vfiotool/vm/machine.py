@@ -18,7 +18,8 @@ _Q35_LOW = 2 * GIB
 class GuestMachine:
     """`kind`: what -machine takes; `options`: more of it; `cpu`: what -cpu takes, "" to leave it.
 
-    `base` is the guest's first address of memory.
+    `base` is the guest's first address of memory. `root_ports`: whether its root bus is PCI
+    Express and takes root ports; pseries has a conventional one, where devices stand themselves.
     """
 
     program: str
@@ -26,6 +27,8 @@ class GuestMachine:
     options: str = ""
     cpu: str = "max"
     base: int = 0
+    root_bus: str = "pcie.0"
+    root_ports: bool = True
 
     def ranges(self, memory: int) -> tuple[tuple[int, int], ...]:
         """Where the guest finds `memory` bytes: first and last address of each part."""
@@ -45,7 +48,10 @@ _MACHINES = {
     "arm64": GuestMachine("qemu-system-aarch64", "virt", ",gic-version=max", base=GIB),
     "riscv64": GuestMachine("qemu-system-riscv64", "virt", ",aia=aplic-imsic", base=2 * GIB),
     "s390x": GuestMachine("qemu-system-s390x", "s390-ccw-virtio"),
-    "ppc64": GuestMachine("qemu-system-ppc64", "pseries", cpu=""),
+    # hw/ppc/spapr_pci.c registers its root bus without a name: it is pci.0.
+    "ppc64": GuestMachine(
+        "qemu-system-ppc64", "pseries", cpu="", root_bus="pci.0", root_ports=False
+    ),
 }
 Q35 = GuestMachine("qemu-system-x86_64", "q35")
 

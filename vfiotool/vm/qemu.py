@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from vfiotool.devices.pci import Address
 from vfiotool.errors import Unsupported
 from vfiotool.vm.handed import VDPA, Handed
+from vfiotool.vm.machine import Q35, GuestMachine
 
 PROGRAM = "QEMU"
-# Slots of the root bus for the root ports, counted down from the top of what q35 leaves free.
-_FIRST_SLOT = 0x1B
+# Slots of the root bus for the root ports, counted down from the top of what q35 leaves free, and
+# not to where it puts devices that have no address.
+FIRST_SLOT = 0x1B
+_LAST_SLOT = 0x02
+# Each root port takes a bus number, of which there are 256; a chassis is a number of eight bits.
+_MOST_PORTS = 128
 _MEMORY = "vfiotool-mem"
 _DEFAULT_MEMORY = 1 << 30
 
@@ -25,6 +30,7 @@ class QemuChoice:
     iommufd: bool = False
     vf_token: str | None = None
     memory_bytes: int | None = None
+    guest: GuestMachine = Q35
 
 
 def arguments(
@@ -33,17 +39,20 @@ def arguments(
     iommufd: bool = False,
     vf_token: str | None = None,
     memory_bytes: int | None = None,
+    guest: GuestMachine = Q35,
+    first_slot: int = FIRST_SLOT,
 ) -> list[str]:
-    """The words to add to a q35 machine's command line, two for each option.
+    """The words to add to the command line of a machine such as `guest`, two for each option.
 
     Each slot of the host becomes one PCIe root port, so that the functions of one card (a GPU and
     its audio) stay functions of one device in the guest. What is not on PCI in the guest (vfio-ap,
-    vfio-ccw, functions of s390x) gets no port. `iommufd` adds the object that the devices then
+    vfio-ccw, functions of s390x) gets no port, nor does anything on a machine without PCI Express.
+    The root bus is taken from `first_slot` down. `iommufd` adds the object that the devices then
     share. `vf_token` goes to those that have a guard. vDPA devices and sockets bring the memory
-    that they need to be shared. Raises Unsupported for a token through iommufd, and for a vDPA
-    device that is not on vhost_vdpa.
+    that they need to be shared. Raises Unsupported for a token through iommufd, for a vDPA device
+    that is not on vhost_vdpa, and for more cards than the root bus has places.
     """
-    choice = QemuChoice(iommufd, vf_token, memory_bytes)
+    choice = QemuChoice(iommufd, vf_token, memory_bytes, guest)
     guarded = [device.name for device in devices if device.guard is not None]
     if iommufd and vf_token is not None and guarded:
         # uapi/linux/vfio.h: VFIO_DEVICE_BIND_IOMMUFD takes none, but for the newest kernels.
@@ -58,15 +67,41 @@ def arguments(
     for number, device in enumerate(devices):
         if not _on_pci(device):
             words += ["-device", _without_port(device, number, choice)]
-    for number, members in enumerate(_ports(devices)):
-        port, chassis, (slot, function) = f"vfio-rp{number}", number + 100, _port_place(number)
+    ports = _ports(devices)
+    _require_room(len(ports), first_slot, guest)
+    for number, members in enumerate(ports):
+        words += _card(members, number, first_slot, choice)
+    return words
+
+
+def _require_room(cards: int, first_slot: int, guest: GuestMachine) -> None:
+    slots = first_slot - _LAST_SLOT + 1
+    most = min(slots * 8, _MOST_PORTS) if guest.root_ports else slots
+    if cards > most:
+        raise Unsupported(
+            f"the root bus of {guest.kind} has places for {most} cards, these are {cards}"
+        )
+
+
+def _card(members: Sequence[Handed], number: int, first_slot: int, choice: QemuChoice) -> list[str]:
+    """The root port of one card, where the machine takes any, and the card's functions."""
+    words, guest = [], choice.guest
+    if guest.root_ports:
+        port, chassis = f"vfio-rp{number}", number + 100
+        slot, function = _port_place(number, first_slot)
         place = f"addr={slot:#x}.{function}" + (",multifunction=on" if function == 0 else "")
-        words += ["-device", f"pcie-root-port,id={port},bus=pcie.0,chassis={chassis},{place}"]
-        if not members[0].through_vfio:
-            words += _served(members[0], port, number)
-            continue
-        for device, function in zip(members, guest_functions(members), strict=True):
-            words += ["-device", _device(device, port, function, len(members) > 1, choice)]
+        options = f"id={port},bus={guest.root_bus},chassis={chassis},{place}"
+        words += ["-device", f"pcie-root-port,{options}"]
+        bus, own_slot = port, 0
+    else:
+        bus, own_slot = guest.root_bus, first_slot - number
+    if not members[0].through_vfio:
+        return [*words, *_served(members[0], bus, own_slot, number)]
+    for device, function in zip(members, guest_functions(members), strict=True):
+        place = f"addr={own_slot:#x}.{function}" if len(members) > 1 or own_slot else ""
+        if len(members) > 1 and function == 0:
+            place += ",multifunction=on"
+        words += ["-device", _device(device, bus, place, choice)]
     return words
 
 
@@ -79,9 +114,9 @@ def _ports(devices: Sequence[Handed]) -> list[list[Handed]]:
     return list(ports.values())
 
 
-def _port_place(number: int) -> tuple[int, int]:
+def _port_place(number: int, first_slot: int = FIRST_SLOT) -> tuple[int, int]:
     """Slot and function of a root port on the guest's root bus."""
-    return _FIRST_SLOT - number // 8, number % 8
+    return first_slot - number // 8, number % 8
 
 
 def guest_places(devices: Sequence[Handed]) -> dict[str, str]:
@@ -134,9 +169,10 @@ def _without_port(device: Handed, number: int, choice: QemuChoice) -> str:
     return ",".join(parts)
 
 
-def _served(device: Handed, port: str, number: int) -> list[str]:
+def _served(device: Handed, bus: str, slot: int, number: int) -> list[str]:
     """A vDPA device or a device on a socket: its back end, and its virtio device."""
     name, path = f"{device.model}{number}", device.path
+    port = f"{bus},addr={slot:#x}" if slot else bus
     if device.model == VDPA:
         if not path:
             raise Unsupported(
@@ -153,11 +189,13 @@ def _served(device: Handed, port: str, number: int) -> list[str]:
         whole = {
             "driver": "vfio-user-pci",
             "id": name,
-            "bus": port,
+            "bus": bus,
+            **({"addr": f"{slot:#x}"} if slot else {}),
             "socket": {"type": "unix", "path": path},
         }
         return ["-device", json.dumps(whole, separators=(",", ":"))]
-    words = ["-chardev", f"socket,id={name}-chr,path={path}"]
+    # QEMU's options end at a comma, unless it is doubled (docs/system/invocation: QEMU options).
+    words = ["-chardev", f"socket,id={name}-chr,path={path.replace(',', ',,')}"]
     if device.model == "vhost-user-net":
         words += ["-netdev", f"type=vhost-user,id={name},chardev={name}-chr"]
         return [*words, "-device", f"virtio-net-pci,netdev={name},id={name}-pci,bus={port}"]
@@ -190,12 +228,10 @@ def guest_functions(members: Sequence[Handed]) -> list[int]:
     return own if 0 in own else list(range(len(members)))
 
 
-def _device(device: Handed, port: str, function: int, several: bool, choice: QemuChoice) -> str:
-    parts = [device.model, _source(device), f"id={identifier(device)}", f"bus={port}"]
-    if several:
-        parts.append(f"addr=0x0.{function}")
-        if function == 0:
-            parts.append("multifunction=on")
+def _device(device: Handed, bus: str, place: str, choice: QemuChoice) -> str:
+    parts = [device.model, _source(device), f"id={identifier(device)}", f"bus={bus}"]
+    if place:
+        parts.append(place)
     if choice.iommufd:
         parts.append("iommufd=iommufd0")
     if choice.vf_token is not None and device.guard is not None:

@@ -27,9 +27,14 @@ trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 """
 _BIND = """\
-if ! vfiotool vm check {name} >/dev/null 2>&1; then
-    vfiotool bind {name}
-    bound="$bound {name}"
+if ! vfiotool vm check {name}{more} >/dev/null 2>&1; then
+    case $(vfiotool bind {name} --dry-run --json) in
+    *'"steps": []'*) ;; # it is bound already: the check below says what it lacks
+    *)
+        vfiotool bind {name}
+        bound="$bound {name}"
+        ;;
+    esac
 fi
 """
 _CHECK = "vfiotool vm check {names}{more} >&2\n"
@@ -43,17 +48,27 @@ def start_script(
     memory: str | None,
     vcpus: int,
     guest: GuestMachine = Q35,
+    iommufd: bool = False,
+    vf_token: str | None = None,
 ) -> str:
     """A script for `sh` that starts `kind` (qemu, cloud-hypervisor) with the options in `words`.
 
     Its own arguments go to the program, after the options: a disk, a kernel. `memory` None: the
-    words say it. `guest` is the machine that QEMU is started as.
+    words say it. `guest` is the machine that QEMU is started as; `iommufd` and `vf_token` are as
+    the words were made with, for the checks before the start.
     """
     names = " ".join(device.name for device in devices)
     parts = [_HEAD.format(names=names, kind=kind)]
-    parts += [_BIND.format(name=device.name) for device in devices if device.function is not None]
+    token = f" --vf-token {vf_token}" if vf_token is not None else ""
+    parts += [
+        _BIND.format(name=device.name, more=token if device.guard is not None else "")
+        for device in devices
+        if device.function is not None
+    ]
     opened = [_selector(device) for device in devices]
-    more = f" --memory {memory} --vcpus {vcpus}" if memory else ""
+    more = token + (" --iommufd" if iommufd else "")
+    more += f" --hypervisor {kind}" if kind != "qemu" else ""
+    more += f" --memory {memory} --vcpus {vcpus}" if memory else ""
     parts.append(_CHECK.format(names=" ".join(map(shlex.quote, opened)), more=more))
     parts.append(_line(_program(kind, vcpus, guest), words))
     return "".join(parts)
