@@ -22,8 +22,9 @@ from pathlib import Path
 from tests.virtio.frontend import DATA, SIZE, T_IN, TIMEOUT_S, Frontend
 from vfiotool.virtio.backend import PROTOCOL_FEATURES
 from vfiotool.virtio.block import BlockDisk, DiskSettings
+from vfiotool.virtio.listener import listen
 from vfiotool.virtio.message import ProtocolFeature, VhostRequest
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.server import Export, Server
 
 MIB = 1 << 20
 # Opcodes and records of linux/fuse.h, protocol 7.31.

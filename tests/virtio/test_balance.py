@@ -9,7 +9,8 @@ from tests.virtio.frontend import Frontend
 from tests.virtio.test_live_update import Verified
 from vfiotool.virtio.balance import next_move
 from vfiotool.virtio.block import BlockDisk, DiskSettings
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.listener import listen
+from vfiotool.virtio.server import Export, Server
 
 
 def test_the_move_that_evens_most_is_chosen() -> None:

@@ -15,7 +15,8 @@ from tests.virtio.load import Tenant, busy, measured
 from vfiotool.native.limits import UNLIMITED, Rate
 from vfiotool.virtio.block import BlockDisk, DiskSettings
 from vfiotool.virtio.exports import GroupSettings
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.listener import listen
+from vfiotool.virtio.server import Export, Server
 
 MIB = 1 << 20
 BURST_NS = 300_000_000

@@ -28,8 +28,9 @@ from vfiotool.errors import KernelError, Refused, UsageError
 from vfiotool.models.nvme import NvmeModel
 from vfiotool.virtio import nvme
 from vfiotool.virtio.block import BlockDisk, DiskSettings
+from vfiotool.virtio.listener import listen
 from vfiotool.virtio.message import VhostRequest
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.server import Export, Server
 
 MIB = 1 << 20
 BLOCKS = 16 * MIB // 512

@@ -14,9 +14,10 @@ import pytest
 
 from tests.virtio.frontend import DATA, T_IN, Closed, Frontend, Ring
 from vfiotool.virtio.block import BlockDisk, DiskSettings
+from vfiotool.virtio.listener import listen
 from vfiotool.virtio.message import VhostRequest
 from vfiotool.virtio.offences import FIRST_S, FORGOTTEN_S, LONGEST_S, Offences
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.server import Export, Server
 
 MIB = 1 << 20
 

@@ -11,8 +11,9 @@ import pytest
 
 from tests.virtio.frontend import Frontend
 from vfiotool.virtio.block import BlockDisk, DiskSettings
+from vfiotool.virtio.listener import listen
 from vfiotool.virtio.message import VhostRequest
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.server import Export, Server
 
 ROOM = 40
 PAGE = 4096

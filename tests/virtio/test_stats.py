@@ -13,7 +13,8 @@ from tests.virtio.test_serve import VFIOTOOL, connect, run
 from vfiotool.cli.serve_stats import as_line
 from vfiotool.native.virtqueue import DiskFigures
 from vfiotool.virtio.block import BlockDisk, DiskSettings
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.listener import listen
+from vfiotool.virtio.server import Export, Server
 from vfiotool.virtio.stats import DiskCounters, Stats, rates
 
 MIB = 1 << 20

@@ -35,8 +35,9 @@ from tests.virtio.frontend import (
 )
 from vfiotool.errors import Refused, UsageError
 from vfiotool.virtio.block import BlockDisk, DiskSettings
+from vfiotool.virtio.listener import listen
 from vfiotool.virtio.message import VhostRequest
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.server import Export, Server
 
 MIB = 1 << 20
 
@@ -378,7 +379,8 @@ def test_memory_that_shrinks_breaks_its_own_queue_only(path: Path, tmp_path: Pat
 SERVER = """
 import sys
 from vfiotool.virtio.block import BlockDisk, DiskSettings
-from vfiotool.virtio.server import Export, Server, listen
+from vfiotool.virtio.listener import listen
+from vfiotool.virtio.server import Export, Server
 with Server() as server:
     server.add(Export("disk", BlockDisk(DiskSettings(path=sys.argv[2])), listen(sys.argv[1])))
     print("ready", flush=True)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from vfiotool.errors import KernelError, NotPermitted, UsageError, VfiotoolError, from_oserror
 from vfiotool.virtio.folders import runtime_folder
-from vfiotool.virtio.server import listen
+from vfiotool.virtio.listener import listen, unlink_socket
 
 _LARGEST = 1 << 16
 _MOST_CLIENTS = 16
@@ -86,8 +86,7 @@ class Control:
         for client in list(self._clients):
             self._drop(client)
         if unlink:
-            with suppress(OSError):
-                os.unlink(self.path)
+            unlink_socket(self.path)
 
     def _accept(self) -> None:
         with suppress(OSError):

@@ -18,8 +18,9 @@ from vfiotool.errors import UsageError, VfiotoolError, described, from_oserror
 from vfiotool.native.direct import DirectQueue, QueueRequest, signal, signal_blocks
 from vfiotool.native.virtqueue import MemoryMap, MemoryRegion, Worker, WrittenPages
 from vfiotool.virtio.device import VirtioDevice, check
+from vfiotool.virtio.listener import listen
 from vfiotool.virtio.served import QueueStart
-from vfiotool.virtio.server import Export, Report, Server, listen
+from vfiotool.virtio.server import Export, Report, Server
 
 # How long requests may take to end when their driver stops the queue, before they are failed.
 DRAIN_S = 5.0

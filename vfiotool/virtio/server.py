@@ -11,20 +11,20 @@ import errno
 import os
 import selectors
 import socket
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vfiotool.errors import Refused, UsageError, VfiotoolError, from_oserror
+from vfiotool.errors import VfiotoolError
 from vfiotool.native.limits import UNLIMITED, WEIGHT, Rate
 from vfiotool.native.virtqueue import MEMORY_ROOM, ServedQueue, Worker
 from vfiotool.virtio.backend import Frontend
 from vfiotool.virtio.balance import next_move
 from vfiotool.virtio.block import BlockDisk
 from vfiotool.virtio.exports import ExportSettings, GroupSettings
+from vfiotool.virtio.listener import listen, unlink_socket
 from vfiotool.virtio.message import ProtocolError, Receiver
 from vfiotool.virtio.offences import Offences
 from vfiotool.virtio.served import ServedDevice
@@ -178,8 +178,7 @@ class Server:
                 self._selector.unregister(export.listener)
             export.listener.close()
         if export.path is not None and unlink:
-            with suppress(OSError):
-                os.unlink(export.path)
+            unlink_socket(export.path)
         if export.service is not None:
             export.service.end()
         export.device.close()
@@ -432,41 +431,3 @@ class Server:
             self.report(f"{export.name}: {why}")
         connection.receiver.close()
         connection.socket.close()
-
-
-def listen(path: str) -> socket.socket:
-    """A listening socket at `path`. A socket there that nobody listens on any more is replaced.
-
-    Raises Refused if somebody does, UsageError for what is no socket or a path that is too long,
-    NotPermitted or KernelError as bind does.
-    """
-    if len(os.fsencode(path)) > 107:
-        raise UsageError(f"{path}: a socket's path has at most 107 bytes")
-    with suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise UsageError(f"{path} is there and is not a socket")
-        if _is_listened_on(path):
-            raise Refused(
-                f"{path}: another program listens there", hint="stop it, or choose another path"
-            )
-        os.unlink(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        listener.bind(path)
-        listener.listen(8)
-    except OSError as error:
-        listener.close()
-        raise from_oserror(f"listen on {path}", error) from error
-    return listener
-
-
-def _is_listened_on(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            return True
-    return True

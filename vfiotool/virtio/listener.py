@@ -1,0 +1,105 @@
+"""Sockets that front ends and operators find by a path: one server at each, and nobody else's is
+removed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from vfiotool.errors import Refused, UsageError, from_oserror
+
+# How long another server's socket in the same folder is waited for.
+_LOCK_S = 2.0
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket at `path`. A socket there that nobody listens on any more is replaced; of
+    several servers that begin there at once, one listens.
+
+    Raises Refused if somebody does, UsageError for what is no socket or a path that is too long,
+    NotPermitted or KernelError as bind does.
+    """
+    if len(os.fsencode(path)) > 107:
+        raise UsageError(f"{path}: a socket's path has at most 107 bytes")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with _alone(path):
+            _remove_dead(path)
+            listener.bind(path)
+            listener.listen(8)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise _taken(path) from error
+        raise from_oserror(f"listen on {path}", error) from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def unlink_socket(path: str) -> None:
+    """Remove a socket of ours, once it is closed. One that another server has put there meanwhile
+    stays."""
+    with suppress(OSError, Refused, UsageError), _alone(path):
+        _remove_dead(path)
+
+
+def _taken(path: str) -> Refused:
+    return Refused(f"{path}: another program listens there", hint="stop it, or choose another path")
+
+
+def _remove_dead(path: str) -> None:
+    """Remove a socket that nobody listens on. Raises Refused if somebody does, UsageError for what
+    is no socket."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path} is there and is not a socket")
+        if _is_listened_on(path):
+            raise _taken(path)
+        os.unlink(path)
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Between looking at a path and listening there, no other server does; as far as its folder can
+    be locked."""
+    try:
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    ends = time.monotonic() + _LOCK_S
+    try:
+        with suppress(OSError):
+            while not _locked(folder) and time.monotonic() < ends:
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _locked(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_listened_on(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+    return True
