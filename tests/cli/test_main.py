@@ -314,6 +314,22 @@ def test_output_that_cannot_be_written_is_no_fault_of_vfiotools() -> None:
     assert done.stderr == "vfiotool: the output cannot be written: No space left on device\n"
 
 
+def test_an_error_that_cannot_be_told_for_lack_of_descriptors_ends_without_a_traceback() -> None:
+    """No file can be opened any more, not even the one that output is thrown away to."""
+    program = (
+        "import errno, resource, sys\n"
+        "from vfiotool.cli import main as at, output\n"
+        "from vfiotool.cli.globals import Globals\n"
+        "from vfiotool.errors import NotFound\n"
+        "def fails(*_, **__): raise OSError(errno.EMFILE, 'Too many open files')\n"
+        "output.report = fails\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "sys.exit(at._report(NotFound('no such device'), Globals()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_closed_standard_file_is_no_fault_and_takes_no_other_files_place(closed: str) -> None:
     root = Path(__file__).parents[2] / "fixtures/hosts/storage-in-use"

@@ -100,6 +100,25 @@ def test_a_stick_that_is_mounted_below_a_usb_controller(undo: ExitStack, tmp_pat
     assert_passable(USB)
 
 
+def test_a_stick_that_the_scsi_target_hands_on(undo: ExitStack) -> None:
+    """Of a tape drive it would claim nothing; this one is a disk as well."""
+    need("usb-storage", "configfs", "target_core_mod", "target_core_pscsi")
+    if not os.path.ismount("/sys/kernel/config"):
+        run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+    disk = disk_below(USB)
+    where = (Path("/sys/class/block") / disk / "device").resolve().name.split(":")
+    store = Path("/sys/kernel/config/target/core/pscsi_0/stick")
+    for folder in (store.parent, store):
+        folder.mkdir()
+        undo.callback(folder.rmdir)
+    names = ("scsi_host_id", "scsi_channel_id", "scsi_target_id", "scsi_lun_id")
+    numbers = (f"{name}={number}" for name, number in zip(names, where, strict=True))
+    (store / "control").write_text(",".join(numbers))
+    (store / "udev_path").write_text(f"/dev/{disk}")
+    (store / "enable").write_text("1")
+    assert_in_use(USB, "storage-member", "pscsi_0/stick")
+
+
 def test_an_address_on_a_usb_network_card(undo: ExitStack) -> None:
     need("cdc_ether")
     name = interface_of(USB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes.small_host import SmallHost
+from vfiotool.host.paths import BLOCK_CLAIM
 from vfiotool.usage.mounts import parse_mount, unescape
 from vfiotool.usage.survey import Blocker, blockers, survey
 
@@ -388,3 +389,50 @@ def test_a_clusters_heartbeat_is_a_use_that_claims_nothing(small: SmallHost) -> 
     assert found(small) == []
     small.file(f"{base}/ours/heartbeat/AB12/dev", "nvme0n1")
     assert found(small) == [("storage-member", "ours")]
+
+
+TAPE = "/sys/devices/pci0000:00/0000:05:00.0/host3/target3:0:1/3:0:1:0"
+LIO = "/sys/kernel/config/target/core"
+
+
+def library(host: str) -> SmallHost:
+    """An adapter with a tape drive that the SCSI target hands on, and another one beside it."""
+    small = SmallHost()
+    small.function("0000:05:00.0", class_code="010700", driver="mpt3sas")
+    small.function("0000:06:00.0", class_code="010700", driver="mpt3sas")
+    small.link("/sys/bus/scsi/devices/3:0:1:0", TAPE)
+    small.link(
+        "/sys/bus/scsi/devices/4:0:2:0",
+        "/sys/devices/pci0000:00/0000:06:00.0/host4/target4:0:2/4:0:2:0",
+    )
+    for path in ("0000:05:00.0/host3", "0000:06:00.0/host4"):
+        small.folders.add(f"/sys/devices/pci0000:00/{path}")
+    where = f"Channel ID: 0 Target ID: 1 LUN: 0 Host ID: {host}"
+    small.file(
+        f"{LIO}/pscsi_2/drive/info", f"Status: ACTIVATED\n SCSI Device Bus Location: {where}"
+    )
+    small.folders |= {LIO, f"{LIO}/pscsi_2", f"{LIO}/pscsi_2/drive"}
+    return small
+
+
+@pytest.mark.parametrize("host", ["3", "PHBA Mode"])
+def test_a_tape_drive_that_the_scsi_target_hands_on_is_a_use_of_its_adapter(host: str) -> None:
+    """It has no block device, so nothing claims it."""
+    small = library(host)
+    assert found(small, "0000:05:00.0") == [("storage-member", "pscsi_2/drive")]
+    assert found(small, "0000:06:00.0") == []
+
+
+def test_a_tape_drive_of_another_adapter_is_none_of_this_ones() -> None:
+    assert found(library("9"), "0000:05:00.0") == []
+
+
+def test_a_disk_that_the_scsi_target_hands_on_is_named_once() -> None:
+    """Of those it claims the block device."""
+    small = library("3")
+    small.block("sdb", f"{TAPE}/block/sdb", "8:16")
+    small.file(f"{BLOCK_CLAIM}/sdb", "claimed")
+    assert found(small, "0000:05:00.0") == [("storage-member", "pscsi_2/drive")]
+    small.folders.discard(f"{LIO}/pscsi_2/drive")
+    del small.files[f"{LIO}/pscsi_2/drive/info"]
+    assert found(small, "0000:05:00.0") == [("storage-member", "sdb")]

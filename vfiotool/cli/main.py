@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
@@ -107,8 +108,11 @@ def _interrupted(number: int | None) -> int:
 
 
 def _give_up_output() -> None:
-    """Keep the interpreter's exit from complaining again about what cannot be written."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    """Keep the interpreter's exit from complaining again about what cannot be written.
+
+    Without a descriptor: there may be none left.
+    """
+    sys.stdout = io.StringIO()
 
 
 def _is_of_output(error: OSError) -> bool:

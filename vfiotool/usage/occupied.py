@@ -30,6 +30,7 @@ from vfiotool.usage.links import read_graph
 from vfiotool.usage.nodes import read_open_nodes
 from vfiotool.usage.parts import CRYPTO_CLASSES, class_by_owner
 from vfiotool.usage.sight import Sight
+from vfiotool.usage.storage import passed_scsi
 
 # Disks may lie outside of their controller (native multipath), displays have firmware's buffers in
 # their BARs, crypto engines are told by their module, IOMMUs and CXL memory by their class.
@@ -69,7 +70,7 @@ def _places(sight: Sight) -> Iterator[str]:
     shown += [SYS_TTY_CONSOLE.replace("console/active", name) for name in consoles]
     for path in shown:
         yield from owners(sight.realpath(path) or "")
-    for path in connected.places(sight):
+    for path in (*connected.places(sight), *passed_scsi(sight)):
         yield from owners(path)
     # What names an interface is found by it, and only its failure has to be known here.
     for target in sight.listdir(SYS_NETCONSOLE):

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping
 
+from vfiotool.devices.attached import is_part_of
 from vfiotool.host.paths import (
     BLOCK_CLAIM,
     BLOCK_TARGETS,
@@ -17,6 +18,7 @@ from vfiotool.host.paths import (
     SYS_LIO_CORE,
     SYS_MODULE,
     SYS_NVME_TARGETS,
+    SYS_SCSI,
     SYS_USB_GADGETS,
 )
 from vfiotool.usage.blocker import Blocker, Usage
@@ -43,6 +45,8 @@ def storage_usage(host: Sight, address: str, path: str, *, virtio: bool = True) 
     """
     shared = shared_folders(host, address, path) if virtio else []
     shared += _passed_through(host, address, path)
+    scsi = _scsi_passed_through(host, address, path)
+    shared += scsi.values()
     own = host.attached.blocks(path)
     if not own:
         return Usage(tuple(shared))
@@ -56,7 +60,9 @@ def storage_usage(host: Sight, address: str, path: str, *, virtio: bool = True) 
         *_exports(host, address, layers),
         *_heartbeats(host, address, layers),
     ]
-    claimed = _claims(host, address, own, {root for root, _ in uses})
+    explained = {root for root, _ in uses}
+    explained |= {name for name in own for device in scsi if _lies_below(host, name, device)}
+    claimed = _claims(host, address, own, explained)
     found = [*shared, *(blocker for _, blocker in uses), *claimed]
     return Usage(tuple(found))
 
@@ -144,6 +150,50 @@ def _passed_through(host: Sight, address: str, path: str) -> list[Blocker]:
             remedy = f"echo 0 > {shlex.quote(base)}/enable"
             found.append(Blocker("storage-member", address, system, detail, evidence, remedy))
     return found
+
+
+# drivers/target/target_core_pscsi.c, pscsi_show_configfs_dev_params; of an adapter that is passed
+# through as a whole the host's number is not told.
+_PSCSI = re.compile(r"Channel ID: (\d+) Target ID: (\d+) LUN: (\d+) Host ID: (\d+|PHBA Mode)")
+
+
+def passed_scsi(host: Sight) -> dict[str, str]:
+    """The paths of SCSI devices that the SCSI target hands on as they are -> the export's name.
+
+    A tape drive or a changer has no block device that could be claimed for it.
+    """
+    return host.once("scsi passed through", _passed_scsi)
+
+
+def _passed_scsi(host: Sight) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for adapter in host.listdir(SYS_LIO_CORE):
+        for name in host.listdir(f"{SYS_LIO_CORE}/{adapter}") if adapter[:6] == "pscsi_" else ():
+            told = _PSCSI.search(host.read(f"{SYS_LIO_CORE}/{adapter}/{name}/info") or "")
+            if told is None:
+                continue
+            wanted = ":".join(told.groups()[:3])
+            for device in host.listdir(SYS_SCSI):
+                number, _, place = device.partition(":")
+                if place == wanted and told[4] in (number, "PHBA Mode"):
+                    found[host.realpath(f"{SYS_SCSI}/{device}") or ""] = f"{adapter}/{name}"
+    return found
+
+
+def _scsi_passed_through(host: Sight, address: str, path: str) -> dict[str, Blocker]:
+    """The function's SCSI devices that the SCSI target hands on, by their paths."""
+    found = {}
+    for device, export in passed_scsi(host).items():
+        if is_part_of(path, device):
+            name = device.rpartition("/")[2]
+            detail = f"the SCSI device {name} is exported as {export} (pscsi)"
+            evidence = f"{SYS_LIO_CORE}/{export}/info"
+            found[device] = Blocker("storage-member", address, export, detail, evidence)
+    return found
+
+
+def _lies_below(host: Sight, name: str, device: str) -> bool:
+    return host.attached.block.get(name, "").startswith(f"{device}/")
 
 
 # The attribute of a heartbeat's region that names its disk.
