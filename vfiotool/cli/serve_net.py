@@ -54,7 +54,7 @@ async def _serve(paths: list[str], tap: str | None, rate: int | None) -> None:
         loop.add_signal_handler(number, until.set)
     async with AsyncExitStack() as stack:
         if tap is not None:
-            stack.callback(TapPort(tap, switch).close)
+            stack.callback(TapPort(tap, switch, output.warn).close)
         for path in paths:
             card = NetCard(switch, local_mac(path), rate=rate)
             await stack.enter_async_context(Served(card, path, output.warn))

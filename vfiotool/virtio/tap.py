@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 
 from vfiotool.errors import Unsupported, UsageError, from_oserror
 from vfiotool.host.paths import DEV_TUN
@@ -25,12 +26,13 @@ _LARGEST = HEADER.size + 65_550
 
 class TapPort:
     """The tap interface `name`, made if there is none; it goes with this port unless it persists.
+    One that is deleted meanwhile is reported, and its frames are dropped from then on.
 
     Raises UsageError for a name that no interface can have, Unsupported without the tun module,
     NotPermitted without CAP_NET_ADMIN, KernelError if another program has it.
     """
 
-    def __init__(self, name: str, switch: Switch) -> None:
+    def __init__(self, name: str, switch: Switch, report: Callable[[str], None]) -> None:
         raw = os.fsencode(name)
         if not 0 < len(raw) < 16 or b"/" in raw or b"%" in raw or name in (".", ".."):
             raise UsageError(f"{name!r} cannot be an interface's name")
@@ -49,6 +51,8 @@ class TapPort:
             os.close(self._fd)
             raise from_oserror(f"attach to the tap interface {name}", error) from error
         self.dropped = 0
+        self.name = name
+        self._report = report
         self._switch = switch
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._readable)
@@ -66,7 +70,12 @@ class TapPort:
         for _ in range(_BATCH):
             try:
                 packet = os.read(self._fd, _LARGEST)
-            except OSError:
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # It would be ready for ever.
+                self._loop.remove_reader(self._fd)
+                self._report(f"the tap interface {self.name} is gone: {error.strerror}")
                 return
             if (frame := parse_frame(packet, HEADER.size)) is not None:
                 self._switch.forward(self, frame)
