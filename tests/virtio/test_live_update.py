@@ -325,6 +325,10 @@ def test_an_older_server_that_says_nothing_of_levels_is_taken_over(
     file: Path, running: list[subprocess.Popen[str]]
 ) -> None:
     path = control.control_path(str(file)) or ""
+    # Once it serves, it listens for this too.
+    front = connect(file.parent / "one", running[0])
+    front.up()
+    front.close()
     with control.connect(path) as channel, Server(report=print) as server:
         channel.sendall(b'{"ask": "take-over"}\n')
         value, unpacked = handover.receive(channel)

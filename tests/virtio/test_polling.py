@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.virtio.frontend import T_GET_ID
+from tests.virtio.frontend import DATA, T_GET_ID
 from tests.virtio.test_vhost_user_blk import connected, serving
 from vfiotool.virtio.block import DiskSettings
 
@@ -37,3 +38,25 @@ def test_rings_are_not_looked_at_while_their_driver_wants_the_processor(tmp_path
             assert front.request(T_GET_ID, room=20)[0] == 0
         sleeps = server.workers[0].figures().sleeps
     assert sleeps > REQUESTS // 10
+
+
+def test_a_driver_that_sleeps_is_told_before_all_that_it_asked_for_is_done(tmp_path: Path) -> None:
+    """By the time that it runs there is work for both ends."""
+    path, count = tmp_path / "disk.sock", 20
+    with (
+        serving(path, DiskSettings(size=1 << 20, serial="s")) as (server, _),
+        connected(path) as front,
+    ):
+        front.up()
+        ring = front.rings[0]
+        for number in range(count):
+            at = DATA + 64 * number
+            front.memory[at : at + 16] = struct.pack("<IIQ", T_GET_ID, 0, 0)
+            front.put(ring, 3 * number, [(at, 16, False), (at + 32, 20, True), (at + 16, 1, True)])
+        before = server.workers[0].figures().batches
+        for number in range(count):
+            front.add(ring, 3 * number, kick=number == count - 1)
+        assert sorted(front.wait(ring, count)) == [(3 * number, 21) for number in range(count)]
+        batches = server.workers[0].figures().batches - before
+    # It is looked whether the driver wants to be told after 8, after 16, and after the rest.
+    assert batches >= 3
