@@ -121,10 +121,15 @@ class Round:
         # The one whose call raised: it was sent, or not.
         self.unsure: int | None = None
         self.problems: list[str] = []
+        # Set when so many commands were sent: what strikes then finds them out, however slowly
+        # threads change places here.
+        self.begun, self.begun_at = threading.Event(), rig.source.randrange(len(self.commands))
 
     def send(self) -> None:
         rig, view = self.rig, self.view
         for tag, one in enumerate(self.commands):
+            if tag == self.begun_at:
+                self.begun.set()
             data = self._data(one) if one.opcode == nvme_spec.WRITE else bytes(one.size)
             view[one.offset : one.offset + one.size] = data
             self.unsure = tag
@@ -180,9 +185,17 @@ def run_round(rig: Rig, version: int, kind: str) -> Round:
         except BaseException as error:
             raised.append(error)
 
-    striker = threading.Timer(
-        rig.source.random() * rig.usual_s, guarded, (lambda: rig.strike(kind),)
-    )
+    # Half of them at any moment, half of them while commands are out.
+    moment = rig.source.random() * 2 * rig.usual_s
+
+    def strike() -> None:
+        if moment < rig.usual_s:
+            time.sleep(moment)
+        else:
+            one.begun.wait(ALIVE_S)
+        rig.strike(kind)
+
+    striker = threading.Thread(target=guarded, args=(strike,))
     begun = time.monotonic()
     if kind:
         striker.start()
