@@ -159,3 +159,14 @@ def test_days_and_dates_and_what_is_neither() -> None:
     for bad in ("", "soon", "7w", "2026-13-01"):
         with pytest.raises(UsageError):
             moment_of(bad, now)
+
+
+@pytest.mark.parametrize(("told", "login"), [("0", "root"), ("4294967295", None), ("", None)])
+def test_who_logged_in_is_told_by_the_kernel_alone(
+    told: str, login: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who became root by su or sudo is still known; the last number stands for nobody."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/loginuid").write_text(told)
+    monkeypatch.setattr(audit, "PROC", str(tmp_path))
+    assert read_caller().login == login

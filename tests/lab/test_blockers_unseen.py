@@ -191,16 +191,24 @@ def in_namespace(stack: ExitStack) -> str:
     return str(hold(stack, libc).pid)
 
 
-@pytest.mark.parametrize("kind", [("macvlan", "mode", "bridge"), ("vlan", "id", "7")])
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("macvlan", "macvlan mode bridge"),
+        ("8021q", "vlan id 7"),
+        # There it tells its own index in the place of the card's.
+        ("vxlan", "vxlan id 7 dstport 4789 dev {}"),
+    ],
+)
 def test_what_stands_on_a_card_from_a_container_is_named(
-    clean: ExitStack, kind: tuple[str, str, str]
+    clean: ExitStack, module: str, kind: str
 ) -> None:
     address, name = interface()
-    need("macvlan" if kind[0] == "macvlan" else "8021q")
+    need(module)
     pid = in_namespace(clean)
     run("ip", "link", "set", name, "up")
     clean.callback(run, "ip", "link", "set", name, "down")
-    run("ip", "link", "add", "link", name, "name", "upper0", "type", *kind)
+    run("ip", "link", "add", "link", name, "name", "upper0", "type", *kind.format(name).split())
     run("ip", "link", "set", "upper0", "netns", pid)
     run("nsenter", "-t", pid, "-n", "ip", "addr", "add", "192.168.7.2/24", "dev", "upper0")
     (entry,) = blockers(address, "bridge-or-bond")
@@ -326,6 +334,72 @@ def test_a_mount_namespace_kept_by_a_file_is_looked_into(clean: ExitStack, tmp_p
     clean.callback(run, "umount", str(kept))
     (entry,) = blockers(DISK, "mounted")
     assert f"in the mount namespace {kept}" in entry["detail"]
+
+
+def configfs() -> Path:
+    base = Path("/sys/kernel/config")
+    need("configfs")
+    if not os.path.ismount(base):
+        run("mount", "-t", "configfs", "none", str(base))
+    return base
+
+
+def folder(stack: ExitStack, path: Path) -> Path:
+    path.mkdir()
+    stack.callback(path.rmdir)
+    return path
+
+
+def test_a_console_that_the_module_was_loaded_with_is_unseen_beside_one_that_shows(
+    clean: ExitStack,
+) -> None:
+    """It has no folder in configfs; another target has."""
+    address, name = interface()
+    if not Path("/lib/modules", os.uname().release, "kernel/drivers/net/netconsole.ko").exists():
+        pytest.skip("this kernel has no module netconsole")
+    base = configfs()
+    run("ip", "link", "set", name, "up")
+    clean.callback(run, "ip", "link", "set", name, "down")
+    run("ip", "address", "add", "10.9.9.9/24", "dev", name)
+    where = f"netconsole=6665@10.9.9.9/{name},6666@10.9.9.1/52:54:00:00:00:99"
+    run("modprobe", "netconsole", where)
+    clean.callback(run, "modprobe", "-r", "netconsole")
+    run("ip", "address", "flush", "dev", name)
+    other = folder(clean, base / "netconsole/other")
+    (other / "dev_name").write_text("another0")
+    assert [path.name for path in other.parent.iterdir()] == ["other"]
+    (entry,) = blockers(address, "unseen")
+    assert entry["subject"] == "/sys/kernel/config/netconsole"
+    assert vfiotool("bind", address, "--dry-run").code == 4
+
+
+# include/uapi/linux/bpf.h: commands, BPF_PROG_TYPE_SCHED_CLS, BPF_TCX_EGRESS; `r0 = 0; exit`.
+BPF, PROG_LOAD, LINK_CREATE, CLASSIFIER, TCX_EGRESS = 321, 5, 28, 3, 47
+PASSES_ALL = bytes.fromhex("b7000000000000009500000000000000")
+
+
+def bpf(command: int, *words: bytes) -> int:
+    attributes = ctypes.create_string_buffer(b"".join(words), 128)
+    made: int = ctypes.CDLL(None, use_errno=True).syscall(BPF, command, attributes, 128)
+    if made < 0:
+        pytest.skip(f"this kernel has no tcx: {os.strerror(ctypes.get_errno())}")
+    return made
+
+
+def test_a_program_that_sees_packets_without_a_filter_is_named(clean: ExitStack) -> None:
+    address, name = interface()
+    code, license = ctypes.create_string_buffer(PASSES_ALL), ctypes.create_string_buffer(b"GPL")
+    places = struct.pack("=QQ", ctypes.addressof(code), ctypes.addressof(license))
+    program = bpf(PROG_LOAD, struct.pack("=II", CLASSIFIER, 2), places)
+    clean.callback(os.close, program)
+    link = bpf(LINK_CREATE, struct.pack("=III", program, socket.if_nametoindex(name), TCX_EGRESS))
+    try:
+        (entry,) = blockers(address, "traffic-rule")
+        assert (entry["subject"], "tcx" in entry["detail"]) == (name, True)
+        assert vfiotool("bind", address, "--dry-run").code == 4
+    finally:
+        os.close(link)
+    assert_passable(address)
 
 
 def test_an_observation_that_cannot_fork_is_no_free_device(clean: ExitStack) -> None:

@@ -7,7 +7,9 @@ import pytest
 from tests.fakes.small_host import SmallHost
 from vfiotool.host import paths
 from vfiotool.host.host import Host
+from vfiotool.host.observe_net import _link_lines
 from vfiotool.host.tree import MemoryTree
+from vfiotool.netlink.route import NetLink
 from vfiotool.usage.links import SELF, read_graph
 from vfiotool.usage.network import read_routes
 from vfiotool.usage.sight import Sight
@@ -70,6 +72,38 @@ def test_a_port_stands_below_its_bridge_in_its_own_namespace_alone() -> None:
     )
     assert [item.name for item in graph.above((SELF, 2))] == ["br0"]
     assert list(graph.above((SELF, 5))) == []
+
+
+def test_what_stands_on_an_index_of_an_untold_namespace_may_stand_on_each_of_that_index() -> None:
+    graph = read_graph(
+        Sight(
+            links(
+                "self\t3\teth1\t\t\t\t\t\t\t",
+                "self\t4\teth2\t\t\t\t\t\t\t",
+                "77\t5\tup7\tipvtap\t?\t3\t\t\t\t",
+            ).host()
+        )
+    )
+    assert [item.name for item in graph.above((SELF, 3))] == ["up7"]
+    assert [upper.name for upper, _ in graph.elsewhere([(SELF, 3)])] == ["up7"]
+    assert list(graph.above((SELF, 4))) == []
+    assert list(graph.above(("77", 5))) == []
+
+
+def test_an_index_alone_is_not_taken_for_one_of_the_same_namespace() -> None:
+    """ipvtap, moved to a container, tells no namespace, and neither does one that has no number."""
+    here = NetLink(3, "eth1", True, None, None, None)
+    rows = [
+        NetLink(5, "up5", True, None, None, "macvlan", 3),
+        NetLink(6, "up6", True, None, None, "ipvtap", 3),
+        NetLink(7, "up7", True, None, None, "macvlan", 9),
+        NetLink(8, "up8", True, None, None, "macvlan", 3, -1),
+        NetLink(9, "veth0", True, None, None, "veth", 77),
+    ]
+    told = [line.split("\t")[4] for line in _link_lines("77", (here, *rows[:4]), {}, {})]
+    assert told == ["", "77", "?", "?", "?"]
+    (line,) = _link_lines("77", (rows[4],), {}, {})
+    assert line.split("\t")[4:6] == ["", ""]
 
 
 def test_a_master_that_no_row_tells_of_is_no_reason_to_fall() -> None:
@@ -256,3 +290,14 @@ def test_devices_made_from_a_function_are_its_uses_and_no_others(folder: str, ki
     small.link(f"{folder}/mine", f"{own}/mine")
     small.link(f"{folder}/other", f"{other}/other")
     assert kinds(small, DISK) == [(kind, "mine")]
+    small.link(f"{own}/mine/driver", "/sys/bus/some/drivers/vhost_vdpa")
+    (entry,) = survey(small.host(), DISK).blockers
+    assert entry.detail.endswith(", on vhost_vdpa") == (kind == "vdpa-children")
+
+
+def test_a_function_that_could_have_vfs_and_has_none_is_nobodys() -> None:
+    small = SmallHost()
+    path = small.function(NIC)
+    small.file(f"{path}/sriov_totalvfs", "4")
+    small.file(f"{path}/sriov_numvfs", "0")
+    assert kinds(small, NIC) == []

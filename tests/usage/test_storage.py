@@ -245,6 +245,18 @@ def test_btrfs_and_bcachefs_members_are_found_though_the_mount_names_another_dis
     assert found(small, "0000:02:00.0") == [("mounted", "/pool")]
 
 
+def test_of_two_disks_of_one_function_each_that_a_file_system_is_on_is_named(
+    small: SmallHost,
+) -> None:
+    small.block("nvme0n2", f"/sys/devices/pci0000:00/{DISK}/nvme/nvme0/nvme0n2", "259:1")
+    for name in ("nvme0n1", "nvme0n2"):
+        small.link(f"/sys/fs/btrfs/uuid-a/devices/{name}", f"/sys/class/block/{name}")
+    small.mounts(mount("0:44", "/pool", "/dev/nvme0n2", "btrfs"))
+    said = {entry.detail.partition(" (")[0] for entry in blockers(small.host(), DISK)}
+    whole = "nvme0n1 is part of a mounted file system of several devices"
+    assert said == {whole, "nvme0n2 is mounted on /pool"}
+
+
 def test_a_btrfs_member_counts_even_if_no_mount_is_visible(small: SmallHost) -> None:
     small.link("/sys/fs/btrfs/uuid-a/devices/nvme0n1", "/sys/class/block/nvme0n1")
     assert found(small) == [("mounted", "nvme0n1")]

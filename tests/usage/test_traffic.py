@@ -27,7 +27,9 @@ from vfiotool.netlink.traffic import (
     read_redirected,
 )
 from vfiotool.usage.case import read_case
+from vfiotool.usage.far_disks import vital_over_network
 from vfiotool.usage.links import in_namespace
+from vfiotool.usage.sight import Sight
 from vfiotool.usage.survey import survey
 from vfiotool.usage.verdict import explain
 
@@ -203,6 +205,12 @@ def test_a_shared_folder_that_is_mounted_elsewhere_may_be_below_the_root_all_the
     assert verdict.next == ()
 
 
+def test_a_shared_folder_that_another_overlay_may_stand_on_can_be_given_up() -> None:
+    verdict = explain(read_case(shares(OVERLAY.replace(" / rw", " /merged rw")).host(), DISK))
+    assert ("mounted", "/merged") in [(entry.kind, entry.subject) for entry in verdict.blockers]
+    assert verdict.warnings == ()
+
+
 @pytest.mark.parametrize(
     "mounts",
     [
@@ -228,6 +236,15 @@ def far_host(disk: str, path: str, transport: str = "tcp") -> SmallHost:
     small.file("/sys/class/nvme/nvme3/transport", transport)
     small.mounts("self\t30 1 253:0 / /var rw - ext4 /dev/dm-0 rw")
     return small
+
+
+def test_volumes_that_form_a_loop_lead_to_no_far_disk() -> None:
+    small = far_host("sda", "/sys/devices/pci0000:00/0000:00:01.0/sda")
+    lower = "/sys/devices/virtual/block/dm-1"
+    small.block("dm-1", lower, "253:1")
+    small.link("/sys/devices/virtual/block/dm-0/slaves/dm-1", lower)
+    small.link(f"{lower}/slaves/dm-0", "/sys/devices/virtual/block/dm-0")
+    assert vital_over_network(Sight(small.host())) is None
 
 
 @pytest.mark.parametrize(

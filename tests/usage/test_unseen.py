@@ -226,3 +226,10 @@ def test_a_driver_of_disks_or_networks_that_shows_none_blocks(
         small.folders.add(f"{path}/{child}")
     found = survey(small.host(live=True), "0000:09:00.0").blockers
     assert [blocker.kind for blocker in found] == expected
+
+
+def test_a_table_of_swap_areas_without_its_first_line_was_cut_short() -> None:
+    small = quiet_host()
+    small.files[paths.PROC_SWAPS] = b""
+    (entry,) = look(Sight(small.host(live=True)), DISK).blockers
+    assert (entry.kind, entry.subject) == ("unseen", paths.PROC_SWAPS)

@@ -285,6 +285,19 @@ def test_a_display_is_taken_by_a_command_that_says_what_it_cuts_off(small: Small
     )
 
 
+@pytest.mark.parametrize(("buffer", "last"), [("BOOTFB", "reboot"), ("other", None)])
+def test_a_firmware_frame_buffer_is_left_out_at_the_next_boot(
+    small: SmallHost, buffer: str, last: str | None
+) -> None:
+    path = small.function(EDU, class_code="030000", driver="vfio-pci", group=3)
+    small.file(f"{path}/resource", "0x00000000c0000000 0x00000000c0ffffff 0x0000000000042208")
+    small.file("/proc/iomem", f"c0000000-c0ffffff : {EDU}\n  c0000000-c07fffff : {buffer}")
+    steps = ask(small, EDU).next
+    assert ("reboot" in steps) == (last == "reboot")
+    if last is not None:
+        assert steps[-1] == last
+
+
 def test_what_could_not_be_seen_stands_in_the_way(small: SmallHost) -> None:
     small.function(EDU, group=3)
     small.file("/proc/vfiotool/open-nodes", "!\topen files of 7 processes of other users")
@@ -340,6 +353,22 @@ def test_nothing_is_offered_against_the_pool_that_the_root_file_system_is_on(
     assert verdict.warnings[0].startswith("/ is on the ZFS pool rpool")
     small.mounts("self\t30 1 0:26 / /tank rw - zfs rpool/data rw")
     assert ask(small, DISK).next[0] == "zpool export rpool"
+    # The root file system on another pool.
+    small.mounts("self\t30 1 0:26 / / rw - zfs other/ROOT rw")
+    assert ask(small, DISK).next[0] == "zpool export rpool"
+
+
+def test_a_use_that_no_command_ends_is_said_to_be_one(small: SmallHost) -> None:
+    small.nvme(DISK, "nvme0n1", "259:0", group=1)
+    small.file("/sys/kernel/config/cluster/ours/heartbeat/AB/dev", "nvme0n1")
+    small.folders |= {
+        "/sys/kernel/config/cluster/ours",
+        "/sys/kernel/config/cluster/ours/heartbeat/AB",
+    }
+    verdict = ask(small, DISK)
+    assert verdict.next == ()
+    (note,) = verdict.notes
+    assert note.startswith("no step is known that ends it: nvme0n1 has the heartbeat")
 
 
 def test_nothing_is_offered_against_the_network_that_the_root_file_system_is_on(

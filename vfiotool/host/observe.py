@@ -9,8 +9,9 @@ point: one that is missing was cut short.
     addresses           interface, address/prefix
     net-kinds           interface, kind of a virtual one (`team`, `macvlan`)
     net-links           of every network namespace: the namespace (`self`, a pid, a path), index,
-                        name, kind; namespace and index of the interface that it stands on; index
-                        of its master; its device's path below /sys; addresses with commas; `xdp`
+                        name, kind; namespace (`?`: any) and index of the interface that it stands
+                        on; index of its master; its device's path below /sys; addresses with
+                        commas; `xdp`
     net-routes          interface, a route of it (`default via 10.0.0.1 table 100`)
     net-traffic         interface; `redirected` (tc sends it packets), `filtered` (tc filters see
                         its own), `programmed` (BPF programs of tcx do) or a socket that is bound

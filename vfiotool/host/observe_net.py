@@ -39,6 +39,9 @@ _SOCKETS_TOLD = 4
 _EVERYWHERE = frozenset(n.to_bytes(14, "big") for n in (0x2, 0xC, 0xFB))
 # Pairs of interfaces that name each other and carry nothing of one another's.
 _PAIRS = frozenset({"veth", "vxcan", "netkit"})
+# Kinds that tell what they stand on by its index alone, wherever that is (no get_link_net among
+# their rtnl_link_ops: drivers/net/ipvlan/ipvtap.c, drivers/net/ethernet/qualcomm/rmnet).
+_NAMESPACE_UNTOLD = frozenset({"ipvtap", "rmnet"})
 
 
 def addresses() -> str:
@@ -286,11 +289,14 @@ def _link_lines(
     cidrs: Mapping[str, list[str]],
     lowers: Mapping[int, str],
 ) -> Iterator[str]:
+    here = {link.index for link in links}
     for link in links:
         stands = link.kind not in _PAIRS and link.lower is not None
         place = where
         if stands and link.lower_namespace is not None:
             place = lowers.get(link.lower_namespace, "?")
+        elif link.lower not in here or link.kind in _NAMESPACE_UNTOLD:
+            place = "?"
         fields = (
             where,
             str(link.index),

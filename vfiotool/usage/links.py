@@ -16,6 +16,8 @@ from vfiotool.host.paths import NET_LINKS, NET_NAMESPACES, PROC
 from vfiotool.usage.sight import Sight
 
 SELF = "self"
+# In the place of a namespace: the kernel tells the index of what is below alone.
+_UNTOLD = "?"
 _FIELDS = 10
 
 # A network namespace as the observation names it, and an interface's index there.
@@ -70,8 +72,12 @@ class Graph:
         return self._owned.get(path, [])
 
     def above(self, key: Key) -> Iterator[Interface]:
-        """What stands straight on an interface, and what it is a port of."""
+        """What stands straight on an interface, and what it is a port of.
+
+        So does what stands on one of that index in a namespace that is not told.
+        """
         yield from self._above.get(key, [])
+        yield from (item for item in self._above.get((_UNTOLD, key[1]), []) if item.key != key)
         item = self.by_key.get(key)
         if item is not None and item.master is not None and item.master in self.by_key:
             yield self.by_key[item.master]
