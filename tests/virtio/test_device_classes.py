@@ -110,7 +110,10 @@ def test_a_read_only_disk_and_errors_of_the_class(path: Path) -> None:
         assert front.write(0, bytes(512)) == 1
         assert front.request(T_IN, 0, room=512)[0] == 1
         assert front.request(T_FLUSH)[0] == 1
-    assert said == ["Failing, queue 0: RuntimeError('a fault')"]
+    (told,) = said
+    assert told.startswith(
+        "Failing.handle, queue 0: RuntimeError: a fault (test_device_classes.py:"
+    )
 
 
 def test_a_disk_that_grows_tells_its_driver(path: Path) -> None:

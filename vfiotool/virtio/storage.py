@@ -137,15 +137,23 @@ class Storage(VirtioDevice):
 
     def handle(self, queue: int, requests: list[QueueRequest]) -> Awaitable[None] | None:
         waits: list[Awaitable[None]] = []
+        fault: Exception | None = None
         for request in requests:
             try:
                 answer = self._answer(request)
             except OSError:
                 answer = BlockStatus.IOERR
+            except Exception as error:
+                # Of this request alone; it is reported when the others have been answered.
+                fault, answer = fault or error, BlockStatus.IOERR
             if isinstance(answer, BlockStatus):
                 self._end(request, answer)
             else:
                 waits.append(self._later(request, answer))
+        if fault is not None and not waits:
+            raise fault
+        if fault is not None:
+            waits.append(_failed(fault))
         return _all(waits) if waits else None
 
     def failed(self, request: QueueRequest) -> None:
@@ -238,6 +246,10 @@ async def _all(waits: list[Awaitable[None]]) -> None:
     for result in ended:
         if isinstance(result, BaseException):
             raise result
+
+
+async def _failed(error: Exception) -> None:
+    raise error
 
 
 class MemoryStorage(Storage):

@@ -1,0 +1,96 @@
+"""Disks in Python whose methods fail: each request's own error, and nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.virtio.frontend import DATA, T_IN, Frontend
+from tests.virtio.test_device import connected, path, served
+from vfiotool.virtio import host
+from vfiotool.virtio.storage import MemoryStorage
+
+__all__ = ["path"]
+BAD = 3
+
+
+def reads(front: Frontend, sectors: range) -> list[int]:
+    """One read for each sector, made available together: the statuses."""
+    ring = front.rings[0]
+    for number in sectors:
+        at = DATA + 0x400 * number
+        front.memory[at : at + 16] = struct.pack("<IIQ", T_IN, 0, number)
+        front.memory[at + 16] = 0xFF
+        chain = [(at, 16, False), (at + 0x200, 512, True), (at + 16, 1, True)]
+        front.put(ring, 4 * number, chain)
+        front.add(ring, 4 * number, kick=number == sectors[-1])
+    front.wait(ring, len(sectors))
+    return [front.memory[DATA + 0x400 * number + 16] for number in sectors]
+
+
+class OneBad(MemoryStorage):
+    def read(self, offset: int, into: memoryview) -> None:
+        if offset == BAD * 512:
+            raise ValueError("a fault of the class")
+        super().read(offset, into)
+
+
+class OneBadLater(OneBad):
+    async def read(self, offset: int, into: memoryview) -> None:  # type: ignore[override]
+        await asyncio.sleep(0)
+        super().read(offset, into)
+
+
+class Mixed(OneBad):
+    """Some answers come at once and some later."""
+
+    def read(self, offset: int, into: memoryview):  # type: ignore[no-untyped-def]
+        if offset % 1024:
+            return super().read(offset, into)
+        return self.later(offset, into)
+
+    async def later(self, offset: int, into: memoryview) -> None:
+        await asyncio.sleep(0)
+        super().read(offset, into)
+
+
+class Count(OneBad):
+    """Returns what preadv does."""
+
+    def read(self, offset: int, into: memoryview):  # type: ignore[no-untyped-def]
+        super(OneBad, self).read(offset, into)
+        return 512 if offset == BAD * 512 else None
+
+
+@pytest.mark.parametrize("kind", [OneBad, OneBadLater, Mixed, Count])
+def test_a_fault_is_its_own_requests_alone(path: Path, kind: type[MemoryStorage]) -> None:
+    with served(kind(1 << 20), path) as (_, said), connected(path) as front:
+        front.up()
+        assert reads(front, range(8)) == [1 if number == BAD else 0 for number in range(8)]
+    assert len(said) == 1 and said[0].startswith(f"{kind.__name__}.handle, queue 0: "), said
+
+
+def test_what_does_not_end_with_its_queue_is_no_fault(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(MemoryStorage):
+        async def read(self, offset: int, into: memoryview) -> None:  # type: ignore[override]
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(host, "DRAIN_S", 0.05)
+    with served(Endless(1 << 20), path) as (_, said), connected(path) as front:
+        front.up()
+        ring = front.rings[0]
+        front.memory[DATA : DATA + 16] = struct.pack("<IIQ", T_IN, 0, 0)
+        front.memory[DATA + 16] = 0xFF
+        front.put(ring, 0, [(DATA, 16, False), (DATA + 512, 512, True), (DATA + 16, 1, True)])
+        front.add(ring, 0)
+        assert front.stop() == 1
+        assert front.wait(ring) == [(0, 513)]
+        assert front.memory[DATA + 16] == 1
+        front.start(0, 1)
+        assert front.stop() == 1
+    assert said == []
