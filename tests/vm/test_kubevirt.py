@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from tests.vm.given import DISK, GPU, MDEV, vf
+from tests.vm.given import DISK, GPU, MDEV, WIDE, vf
 from vfiotool.errors import Unsupported
 from vfiotool.netlink.route import VfSettings
 from vfiotool.vm import kubevirt
@@ -123,6 +123,8 @@ def test_kubevirts_resources_are_as_published() -> None:
     }
     with pytest.raises(Unsupported):
         kubevirt.resources([DISK])
+    with pytest.raises(Unsupported, match="domain is above ffff"):
+        kubevirt.resources([WIDE])
 
 
 def some_vf(index: int, vlan: int = 0, interface: str | None = "eno1") -> Handed:

@@ -39,6 +39,10 @@ def _completer(find: Callable[[Host, str], Iterable[tuple[str, str]]]) -> Comple
     return complete
 
 
+_KINDS = ("net", "block", "id", "serial", "slot", "path", "vf", "class", "driver", "group")
+_PREFIXES = tuple(f"{kind}:" for kind in _KINDS)
+
+
 @_completer
 def devices(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
     """Addresses, mdevs and the kinds of selectors with what they could name."""
@@ -53,6 +57,7 @@ def devices(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
         return
     functions = list(read_functions(host, list_addresses(host), links=False))
     if colon and kind in ("id", "driver", "group"):
+        first: dict[str, str] = {}
         for function in functions:
             values = {
                 "id": f"{function.vendor}:{function.device}",
@@ -60,7 +65,8 @@ def devices(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
                 "group": function.iommu_group,
             }
             if values[kind] is not None:
-                yield f"{kind}:{values[kind]}", function.address
+                first.setdefault(f"{kind}:{values[kind]}", function.address)
+        yield from first.items()
         return
     from vfiotool.devices.names import read_names
 
@@ -71,8 +77,33 @@ def devices(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
         address = function.address.removeprefix("0000:") if short else function.address
         yield address, known.device or known.class_name or ""
     yield from _mdevs(host)
-    for prefix in ("net:", "block:", "id:", "serial:", "slot:", "path:", "vf:", "driver:"):
+    for prefix in _PREFIXES:
         yield prefix, "selector"
+
+
+@_completer
+def served(host: Host, incomplete: str) -> Iterable[tuple[str, str]]:
+    """vDPA devices and sockets, as the commands of `vm` name them."""
+    from vfiotool.vm.handed import SOCKETS, VDPA
+
+    kind, colon, path = incomplete.partition(":")
+    if colon and kind == VDPA:
+        from vfiotool.devices.vdpa import read_devices
+
+        for device in read_devices(host):
+            yield f"{VDPA}:{device.name}", device.parent or ""
+    elif colon and kind in SOCKETS:
+        folder, slash, _ = path.rpartition("/")
+        for name in sorted(host.listdir(folder or "/")) if slash else ():
+            yield f"{kind}:{folder}/{name}", ""
+    else:
+        for one in (VDPA, *SOCKETS):
+            yield f"{one}:", "selector"
+
+
+def handed(ctx: typer.Context, incomplete: str) -> Found:
+    """All that can be handed to a VM: devices of the host, vDPA devices and sockets."""
+    return [*devices(ctx, incomplete), *served(ctx, incomplete)]
 
 
 def _mdevs(host: Host) -> Iterable[tuple[str, str]]:

@@ -37,7 +37,7 @@ HandedArgument = Annotated[
         metavar="DEVICE…",
         help=f"{SELECTORS} Also vdpa:NAME, vhost-user-blk:SOCKET, vhost-user-net:SOCKET, "
         "vfio-user:SOCKET.",
-        autocompletion=candidates.devices,
+        autocompletion=candidates.handed,
     ),
 ]
 Memory = Annotated[

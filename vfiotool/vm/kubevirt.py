@@ -49,13 +49,20 @@ def resources(devices: Sequence[Handed]) -> list[dict[str, object]]:
     asks for what is given, and for network VFs the device plug-in's resources and the operator's.
 
     A run of VFs that no policy of the operator can name (`VfRun.has_policy`) has none. Raises
-    Unsupported for what KubeVirt cannot name: vDPA devices and sockets.
+    Unsupported for what KubeVirt cannot name: vDPA devices, sockets, domains above ffff.
     """
     for device in devices:
         if not device.through_vfio:
             raise Unsupported(
                 f"KubeVirt has no device for {device.name}",
                 hint="it takes PCI devices and mediated devices that are there on the node",
+                device=device.name,
+            )
+        if device.function is not None and device.address.domain > 0xFFFF:
+            # It is libvirt that starts the VM (vm/libvirt.py).
+            raise Unsupported(
+                f"KubeVirt cannot start a VM with {device.name}: its domain is above ffff",
+                hint="vfiotool vm qemu prints what QEMU takes",
                 device=device.name,
             )
     runs = runs_of(devices)

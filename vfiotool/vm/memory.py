@@ -54,12 +54,19 @@ def judge_memory(
 def locked_bytes(checks: Sequence[ReadyCheck], wanted: WantedGuest) -> int:
     """How much memory the VM locks: the guest's once for all VFIO devices, and once for each of
     them behind a virtual IOMMU (each has a container then), once for each vDPA device, and 1 GiB.
+
+    Mediated devices are behind no IOMMU: of a container that has nothing else no memory is locked
+    when it is mapped (vfio_dma_do_map; iommufd: iopt_fill_domains_pages, which there is none of).
     """
     memory = wanted.memory_bytes or 0
-    through = sum(check.device.through_vfio for check in checks)
+    through = _behind_an_iommu(checks)
     vdpa = sum(check.device.model == "vdpa" for check in checks)
     spaces = through if wanted.viommu else min(through, 1)
     return memory * (spaces + vdpa) + (_MARGIN if spaces + vdpa else 0)
+
+
+def _behind_an_iommu(checks: Sequence[ReadyCheck]) -> int:
+    return sum(check.device.through_vfio and not check.device.is_mdev for check in checks)
 
 
 def _memory_lock(
@@ -68,14 +75,18 @@ def _memory_lock(
     wanted: WantedGuest,
     distribution: Distribution,
 ) -> list[PreflightFinding]:
-    need = locked_bytes(checks, wanted)
+    need, locks, severity = locked_bytes(checks, wanted), "the VM locks", BLOCKER
     limit, names = machine.memory_lock, _names(checks)
+    if not need and any(check.device.is_mdev for check in checks):
+        # The driver of a mediated device locks what the guest gives it: it starts in any case.
+        need = (wanted.memory_bytes or 0) + _MARGIN
+        locks, severity = "what the guest gives its mediated devices is locked, up to", WARNING
     if not need:
         return []
     others = _pinned_by_others(machine) if wanted.iommufd else 0
     how = _charged(checks, wanted, others)
     if limit is None:
-        detail = f"the VM locks {words_of(need)}{how}; the limit on locked memory is not known here"
+        detail = f"{locks} {words_of(need)}{how}; the limit on locked memory is not known here"
         evidence = f"{PROC}/self/limits cannot be read"
         return [finding(names, "memory-lock", NOTE, detail, evidence, number=need, unit="bytes")]
     evidence = f"{PROC}/self/limits: Max locked memory {limit.soft} {limit.hard}"
@@ -87,7 +98,7 @@ def _memory_lock(
     if missing <= 0:
         return []
     detail = (
-        f"the VM locks {words_of(need)}{how}, and {words_of(int(limit.soft))} may be locked: "
+        f"{locks} {words_of(need)}{how}, and {words_of(int(limit.soft))} may be locked: "
         f"{words_of(missing)} are missing"
     )
     kib = -(-(need + others) // 1024)
@@ -97,14 +108,14 @@ def _memory_lock(
     remedy += [f"in a systemd unit: LimitMEMLOCK={need + others}", *more_memory_lock(distribution)]
     return [
         finding(
-            names, "memory-lock", BLOCKER, detail, evidence, *remedy, number=missing, unit="bytes"
+            names, "memory-lock", severity, detail, evidence, *remedy, number=missing, unit="bytes"
         )
     ]
 
 
 def _charged(checks: Sequence[ReadyCheck], wanted: WantedGuest, others: int) -> str:
     parts = []
-    through = sum(check.device.through_vfio for check in checks)
+    through = _behind_an_iommu(checks)
     vdpa = sum(check.device.model == "vdpa" for check in checks)
     if wanted.viommu and through > 1:
         parts.append(f"its memory for each of {through} devices behind the virtual IOMMU")
@@ -340,7 +351,8 @@ def _beside(guest: GuestMachine, start: int, *, moved: bool) -> str:
     most = start - guest.base
     if guest.kind == "q35" and start >= 4 * GIB:
         most = start - 2 * GIB
-    less = f"less memory: at most {words_of(most)}"
+    # In whole MiB, as -m takes them: rounded to GiB it could be what is too much.
+    less = f"less memory: at most {most >> 20}M"
     if guest.kind == "q35" and GIB <= start < 4 * GIB:
         return f"{less}; or -machine q35,max-ram-below-4g={start}"
     if most < 64 << 20:

@@ -18,7 +18,8 @@ author:
 options:
   devices:
     description:
-      - The devices, by any selector.
+      - The devices, by any selector, in quotation marks. YAML reads V(01:00.0) without them as the
+        number 60.
     type: list
     elements: str
     required: true
@@ -46,6 +47,11 @@ options:
       - The machine has a virtual IOMMU.
     type: bool
     default: false
+  vf_token:
+    description:
+      - The token of virtual functions whose physical function is on vfio-pci.
+      - By default that of the applied policy.
+    type: str
   strict:
     description:
       - Fail on warnings too, such as a device that works once and not twice.
@@ -97,6 +103,7 @@ def main():
             },
             iommufd={"type": "bool", "default": False},
             viommu={"type": "bool", "default": False},
+            vf_token={"type": "str", "no_log": True},
             strict={"type": "bool", "default": False},
         ),
         supports_check_mode=True,
@@ -106,6 +113,8 @@ def main():
     for option in ("memory", "vcpus"):
         if module.params[option] is not None:
             words += ["--%s" % option, str(module.params[option])]
+    if module.params["vf_token"] is not None:
+        words += ["--vf-token", module.params["vf_token"]]
     words += ["--%s" % name for name in ("iommufd", "viommu") if module.params[name]]
     findings = run(module, *words, accept=(0, 1))[0]["findings"]
     bad = ("blocker", "warning") if module.params["strict"] else ("blocker",)
