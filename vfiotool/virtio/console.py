@@ -49,12 +49,19 @@ class Console(VirtioDevice):
         self._deliver()
 
     def handle(self, queue: int, requests: list[QueueRequest]) -> None:
+        fault: Exception | None = None
         for request in requests:
             if queue == _FROM_DRIVER:
                 # A driver may lay down the same memory a thousand times, as one request.
                 for at in range(0, request.read_bytes, _PIECE):
-                    self.received(b"".join(request.readable_part(at, _PIECE)))
+                    try:
+                        self.received(b"".join(request.readable_part(at, _PIECE)))
+                    except Exception as error:
+                        # It is reported when what came with it has been said, too.
+                        fault = fault or error
             request.complete(0)
+        if fault is not None:
+            raise fault
 
     def _deliver(self) -> None:
         while self._kept:

@@ -1,4 +1,4 @@
-"""Disks in Python whose methods fail: each request's own error, and nobody else's."""
+"""Disks and consoles in Python whose methods fail: each request's own error, and nobody else's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from tests.virtio.frontend import DATA, T_IN, Frontend
 from tests.virtio.test_device import connected, path, served
 from vfiotool.virtio import host
+from vfiotool.virtio.console import Console
 from vfiotool.virtio.storage import MemoryStorage
 
 __all__ = ["path"]
@@ -94,3 +95,28 @@ def test_what_does_not_end_with_its_queue_is_no_fault(
         front.start(0, 1)
         assert front.stop() == 1
     assert said == []
+
+
+def test_what_a_console_cannot_take_costs_it_nothing_that_comes_with_it(path: Path) -> None:
+    class Choosy(Console):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard: list[bytes] = []
+
+        def received(self, data: bytes) -> None:
+            if data == b"line 1":
+                raise ValueError("a fault of the class")
+            self.heard.append(data)
+
+    device = Choosy()
+    with served(device, path) as (_, said), connected(path, queues=2) as front:
+        front.up()
+        ring = front.rings[1]
+        for number in range(4):
+            at = DATA + 64 * number
+            front.memory[at : at + 6] = b"line %d" % number
+            front.put(ring, number, [(at, 6, False)])
+            front.add(ring, number, kick=number == 3)
+        assert front.wait(ring, 4) == [(number, 0) for number in range(4)]
+    assert device.heard == [b"line 0", b"line 2", b"line 3"]
+    assert len(said) == 1 and said[0].startswith("Choosy.handle, queue 1: ValueError: ")
