@@ -143,3 +143,9 @@ def test_a_server_that_ends_leaves_the_socket_of_its_successor(tmp_path: Path) -
             server.terminate()
             server.wait(60)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("path", ["", "\0abstract", "a\0b", "x" * 108])
+def test_what_is_no_path_is_refused(path: str) -> None:
+    with pytest.raises(UsageError, match="path"):
+        listen(path)

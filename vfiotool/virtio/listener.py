@@ -22,9 +22,12 @@ def listen(path: str) -> socket.socket:
     """A listening socket at `path`. A socket there that nobody listens on any more is replaced; of
     several servers that begin there at once, one listens.
 
-    Raises Refused if somebody does, UsageError for what is no socket or a path that is too long,
+    Raises Refused if somebody does, UsageError for what is no socket or cannot be one's path,
     NotPermitted or KernelError as bind does.
     """
+    if not path or "\0" in path:
+        # The kernel would listen under a name that is no path, for everybody.
+        raise UsageError(f"{path!r} is not a socket's path")
     if len(os.fsencode(path)) > 107:
         raise UsageError(f"{path}: a socket's path has at most 107 bytes")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
