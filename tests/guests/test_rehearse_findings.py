@@ -17,6 +17,8 @@ from vfiotool.cli import lab_rehearse
 from vfiotool.cli.main import main
 from vfiotool.errors import NotFound
 from vfiotool.lab import rehearse_run, twin_run
+from vfiotool.lab.channel import Kind
+from vfiotool.lab.guest import Completed, GuestTimeout
 from vfiotool.lab.inside import rehearsal as inside
 from vfiotool.lab.inside import vm
 from vfiotool.lab.rehearse import (
@@ -31,6 +33,7 @@ from vfiotool.lab.rehearse import (
 )
 from vfiotool.lab.twin_facts import read_twin_host
 from vfiotool.lab.twin_plan import plan_twin
+from vfiotool.lab.twin_run import Twin
 from vfiotool.models.edu import EduModel
 from vfiotool.models.nvme import NvmeModel
 
@@ -331,3 +334,41 @@ def test_refusals_on_the_host_are_told_before_the_twin_boots(
     told = capsys.readouterr().err
     assert "on that host apply refuses: 0000:02:00.1" in told
     assert told.index("refuses") < told.index("boots")
+
+
+class SlowGuest:
+    """A guest whose one command answers with `rows`, and which waits for a processor meanwhile."""
+
+    def __init__(self, rows: list[dict[str, Any]], waits_s: float) -> None:
+        self.rows, self.waits_s, self._waited_s = rows, waits_s, 0.0
+
+    def waited_s(self) -> float:
+        return self._waited_s
+
+    def exec(self, command: list[str], *, sink: Any, **_: Any) -> Completed:
+        assert command[-2:] == [inside.__name__, "as-planned"]
+        for row in self.rows:
+            self._waited_s += self.waits_s
+            sink(Kind.OUTPUT, json.dumps(row).encode() + b"\n")
+        return Completed(0, b"", b"")
+
+
+def played_by(guest: SlowGuest, rows: int) -> list[Done]:
+    twin = Twin(guest, {}, {})  # type: ignore[arg-type]
+    told: list[Done] = []
+    plan = plan_twin(read_twin_host(str(HOSTS / "storage-in-use")))
+    play = rehearse_run._Play(twin, plan, False, told.append)
+    play.part("as-planned", ACTS[0])
+    assert len(told) == rows
+    return told
+
+
+def test_what_a_busy_machine_keeps_from_its_end_is_no_finding() -> None:
+    stuck = {"name": "undo", "exit_code": None, "seconds": inside.COMMAND_LIMIT_S + 1}
+    with pytest.raises(GuestTimeout, match=r"undo did not end in 121 s, of which .* 90 s"):
+        played_by(SlowGuest([stuck], 90.0), 1)
+    # The device's own fault: the twin had its processor.
+    assert findings(played_by(SlowGuest([stuck], 1.0), 1))[0].kind == "stuck"
+    # Slow, but at its end.
+    done = {"name": "undo", "exit_code": 0, "seconds": 119.0}
+    assert not findings(played_by(SlowGuest([done], 100.0), 1))

@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from vfiotool.lab.kernels import catalogue as kernels
 from vfiotool.lab.kernels import packages
 from vfiotool.lab.kernels.cache import progress
 from vfiotool.lab.qmp import Qmp
+from vfiotool.lab.scratch import scratch_folder
 
 BOOT_LIMIT_S = 180.0
 # How many times as long a boot may take on a machine that lets it wait for a processor.
@@ -159,9 +159,7 @@ class Guest:
             raise
 
     def _boot(self) -> None:
-        scratch = tempfile.TemporaryDirectory(prefix="vfiotool-lab-")
-        self._clean.callback(scratch.cleanup)
-        self.scratch = Path(scratch.name)
+        self.scratch = self._clean.enter_context(scratch_folder("guest"))
         self.console = self.scratch / "console"
         ours, theirs = socket.socketpair()
         self._clean.callback(ours.close)
@@ -372,6 +370,10 @@ class Guest:
         # A process in an uninterruptible wait does not die; its frames are dropped later.
         with contextlib.suppress(NotFound):
             self._follow(number, command, sink, time.monotonic() + 3.0)
+
+    def waited_s(self) -> float:
+        """The seconds that it has waited for a processor, of those that it has been there."""
+        return 0.0 if self._process is None else waited_s(self._process.pid)
 
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from vfiotool.errors import KernelError, NotFound
 from vfiotool.lab.channel import Kind
-from vfiotool.lab.guest import Guest
+from vfiotool.lab.guest import Guest, GuestTimeout, waited_s
 from vfiotool.lab.inside import rehearsal as inside
 from vfiotool.lab.rehearse import (
     ACTS,
@@ -29,6 +30,8 @@ from vfiotool.lab.twin_run import Twin, running_twin
 
 POLICY = "/run/policy.toml"
 _PART_LIMIT_S = 600.0
+# A twin that waited for a processor for more than this part of a command's time was kept from it.
+_BUSY_SHARE = 4
 # In a twin a reset that hangs must not hang QEMU, and with it the whole guest: as from hardware,
 # there is no answer but all ones.
 _IN_A_TWIN = {"reset-hangs": "reset-lost"}
@@ -86,6 +89,24 @@ class _Play:
         self.back = {new: old for old, new in plan.addresses.items()}
         self.done: list[Done] = []
         self.devices: list[str] = []
+        self._waited_s = self._all_waited_s()
+
+    def _all_waited_s(self) -> tuple[float, float]:
+        """The seconds that the twin has waited for a processor: its guest, and the models here."""
+        return self.twin.guest.waited_s(), waited_s(os.getpid())
+
+    def refuse_busy(self, one: Done) -> None:
+        """Raises GuestTimeout where a command did not end in time since this machine did not let
+        the twin run: that says nothing of the host."""
+        before, self._waited_s = self._waited_s, self._all_waited_s()
+        waited = max(now - then for now, then in zip(self._waited_s, before, strict=True))
+        slow = one.exit_code is None and one.seconds >= inside.COMMAND_LIMIT_S
+        if slow and waited > one.seconds / _BUSY_SHARE:
+            raise GuestTimeout(
+                f"the rehearsal broke off: {one.name} did not end in {one.seconds:.0f} s, of which "
+                f"the twin waited {waited:.0f} s for a processor: this machine is too busy",
+                hint="rehearse again when it has less to do",
+            )
 
     def play(self, policy: str, faults: Mapping[str, str]) -> Rehearsal:
         guest, addresses = self.twin.guest, self.plan.addresses
@@ -161,6 +182,7 @@ class _Play:
                 translated_json(row.get("json"), self.back),
                 translated(row.get("text", ""), self.back),
             )
+            self.refuse_busy(one)
             self.done.append(one)
             self.report(one)
 

@@ -6,16 +6,15 @@ import contextlib
 import functools
 import os
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vfiotool.lab.guest import Guest
 from vfiotool.lab.kernels import catalogue as kernels
 from vfiotool.lab.machines import DeviceModel, Machine, VfioUserDevice
+from vfiotool.lab.scratch import scratch_folder
 from vfiotool.lab.twin_facts import TwinHost
 from vfiotool.lab.twin_plan import Replay, TwinPlan
 from vfiotool.models import EXPRESS, Model, ModelServer, NvmeModel, ReplayModel
@@ -161,7 +160,7 @@ def running_twin(
     Raises what `Guest` raises; GuestLost where it does not come up.
     """
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vfiotool-twin-")))
+        folder = stack.enter_context(scratch_folder("sockets"))
         sockets, models = {}, {}
         failed: dict[str, str] = {}
         for number, one in enumerate(plan.replays):
