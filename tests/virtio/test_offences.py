@@ -18,6 +18,7 @@ from vfiotool.virtio.listener import listen
 from vfiotool.virtio.message import VhostRequest
 from vfiotool.virtio.offences import FIRST_S, FORGOTTEN_S, LONGEST_S, Offences
 from vfiotool.virtio.server import Export, Server
+from vfiotool.virtio.status import status_of
 
 MIB = 1 << 20
 
@@ -124,6 +125,8 @@ def test_its_socket_takes_no_connection_until_it_has_waited(served: Served) -> N
         )
         again = served.connect("other")
         assert not answers(again)
+        held = {one["name"]: one["held_off_s"] for one in status_of(served.server)["exports"]}
+        assert held == {"honest": None, "other": wait_s}
         served.later(wait_s - 0.1)
         assert not select.select([again.socket], [], [], 0.1)[0]
         # Nobody else waits.

@@ -66,6 +66,9 @@ def _rows(server: dict[str, Any]) -> list[list[output.Part]]:
         queues = [queue for client in export["connections"] for queue in client["queues"]]
         broken = [queue for queue in queues if queue["broken"]]
         state = "idle" if not export["connections"] else "running" if queues else "connected"
+        # An older server does not say.
+        if (held := export.get("held_off_s")) is not None:
+            state = f"held off {held:.1f} s"
         rows.append(
             [
                 export["name"],

@@ -217,6 +217,12 @@ class Server:
         times += [due - now for due in self._dues]
         return max(0.0, min([*times, *[_BALANCE_S] * balances])) if times or balances else None
 
+    def held_off_s(self, export: Export) -> float | None:
+        """For how long an export takes no connection yet; None if it does."""
+        if export.name not in self._waiting:
+            return None
+        return max(0.0, export.offences.until - self._clock())
+
     def every(self, seconds: float, action: Callable[[], None]) -> None:
         """Have `run` call `action` every so many seconds; what it is late for is left out."""
         self._periods.append((seconds, action))

@@ -50,6 +50,7 @@ def _export(server: Server, export: Export) -> dict[str, Any]:
         "weight": export.weight,
         "group": export.group,
         "waits": disk.share.waits if disk else None,
+        "held_off_s": server.held_off_s(export),
         "connections": [_connection(server, found.frontend) for found in export.connections],
         "figures": asdict(disk.figures()) if disk else None,
     }
