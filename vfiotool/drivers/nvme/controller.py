@@ -44,6 +44,8 @@ QUEUE_ENTRIES = 128
 TRANSFER_LIMIT = 2 << 20
 # The steps of a controller's end; with a controller that answers nothing they add up to 14 s.
 _DRAIN_S, _DELETE_S, _SHUTDOWN_S, _DISABLE_S = 1.0, 3.0, 5.0, 5.0
+# For the threads that are told of a reset, on a machine that has too much to do to run them.
+_TOLD_S = 10.0
 _SHUTDOWN_LIMIT_S = 60.0
 _LEAVE_S = 0.2
 _PAGE = 4096
@@ -461,7 +463,7 @@ class Controller:
             for commands in every:
                 commands.pair.stop(abandon=True)
             try:
-                leave, told = Deadline(_DRAIN_S), self.health.error("it is being reset")
+                leave, told = Deadline(_TOLD_S), self.health.error("it is being reset")
                 for commands in every:
                     stack.enter_context(commands.taken_over(leave, told))
                 self._restart(every)
