@@ -179,6 +179,9 @@ def test_what_names_nothing_is_not_found_with_the_nearest(selector: str, hint: s
         ("eth0", "net:eth0"),
         ("nvme0n1", "block:nvme0n1"),
         ("10de:2684", "id:10de:2684"),
+        ("NET:eth0", "net:eth0"),
+        ("Block:nvme0n1", "block:nvme0n1"),
+        ("NET:" + "x" * 5000, "write"),
         ("id:10de", "four hexadecimal digits"),
         ("id:10de:*", "four hexadecimal digits"),
         ("vf:05:00.0", "vf:PF/INDEX"),
@@ -237,6 +240,16 @@ def test_the_path_of_a_device_names_it_again_whatever_its_bus_number() -> None:
 def test_filters_and_what_other_tools_write(selector: str, found: str | None) -> None:
     if found is not None:
         assert set(resolve_all(HOST, found)) <= set(resolve_all(HOST, selector))
+
+
+def test_the_number_of_a_group_is_not_a_selector_and_the_right_one_is_named() -> None:
+    from vfiotool.snapshot.load import open_root
+
+    host = open_root(str(Path(__file__).parents[2] / "fixtures" / "hosts" / "vfs-enabled"))
+    for number, hint in (("10", "did you mean group:10?"), ("99", "write 0000:05:01.0")):
+        with pytest.raises(UsageError) as caught:
+            resolve(host, number)
+        assert (caught.value.hint or "").startswith(hint)
 
 
 def test_a_driver_and_a_group_name_all_that_they_have() -> None:

@@ -160,6 +160,28 @@ def test_a_socket_serves_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("-chardev") == 1
 
 
+def test_options_that_a_substitution_would_not_read_are_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`$(…)` splits at spaces and keeps quotes; vfio-user's JSON has to be quoted in any case."""
+    root = ["--root", str(HOSTS / "shared-group"), "vm"]
+    assert main([*root, "qemu", "vhost-user-blk:/run/x.sock"]) == 0
+    assert "eval" not in capsys.readouterr().err
+    for words in (["qemu", "vfio-user:/run/x"], ["cloud-hypervisor", "vfio-user:/run/a b"]):
+        assert main([*root, *words]) == 0
+        shown = capsys.readouterr()
+        assert 'eval "' in shown.err and "\n" not in shown.out.strip()
+        assert main([*root, *words, "-q"]) == 0
+        assert "eval" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("virtio", [None, "fs"])
+def test_libvirt_is_told_of_no_vdpa_device_whose_type_it_does_not_take(virtio: str | None) -> None:
+    """One of an unknown type was an interface, whatever it was."""
+    with pytest.raises(Unsupported, match="takes vDPA networks and disks"):
+        libvirt.hostdevs([replace(NET, virtio=virtio)])
+
+
 def test_a_machine_without_pci_express_gets_no_root_ports() -> None:
     """pseries has pci.0 alone: there is no bus pcie.0 to put a root port on."""
     words = qemu.arguments([*GPU, DISK, USER], guest=machine_of("ppc64"))

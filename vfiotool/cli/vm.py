@@ -337,5 +337,11 @@ def _print_words(context: typer.Context, words: list[str], needs: str, program: 
         )
         output.text(lines.removeprefix("\\\n"))
     else:
-        # For $(vfiotool vm qemu …): a substitution would pass a backslash on.
+        # For $(vfiotool vm qemu …): a substitution would pass backslashes on.
         output.text(" ".join(map(shlex.quote, words)))
+        if any(shlex.quote(word) != word for word in words):
+            # What a substitution gives is split, and keeps its quotes.
+            output.say(
+                "vfiotool: note: some options are quoted for a shell, which $(…) alone does not "
+                f'read: eval "{program} … $(vfiotool vm …)"; or --json, or --script'
+            )

@@ -31,6 +31,7 @@ from vfiotool.host.paths import (
     DEV,
     SYS,
     SYS_BLOCK,
+    SYS_IOMMU_GROUPS,
     SYS_MDEV_DEVICES,
     SYS_NET,
     SYS_PCI_DEVICES,
@@ -122,6 +123,11 @@ def _suggestion(host: Host, text: str) -> str | None:
     for kind, folder in (("net", SYS_NET), ("block", SYS_BLOCK)):
         if text in host.listdir(folder):
             return f"did you mean {kind}:{text}?"
+    if text.isdecimal() and text in host.listdir(SYS_IOMMU_GROUPS):
+        return f"did you mean group:{text}?"
+    kind, colon, rest = text.partition(":")
+    if colon and len(text) <= 80 and kind != kind.lower() and kind.lower() in _MATCHERS:
+        return f"did you mean {kind.lower()}:{rest}?"
     return f"did you mean id:{text}?" if re.fullmatch(_ID, text) else None
 
 

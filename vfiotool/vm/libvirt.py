@@ -156,7 +156,14 @@ def _vdpa(device: Handed, disks: int) -> Element:
             hint=f"vfiotool vdpa bind {device.name} vhost_vdpa",
             device=device.name,
         )
-    if device.virtio != "block":
+    if device.virtio not in ("net", "block"):
+        kind = device.virtio or "of a type that is not known here"
+        raise Unsupported(
+            f"libvirt takes vDPA networks and disks, and {device.name} is {kind}",
+            hint="vfiotool vm qemu takes any; vfiotool vdpa list shows its type",
+            device=device.name,
+        )
+    if device.virtio == "net":
         element = Element("interface", {"type": "vdpa"})
         SubElement(element, "source", {"dev": device.path})
         return element
