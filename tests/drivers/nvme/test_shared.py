@@ -130,3 +130,62 @@ def test_a_time_out_that_is_none_is_refused_whether_or_not_there_is_a_wait(fake:
         assert queue.end(begun, None).status == 0
     memory.close()
     controller.close()
+
+
+def test_a_command_that_is_not_out_is_not_waited_for(fake: FakeNvme) -> None:
+    controller = Controller(fake)  # type: ignore[arg-type]
+    disk, memory = controller.namespace(1), fake.alloc(4096)
+    own = controller.create_queue(16)
+    with SharedQueue(own) as queue:
+        begun = queue.begin(nvme_spec.READ, disk, 0, 1, memory)
+        assert queue.end(begun, None).status == 0
+        for number in (begun, 0, -1, "x", None):
+            with pytest.raises(UsageError, match=f"no command {number} is out on queue 1"):
+                queue.end(number, None)  # type: ignore[arg-type]
+        fake.hold = True
+        begun, told = queue.begin(nvme_spec.READ, disk, 0, 1, memory), []
+
+        def end() -> None:
+            try:
+                told.append(queue.end(begun, None).status)
+            except UsageError as error:
+                told.append(error.message)
+
+        threads = [threading.Thread(target=end) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        fake.wait(lambda: len(fake.held) == 1)
+        fake.release()
+        for thread in threads:
+            thread.join(LONG_S)
+        late = f"no command {begun} is out on queue 1 of fake"
+        assert sorted(told, key=str) == [0, late, late]
+        own.close()
+        with pytest.raises(UsageError, match="the queue pair is closed"):
+            queue.end(begun, None)
+    with pytest.raises(UsageError, match="the SharedQueue of queue 1 of fake is closed"):
+        queue.end(begun, None)
+    memory.close()
+    controller.close()
+
+
+@pytest.mark.parametrize("opcode", [nvme_spec.WRITE, nvme_spec.READ, 0x05])
+def test_data_without_a_place_is_not_sent(fake: FakeNvme, opcode: int) -> None:
+    """As it stands in a command, no block at all is the first one, and no buffer address 0."""
+    controller = Controller(fake)  # type: ignore[arg-type]
+    disk, memory = controller.namespace(1), fake.alloc(4096)
+    own = controller.create_queue(16)
+    before, sent = bytes(fake.disk), own.pair.submitted
+    with pytest.raises(UsageError, match="moves data"):
+        own.send(opcode, disk, 1, 1)
+    with pytest.raises(UsageError, match="moves data"):
+        own.send(opcode, disk, 1, 0, memory)
+    with SharedQueue(own) as queue:
+        with pytest.raises(UsageError, match="moves data"):
+            queue.begin(opcode, disk, 1, 0, memory)
+        with pytest.raises(UsageError, match="moves data"):
+            queue.write(disk, 1, 0, memory)
+        assert queue.flush(disk).status == 0
+    assert bytes(fake.disk) == before and own.pair.submitted == sent + 1
+    memory.close()
+    controller.close()

@@ -83,7 +83,7 @@ class IoQueue:
         control: int,
     ) -> Send:
         """What gives the command to the queue pair. Raises UsageError for what does not fit disk,
-        buffer or controller."""
+        buffer or controller, and for data without a place."""
         self.refuse_closed()
         if lba < 0 or blocks < 0 or lba + blocks > disk.blocks:
             raise UsageError(f"blocks {lba} to {lba + blocks} of a disk of {disk.blocks}")
@@ -102,6 +102,13 @@ class IoQueue:
             if buffer.closed:
                 raise UsageError("the DMA buffer is closed")
             iova = buffer.iova + offset
+        # Bits 1:0 say so (Base Specification 2.0, 3.3.3.1). Such a command moves a block at least:
+        # without a place it would be that at address 0, and the first ones of the disk.
+        if opcode & 3 and not size:
+            raise UsageError(
+                f"opcode {opcode:#x} moves data: it takes a buffer and at least one block",
+                hint="what is unlike reads and writes: send_command",
+            )
         return self.pair.sender(opcode, disk.nsid, lba, blocks, iova, size, control)
 
     def send(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self
+from typing import NoReturn, Self
 
 from vfiotool.drivers.nvme import spec as nvme_spec
 from vfiotool.drivers.nvme.deadline import Deadline
@@ -101,16 +101,28 @@ class SharedInFlight:
 
     def result(self, number: int, deadline: Deadline, what: str) -> Completion:
         """The completion of command `number`. Raises KernelError when it did not come in time;
-        if it comes later it is put aside."""
-        results = self.commands.results
+        if it comes later it is put aside. UsageError where no such command is out (any more)."""
+        out, results = self.commands.out, self.commands.results
         self.commands.health.refuse_child()
         try:
             with self._turn.lock:
-                if self._until(lambda: number in results, deadline, what):
-                    return completion_of(results.pop(number))
+                if self._until(lambda: number in results or number not in out, deadline, what):
+                    if (sent := results.pop(number, None)) is None:
+                        self._refuse_unknown(number)
+                    else:
+                        return completion_of(sent)
             raise self.commands.timed_out(what, deadline)
         finally:
             self.commands.give_up(number)
+
+    def _refuse_unknown(self, number: int) -> NoReturn:
+        self._refuse_closed()
+        self.commands.health.refuse()
+        self._take()  # raises where the queue was closed: that says more
+        raise UsageError(
+            f"no command {number} is out on {self.commands.what}",
+            hint="each is waited for once, by one thread",
+        )
 
     def close(self) -> None:
         """Who waits is told (UsageError), and nobody is at the commands when this returns. Nothing
@@ -246,7 +258,7 @@ class SharedQueue:
 
     def end(self, number: int, timeout_s: float | None = IO_TIMEOUT_S) -> Completion:
         """Wait for the command that `begin` sent, once. Raises KernelError with the controller's
-        words if it failed, and ETIMEDOUT."""
+        words if it failed, and ETIMEDOUT; UsageError where no such command is out."""
         deadline = None if timeout_s is IO_TIMEOUT_S else Deadline(timeout_s)
         done = self._shared.ended(number, deadline)
         if done is None:
