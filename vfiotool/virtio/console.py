@@ -60,8 +60,12 @@ class Console(VirtioDevice):
                         # It is reported when what came with it has been said, too.
                         fault = fault or error
             request.complete(0)
-        if fault is not None:
-            raise fault
+        try:
+            if fault is not None:
+                raise fault
+        finally:
+            # A frame that an error's traceback has and that has the error keeps the requests.
+            fault = None
 
     def _deliver(self) -> None:
         while self._kept:

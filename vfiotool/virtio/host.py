@@ -223,6 +223,9 @@ class _LoopQueue:
         # What is still in flight was fetched last; without a log it is fetched again.
         again = 0 if self.direct.has_log else self.direct.in_flight
         base = (self.direct.stop() - again) & 0xFFFF
+        # It refers to us, and we to it: the driver's memory would stay mapped until the next
+        # collection of cycles, which an idle server may never come to.
+        self.direct.completed = None
         for descriptor in (self._kick, self._error):
             if descriptor is not None:
                 os.close(descriptor)

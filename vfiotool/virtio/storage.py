@@ -150,10 +150,14 @@ class Storage(VirtioDevice):
                 self._end(request, answer)
             else:
                 waits.append(self._later(request, answer))
-        if fault is not None and not waits:
-            raise fault
-        if fault is not None:
-            waits.append(_failed(fault))
+        try:
+            if fault is not None and not waits:
+                raise fault
+            if fault is not None:
+                waits.append(_failed(fault))
+        finally:
+            # A frame that an error's traceback has and that has the error keeps the requests.
+            fault = None
         return _all(waits) if waits else None
 
     def failed(self, request: QueueRequest) -> None:
@@ -243,13 +247,20 @@ class Storage(VirtioDevice):
 async def _all(waits: list[Awaitable[None]]) -> None:
     """Wait for all, and raise the first error when they have all ended."""
     ended = await asyncio.gather(*waits, return_exceptions=True)
-    for result in ended:
-        if isinstance(result, BaseException):
-            raise result
+    faults = [result for result in ended if isinstance(result, BaseException)]
+    del ended
+    try:
+        if faults:
+            raise faults[0]
+    finally:
+        faults.clear()
 
 
 async def _failed(error: Exception) -> None:
-    raise error
+    try:
+        raise error
+    finally:
+        del error
 
 
 class MemoryStorage(Storage):
