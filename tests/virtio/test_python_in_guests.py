@@ -3,7 +3,9 @@ source of entropy and a console, and a network of two guests through the switch.
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.guests.runs import need_lab
+from tests.virtio.peers import find_net
 from tests.virtio.python_devices import FILE
 from tests.virtio.test_in_guests import FIND, wait_for
 from vfiotool.lab.guest import Completed, Guest
@@ -23,6 +26,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.proof]
 KERNEL = "6.12"
 MIB = 1 << 20
 DEVICES = Path(__file__).with_name("python_devices.py")
+NET_GUEST = Path(__file__).with_name("net_guest.py")
 SHARED = (
     *("-object", "memory-backend-memfd,id=shared,size=1024M,share=on"),
     *("-machine", "memory-backend=shared"),
@@ -179,9 +183,9 @@ def test_linux_drives_python_devices_of_which_the_disk_is_killed(tmp_path: Path)
     print(kills, "kills")
 
 
-def test_two_guests_talk_through_the_switch(tmp_path: Path) -> None:
-    need_lab(KERNEL)
-    paths = [tmp_path / f"port{number}.sock" for number in (1, 2)]
+def two_guests(folder: Path, scripts: tuple[str, str]) -> tuple[str, str]:
+    """What two guests printed that ran these, each at a port of one switch."""
+    paths = [folder / f"port{number}.sock" for number in (1, 2)]
     command = [sys.executable, "-m", "vfiotool", "serve", "vhost-user-net"]
     for path in paths:
         command += ["--socket-path", str(path)]
@@ -194,9 +198,8 @@ def test_two_guests_talk_through_the_switch(tmp_path: Path) -> None:
             *("-netdev", "vhost-user,id=net0,chardev=net"),
             *("-device", f"virtio-net-pci,netdev=net0,mac=52:54:00:00:09:0{number},romfile="),
         )
-        script = NET.replace("NUMBER", str(number))
         with Guest("basic", KERNEL, qemu_arguments=words) as guest:
-            done[number] = guest.exec(["sh", "-ec", script], timeout_s=900)
+            done[number] = guest.exec(["sh", "-ec", scripts[number - 1]], timeout_s=900)
 
     with ExitStack() as stack:
         server = subprocess.Popen(command)
@@ -212,4 +215,33 @@ def test_two_guests_talk_through_the_switch(tmp_path: Path) -> None:
     for number in (1, 2):
         assert number in done
         assert done[number].exit_code == 0, done[number].text + done[number].stderr.decode()
-        assert "good" in done[number].text
+    return done[1].text, done[2].text
+
+
+def test_two_guests_talk_through_the_switch(tmp_path: Path) -> None:
+    need_lab(KERNEL)
+    one, two = (NET.replace("NUMBER", str(number)) for number in (1, 2))
+    assert all("good" in said for said in two_guests(tmp_path, (one, two)))
+
+
+def test_iperf3_and_data_of_two_guests_go_through_the_switch(tmp_path: Path) -> None:
+    need_lab(KERNEL)
+    iperf3 = find_net()
+    if isinstance(iperf3, str):
+        pytest.skip(iperf3)
+    line = shlex.join([str(NET_GUEST), "NUMBER", *iperf3.command("iperf3")])
+    script = f"modprobe virtio_net\nexec python3 {line}\n"
+    one, two = (script.replace("NUMBER", str(number)) for number in (1, 2))
+    said = two_guests(tmp_path, (one, two))
+    first, second = (json.loads(text.splitlines()[-1]) for text in said)
+    assert (first["bad checksums"], second["bad checksums"]) == (0, 0)
+    for kind in ("offloads", "plain"):
+        for name in ("data", "data after"):
+            here, there = first[kind][name], second[kind][name]
+            assert (here["sent"], here["taken"]) == (there["taken"], there["sent"])
+            assert here["sent"] != there["sent"]
+        for way in ("there", "back"):
+            sums = second[kind][way]
+            assert sums["sum_received"]["bytes"] > 0
+            rate, again = sums["sum_received"]["bits_per_second"], sums["sum_sent"]["retransmits"]
+            print(f"{kind}, {way}: {rate / 1e6:.0f} Mbit/s, {again} sent again")
