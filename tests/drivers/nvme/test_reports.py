@@ -211,3 +211,30 @@ def test_zone_commands_name_their_namespace(fake: Any) -> None:
     fake._io = io
     blocks.zone_action(queue, disk, "reset", 128)
     assert seen == [(nvme_spec.ZONE_SEND, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda one: admin.get_feature(one, 0x107),
+        lambda one: admin.get_feature(one, 7, select=8),
+        lambda one: admin.set_feature(one, 1 << 31 | 7, 0),
+        lambda one: admin.set_feature(one, 6, -1),
+        lambda one: admin.log_page(one, 0x102, 512),
+        lambda one: admin.log_page(one, 2, 512, specific=128),
+        lambda one: admin.firmware_commit(one, 8, 0),
+        lambda one: admin.format_namespace(one, 1, lbaf=64),
+        lambda one: admin.format_namespace(one, 1, erase=8),
+        lambda one: admin.sanitize(one, 8 | 2),
+        lambda one: admin.sanitize(one, 3, passes=17),
+    ],
+)
+def test_a_number_that_its_field_cannot_hold_asks_for_nothing_else(fake: Any, ask: Any) -> None:
+    """Feature 107h would be the default of feature 7, slot 8 action 1 of slot 0, format 64 format
+    0: nothing is sent."""
+    controller = Controller(fake)
+    before = len(fake.admin_seen)
+    with pytest.raises(UsageError):
+        ask(controller)
+    assert len(fake.admin_seen) == before
+    controller.close()

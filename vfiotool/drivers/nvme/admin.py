@@ -60,6 +60,14 @@ class Feature(IntEnum):
     COMMAND_SET_PROFILE = 0x19
 
 
+def _refuse_wide(**fields: tuple[int, int]) -> None:
+    """Of each field its value and how many bits it has. Raises UsageError for a value that would
+    reach into the field beside it, and ask for something else."""
+    for name, (value, bits) in fields.items():
+        if not 0 <= value < 1 << bits:
+            raise UsageError(f"{name} is from 0 to {(1 << bits) - 1:#x}, not {value:#x}")
+
+
 def log_page(
     controller: Controller,
     page: int,
@@ -74,6 +82,7 @@ def log_page(
     `retain` keeps the asynchronous event that the page belongs to."""
     if size <= 0 or size % 4:
         raise UsageError(f"a log page of {size} bytes; it has whole dwords")
+    _refuse_wide(page=(page, 8), specific=(specific, 7), command_set=(command_set, 8))
     found = b""
     while len(found) < size:
         length = min(_PAGE, size - len(found))
@@ -101,6 +110,7 @@ def get_feature(
 ) -> tuple[int, bytes]:
     """A feature's value (5.15) and, where it has a structure, `size` bytes of it. `select`: 0 the
     current value, 1 the default, 2 the saved one, 3 what can be done with it."""
+    _refuse_wide(feature=(feature, 8), select=(select, 3), dword11=(dword11, 32))
     dwords = (feature | select << 8, dword11)
     with controller.memory(max(_PAGE, size)) as page:
         command = nvme_spec.command(
@@ -121,6 +131,7 @@ def set_feature(
     data: bytes = b"",
 ) -> int:
     """Set a feature (5.27); `save` keeps it over power cycles. Returns dword 0 of the answer."""
+    _refuse_wide(feature=(feature, 8), value=(value, 32), dword12=(dword12, 32))
     dwords = (feature | int(save) << 31, value, dword12)
     with controller.memory(max(_PAGE, len(data))) as page:
         page.view[: len(data)] = data
@@ -154,6 +165,7 @@ def format_namespace(
     """Format a namespace (5.14): ALL DATA IS LOST. `lbaf` is one of its formats (None: the
     one in use), `erase` 1 for user data, 2 cryptographically; the rest is how metadata and
     protection are kept."""
+    _refuse_wide(lbaf=(lbaf or 0, 6), erase=(erase, 3), protection=(protection, 3))
     if lbaf is None:
         flags = controller.identify(nvme_spec.CNS_NAMESPACE, nsid)[26]
         lbaf = flags & 0xF | (flags >> 5 & 3) << 4
@@ -182,6 +194,9 @@ def sanitize(
     """Begin to sanitize the whole subsystem (5.24): ALL DATA IS LOST. `action` 2 erases blocks, 3
     overwrites, 4 erases cryptographically, 1 leaves the failure mode, 5 too where it was
     `unrestricted`. It goes on in the background: the log page tells its progress."""
+    _refuse_wide(action=(action, 3), pattern=(pattern, 32))
+    if not 0 <= passes <= 16:
+        raise UsageError(f"1 to 16 passes (0 are 16 too), not {passes}")
     dword = (
         action
         | int(unrestricted) << 3
@@ -269,6 +284,7 @@ def firmware_download(controller: Controller, image: bytes, *, offset: int = 0) 
 def firmware_commit(controller: Controller, slot: int, action: int) -> int:
     """Commit the image that was handed over (5.12): `action` 0 stores it in `slot`, 1 activates it
     at the next reset as well, 2 activates what the slot holds, 3 at once. Returns dword 0."""
+    _refuse_wide(slot=(slot, 3), action=(action, 3))
     command = nvme_spec.command(nvme_spec.FIRMWARE_COMMIT, dwords=(slot | action << 3,))
     return controller.admin(command, SLOW_S, what="firmware commit").result
 
