@@ -309,6 +309,18 @@ def test_a_policy_that_matches_nothing_on_the_host_boots_no_twin(
     assert "the policy: no-match:" in told.out and "0000:77:00.0" in told.out
 
 
+def test_a_host_without_an_iommu_gives_its_page_without_a_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_boot(monkeypatch)
+    address = read_twin_host(str(HOSTS / "no-iommu")).functions[-1].address
+    rules = f'[[device]]\nmatch = {{ address = "{address}" }}\n'
+    assert rehearse(tmp_path / "p.toml", rules, "no-iommu") == 1
+    told = capsys.readouterr()
+    assert f"{address} is in no IOMMU group" in told.out and "doctor" in told.out
+    assert "no twin has to boot" in told.err
+
+
 def test_a_policy_for_what_the_twin_cannot_have_boots_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

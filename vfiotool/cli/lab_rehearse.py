@@ -15,7 +15,7 @@ import typer
 from vfiotool.cli import candidates, output
 from vfiotool.cli.context import wants_json
 from vfiotool.cli.lab_twin import KernelOption, asked_here, planned
-from vfiotool.errors import KernelError, NotFound, UsageError
+from vfiotool.errors import Ambiguous, KernelError, NotFound, Refused, Unsupported, UsageError
 from vfiotool.lab.kernels import catalogue as kernels
 
 if TYPE_CHECKING:
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from vfiotool.lab.twin_plan import TwinPlan
 
 _SNAPSHOT_LIMIT_S = 120.0
-# The errors of a plan that are the policy's own: no device is as it says, or several are.
-_MATCHES_NOTHING = ("not-found", "ambiguous")
+# The errors of a plan that are the host's answer: no device is as the policy says, several are, or
+# what it wants cannot be there. By kind, with their exit codes.
+_ANSWERS = {
+    kind.kind: kind.exit_code for kind in (NotFound, Ambiguous, Refused, KernelError, Unsupported)
+}
 _MOST_TOLD = 3
 
 
@@ -77,7 +80,7 @@ def rehearse(
         told = _asked(policy, snapshot)
         if "error" in told:
             output.say("rehearse: no twin has to boot: on that host nothing would be done")
-            played = rehearse_run.unplayed(told)
+            played = rehearse_run.unplayed(told, _ANSWERS[told["error"]["kind"]])
         else:
             _refuse_what_is_left_out(plan, told)
             refuse_unready(plan, kernel)
@@ -99,11 +102,11 @@ def _text(policy: Path) -> str:
 def _asked(policy: Path, snapshot: str) -> dict[str, Any]:
     """The policy's plan on the host itself: no twin has to boot for what is known from that.
 
-    Raises UsageError for a policy with faults; a policy that matches nothing gives its error.
+    Raises UsageError for a policy with faults; what that host answers to it is returned as it is.
     """
     told = asked_here(snapshot, "plan", str(policy))
     error = told.get("error")
-    if error and error["kind"] not in _MATCHES_NOTHING:
+    if error and error["kind"] not in _ANSWERS:
         kind = UsageError if error["kind"] in ("usage", "policy") else KernelError
         raise kind(error["message"], hint=error["hint"])
     refusals = told.get("refusals", [])

@@ -16,7 +16,7 @@ from vfiotool.lab.twin_plan import TwinPlan
 
 ACTS = ("as planned", "killed in mid-change", "a device that does not let go")
 _ADDRESS = re.compile(r"(?<![0-9a-f:.])(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7](?!\w)")
-NOT_FOUND, _REFUSED, _STUCK = 3, 4, 6
+_NOT_FOUND, _REFUSED, _STUCK = 3, 4, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def _plan(one: Done) -> list[RehearsalFinding]:
             )
             for row in one.found.get("refusals", [])
         ]
-    if one.exit_code == NOT_FOUND:
+    if one.exit_code == _NOT_FOUND:
         return [
             RehearsalFinding(
                 "no-match", None, _message(one), "plan: exit code 3", _hint(one, "vfiotool devices")

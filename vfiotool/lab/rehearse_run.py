@@ -15,7 +15,6 @@ from vfiotool.lab.guest import Guest, GuestTimeout, waited_s
 from vfiotool.lab.inside import rehearsal as inside
 from vfiotool.lab.rehearse import (
     ACTS,
-    NOT_FOUND,
     Done,
     Rehearsal,
     findings,
@@ -48,10 +47,10 @@ def refuse_faults(plan: TwinPlan, faults: Mapping[str, str]) -> None:
             )
 
 
-def unplayed(planned: Any) -> Rehearsal:
-    """The rehearsal of a policy that matches nothing on the host: `planned` is what `plan --json`
-    said of it there."""
-    done = (Done(ACTS[0], "plan", NOT_FOUND, found=planned),)
+def unplayed(planned: Any, exit_code: int) -> Rehearsal:
+    """The rehearsal of a policy that has no plan on the host: `planned` is what `plan --json` said
+    of it there."""
+    done = (Done(ACTS[0], "plan", exit_code, found=planned),)
     return Rehearsal(done, findings=findings(done))
 
 
