@@ -167,7 +167,7 @@ def test_a_path_that_cannot_be_a_socket_s_is_said(
     arguments = ["serve", "vfio-user", "edu", "--socket-path", path.format(tmp_path)]
     before = open_files()
     assert main(arguments) == code
-    assert open_files() == before
+    assert open_files() <= before  # what an earlier test left may go meanwhile
     assert said in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 

@@ -37,6 +37,27 @@ def reached(path: Path, owner: socket.socket) -> bool:
     return True
 
 
+def test_private_sockets_of_threads_leave_the_umask_alone(tmp_path: Path) -> None:
+    """Each of two that change it and put back what they found may put back the other's."""
+    before = os.umask(0o022)
+    barrier = threading.Barrier(4)
+
+    def begin(number: int) -> None:
+        for turn in range(50):
+            barrier.wait()
+            path = tmp_path / f"{number}-{turn}"
+            with listen(str(path), private=True):
+                assert path.stat().st_mode & 0o777 == 0o600
+
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.umask(before) == 0o022
+    assert len(list(tmp_path.iterdir())) == 200
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_of_servers_that_begin_at_once_one_listens_and_is_reached(
     tmp_path: Path, left: bool

@@ -212,11 +212,9 @@ def _appear(listener: socket.socket, path: str) -> None:
     hidden = os.path.join(os.path.dirname(path), f".{os.urandom(3).hex()}")
     if len(os.fsencode(hidden)) > _LONGEST_PATH:
         hidden = path
-    old = os.umask(0o177)
-    try:
-        listener.bind(hidden)
-    finally:
-        os.umask(old)
+    # Its user's alone; not by the umask, which is all threads' (net/unix/af_unix.c, unix_bind_bsd).
+    os.fchmod(listener.fileno(), 0o600)
+    listener.bind(hidden)
     listener.listen(_BACKLOG)
     if hidden == path:
         return

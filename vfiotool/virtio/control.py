@@ -155,11 +155,7 @@ def listen_private(path: str) -> socket.socket:
         os.makedirs(folder, mode=0o755, exist_ok=True)
     except OSError as error:
         raise from_oserror(f"make {folder}", error) from error
-    before = os.umask(0o177)
-    try:
-        return listen(path)
-    finally:
-        os.umask(before)
+    return listen(path, private=True)
 
 
 def _is_ours(client: socket.socket) -> bool:

@@ -18,9 +18,10 @@ from vfiotool.errors import Refused, UsageError, from_oserror
 _LOCK_S = 2.0
 
 
-def listen(path: str) -> socket.socket:
-    """A listening socket at `path`. A socket there that nobody listens on any more is replaced; of
-    several servers that begin there at once, one listens.
+def listen(path: str, *, private: bool = False) -> socket.socket:
+    """A listening socket at `path`, which with `private` its user alone may connect to. A socket
+    there that nobody listens on any more is replaced; of several servers that begin there at once,
+    one listens.
 
     Raises Refused if somebody does, UsageError for what is no socket or cannot be one's path,
     NotPermitted or KernelError as bind does.
@@ -34,6 +35,10 @@ def listen(path: str) -> socket.socket:
     try:
         with _alone(path):
             _remove_dead(path)
+            if private:
+                # Not by the umask: it is all threads', and two that put it back leave it changed.
+                # Source: net/unix/af_unix.c, unix_bind_bsd.
+                os.fchmod(listener.fileno(), 0o600)
             listener.bind(path)
             listener.listen(8)
     except OSError as error:
