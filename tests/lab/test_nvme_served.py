@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.lab.nested import run_nested
+from tests.lab.nested_disk import BLOCK, SIZE, TURNS, blocks, content, script
 from tests.lab.nvme_guest import DISKS, bind_nvme, to_vfio
 from tests.virtio.frontend import T_OUT, T_ZEROES, Frontend
 
@@ -29,7 +30,7 @@ MIB = 1 << 20
 DISK = DISKS[0]
 WAIT_S = 300.0
 # Ranges of the disk's 128 MiB, and what is looked at afterwards.
-FIRST, SECOND, END = (4 * MIB, 8 * MIB), (16 * MIB, 8 * MIB), 28 * MIB
+FIRST, SECOND, END = (4 * MIB, SIZE), (16 * MIB, SIZE), 28 * MIB
 # Blocks that each of two machines has written before they stop.
 ENOUGH = 200
 EXPORTS = """
@@ -47,29 +48,6 @@ offset = {second[0]}
 size = {second[1]}
 queues = 2
 socket_path = "{folder}/other"
-"""
-# Each block of the VM's disk gets a text with the block's own number: eight runs of eight blocks,
-# which lie 256 apart. A process takes long to start in there: few do.
-SCRIPT = """
-for n in $(seq 100); do [ ! -b /dev/vda ] || break; sleep 0.1; done
-[ $(cat /sys/block/vda/size) = 16384 ]
-for turn in 1 2; do
-    for run in 0 1 2 3 4 5 6 7; do
-        awk -v turn=$turn -v run=$run 'BEGIN {
-            for (block = 8 * run; block < 8 * run + 8; block++) {
-                text = "vm-" turn "-" block "\\n"
-                while (length(text) < 4096) text = text text
-                printf "%s", substr(text, 1, 4096)
-            }
-        }' >/tmp/run$run
-        dd if=/tmp/run$run of=/dev/vda bs=4096 seek=$((run * 256)) conv=notrunc 2>/dev/null
-    done
-    sync
-    echo 3 >/proc/sys/vm/drop_caches
-    for run in 0 1 2 3 4 5 6 7; do
-        dd if=/dev/vda bs=4096 skip=$((run * 256)) count=8 2>/dev/null | cmp - /tmp/run$run
-    done
-done
 """
 
 
@@ -155,6 +133,13 @@ def on_the_disk(ranges: tuple[tuple[int, int], ...] = (FIRST, SECOND), end: int 
     return found
 
 
+def assert_blocks(found: bytes, start: int, name: str) -> None:
+    """What a nested guest of this name wrote to the range that begins there."""
+    for block in blocks():
+        at = start + BLOCK * block
+        assert found[at : at + BLOCK] == content(name, TURNS, block)
+
+
 def assert_written(found: bytes, start: int, other: Other) -> None:
     for block, data in other.blocks.items():
         at = start + 4096 * block
@@ -186,15 +171,12 @@ def test_a_vm_and_another_machine_share_a_disk_by_ranges(tmp_path: Path) -> None
             run_nested(
                 tmp_path,
                 ("virtio_pci", "virtio_blk"),
-                SCRIPT,
+                script("vm"),
                 *("-chardev", f"socket,id=blk,path={tmp_path}/vm"),
                 *("-device", "vhost-user-blk-pci,chardev=blk,num-queues=1"),
             )
         finally:
             other.end()
     found = on_the_disk()
-    for block in range(64):
-        text = b"vm-2-%d\n" % block
-        at = FIRST[0] + (block // 8 * 256 + block % 8) * 4096
-        assert found[at : at + 4096] == (text * 1000)[:4096]
+    assert_blocks(found, FIRST[0], "vm")
     assert_written(found, SECOND[0], other)

@@ -6,20 +6,29 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from tests.lab.commands import modprobe, vfiotool
-from tests.lab.nested import nested_command
+from tests.lab.nested import Nested, Progress, nested_command
+from tests.lab.nested_disk import BLOCK, FIO, FIO_AT, ROOT_OPTIONS, SIZE, content, script
 from tests.lab.nvme_guest import bind_nvme, mounted, run
-from tests.lab.test_nvme_served import DISK, FIRST, MIB, SECOND, WAIT_S, on_the_disk, served
+from tests.lab.test_nvme_served import (
+    DISK,
+    FIRST,
+    MIB,
+    SECOND,
+    WAIT_S,
+    assert_blocks,
+    on_the_disk,
+    served,
+)
 
 MACHINE = "storage"
 KERNELS = ("6.12",)
@@ -28,7 +37,9 @@ PROOF = "long: two guests in a guest"
 LIMIT_S = 3600.0
 NESTED_S = 1500.0
 
-NAME, THIRD, END = "host", (30 * MIB, 8 * MIB), 42 * MIB
+NAME, THIRD, END = "host", (30 * MIB, SIZE), 42 * MIB
+# So many blocks of the host, and then fio once.
+FIO_EVERY = 500
 VMS = {"vm": FIRST, "other": SECOND}
 EXPORT = f"""
 [[export]]
@@ -39,51 +50,17 @@ size = {THIRD[1]}
 vduse = "{NAME}"
 attach = "virtio"
 """
-TURNS, RUNS = 3, 8
-# Runs of eight blocks that lie 256 apart; all three begin together, when `go` is said.
-SCRIPT = """
-for n in $(seq 100); do [ ! -b /dev/vda ] || break; sleep 0.1; done
-[ $(cat /sys/block/vda/size) = 16384 ]
-echo ready
-read go
-for turn in TURNS; do
-    for run in RUNS; do
-        awk -v turn=$turn -v run=$run 'BEGIN {
-            for (block = 256 * run; block < 256 * run + 8; block++) {
-                text = "NAME-" turn "-" block "\\n"
-                while (length(text) < 4096) text = text text
-                printf "%s", substr(text, 1, 4096)
-            }
-        }' >/tmp/run$run
-        dd if=/tmp/run$run of=/dev/vda bs=4096 seek=$((run * 256)) conv=notrunc 2>/dev/null
-    done
-    sync
-    echo 3 >/proc/sys/vm/drop_caches
-    for run in RUNS; do
-        dd if=/dev/vda bs=4096 skip=$((run * 256)) count=8 2>/dev/null | cmp - /tmp/run$run
-    done
-    echo turn $turn
-done
-"""
-
-
-def content(name: str, turn: int, block: int) -> bytes:
-    return (b"%s-%d-%d\n" % (name.encode(), turn, block) * 1000)[:4096]
-
-
-def script(name: str) -> str:
-    turns, runs = range(1, TURNS + 1), range(RUNS)
-    text = SCRIPT.replace("TURNS", " ".join(map(str, turns)))
-    return text.replace("RUNS", " ".join(map(str, runs))).replace("NAME", name)
 
 
 class HostDisk(threading.Thread):
-    """The host's own use of its range, past its page cache, until it is told to end."""
+    """The host's own use of its range, past its page cache, until it is told to end: single blocks
+    that name themselves, and behind them fio, again and again."""
 
     def __init__(self, node: Path) -> None:
         super().__init__()
         self.node = node
         self.blocks: dict[int, int] = {}
+        self.fios = 0
         self.ending = threading.Event()
         self.failure: BaseException | None = None
 
@@ -102,53 +79,44 @@ class HostDisk(threading.Thread):
                 for number in range(1 << 30):
                     if self.ending.is_set():
                         return
-                    block, turn = number * 37 % (THIRD[1] // 4096), number
+                    block, turn = number * 37 % (FIO_AT // BLOCK), number
                     buffer[:] = content(NAME, turn, block)
-                    assert os.pwritev(fd, [buffer], 4096 * block) == 4096
+                    assert os.pwritev(fd, [buffer], BLOCK * block) == BLOCK
                     self.blocks[block] = turn
-                    buffer[:] = bytes(4096)
-                    assert os.preadv(fd, [buffer], 4096 * block) == 4096
+                    buffer[:] = bytes(BLOCK)
+                    assert os.preadv(fd, [buffer], BLOCK * block) == BLOCK
                     assert buffer[:] == content(NAME, turn, block)
+                    if number % FIO_EVERY == 0:
+                        self.fio()
         finally:
             os.close(fd)
 
+    def fio(self) -> None:
+        place = f"--filename={self.node} --offset={FIO_AT} --ioengine=libaio --iodepth=8"
+        run(fio(), *FIO.split(), *place.split(), "--minimal")
+        self.fios += 1
 
-class Nested:
+
+def start_vm(folder: Path, name: str, stack: ExitStack, report: Progress) -> Nested:
     """A VM on one of the sockets, which waits until it is told to go."""
+    own = folder / f"{name}.d"
+    own.mkdir()
+    command = nested_command(
+        own,
+        ("virtio_pci", "virtio_blk", "9p", "9pnet_virtio"),
+        script(name, wait=True, fio=fio()),
+        *("-chardev", f"socket,id=blk,path={folder}/{name}"),
+        *("-device", "vhost-user-blk-pci,chardev=blk,num-queues=1"),
+        *ROOT_OPTIONS,
+    )
+    return Nested(name, command, stack, report)
 
-    def __init__(self, folder: Path, name: str, stack: ExitStack) -> None:
-        own = folder / f"{name}.d"
-        own.mkdir()
-        command = nested_command(
-            own,
-            ("virtio_pci", "virtio_blk"),
-            script(name),
-            *("-chardev", f"socket,id=blk,path={folder}/{name}"),
-            *("-device", "vhost-user-blk-pci,chardev=blk,num-queues=1"),
-        )
-        self.said: list[str] = []
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace"
-        )
-        stack.callback(self.process.wait)
-        stack.callback(self.process.kill)
-        assert self.process.stdout is not None
-        self.listener = threading.Thread(target=self._listen, args=(self.process.stdout,))
-        self.listener.start()
 
-    def _listen(self, output: IO[str]) -> None:
-        self.said += (line.strip() for line in iter(output.readline, ""))
-
-    def until(self, line: str, ends: float) -> None:
-        while line not in self.said:
-            assert time.monotonic() < ends, self.said[-20:]
-            self.listener.join(0.1)
-            assert self.listener.is_alive() or line in self.said, self.said[-20:]
-
-    def go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+def fio() -> str:
+    found = shutil.which("fio")
+    if found is None:
+        pytest.skip("no fio in the guest's PATH")
+    return found
 
 
 def disks() -> set[str]:
@@ -177,18 +145,19 @@ def test_two_vms_and_the_host_share_a_disk_by_ranges(tmp_path: Path) -> None:
     modprobe("vduse", "virtio_vdpa", "virtio_blk")
     if not Path("/dev/vduse/control").exists():
         pytest.skip("this kernel has no VDUSE")
-    before, ends = disks(), time.monotonic() + NESTED_S
+    before, ends, report = disks(), time.monotonic() + NESTED_S, Progress()
     with ExitStack() as stack:
         stack.enter_context(served(tmp_path, EXPORT, END))
         host = HostDisk(stack.enter_context(host_disk(before)))
-        vms = [Nested(tmp_path, name, stack) for name in VMS]
+        report("the host has its disk")
+        vms = [start_vm(tmp_path, name, stack, report) for name in VMS]
         for vm in vms:
             vm.until("ready", ends)
         host.start()
         stack.callback(host.join)
         stack.callback(host.ending.set)
         for vm in vms:
-            vm.go()
+            vm.say("go")
         for vm in vms:
             vm.until("turn 1", ends)
         while_both = len(host.blocks)
@@ -197,18 +166,17 @@ def test_two_vms_and_the_host_share_a_disk_by_ranges(tmp_path: Path) -> None:
         host.ending.set()
         host.join()
         assert host.failure is None, host.failure
-        assert 0 < while_both <= len(host.blocks)
-        print(f"the host wrote {len(host.blocks)} blocks, {while_both} in the first turn")
+        assert 0 < while_both <= len(host.blocks) and host.fios
+        report(f"{len(host.blocks)} blocks of the host, {while_both} in turn 1, {host.fios} fio")
     found = on_the_disk((FIRST, SECOND, THIRD), END)
     for name, (start, _) in VMS.items():
-        for run_ in range(RUNS):
-            for block in range(256 * run_, 256 * run_ + 8):
-                at = start + 4096 * block
-                assert found[at : at + 4096] == content(name, TURNS, block)
+        assert_blocks(found, start, name)
     for block, turn in host.blocks.items():
-        at = THIRD[0] + 4096 * block
-        assert found[at : at + 4096] == content(NAME, turn, block)
+        at = THIRD[0] + BLOCK * block
+        assert found[at : at + BLOCK] == content(NAME, turn, block)
+    report("what is on the disk is right")
     still_a_disk(tmp_path / "mounted")
+    report("and it is a disk")
 
 
 def still_a_disk(where: Path) -> None:
