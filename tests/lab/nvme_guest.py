@@ -15,9 +15,9 @@ from tests.lab.vfio_guest import PCI, bind_vfio
 DISKS = tuple(f"0000:0{number}:00.0" for number in range(1, 6))
 
 
-def run(*command: str) -> str:
+def run(*command: str, limit_s: float = 120) -> str:
     """A command's output; fails with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -93,7 +93,7 @@ class HostDisk(threading.Thread):
 
     def fio(self) -> None:
         place = f"--filename={self.node} --offset={FIO_AT} --ioengine=libaio --iodepth=8"
-        run(fio(), *FIO.split(), *place.split(), "--minimal")
+        run(fio(), *FIO.split(), *place.split(), "--minimal", limit_s=NESTED_S)
         self.fios += 1
 
 
