@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pytest
 from tests.models.served import serving
 from vfiotool.cli import lab_rehearse
 from vfiotool.cli.main import main
-from vfiotool.errors import NotFound
+from vfiotool.errors import KernelError, NotFound
 from vfiotool.lab import rehearse_run, twin_run
 from vfiotool.lab.channel import Kind
-from vfiotool.lab.guest import Completed, GuestTimeout
+from vfiotool.lab.guest import GuestTimeout
 from vfiotool.lab.inside import rehearsal as inside
 from vfiotool.lab.inside import vm
 from vfiotool.lab.rehearse import (
@@ -357,12 +358,18 @@ class SlowGuest:
     def waited_s(self) -> float:
         return self._waited_s
 
-    def exec(self, command: list[str], *, sink: Any, **_: Any) -> Completed:
-        assert command[-2:] == [inside.__name__, "as-planned"]
-        for row in self.rows:
+    def begin(self, command: list[str]) -> int:
+        assert command[-1] == inside.__name__
+        return 7
+
+    def tell(
+        self, number: int, data: bytes, sink: Any, over: Callable[[], bool], timeout_s: float
+    ) -> int | None:
+        assert number == 7 and data.endswith(b"\n") and not over()
+        for row in [*self.rows, {"end": json.loads(data)["part"]}]:
             self._waited_s += self.waits_s
             sink(Kind.OUTPUT, json.dumps(row).encode() + b"\n")
-        return Completed(0, b"", b"")
+        return None if over() else 1
 
 
 def played_by(guest: SlowGuest, rows: int) -> list[Done]:
@@ -370,6 +377,7 @@ def played_by(guest: SlowGuest, rows: int) -> list[Done]:
     told: list[Done] = []
     plan = plan_twin(read_twin_host(str(HOSTS / "storage-in-use")))
     play = rehearse_run._Play(twin, plan, False, told.append)
+    play.actor = rehearse_run._Actor(guest)  # type: ignore[arg-type]
     play.part("as-planned", ACTS[0])
     assert len(told) == rows
     return told
@@ -384,3 +392,41 @@ def test_what_a_busy_machine_keeps_from_its_end_is_no_finding() -> None:
     # Slow, but at its end.
     done = {"name": "undo", "exit_code": 0, "seconds": 119.0}
     assert not findings(played_by(SlowGuest([done], 100.0), 1))
+
+
+def test_parts_are_played_by_one_process_that_says_when_each_is_over(tmp_path: Path) -> None:
+    lines = "".join(
+        json.dumps({"part": part, "policy": "/nowhere"}) + "\n" for part in ("as-planned", "nope")
+    )
+    code = (
+        "from pathlib import Path\n"
+        "from vfiotool.lab.inside import rehearsal as inside\n"
+        f"inside.BEFORE = Path({str(tmp_path / 'before')!r})\n"
+        "inside.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=lines, capture_output=True, check=False, text=True
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row.get("name") or row["end"] for row in rows] == ["plan", "as-planned"]
+    # A part that there is not ends it, which the host's side tells.
+    assert done.returncode == 1 and "KeyError" in done.stderr
+    with pytest.raises(KernelError, match="broke off"):
+        guest = SlowGuest([], 0.0)
+        guest.tell = lambda *_: 1  # type: ignore[method-assign, assignment]
+        rehearse_run._Actor(guest).play("held", {}, lambda _: None)  # type: ignore[arg-type]
+
+
+def test_a_program_in_python_is_a_fork_too_in_a_session_of_its_own() -> None:
+    code = (
+        "import os, sys, tempfile\n"
+        "from vfiotool.lab.inside.forked import ForkedCommand\n"
+        "with tempfile.TemporaryFile() as out:\n"
+        "    child = ForkedCommand(['vfio-user:/nowhere'], out, out, module=sys.argv[1])\n"
+        "    assert os.getsid(0) != child.pid and child.wait(60) == 5\n"
+        "    out.seek(0)\n"
+        "    print(out.read().decode())\n"
+    )
+    words = [sys.executable, "-c", code, inside.VM]
+    done = subprocess.run(words, capture_output=True, check=True)
+    assert "no such socket" in json.loads(done.stdout)["error"]

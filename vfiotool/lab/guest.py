@@ -346,11 +346,50 @@ class Guest:
             raise self.lost(f"ended while {command[0]} ran") from None
         return Completed(code, bytes(output[Kind.OUTPUT]), bytes(output[Kind.ERROR]))
 
-    def _follow(
-        self, number: int, command: Sequence[str], sink: Sink, deadline: float | None
+    def begin(self, command: Sequence[str]) -> int:
+        """Run `command` and leave it to itself: `tell` talks to it, by the number that is given.
+        What it puts out while another command is followed is lost."""
+        number = self._next_number
+        self._next_number += 1
+        try:
+            self.channel.run(
+                number,
+                command,
+                cwd=str(self.cwd),
+                env=self.environment(),
+                merge=False,
+                terminal=None,
+            )
+        except ChannelClosed:
+            raise self.lost(f"ended before {command[0]} ran") from None
+        return number
+
+    def tell(
+        self, number: int, data: bytes, sink: Sink, over: Callable[[], bool], timeout_s: float
     ) -> int | None:
-        """Hand frames of `number` to `sink` until its end; None when the deadline comes first."""
-        while True:
+        """Give `data` to a command that has begun, and its output to `sink` until that makes it
+        `over`: None; or until the command ends: its exit code. Raises as `exec` does; a command
+        that runs into the limit goes on."""
+        try:
+            self.channel.input(number, data)
+            code = self._follow(number, ("it",), sink, time.monotonic() + timeout_s, over)
+        except ChannelClosed:
+            raise self.lost("ended while a command ran") from None
+        if code is None and not over():
+            raise GuestTimeout(f"no answer within {timeout_s:g} s from a command in the guest")
+        return code
+
+    def _follow(
+        self,
+        number: int,
+        command: Sequence[str],
+        sink: Sink,
+        deadline: float | None,
+        over: Callable[[], bool] = lambda: False,
+    ) -> int | None:
+        """Hand frames of `number` to `sink` until its end; None when the deadline comes first, or
+        when it is `over`."""
+        while not over():
             frame = self.channel.receive(deadline)
             if frame is None:
                 return None
@@ -364,6 +403,7 @@ class Guest:
             elif kind is Kind.EXIT:
                 code = int(struct.unpack("<i", payload)[0])
                 return 128 - code if code < 0 else code
+        return None
 
     def _kill(self, number: int, command: Sequence[str], sink: Sink) -> None:
         self.channel.signal(number, signal.SIGKILL)

@@ -111,6 +111,7 @@ class _Play:
         guest, addresses = self.twin.guest, self.plan.addresses
         text = translated(policy, addresses).encode()
         guest.exec(["sh", "-c", f"cat > {POLICY}"], input=text)
+        self.actor = _Actor(guest)
         for address, name in faults.items():
             self.twin.models[address].faults.set(_IN_A_TWIN.get(name, name))
         held = None
@@ -185,7 +186,7 @@ class _Play:
             self.done.append(one)
             self.report(one)
 
-        play_part(self.twin.guest, name, told, take)
+        self.actor.play(name, told, take)
         for address, why in self.twin.failed.items():
             raise KernelError(
                 f"the rehearsal broke off: what plays {address} in the twin failed: {why}",
@@ -193,25 +194,35 @@ class _Play:
             )
 
 
-def play_part(
-    guest: Guest, name: str, told: Mapping[str, Any], take: Callable[[dict[str, Any]], object]
-) -> None:
-    """Play a part, and hand on the report of each of its commands as it comes.
+class _Actor:
+    """The process in the guest that plays the parts: it imports what the commands need once."""
 
-    Raises KernelError where the part itself ends early.
-    """
-    words = [str(Path(sys.prefix) / "bin/python"), "-m", inside.__name__, name]
-    rest, noise = b"", bytearray()
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._number = guest.begin([str(Path(sys.prefix) / "bin/python"), "-m", inside.__name__])
 
-    def split(kind: Kind, data: bytes) -> None:
-        nonlocal rest
-        if kind is not Kind.OUTPUT:
-            noise.extend(data)
-            return
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            take(json.loads(line))
+    def play(
+        self, name: str, told: Mapping[str, Any], take: Callable[[dict[str, Any]], object]
+    ) -> None:
+        """Play a part, and hand on the report of each of its commands as it comes.
 
-    done = guest.exec(words, input=json.dumps(told).encode(), timeout_s=_PART_LIMIT_S, sink=split)
-    if done.exit_code:
-        raise KernelError(f"the rehearsal broke off: {noise.decode(errors='replace')[-600:]}")
+        Raises KernelError where the process ends before the part does.
+        """
+        rest, noise, ended = b"", bytearray(), False
+
+        def split(kind: Kind, data: bytes) -> None:
+            nonlocal rest, ended
+            if kind is not Kind.OUTPUT:
+                noise.extend(data)
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for row in map(json.loads, lines):
+                if "end" in row:
+                    ended = True
+                else:
+                    take(row)
+
+        line = json.dumps({**told, "part": name}).encode() + b"\n"
+        code = self._guest.tell(self._number, line, split, lambda: ended, _PART_LIMIT_S)
+        if code is not None:
+            raise KernelError(f"the rehearsal broke off: {noise.decode(errors='replace')[-600:]}")

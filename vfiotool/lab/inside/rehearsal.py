@@ -1,9 +1,9 @@
-"""One part of a rehearsal, played in the twin by `python -m vfiotool.lab.inside.rehearsal PART`.
+"""The parts of a rehearsal, played in the twin by `python -m vfiotool.lab.inside.rehearsal`.
 
-The parts are functions of `_PARTS`; standard input has a JSON object: `policy` is a file's path,
-`devices` what the policy takes, `mark` those of them on which the second start is looked at. What
-each command did is printed as one JSON object a line: name, exit code (null: it did not end in
-time), seconds, what it printed.
+The parts are functions of `_PARTS`. Each line of standard input has a JSON object: `part` is which
+one, `policy` a file's path, `devices` what the policy takes, `mark` those of them on which the
+second start is looked at. What each command did is printed as one JSON object a line: name, exit
+code (null: it did not end in time), seconds, what it printed; after a part `end` with its name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from vfiotool.lab.inside.forked import ForkedCommand
 
+VM = "vfiotool.lab.inside.vm"
 PCI = Path("/sys/bus/pci/devices")
 STATE = Path("/run/vfiotool")
 AWAY = Path("/run/vfiotool.away")
@@ -81,10 +84,19 @@ def program(*words: str) -> Start:
     )
 
 
-def played(
-    name: str, start: Start, limit_s: float, hopeless: Callable[[], bool] = lambda: False
-) -> dict[str, Any]:
-    """Run a command to its end, to its limit, or until it is `hopeless`, and report it."""
+@dataclass(frozen=True)
+class Ran:
+    """What a command did; `code` is None where it did not end."""
+
+    code: int | None
+    seconds: float
+    out: bytes
+    error: bytes
+    pid: int
+
+
+def run(start: Start, limit_s: float, hopeless: Callable[[], bool] = lambda: False) -> Ran:
+    """Run a command to its end, to its limit, or until it is `hopeless`."""
     begun = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
         child = start(out, error)
@@ -102,7 +114,15 @@ def played(
         for file in (out, error):
             file.seek(0)
             texts.append(file.read())
-    return {**report(name, code, time.monotonic() - begun, *texts), "pid": child.pid}
+    return Ran(code, time.monotonic() - begun, texts[0], texts[1], child.pid)
+
+
+def played(
+    name: str, start: Start, limit_s: float, hopeless: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """`run` a command, and report it."""
+    ran = run(start, limit_s, hopeless)
+    return {**report(name, ran.code, ran.seconds, ran.out, ran.error), "pid": ran.pid}
 
 
 def report(
@@ -151,7 +171,8 @@ def compare() -> None:
     before, now = json.loads(BEFORE.read_text(encoding="utf-8")), state()
     changed = {name: [before.get(name), now.get(name)] for name in before | now}
     changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
-    print(json.dumps({"name": "compare", "exit_code": int(bool(changed)), "json": changed}))
+    row = {"name": "compare", "exit_code": int(bool(changed)), "json": changed}
+    print(json.dumps(row), flush=True)
 
 
 def as_planned(part: Part) -> None:
@@ -192,7 +213,7 @@ def _status_after_a_reboot(part: Part) -> None:
 
 def start(part: Part) -> dict[str, Any]:
     """Both starts of what stands in for a VM."""
-    words = [sys.executable, "-m", "vfiotool.lab.inside.vm"]
+    words = []
     for address in part.mark:
         if address in part.devices:
             words += ["--mark", address]
@@ -203,7 +224,9 @@ def start(part: Part) -> dict[str, Any]:
             since.append(time.monotonic())
         return bool(since) and time.monotonic() - since[0] > _HANGS_S
 
-    done = played("start twice", program(*words, *part.devices), COMMAND_LIMIT_S, hangs)
+    words += part.devices
+    both = partial(ForkedCommand, words, module=VM)
+    done = played("start twice", both, COMMAND_LIMIT_S, hangs)
     HOLDER.write_text(str(done["pid"]), encoding="utf-8")
     return done
 
@@ -218,18 +241,16 @@ def waited_for() -> str:
 def nested(part: Part) -> None:
     """A QEMU of the guest's own opens the devices, as `vm qemu` has it."""
     qemu = shutil.which("qemu-system-x86_64")
-    told = subprocess.run(
-        [sys.executable, "-m", "vfiotool", "--json", "vm", "qemu", *part.devices],
-        capture_output=True,
-        timeout=COMMAND_LIMIT_S,
-        check=False,
-    )
-    if qemu is None or told.returncode:
-        report("qemu", 127 if qemu is None else told.returncode, 0.0, b"", told.stderr)
+    if qemu is None:
+        report("qemu", 127, 0.0)
+        return
+    told = run(tool("vm", "qemu", *part.devices), COMMAND_LIMIT_S)
+    if told.code != 0:
+        report("qemu", told.code, told.seconds, told.out, told.error)
         return
     line = [qemu, "-machine", "q35,accel=tcg", "-m", "64", "-nodefaults", "-display", "none"]
     # Stopped: realizing its devices opens, maps and resets them; its monitor has no more input.
-    line += ["-S", "-monitor", "stdio", *json.loads(told.stdout)["arguments"]]
+    line += ["-S", "-monitor", "stdio", *json.loads(told.out)["arguments"]]
     played("qemu", program("sh", "-c", 'echo quit | exec "$@"', "sh", *line), QEMU_LIMIT_S)
 
 
@@ -260,18 +281,14 @@ def held(part: Part) -> None:
     if part.tool("apply", part.policy)["exit_code"]:
         return
     begun = time.monotonic()
-    words = [sys.executable, "-m", "vfiotool.lab.inside.vm", "--hold", *part.devices]
     with open("/run/rehearsal.out", "w+b") as out:
-        child = subprocess.Popen(words, stdout=out, stderr=out, start_new_session=True)
+        child = ForkedCommand(["--hold", *part.devices], out, out, module=VM)
         while child.poll() is None and time.monotonic() - begun < COMMAND_LIMIT_S:
-            if out.tell() or Path(out.name).stat().st_size:
+            if Path(out.name).stat().st_size:
                 break
-            time.sleep(0.1)
+            time.sleep(0.05)
     HOLDER.write_text(str(child.pid), encoding="utf-8")
-    # It lives on; nothing of this process waits for it.
-    open_now = child.poll() is None
-    child.returncode = 0
-    report("start", 0 if open_now else 5, time.monotonic() - begun)
+    report("start", 0 if child.poll() is None else 5, time.monotonic() - begun)
 
 
 def let_go(part: Part) -> None:
@@ -319,5 +336,14 @@ _PARTS: dict[str, Callable[[Part], None]] = {
     "after": after,
 }
 
+
+def main() -> None:
+    """Play one part after another, as they are asked for."""
+    for line in sys.stdin:
+        told = json.loads(line)
+        _PARTS[told["part"]](Part(told))
+        print(json.dumps({"end": told["part"]}), flush=True)
+
+
 if __name__ == "__main__":
-    _PARTS[sys.argv[1]](Part(json.load(sys.stdin)))
+    main()
