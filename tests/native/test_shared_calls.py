@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -43,6 +43,11 @@ class Refused(Exception):
 
 def refuse(result: int) -> object:
     raise Refused(result)
+
+
+def strike() -> None:
+    """What tells, and is interrupted (Ctrl-C)."""
+    raise KeyboardInterrupt
 
 
 class Memory(PinCount):
@@ -80,11 +85,16 @@ class Rig:
         self.waiting: dict[int, object] = {}
         self.lock, self.health = TurnLock(), SimpleNamespace(closed=False, failure=None)
         self.tells = self.answers = 0
-        self.shared = SharedCalls(
-            self.calls, self.lock, SentCommand, PinCount, Told, self.out, self.results,
-            self.waiting, itertools.count(OURS), self.health, self.tell,
-        )  # fmt: skip
+        self.numbers = itertools.count(OURS)
+        self.shared = self.calls_that_tell(self.tell)
         self.buffer = Memory()
+
+    def calls_that_tell(self, tell: Callable[[], object]) -> SharedCalls[Told]:
+        """The commands of this queue pair, where `tell` is who is told."""
+        return SharedCalls(
+            self.calls, self.lock, SentCommand, PinCount, Told, self.out, self.results,
+            self.waiting, self.numbers, self.health, tell,
+        )  # fmt: skip
 
     def tell(self) -> None:
         self.tells += 1
@@ -237,13 +247,7 @@ def test_an_error_of_who_tells_loses_no_completion(rig: Rig) -> None:
     number = rig.begin()
     rig.waiting[1] = 0
 
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    shared = SharedCalls(
-        rig.calls, rig.lock, SentCommand, PinCount, Told, rig.out, rig.results,
-        rig.waiting, itertools.count(2 * OURS - 9), rig.health, strike,
-    )  # fmt: skip
+    shared = rig.calls_that_tell(strike)
     rig.answer(0)
     with pytest.raises(KeyboardInterrupt):
         shared.end(number)
@@ -381,13 +385,7 @@ def test_an_error_of_who_tells_comes_to_who_waits_and_leaves_the_others_waiting(
     numbers = [rig.begin() for _ in range(2)]
     rig.out[numbers[1]].late = True  # left to Python, which is told
 
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    shared = SharedCalls(
-        rig.calls, rig.lock, SentCommand, PinCount, Told, rig.out, rig.results,
-        rig.waiting, itertools.count(2 * OURS - 9), rig.health, strike,
-    )  # fmt: skip
+    shared = rig.calls_that_tell(strike)
     rig.answer(1)
     with pytest.raises(KeyboardInterrupt):
         shared.end(numbers[0], True)
