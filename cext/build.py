@@ -7,10 +7,13 @@ by hand (see `python/types_module.c`). Both keep to Python's stable ABI.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import re
 import subprocess
 import sysconfig
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 from cffi import FFI
@@ -91,6 +94,15 @@ SANITIZED_BUILD = BUILT / "sanitized"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time builds for tests; the others wait, and find it done."""
+    BUILT.mkdir(exist_ok=True)
+    with (BUILT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _is_current(built: Path) -> bool:
     inputs = [*HERE.rglob("*.[ch]"), Path(__file__), HERE.parent / "pyproject.toml"]
     return built.exists() and built.stat().st_mtime > max(path.stat().st_mtime for path in inputs)
@@ -124,15 +136,19 @@ def _link(built: Path, sources: list[Path], flags: list[str]) -> None:
 def build_with_fault_injection() -> Path:
     """The folder of both extensions for tests, any of whose calls into the kernel can be made to
     fail (`vt_fault_set`). It is used in guests too, where compiling takes minutes."""
-    flags = ["-O0", "-DVT_FAULT_INJECTION"]
     # The way into the kernel is a library of its own here, so that one count serves both.
     way = FAULT_BUILD / "libvt_ioctl.so"
-    if not _is_current(way):
-        FAULT_BUILD.mkdir(parents=True, exist_ok=True)
-        _link(way, [HERE / "vfio" / "ioctl.c"], [*flags, "-fvisibility=default"])
-    flags += [f"-L{FAULT_BUILD}", "-lvt_ioctl", "-Wl,-rpath,$ORIGIN"]
-    for name in ("_library", "_types"):
-        _compile(name, FAULT_BUILD, flags, apart=("cext/vfio/ioctl.c",))
+    names = ("_library", "_types")
+    if all(_is_current(x) for x in (way, *(FAULT_BUILD / f"{name}.abi3.so" for name in names))):
+        return FAULT_BUILD  # as in a guest, whose tree cannot be written to
+    flags = ["-O0", "-DVT_FAULT_INJECTION"]
+    with _alone():
+        if not _is_current(way):
+            FAULT_BUILD.mkdir(parents=True, exist_ok=True)
+            _link(way, [HERE / "vfio" / "ioctl.c"], [*flags, "-fvisibility=default"])
+        flags += [f"-L{FAULT_BUILD}", "-lvt_ioctl", "-Wl,-rpath,$ORIGIN"]
+        for name in names:
+            _compile(name, FAULT_BUILD, flags, apart=("cext/vfio/ioctl.c",))
     return FAULT_BUILD
 
 
@@ -140,11 +156,12 @@ def build_with_sanitizers() -> Path:
     """The folder of a package `vfiotool` for tests, whose C parts run under the address and the
     undefined behaviour sanitizer; its Python is this folder's, by links."""
     package = SANITIZED_BUILD / "vfiotool"
-    for name in ("_library", "_types"):
-        _compile(name, package / "native", SANITIZERS)
-    for folder in (Path("vfiotool"), Path("vfiotool", "native")):
-        for entry in (HERE.parent / folder).iterdir():
-            link = SANITIZED_BUILD / folder / entry.name
-            if entry.suffix != ".so" and entry.name != "__pycache__" and not link.exists():
-                link.symlink_to(entry)
+    with _alone():
+        for name in ("_library", "_types"):
+            _compile(name, package / "native", SANITIZERS)
+        for folder in (Path("vfiotool"), Path("vfiotool", "native")):
+            for entry in (HERE.parent / folder).iterdir():
+                link = SANITIZED_BUILD / folder / entry.name
+                if entry.suffix != ".so" and entry.name != "__pycache__" and not link.exists():
+                    link.symlink_to(entry)
     return SANITIZED_BUILD

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from vfiotool.native import library as native
 TESTS = Path(__file__).resolve().parents[1]
 CEXT = TESTS.parent / "cext"
 sys.path.insert(0, str(CEXT.parent))
+from cext import build  # noqa: E402
 from cext.build import build_with_fault_injection, build_with_sanitizers  # noqa: E402
 
 SOURCES = ("ioctl", "vfio", "dma", "iommufd", "irq", "mapping", "interrupt", "mmio", "fork")
@@ -122,6 +125,29 @@ def test_the_test_build_has_it_and_is_made_once() -> None:
     assert build_with_fault_injection() == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.so")} == made
     assert b"fault_at" in (folder / "libvt_ioctl.so").read_bytes()
+
+
+def test_tests_that_begin_together_build_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "BUILT", tmp_path)
+    monkeypatch.setattr(build, "FAULT_BUILD", tmp_path / "fault-injection")
+    building, second, made = threading.Lock(), threading.Event(), []
+
+    def link(built: Path, sources: list[Path], flags: list[str]) -> None:
+        if not building.acquire(blocking=False):
+            second.set()
+            return
+        second.wait(0.05)  # what another builder would need to come in
+        built.touch()
+        made.append(built.name)
+        building.release()
+
+    monkeypatch.setattr(build, "_link", link)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: build_with_fault_injection(), range(2)))
+    assert not second.is_set()
+    assert sorted(made) == ["_library.abi3.so", "_types.abi3.so", "libvt_ioctl.so"]
 
 
 TOGETHER = """
