@@ -215,9 +215,9 @@ int vt_nvme_run(struct vt_nvme_queue *q, const struct vt_nvme_job *job,
 	if (!result) {
 		tail_writes = q->tail_bell.writes;
 		head_writes = q->head_bell.writes;
-		start = clock_ns();
+		start = vt_clock_ns();
 		result = drive(&load);
-		report->elapsed_ns = clock_ns() - start;
+		report->elapsed_ns = vt_clock_ns() - start;
 		report->tail_writes = q->tail_bell.writes - tail_writes;
 		report->head_writes = q->head_bell.writes - head_writes;
 	}

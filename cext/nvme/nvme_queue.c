@@ -16,7 +16,7 @@ static void read_both(uint64_t *clock, uint64_t *tick)
 	uint64_t narrowest = UINT64_MAX;
 
 	for (int i = 0; i < 16; i++) {
-		uint64_t before = ticks(), between = clock_ns(), span = ticks() - before;
+		uint64_t before = ticks(), between = vt_clock_ns(), span = ticks() - before;
 
 		if (span < narrowest) {
 			narrowest = span;
@@ -31,7 +31,7 @@ static void calibrate(void)
 	uint64_t clock = 0, first = 0, end = 0, last = 0;
 
 	read_both(&clock, &first);
-	while (clock_ns() - clock < 10000000u)
+	while (vt_clock_ns() - clock < 10000000u)
 		rest();
 	read_both(&end, &last);
 	if (last <= first)

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "clock.h"
 #include "vfio/gate.h"
 #include "vfio/mmio.h"
 #include "nvme/nvme_queue.h"
@@ -96,14 +97,6 @@ int vt_nvme_make(struct vt_nvme_queue *queue, uint16_t index, const struct vt_nv
 /* Stores the command that was made at the tail into a ring in the device's memory. */
 void vt_nvme_store(struct vt_nvme_queue *queue);
 
-static inline uint64_t clock_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 /* The clock of the hot path: clock_gettime can be a system call, and is one in a guest that does
  * not trust its time stamp counter. */
 static inline uint64_t ticks(void)
@@ -116,7 +109,7 @@ static inline uint64_t ticks(void)
 	__asm__ __volatile__("mrs %0, cntvct_el0" : "=r"(value));
 	return value;
 #else
-	return clock_ns();
+	return vt_clock_ns();
 #endif
 }
 

@@ -22,6 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "vfio/fork.h"
 
 /* So long `end` waits at most: then Python does, who knows of time-outs and the controller's
@@ -226,14 +227,6 @@ static PyObject *told(const SharedCalls *self, const SentCommand *sent)
 	return made;
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static struct waiter *new_waiter(SharedCalls *self, PyObject *number)
 {
 	struct waiter *made = self->spare;
@@ -301,14 +294,14 @@ static void sleep_for(SharedCalls *self, struct waiter *me, struct waiter *other
 /* Whether there is something to wait for in C. */
 static int waits(const SharedCalls *self, PyObject *number, uint64_t until)
 {
-	return is_free(self) && !PyDict_Contains(self->results, number) && now_ns() < until;
+	return is_free(self) && !PyDict_Contains(self->results, number) && vt_clock_ns() < until;
 }
 
 /* Looks for all until `number` has come, or another one's: `*other`, to be woken. As
  * `look_and_tell`. */
 static int lead(SharedCalls *self, PyObject *number, uint64_t until, struct waiter **other)
 {
-	uint64_t since = now_ns();
+	uint64_t since = vt_clock_ns();
 	int able = 1;
 
 	self->leading = 1;
@@ -320,12 +313,12 @@ static int lead(SharedCalls *self, PyObject *number, uint64_t until, struct wait
 		*other = open_one(self, 0);
 		if (*other)
 			break;
-		if (now_ns() - since < SPIN_NS && !self->arriving)
+		if (vt_clock_ns() - since < SPIN_NS && !self->arriving)
 			continue;
 		Py_BEGIN_ALLOW_THREADS
 		sched_yield();
 		Py_END_ALLOW_THREADS
-		since = now_ns();
+		since = vt_clock_ns();
 	}
 	self->leading = 0;
 	return able;
@@ -334,7 +327,7 @@ static int lead(SharedCalls *self, PyObject *number, uint64_t until, struct wait
 /* Waits for a moment: 0, or -1 with an exception set. */
 static int wait_for(SharedCalls *self, PyObject *number)
 {
-	uint64_t until = now_ns() + WAIT_NS;
+	uint64_t until = vt_clock_ns() + WAIT_NS;
 	struct waiter *me = new_waiter(self, number);
 	int able = 1;
 

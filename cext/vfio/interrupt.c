@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "vfio/ioctl.h"
 #include "vfio/uapi_compat.h"
 
@@ -29,14 +30,6 @@ int vt_irq_action(int device, uint32_t index, uint32_t start, uint32_t count, ui
 	};
 
 	return vt_ioctl(device, VT_VFIO_DEVICE_SET_IRQS, &set);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 int vt_eventfd_take(int fd, uint64_t *signals)
@@ -70,11 +63,11 @@ int vt_eventfd_wait(int fd, int64_t *left_ns, uint64_t spin_ns, uint64_t *signal
 	int result = 0;
 
 	if (spin_ns) {
-		uint64_t end = now_ns() + spin_ns;
+		uint64_t end = vt_clock_ns() + spin_ns;
 
 		do {
 			result = vt_eventfd_take(fd, signals);
-		} while (!result && now_ns() < end);
+		} while (!result && vt_clock_ns() < end);
 		if (*left_ns > 0)
 			*left_ns = (uint64_t)*left_ns > spin_ns ? *left_ns - (int64_t)spin_ns : 0;
 	}

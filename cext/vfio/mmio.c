@@ -9,6 +9,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
+
 #define SPIN_NS 20000u
 #define NAP_MAX_NS 100000u
 
@@ -202,18 +204,10 @@ static uint64_t load(const struct vt_window *window, uint64_t offset, uint32_t w
 	}
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 int vt_window_poll(struct vt_window *window, uint64_t offset, uint32_t width, uint64_t mask,
 		   uint64_t wanted, uint64_t timeout_ns, uint64_t *value)
 {
-	uint64_t begin = now_ns(), spent = 0, nap = 1000;
+	uint64_t begin = vt_clock_ns(), spent = 0, nap = 1000;
 	int found;
 
 	if (!vt_gate_enter(&window->gate))
@@ -235,7 +229,7 @@ int vt_window_poll(struct vt_window *window, uint64_t offset, uint32_t width, ui
 			nanosleep(&pause, NULL);
 			nap = nap * 2 > NAP_MAX_NS ? NAP_MAX_NS : nap * 2;
 		}
-		spent = now_ns() - begin;
+		spent = vt_clock_ns() - begin;
 	}
 	vt_gate_leave(&window->gate);
 	return found;

@@ -10,6 +10,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
+
 /* NVM Command Set Specification 1.0, section 3.2. */
 #define OP_FLUSH 0x00u
 #define OP_WRITE 0x01u
@@ -65,14 +67,6 @@ struct vt_port {
 	uint64_t entries[ENTRIES];
 };
 
-static uint64_t now_ns(void)
-{
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
 static void add(uint64_t *counter, uint64_t by)
 {
 	__atomic_store_n(counter, *counter + by, __ATOMIC_RELAXED);
@@ -80,7 +74,7 @@ static void add(uint64_t *counter, uint64_t by)
 
 static void progressed(struct vt_port *port)
 {
-	__atomic_store_n(&port->figures.progressed_ns, now_ns(), __ATOMIC_RELAXED);
+	__atomic_store_n(&port->figures.progressed_ns, vt_clock_ns(), __ATOMIC_RELAXED);
 }
 
 static void count_out(struct vt_port *port)

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "virtio/worker.h"
 
+#include "clock.h"
 #include "vfio/ioctl.h"
 #include "virtio/signal.h"
 #include "virtio/worker_state.h"
@@ -36,10 +37,7 @@
 
 uint64_t vt_now_ns(void)
 {
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+	return vt_clock_ns();
 }
 
 void vt_count(uint64_t *counter)
