@@ -37,7 +37,11 @@ def test_servers_drift_and_changes() -> None:
         "waits": 0,
     }
     counts = dict.fromkeys(("queues", "requests", "batches", "signals", "kicks", "sleeps"), 3)
-    found = server_families([{"pid": 1, "exports": [export], "workers": [counts]}])
+    server = {"pid": 1, "exports": [export], "workers": [counts]}
+    # Two servers may have exports of one name.
+    paths = ("/run/a.sock", "/run/b.sock")
+    servers = [{**server, "pid": n, "control_path": path} for n, path in enumerate(paths)]
+    found = server_families(servers)
     drift = Family("vfiotool_policy_drift_steps", "Steps.")
     drift.add(2)
     assert not faults(format_families([*found, drift]))

@@ -120,11 +120,11 @@ def test_its_socket_takes_no_connection_until_it_has_waited(served: Served) -> N
             beside.close()
             with pytest.raises(Closed):
                 front.stop()
+        again = served.connect("other")
+        assert not answers(again)
         assert served.said[-1] == (
             f"other: its driver held up others: no connection for {wait_s:g} s"
         )
-        again = served.connect("other")
-        assert not answers(again)
         held = {one["name"]: one["held_off_s"] for one in status_of(served.server)["exports"]}
         assert held == {"honest": None, "other": wait_s}
         served.later(wait_s - 0.1)

@@ -141,7 +141,9 @@ def test_metrics_are_what_prometheus_reads(file: Path, front: Frontend) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert 'vfiotool_serve_requests_total{export="vm1",kind="writes"} 1' in lines
+    server = Path(control.control_path(str(file)) or "").stem
+    labels = f'server="{server}",export="vm1",kind="writes"'
+    assert f"vfiotool_serve_requests_total{{{labels}}} 1" in lines
     assert "# TYPE vfiotool_serve_requests_total counter" in lines
     assert any(line.startswith("vfiotool_device_info{pci_address=") for line in lines) or not (
         os.listdir("/sys/bus/pci/devices")

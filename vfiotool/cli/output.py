@@ -32,6 +32,8 @@ FORMAT_VERSION = "1.0"
 _FILE_WIDTH = 200
 
 _ROWS_AT_ONCE = 32
+# Characters of a line that a pipe takes without anybody waiting.
+_AT_ONCE = 1000
 
 _quiet = False
 _aside = False
@@ -209,6 +211,39 @@ def _aside_send(text: str) -> None:
     except (OSError, ValueError):
         # Nothing more is tried, nor by the interpreter at its end.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def log(text: str) -> None:
+    """As `warn`, of a program that serves others: they are not to wait for who reads this. What
+    standard error would not take at once is left out."""
+    for line in text.splitlines():
+        try:
+            _offer(sys.stderr, escape_line(line))
+        except (OSError, ValueError):
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def offer(text: str) -> bool:
+    """Print a line if standard output takes it at once; whether it did. Raises OSError where its
+    reader has gone or there is no room."""
+    return _offer(sys.stdout, escape_line(text))
+
+
+def _offer(stream: TextIO, line: str) -> bool:
+    from select import POLLOUT, poll
+
+    looked = poll()
+    try:
+        looked.register(stream.fileno(), POLLOUT)
+    except ValueError:
+        pass  # in memory, which takes everything
+    else:
+        if not looked.poll(0):
+            return False
+    # A pipe that is ready takes PIPE_BUF bytes (pipe(7)); a character has four at most.
+    stream.write(encodable(line[:_AT_ONCE] + "\n", stream))
+    stream.flush()
+    return True
 
 
 def progress(text: str) -> None:

@@ -33,6 +33,7 @@ from vfiotool.cli.serve_options import (
     ThreadsOption,
     check_threads,
     disk_of,
+    take_descriptors,
 )
 from vfiotool.cli.serve_stats import StatsOption, check_stats, print_stats
 from vfiotool.errors import UsageError
@@ -280,7 +281,8 @@ def _server(threads: int, poll_us: int) -> Server:
     from vfiotool.virtio.server import Server
 
     check_threads(threads, poll_us)
-    return Server(threads=threads, poll_us=poll_us, report=output.warn)
+    take_descriptors()
+    return Server(threads=threads, poll_us=poll_us, report=output.log)
 
 
 def _add(server: Server, export: ExportSettings) -> None:

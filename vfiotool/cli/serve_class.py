@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vfiotool.cli import output
+from vfiotool.cli.serve_options import take_descriptors
 
 if TYPE_CHECKING:
     from vfiotool.virtio.device import VirtioDevice
@@ -41,8 +42,9 @@ def vhost_user(
 async def _serve(device: VirtioDevice, path: str) -> None:
     from vfiotool.virtio.host import serve
 
+    take_descriptors()
     until = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, until.set)
-    await serve(device, path, until, output.warn)
+    await serve(device, path, until, output.log)

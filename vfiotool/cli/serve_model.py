@@ -70,7 +70,7 @@ def vfio_user(model: ModelArgument, socket_path: PathOption, fault: FaultOption 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         try:
-            serving = ModelServer(made, socket_path, report=output.warn)
+            serving = ModelServer(made, socket_path, report=output.log)
         except BaseException:
             made.close()
             raise

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vfiotool.cli import output
+from vfiotool.cli.serve_options import take_descriptors
 from vfiotool.errors import UsageError
 
 
@@ -48,14 +49,15 @@ async def _serve(paths: list[str], tap: str | None, rate: int | None) -> None:
     from vfiotool.virtio.net import NetCard, Switch, local_mac
     from vfiotool.virtio.tap import TapPort
 
+    take_descriptors()
     loop = asyncio.get_running_loop()
     until, switch = asyncio.Event(), Switch(loop.time)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, until.set)
     async with AsyncExitStack() as stack:
         if tap is not None:
-            stack.callback(TapPort(tap, switch, output.warn).close)
+            stack.callback(TapPort(tap, switch, output.log).close)
         for path in paths:
             card = NetCard(switch, local_mac(path), rate=rate)
-            await stack.enter_async_context(Served(card, path, output.warn))
+            await stack.enter_async_context(Served(card, path, output.log))
         await until.wait()

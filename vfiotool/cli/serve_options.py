@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -115,3 +117,11 @@ def check_threads(threads: int, poll_us: int) -> None:
         raise UsageError(f"--threads {threads}: not from 1 to {_MOST_THREADS}")
     if not 0 <= poll_us <= _LONGEST_POLL_US:
         raise UsageError(f"--poll-us {poll_us}: not from 0 to {_LONGEST_POLL_US}")
+
+
+def take_descriptors() -> None:
+    """Have as many files open as this process may: each machine brings some, and the limit that
+    programs begin with is low for the sake of those that use select(2)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

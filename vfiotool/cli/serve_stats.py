@@ -27,17 +27,25 @@ def check_stats(seconds: float | None) -> None:
 
 
 def print_stats(server: Server, seconds: float | None) -> None:
-    """Print a line for each disk every so many seconds, while the server runs."""
+    """Print a line for each disk every so many seconds, while the server runs. The machines that it
+    serves do not wait for a reader, and outlive one that goes."""
     if seconds is None:
         return
     from vfiotool.virtio.stats import Stats
 
     stats = Stats(server)
 
+    gone = False
+
     def show() -> None:
-        for one in stats.take():
-            output.write(as_line(one))
-        output.flush()
+        nonlocal gone
+        try:
+            for one in stats.take():
+                if gone or not output.offer(as_line(one)):
+                    break
+        except OSError as error:
+            gone = True
+            server.report(f"--stats: standard output cannot be written: {error.strerror}")
 
     server.every(seconds, show)
 

@@ -89,7 +89,7 @@ def vduse_blk(
         workers = [Worker(poll_us) for _ in range(threads)]
         for worker in workers:
             stack.callback(worker.close)
-        device = VduseDevice(name, disk, _BLOCK, workers, log=log_path(name), report=output.warn)
+        device = VduseDevice(name, disk, _BLOCK, workers, log=log_path(name), report=output.log)
         stack.callback(end, device)
         save_disk(name, settings)
         _end_by_signals(device)
@@ -103,7 +103,7 @@ def _attach(device: VduseDevice, how: str) -> None:
     from vfiotool.virtio.vduse_service import attach
 
     if how != "none" and device.is_new:
-        attach(device.name, how, output.warn, device.stop)
+        attach(device.name, how, output.log, device.stop)
 
 
 def _end_by_signals(device: VduseDevice) -> None:
@@ -125,7 +125,7 @@ def asked(device: VduseDevice) -> Iterator[None]:
         try:
             resize()
         except VfiotoolError as error:
-            output.warn(f"{device.name}: {error.message}")
+            output.log(f"{device.name}: {error.message}")
 
     def poke(*_: object) -> None:
         with suppress(BlockingIOError):
@@ -154,4 +154,4 @@ def end(device: VduseDevice) -> None:
     """Give the device back; remove it, and what is kept of it, if it is on no bus."""
     from vfiotool.virtio.vduse_service import end as give_back
 
-    give_back(device, output.warn)
+    give_back(device, output.log)

@@ -13,11 +13,11 @@ import json
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Iterator
 
 from vfiotool.host.netplan import netplan_claims
 from vfiotool.host.processes import plain
+from vfiotool.host.toml import load_toml
 
 _MAX_FILE_BYTES = 1 << 20
 _SECTION = re.compile(r"\[([^\]]+)\]")
@@ -201,10 +201,10 @@ def _own_policy(root: str) -> Iterator[tuple[str, str, str, str]]:
     """What vfiotool itself applies at boot (change/boot_texts.py)."""
     for path, text in _files(root, ("/etc/vfiotool/boot",), ".toml"):
         try:
-            rules = tomllib.loads(text).get("device", [])
+            rules = load_toml(text).get("device", [])
             matches = [(rule["match"], rule.get("driver")) for rule in rules]
             pairs = [(match, driver) for match, driver in matches if isinstance(match, dict)]
-        except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
         for match, driver in pairs:
             for key, word in (("address", "pci"), ("id", "id")):

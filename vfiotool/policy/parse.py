@@ -6,7 +6,6 @@ import difflib
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from vfiotool.devices.pci import Address
 from vfiotool.errors import NotFound, Refused, UsageError, from_oserror
 from vfiotool.host.paths import OWN_DESCRIPTORS
+from vfiotool.host.toml import load_toml
 from vfiotool.policy.model import (
     DeviceRule,
     Match,
@@ -182,11 +182,9 @@ def read_policy_text(path: str) -> str:
 def parse_policy(text: str, name: str = "policy") -> Policy:
     """The policy of a text; `name` stands before each fault. Raises PolicyError."""
     try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        document = load_toml(text)
+    except ValueError as error:
         raise PolicyError(name, [_syntax_fault(error, text)]) from error
-    except RecursionError as error:
-        raise PolicyError(name, [Fault(1, 1, "it is nested too deeply")]) from error
     reader = _Reader(text, document)
     policy = reader.policy(name)
     if reader.faults:
@@ -194,8 +192,10 @@ def parse_policy(text: str, name: str = "policy") -> Policy:
     return policy
 
 
-def _syntax_fault(error: tomllib.TOMLDecodeError, text: str) -> Fault:
+def _syntax_fault(error: ValueError, text: str) -> Fault:
     message = str(error)
+    if " (at " not in message:
+        return Fault(1, 1, message)
     place = re.search(r"\(at line (\d+), column (\d+)\)", message)
     if place is None:
         lines = text.count("\n") + 1

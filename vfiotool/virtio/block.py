@@ -358,12 +358,14 @@ def _open(settings: DiskSettings) -> int:
 
 def _memory(size: int) -> int:
     """Memory of zeros that keeps its size."""
-    made = os.memfd_create("vfiotool-disk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    made = None
     try:
+        made = os.memfd_create("vfiotool-disk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(made, size)
         fcntl.fcntl(made, _F_ADD_SEALS, _SEALS)
     except OSError as error:
-        os.close(made)
+        if made is not None:
+            os.close(made)
         raise from_oserror(f"make a disk of {size} bytes in memory", error) from error
     return made
 

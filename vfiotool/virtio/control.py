@@ -17,9 +17,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from vfiotool.errors import KernelError, NotPermitted, UsageError, VfiotoolError, from_oserror
+from vfiotool.errors import (
+    KernelError,
+    NotPermitted,
+    Refused,
+    UsageError,
+    VfiotoolError,
+    described,
+    from_oserror,
+)
 from vfiotool.virtio.folders import runtime_folder
-from vfiotool.virtio.listener import listen, unlink_socket
+from vfiotool.virtio.listener import Spare, listen, unlink_socket
 
 _LARGEST = 1 << 16
 _MOST_CLIENTS = 16
@@ -77,6 +85,7 @@ class Control:
         self.listener = listen_private(path) if listener is None else listener
         self.listener.setblocking(False)
         self._clients: dict[socket.socket, bytes] = {}
+        self._spare = Spare()
         server.watch(self.listener, self._accept)
 
     def close(self, *, unlink: bool = True) -> None:
@@ -85,12 +94,16 @@ class Control:
         self.listener.close()
         for client in list(self._clients):
             self._drop(client)
+        self._spare.close()
         if unlink:
             unlink_socket(self.path)
 
     def _accept(self) -> None:
-        with suppress(OSError):
-            client, _ = self.listener.accept()
+        # Whoever asks sees that it is not answered.
+        with suppress(OSError, Refused):
+            client = self._spare.accept(self.listener)
+            if client is None:
+                return
             if len(self._clients) >= _MOST_CLIENTS or not _is_ours(client):
                 client.close()
                 return
@@ -138,6 +151,9 @@ class Control:
             answer = {"error": error.message}
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             answer = {"error": f"not a request: {error}"[:200]}
+        except Exception as error:
+            # A fault of ours, which is told to who met it; the disks are served on.
+            answer = {"error": described(error)}
         with suppress(OSError):
             data = json.dumps(answer).encode() + b"\n"
             client.setblocking(True)

@@ -7,7 +7,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from vfiotool.errors import KernelError, UsageError, VfiotoolError, from_oserror
+from vfiotool.errors import KernelError, UsageError, VfiotoolError, described, from_oserror
 from vfiotool.native.limits import WEIGHT
 from vfiotool.virtio import control, handover
 from vfiotool.virtio.exports import (
@@ -90,7 +90,11 @@ class Daemon:
             self._control.close(unlink=not self._server.handed_over)
 
     def follow(self) -> None:
-        """Make what is served what the file says; a file with a fault changes nothing."""
+        """Make what is served what the file says; a file with a fault changes nothing. An export
+        that cannot be served as the file has it now is served as it was."""
+        if self._server.handed_over:
+            # The process that has it all follows the file.
+            return
         try:
             read = read_exports(self._file)
         except VfiotoolError as error:
@@ -98,19 +102,31 @@ class Daemon:
             return
         wanted = {export.name: export for export in read.exports}
         self._server.limit_groups(read.groups)
+        before = {}
         for name, old in list(self._present.items()):
             if name not in wanted or not wanted[name].is_disk_of(old):
+                before[name] = self._present.pop(name)
                 self._server.remove(name)
-                del self._present[name]
+        failed = []
         for name, export in wanted.items():
             if name in self._present:
                 self._server.limit(name, export.rate, export.weight, export.group)
                 self._present[name] = export
-                continue
-            try:
-                self._add(export)
-            except VfiotoolError as error:
-                self._server.report(f"{name} is not served: {error.message}")
+            elif not self._try(export, "is not served as the file says"):
+                failed.append(name)
+        for name in failed:
+            if name in before:
+                self._try(before[name], "is not served as it was either")
+
+    def _try(self, export: ExportSettings, otherwise: str) -> bool:
+        try:
+            self._add(export)
+        except Exception as error:
+            # Also a fault of ours: the others are served on.
+            text = error.message if isinstance(error, VfiotoolError) else described(error)
+            self._server.report(f"{export.name} {otherwise}: {text}")
+            return False
+        return True
 
     def _add(self, export: ExportSettings) -> None:
         self._server.add(open_export(export, lasting=True))

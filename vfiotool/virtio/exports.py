@@ -16,12 +16,12 @@ bandwidth_limit = "1G"
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from vfiotool.errors import UsageError
+from vfiotool.host.toml import load_toml
 from vfiotool.native.limits import UNLIMITED, WEIGHT, Rate
 from vfiotool.virtio.block import DiskSettings, check
 
@@ -164,8 +164,8 @@ def _twice(values: list[str], what: str) -> list[str]:
 def parse_exports(text: str, name: str) -> ExportsFile:
     """What a file says. Raises UsageError with every fault, each with its export or group."""
     try:
-        content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        content = load_toml(text)
+    except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
     faults: list[str] = []
     if type(content.get("version")) is not int or content["version"] != 1:

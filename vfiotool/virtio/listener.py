@@ -31,7 +31,10 @@ def listen(path: str, *, private: bool = False) -> socket.socket:
         raise UsageError(f"{path!r} is not a socket's path")
     if len(os.fsencode(path)) > 107:
         raise UsageError(f"{path}: a socket's path has at most 107 bytes")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise from_oserror(f"listen on {path}", error) from error
     try:
         with _alone(path):
             _remove_dead(path)
@@ -57,6 +60,35 @@ def unlink_socket(path: str) -> None:
     stays."""
     with suppress(OSError, Refused, UsageError), _alone(path):
         _remove_dead(path)
+
+
+class Spare:
+    """A descriptor that is given up for a moment to take, and end, a connection when there are no
+    descriptors left: its listening socket would be ready for ever. Close it."""
+
+    def __init__(self) -> None:
+        self._held: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def accept(self, listener: socket.socket) -> socket.socket | None:
+        """A connection; None if it went again before it was taken, which is nobody's fault. Raises
+        Refused if there was no descriptor for it."""
+        try:
+            return listener.accept()[0]
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                return None
+        self.close()
+        with suppress(OSError):
+            listener.accept()[0].close()
+        with suppress(OSError):
+            # Where the whole machine has none left, another program may have been faster.
+            self._held = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        raise Refused("no descriptor is left for a connection")
+
+    def close(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            os.close(held)
 
 
 def _taken(path: str) -> Refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -49,37 +50,39 @@ def _quoted(text: str) -> str:
 
 
 def server_families(servers: Iterable[Mapping[str, Any]]) -> list[Family]:
-    """What the statuses of servers say (see `status_of`)."""
+    """What the statuses of servers say (see `status_of`), each with its `control_path`."""
     made: dict[str, Family] = {}
 
     def put(name: str, help: str, value: float | None, **labels: object) -> None:
         made.setdefault(name, Family(f"vfiotool_serve_{name}", help)).add(value, **labels)
 
     for server in servers:
+        # Two servers may have exports of one name; a sample that comes twice costs the scrape.
+        name = Path(server["control_path"]).stem
         for export in server["exports"]:
-            _export(put, export)
+            _export(put, export, {"server": name, "export": export["name"]})
         for number, worker in enumerate(server["workers"]):
             labels = {"pid": server["pid"], "worker": number}
             put("worker_queues", "Queues that a worker serves.", worker["queues"], **labels)
-            for name in ("requests", "batches", "signals", "kicks", "sleeps"):
-                text = f"Of one worker: {name}."
-                put(f"worker_{name}_total", text, worker[name], **labels)
+            for what in ("requests", "batches", "signals", "kicks", "sleeps"):
+                text = f"Of one worker: {what}."
+                put(f"worker_{what}_total", text, worker[what], **labels)
     return list(made.values())
 
 
-def _export(put: Any, export: Mapping[str, Any]) -> None:
-    name, figures = export["name"], export["figures"] or {}
+def _export(put: Any, export: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+    figures = export["figures"] or {}
     queues = [queue for client in export["connections"] for queue in client["queues"]]
-    put("connections", "Front ends that are connected.", len(export["connections"]), export=name)
-    put("queues", "Virtqueues that run.", len(queues), export=name)
+    put("connections", "Front ends that are connected.", len(export["connections"]), **labels)
+    put("queues", "Virtqueues that run.", len(queues), **labels)
     broken = sum(1 for queue in queues if queue["broken"])
-    put("broken_queues", "Virtqueues that serve no more.", broken, export=name)
-    put("size_bytes", "The disk's size.", export["size"], export=name)
-    put("iops_limit", "Requests a second at most.", export["iops_limit"], export=name)
-    put("bandwidth_limit_bytes", "Bytes a second at most.", export["bandwidth_limit"], export=name)
-    put("limit_waits_total", "Waits for limits.", export["waits"], export=name)
+    put("broken_queues", "Virtqueues that serve no more.", broken, **labels)
+    put("size_bytes", "The disk's size.", export["size"], **labels)
+    put("iops_limit", "Requests a second at most.", export["iops_limit"], **labels)
+    put("bandwidth_limit_bytes", "Bytes a second at most.", export["bandwidth_limit"], **labels)
+    put("limit_waits_total", "Waits for limits.", export["waits"], **labels)
     for kind in ("reads", "writes", "flushes", "discards"):
-        put("requests_total", "Requests done.", figures.get(kind), export=name, kind=kind)
+        put("requests_total", "Requests done.", figures.get(kind), **labels, kind=kind)
     for kind in ("read", "written"):
-        put("bytes_total", "Bytes moved.", figures.get(f"bytes_{kind}"), export=name, kind=kind)
-    put("failed_total", "Requests answered with an error.", figures.get("failed"), export=name)
+        put("bytes_total", "Bytes moved.", figures.get(f"bytes_{kind}"), **labels, kind=kind)
+    put("failed_total", "Requests answered with an error.", figures.get("failed"), **labels)

@@ -7,8 +7,8 @@ the first has stopped, as in a live migration. What a front end does wrong ends 
 
 from __future__ import annotations
 
-import errno
 import os
+import resource
 import selectors
 import socket
 import sys
@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vfiotool.errors import VfiotoolError
+from vfiotool.errors import Refused, VfiotoolError, described
 from vfiotool.native.limits import UNLIMITED, WEIGHT, Rate
 from vfiotool.native.virtqueue import MEMORY_ROOM, ServedQueue, Worker
 from vfiotool.virtio.backend import Frontend
 from vfiotool.virtio.balance import next_move
 from vfiotool.virtio.block import BlockDisk
 from vfiotool.virtio.exports import ExportSettings, GroupSettings
-from vfiotool.virtio.listener import listen, unlink_socket
+from vfiotool.virtio.listener import Spare, listen, unlink_socket
 from vfiotool.virtio.message import ProtocolError, Receiver
 from vfiotool.virtio.offences import Offences
 from vfiotool.virtio.served import ServedDevice
@@ -35,6 +35,8 @@ Report = Callable[[str], None]
 _BALANCE_S = 2.0
 # Of one export: the machine that runs, the one that takes over, and some that are on their way out.
 _MOST_CONNECTIONS = 8
+# What a machine has whatever the limit of descriptors is.
+_LEAST_REGIONS = 16
 
 
 def _to_stderr(text: str) -> None:
@@ -125,8 +127,7 @@ class Server:
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._woken)
-        # Given up for a moment to take, and end, a connection when there are no descriptors left.
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare = Spare()
         self.workers = [Worker(poll_us) for _ in range(threads)]
         self.groups = Groups()
         self._served: dict[int, int] = {}
@@ -203,7 +204,10 @@ class Server:
             # One worker has nothing to give away, and needs no clock.
             balances = len(self.workers) > 1 and bool(self._running())
             for key, _ in self._selector.select(self._patience(balances)):
-                key.data()
+                self._do(key.data)
+                if self._ending:
+                    # What else there is may be another process's by now.
+                    break
             self._listen_again()
             self._keep_periods()
             if balances and time.monotonic() - balanced >= _BALANCE_S:
@@ -233,7 +237,7 @@ class Server:
         for number, (seconds, action) in enumerate(self._periods):
             if self._dues[number] <= now:
                 self._dues[number] = now + seconds
-                action()
+                self._do(action)
 
     def _listen_again(self) -> None:
         """Take connections of exports that have waited long enough."""
@@ -297,7 +301,7 @@ class Server:
         self._selector.close()
         self._wake.close()
         self._waker.close()
-        os.close(self._spare)
+        self._spare.close()
 
     def resize(self, name: str) -> bool:
         """Take an export's image as large as it is now, and tell its driver."""
@@ -313,17 +317,24 @@ class Server:
     def _woken(self) -> None:
         self._wake.recv(64)
         while self._actions:
-            self._actions.pop(0)()
+            self._do(self._actions.pop(0))
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """What fails here is not the end of all that is served."""
+        try:
+            action()
+        except Exception as error:
+            self.report(error.message if isinstance(error, VfiotoolError) else described(error))
 
     def _accept(self, export: Export) -> None:
         if export.listener is None or export.name in self._waiting:
             return
         try:
-            connection, _ = export.listener.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away(export)
-            # Otherwise it went again before it was taken, which is nobody's fault.
+            connection = self._spare.accept(export.listener)
+        except Refused as error:
+            self.report(f"{export.name}: {error.message}")
+            return
+        if connection is None:
             return
         if len(export.connections) >= _MOST_CONNECTIONS:
             self.report(f"{export.name}: more than {_MOST_CONNECTIONS} connections")
@@ -331,22 +342,16 @@ class Server:
             return
         self._connect(export, connection)
 
-    def _turn_away(self, export: Export) -> None:
-        """End a connection that there is no descriptor for; it would be ready for ever."""
-        self.report(f"{export.name}: no descriptor is left for a connection")
-        os.close(self._spare)
-        with suppress(OSError):
-            assert export.listener is not None
-            export.listener.accept()[0].close()
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
     def frontend(self, export: Export) -> Frontend:
         """What a connection to an export begins with. Each export may have its share of the regions
-        that the process can map, so that none uses up what the others need."""
+        that the process can map and keep a descriptor of, so that none uses up what the others
+        need."""
 
         def room() -> int:
             held = sum(one.frontend.mapped for one in export.connections)
-            return MEMORY_ROOM // max(1, len(self.exports)) - held
+            others = max(1, len(self.exports))
+            files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // others
+            return min(MEMORY_ROOM // others, max(_LEAST_REGIONS, files)) - held
 
         return Frontend(export.device, self.workers, export.may_run, room)
 
