@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.guests.begin import begin_at_once, is_file_in_guest
 from tests.guests.runs import PROOFS_WANTED
 from tests.oracles.printed import listen, schema_of
 
@@ -92,12 +93,18 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Spread over processes file by file, what takes longest has to begin first.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    # Files in guests last: what boots guests of its own has run beside them by then.
+    items.sort(key=lambda item: (is_file_in_guest(item), item.path not in slow))
     if os.environ.get(PROOFS_WANTED):
         return
     for item in items:
         if item.get_closest_marker("proof"):
             item.add_marker(pytest.mark.skip(reason="left to make proofs: long"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    begin_at_once(session)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,7 +2,8 @@
 
 Files that share a kernel and a machine share a boot, but for proofs: each of these is long, and has
 one of its own. Boots run side by side as far as there are processors, but one by one while `make
-test` has this machine's tests run beside; each file's host test waits for its rows. A file that
+test` has this machine's tests run beside, and one fewer while tests around guests of their own run
+in the main thread; each file's host test waits for its rows. A file that
 takes the guest down is reported as such and not tried again: that a test can do so is a finding.
 The files after it get a guest of their own. A guest that never came up, as happens on a machine
 with too much to do, is started once more, and the summary says so.
@@ -127,35 +128,46 @@ def left_out(place: Place, file: str) -> str:
 
 
 class GuestRuns:
-    """Starts the guests for the files that were chosen and hands out their outcomes."""
+    """Starts the guests for the files that were chosen and hands out their outcomes.
 
-    def __init__(self, chosen: Iterable[tuple[Place, str]]) -> None:
+    With `around`, the caller boots guests of its own, one at a time, until it first asks for an
+    outcome: one guest fewer is at work until then.
+    """
+
+    def __init__(self, chosen: Iterable[tuple[Place, str]], *, around: bool = False) -> None:
+        self._around = around
         self.outcomes: dict[tuple[Place, str], Outcome] = {}
         groups: dict[Place, list[str]] = defaultdict(list)
         for place, file in chosen:
             self.outcomes[place, file] = Outcome()
             groups[place].append(file)
         self._queue: queue.SimpleQueue[tuple[Place, list[str]]] = queue.SimpleQueue()
-        for item in groups.items():
+        # Those with most to do first, so that no long one is left over for the end.
+        for item in sorted(groups.items(), key=lambda item: len(item[1]), reverse=True):
             self._queue.put(item)
         cpus = len(os.sched_getaffinity(0))
-        jobs = int(os.environ.get("VFIOTOOL_LAB_JOBS", "0")) or max(1, min(cpus, 4))
-        for number in range(min(jobs, len(groups))):
+        self._jobs = int(os.environ.get("VFIOTOOL_LAB_JOBS", "0")) or max(1, min(cpus, 4))
+        for number in range(min(self._jobs, len(groups))):
             threading.Thread(
                 target=self._work, args=(number,), name=f"guest-{number}", daemon=True
             ).start()
 
     def outcome(self, place: Place, file: str) -> Outcome:
         """Wait for what becomes of `file` in `place`; every path of the work below sets it."""
+        self._around = False
         outcome = self.outcomes[place, file]
         outcome.done.wait()
         return outcome
 
+    def _at_a_time(self) -> int:
+        """How many guests may be at work here now; one leaves a processor to tests beside."""
+        jobs = 1 if os.path.exists(os.environ.get(BESIDE, "")) else self._jobs
+        return jobs - self._around
+
     def _work(self, number: int) -> None:
-        # The first guest leaves a processor to the tests that run beside.
-        while number and os.path.exists(os.environ.get(BESIDE, "")):
-            time.sleep(0.5)
         while True:
+            while number >= self._at_a_time():
+                time.sleep(0.2)
             try:
                 place, files = self._queue.get_nowait()
             except queue.Empty:

@@ -7,23 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.guests.runs import GuestRuns, Outcome, Place, left_out, places
+from tests.guests.begin import guest_runs
+from tests.guests.runs import Outcome, Place, left_out, places
 from tests.oracles.printed import schema_of
 from tests.oracles.schemas import faults
 
 CASES = places()
-
-
-@pytest.fixture(scope="session")
-def runs(request: pytest.FixtureRequest) -> GuestRuns:
-    """The guests of all chosen tests, at work from here on."""
-    chosen = []
-    for item in request.session.items:
-        if isinstance(item, pytest.Function) and item.originalname == "test_file_in_guest":
-            place, file = item.callspec.params["place"], item.callspec.params["file"]
-            if not left_out(place, file):
-                chosen.append((place, file))
-    return GuestRuns(chosen)
 
 
 @pytest.mark.lab
@@ -33,11 +22,14 @@ def runs(request: pytest.FixtureRequest) -> GuestRuns:
     ids=[f"{case.kernel}-{case.machine}-{file.rpartition('/')[2]}" for case, file in CASES],
 )
 def test_file_in_guest(
-    place: Place, file: str, runs: GuestRuns, record_property: Callable[[str, object], None]
+    place: Place,
+    file: str,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
 ) -> None:
     if reason := left_out(place, file):
         pytest.skip(f"left to make proofs: {reason}")
-    outcome = runs.outcome(place, file)
+    outcome = guest_runs(request.session).outcome(place, file)
     if outcome.unavailable:
         pytest.skip(f"no lab guest with {place.kernel} as {place.machine}: {outcome.unavailable}")
     record_property("guest", _tally(place, file, outcome))
