@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 
-from tests.guests.begin import begin_at_once, is_file_in_guest
-from tests.guests.runs import PROOFS_WANTED
 from tests.oracles.printed import listen, schema_of
 
 
@@ -40,9 +38,13 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signa
 listen(hold_against_schema)
 
 
-# Inside a guest hypothesis would have to be imported over 9p for each file.
-if not os.environ.get("VFIOTOOL_LAB_MACHINE"):
+IN_GUEST = bool(os.environ.get("VFIOTOOL_LAB_MACHINE"))
+# Inside a guest each import crosses 9p, on an emulated processor, once a boot.
+if not IN_GUEST:
     from hypothesis import settings
+
+    from tests.guests.begin import begin_at_once, is_file_in_guest
+    from tests.guests.runs import PROOFS_WANTED
 
     settings.register_profile("same-each-time", derandomize=True, deadline=None)
     settings.register_profile("searching", print_blob=True, deadline=None)
@@ -60,7 +62,7 @@ def no_real_waiting(
     """Fails a test that slept for longer than SLEEP_LIMIT_S; those of guests and proofs, which
     are long by their nature, are let off."""
     excused = any(request.node.get_closest_marker(name) for name in ("lab", "proof"))
-    if excused or os.environ.get("VFIOTOOL_LAB_MACHINE"):
+    if excused or IN_GUEST:
         yield
         return
     real, main, slept = time.sleep, os.getpid(), 0.0
@@ -91,6 +93,8 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if IN_GUEST:
+        return
     # Spread over processes file by file, what takes longest has to begin first.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     # Files in guests last: what boots guests of its own has run beside them by then.
@@ -104,7 +108,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    begin_at_once(session)
+    if not IN_GUEST:
+        begin_at_once(session)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
