@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import pytest
 
@@ -205,9 +206,35 @@ class Level(VirtioConfig):
     mac: Mac = bytes(6)
 
 
+def config(annotation: object, **attributes: object) -> VirtioConfig:
+    """A configuration whose field `x` is annotated so."""
+    members = {"__annotations__": {"x": annotation}, "x": 0, **attributes}
+    kind = dataclass(type("Odd", (VirtioConfig,), members))
+    made: VirtioConfig = kind()
+    return made
+
+
+@dataclass(frozen=True)
+class Frozen(VirtioConfig):
+    x: U8 = 0
+
+
+@dataclass
+class Shadow(VirtioConfig):
+    KNOWN: ClassVar[int] = 3
+    layout: U8 = 0  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
+        ("config", config(Annotated[int, "zz"]), "Odd.x: 'zz': bad char"),
+        ("config", config(Annotated[bytes, "9" * 30 + "s"]), "Odd.x: '9"),
+        ("config", config("Unknown"), "Odd's annotations: NameError"),
+        ("config", config(U8, writable="x"), "Odd.writable is 'x': not a set"),
+        ("config", config(U8, writable={"y"}), "there is no field 'y'"),
+        ("config", Frozen(), "Frozen cannot be changed: FrozenInstanceError"),
+        ("config", Shadow(), "Shadow.layout: a name that VirtioConfig itself has"),
         ("id", "net", "Named.id is 'net'"),
         ("id", 0, "Named.id is 0"),
         ("queues", "two", "Named.queues is 'two'"),

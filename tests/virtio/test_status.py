@@ -158,6 +158,19 @@ def test_metrics_are_what_prometheus_reads(file: Path, front: Frontend) -> None:
             assert line.partition("{")[0].split()[0] in seen
 
 
+def test_a_server_that_does_not_answer_is_not_none_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    assert "no server runs" in run("status")[2]
+    (tmp_path / "serve").mkdir()
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(str(tmp_path / "serve" / "x.sock"))
+    code, _, said = run("status")
+    assert code == 0 and "no server answers" in said and "ECONNREFUSED" in said
+    dead.close()
+
+
 def test_labels_are_escaped() -> None:
     family = Family("a", "x\ny")
     family.add(1, name='q"\\\n')

@@ -7,6 +7,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 from tests.virtio.frontend import Closed, Frontend
 from tests.virtio.test_region_share import add_region
 from tests.virtio.test_serve import VFIOTOOL, connect
-from vfiotool.errors import Refused
+from vfiotool.errors import KernelError, Refused
 from vfiotool.virtio import control
 from vfiotool.virtio.block import BlockDisk, DiskSettings
 from vfiotool.virtio.listener import listen
@@ -308,3 +309,46 @@ def test_what_fails_in_a_running_server_is_said_and_not_its_end() -> None:
         server.stop()
         thread.join()
     assert all("RuntimeError: ours" in one for one in said)
+
+
+def test_a_file_that_is_to_be_read_again_and_again_holds_nobody_up() -> None:
+    ours, theirs = socket.socketpair()
+    with Server(report=print) as server, ours, theirs:
+        server.add(Export("e", BlockDisk(DiskSettings(size=MIB)), socket.socket(socket.AF_UNIX)))
+        read: list[int] = []
+
+        def follow() -> None:
+            read.append(1)
+            if len(read) < 100:
+                # As signals do that come meanwhile.
+                server.soon(follow)
+                server.soon(follow)
+
+        server.soon(follow)
+        server.watch(ours, server.stop)
+        theirs.send(b"x")
+        server.run()
+        server.unwatch(ours)
+    assert len(read) < 3
+
+
+@pytest.mark.parametrize(
+    ("lock", "read_only", "claims"),
+    [("always", False, True), ("always", True, False), ("running", False, False)],
+)
+def test_a_block_device_that_this_host_uses_is_not_given_to_a_machine(
+    monkeypatch: pytest.MonkeyPatch, lock: str, read_only: bool, claims: bool
+) -> None:
+    asked: list[int] = []
+
+    def busy(path: str, flags: int) -> int:
+        asked.append(flags)
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+    monkeypatch.setattr(os, "open", busy)
+    settings = DiskSettings(path="/", lock=lock, read_only=read_only)
+    error, said = (Refused, "in use by this host") if claims else (KernelError, "open /: ")
+    with pytest.raises(error, match=said):
+        BlockDisk(settings)
+    assert bool(asked[0] & os.O_EXCL) is claims

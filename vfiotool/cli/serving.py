@@ -23,15 +23,18 @@ def ask_server(file: str, path: str | None, request: dict[str, Any]) -> dict[str
     return ask(found, request)
 
 
+def _sockets() -> list[str]:
+    """The control sockets in the usual folder."""
+    folder = control_folder()
+    names = sorted(os.listdir(folder)) if folder and os.path.isdir(folder) else []
+    return [f"{folder}/{name}" for name in names if name.endswith(".sock")]
+
+
 def all_servers() -> list[dict[str, Any]]:
     """The status of every server whose control socket is in the usual folder; those that do not
     answer are left out with a warning."""
-    folder, found = control_folder(), []
-    names = sorted(os.listdir(folder)) if folder and os.path.isdir(folder) else []
-    for name in names:
-        if not name.endswith(".sock"):
-            continue
-        path = f"{folder}/{name}"
+    found = []
+    for path in _sockets():
         try:
             found.append({"control_path": path, **ask(path, {"ask": "status"})})
         except VfiotoolError as error:
@@ -51,7 +54,7 @@ def show(file: str | None, path: str | None, *, as_json: bool) -> int:
         return 0
     rows = [row for server in servers for row in _rows(server)]
     if not rows:
-        output.say("vfiotool: no server runs")
+        output.say("vfiotool: no server " + ("answers" if _sockets() else "runs"))
     output.table(
         ("EXPORT", "STATE", "QUEUES", "READS", "WRITES", "READ", "WRITTEN", "FAILED", "LIMITS"),
         rows,

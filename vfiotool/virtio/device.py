@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_origin, get_type_hints
 
-from vfiotool.errors import UsageError
+from vfiotool.errors import UsageError, described
 
 if TYPE_CHECKING:
     from vfiotool.native.direct import QueueRequest
@@ -49,13 +49,20 @@ class VirtioConfig:
         """The offset and format of each field."""
         found: dict[str, tuple[int, struct.Struct]] = {}
         offset = 0
-        for name, hint in get_type_hints(cls, include_extras=True).items():
-            if name.startswith("_") or name == "writable":
+        try:
+            hints = get_type_hints(cls, include_extras=True)
+        except Exception as error:
+            raise UsageError(f"{cls.__name__}'s annotations: {described(error)}") from error
+        for name, hint in hints.items():
+            if name.startswith("_") or name == "writable" or get_origin(hint) is ClassVar:
                 continue
             marks = getattr(hint, "__metadata__", ())
             if not marks or not isinstance(marks[0], str):
                 raise UsageError(f"{cls.__name__}.{name}: not one of U8, U16, U32, U64, or bytes")
-            form = struct.Struct("<" + marks[0])
+            try:
+                form = struct.Struct("<" + marks[0])
+            except (struct.error, UnicodeError) as error:
+                raise UsageError(f"{cls.__name__}.{name}: {marks[0][:20]!r}: {error}") from error
             found[name] = offset, form
             offset += form.size
         return found
@@ -183,5 +190,23 @@ def check(device: VirtioDevice) -> None:
         return
     if not isinstance(device.config, VirtioConfig):
         raise UsageError(f"{kind}.config is {device.config!r}: not a VirtioConfig")
+    _check_config(device.config)
     if len(device.config.pack()) > CONFIG_BYTES:
         raise UsageError(f"{kind}.config has more than {CONFIG_BYTES} bytes")
+
+
+def _check_config(config: VirtioConfig) -> None:
+    """See that what VirtioConfig does is not in the way of the fields, nor they of it."""
+    kind = type(config)
+    # A field may have taken the place of the class's own `layout`.
+    fields = VirtioConfig.layout.__func__(kind)  # type: ignore[attr-defined]
+    if own := sorted(fields.keys() & set(dir(VirtioConfig))):
+        raise UsageError(f"{kind.__name__}.{own[0]}: a name that VirtioConfig itself has")
+    if not isinstance(kind.writable, frozenset | set):
+        raise UsageError(f"{kind.__name__}.writable is {kind.writable!r}: not a set of fields")
+    if unknown := sorted(map(str, kind.writable - fields.keys())):
+        raise UsageError(f"{kind.__name__}.writable: there is no field {unknown[0]!r}")
+    try:
+        config._changed = config._changed
+    except Exception as error:
+        raise UsageError(f"{kind.__name__} cannot be changed: {described(error)}") from error

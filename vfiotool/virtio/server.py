@@ -281,8 +281,10 @@ class Server:
         self._tell(b"x")
 
     def soon(self, action: Callable[[], None]) -> None:
-        """Have `run` do this between two messages; from another thread or a signal handler."""
-        self._actions.append(action)
+        """Have `run` do this between two messages; from another thread or a signal handler. What
+        waits to be done already is done once."""
+        if action not in self._actions:
+            self._actions.append(action)
         self._tell(b"a")
 
     def _tell(self, what: bytes) -> None:
@@ -316,7 +318,8 @@ class Server:
 
     def _woken(self) -> None:
         self._wake.recv(64)
-        while self._actions:
+        # Those that come meanwhile have a turn of their own, after what sockets say.
+        for _ in range(len(self._actions)):
             self._do(self._actions.pop(0))
 
     def _do(self, action: Callable[[], None]) -> None:
