@@ -49,6 +49,20 @@ def test_a_change_that_the_machine_was_cut_off_in_has_no_outcome(tmp_path: Path)
     assert (one.number, one.outcome) == (7, None)
 
 
+def test_a_torn_line_does_not_take_the_next_change_with_it(tmp_path: Path) -> None:
+    trail(tmp_path).begun(7, "bind", [STEP], [], None)
+    with open(tmp_path / "log" / FILE, "ab") as file:
+        file.write(b"00000000 {torn")
+    later = trail(tmp_path, "b2")
+    later.begun(1, "release", [STEP], [], None)
+    later.ended(1, "committed")
+    found = read_audit(folder=str(tmp_path / "log"))
+    assert [(one.boot, one.number, one.outcome) for one in found] == [
+        ("b1", 7, None),
+        ("b2", 1, "committed"),
+    ]
+
+
 def test_everybody_may_read_it_and_nobody_else_may_write_it(tmp_path: Path) -> None:
     trail(tmp_path).begun(1, "bind", [], [], None)
     folder, file = tmp_path / "log", tmp_path / "log" / FILE

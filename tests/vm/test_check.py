@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from vfiotool.errors import UsageError
 from vfiotool.snapshot.capture import capture, save
 from vfiotool.snapshot.load import open_root
 from vfiotool.vm import preflight
+from vfiotool.vm.card import judge_card
+from vfiotool.vm.facts import ReadyCheck
 from vfiotool.vm.finding import PreflightFinding, WantedGuest, parse_memory, words_of
 from vfiotool.vm.handed import handed, handed_socket, handed_vdpa
 from vfiotool.vm.machine import Q35
@@ -493,6 +496,15 @@ def test_sockets_and_vdpa_devices_want_shared_memory(tmp_path: Path) -> None:
     assert ("/run/a.sock", "shared-memory", "note") in kinds
     with pytest.raises(UsageError):
         handed_socket("vhost-user-blk", "/run/a\nb.sock")
+
+
+def test_a_remedy_is_one_command_whatever_the_sockets_path_holds() -> None:
+    path = "/run/my vm$(reboot);x.sock"
+    device = handed_socket("vhost-user-blk", path)
+    absent = ReadyCheck(device, None, None, (), (), (), None, None, exists=False)
+    found = judge_card(absent, {device.name}, WantedGuest(), Q35)
+    (remedy,) = (item.next for item in found if item.kind == "no-socket")
+    assert shlex.split(remedy)[-1] == path and shlex.quote(path) in remedy
 
 
 def test_findings_are_the_same_from_a_snapshot(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,15 @@ def test_cloud_hypervisor_takes_each_kind_by_its_option() -> None:
     ]
 
 
+def test_cloud_hypervisor_is_told_of_all_queues_of_a_vdpa_device() -> None:
+    """Its guest's driver asks for the queue of the control, and fails where there is none."""
+    words = cloud_hypervisor.arguments([replace(NET, queues=3), replace(BLOCK, queues=4)])
+    assert words[3:] == [
+        "path=/dev/vhost-vdpa-0,num_queues=3",
+        "path=/dev/vhost-vdpa-1,num_queues=4",
+    ]
+
+
 @pytest.mark.parametrize(
     ("program", "features", "expected"),
     [
@@ -432,6 +442,57 @@ def test_a_script_binds_what_is_not_ready_and_gives_it_back(
     ]
     assert lines[5].startswith("run ") and lines[5].endswith("-kernel my kernel")
     assert lines[6:] == ["vfiotool release 0000:01:00.0"]
+
+
+@pytest.mark.parametrize("when", ["bind", "run"])
+def test_a_script_that_is_told_to_end_ends_its_machine_and_gives_back_all(
+    when: str, tmp_path: Path
+) -> None:
+    """SIGTERM to the shell alone; the release of the first device fails."""
+    calls = tmp_path / "calls"
+    hit = f"[ -e {tmp_path}/hit ] || {{ touch {tmp_path}/hit; kill -TERM $PPID; }}"
+    (tmp_path / "vfiotool").write_text(
+        f'#!/bin/sh\necho "$*" >> {calls}\n'
+        f'case "$*" in "vm check "*.?) exit 1 ;; *--dry-run*) ;;\n'
+        f"bind*) {hit if when == 'bind' else ':'} ;;\n"
+        '"release 0000:01:00.0") exit 5 ;; esac\n'
+    )
+    machine = (
+        f"#!{sys.executable}\nimport os, pathlib, signal, sys\n"
+        f"calls = pathlib.Path({str(calls)!r})\n"
+        "def end(*_):\n"
+        "    with calls.open('a') as file: file.write('machine ends\\n')\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "with calls.open('a') as file: file.write(sys.stdin.readline())\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "while True: signal.pause()\n"
+    )
+    (tmp_path / "qemu-system-x86_64").write_text(machine)
+    for name in ("vfiotool", "qemu-system-x86_64"):
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "start"
+    script.write_text(start_script("qemu", GPU, ["-m", "2G"], memory="2G", vcpus=1))
+    done = subprocess.run(
+        ["sh", str(script)],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        input="typed\n",
+        text=True,
+        timeout=60,
+    )
+    lines = calls.read_text().splitlines()
+    bound = [line.split()[1] for line in lines if line.startswith("bind") and "--dry" not in line]
+    released = [line.split()[1] for line in lines if line.startswith("release")]
+    assert bound == released == ([d.name for d in GPU] if when == "run" else [GPU[0].name])
+    assert done.returncode == 5
+    if when == "run":
+        assert lines[-4:-2] == ["typed", "machine ends"]
+
+
+def test_a_name_in_a_scripts_comment_is_no_command() -> None:
+    device = replace(NET, name="vdpa0\ntouch /tmp/x")
+    text = start_script("qemu", [device], [], memory="2G", vcpus=1)
+    assert "\ntouch" not in text.partition("set -eu")[0]
 
 
 def test_a_script_leaves_what_was_bound_before_although_it_is_not_ready(tmp_path: Path) -> None:

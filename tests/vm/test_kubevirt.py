@@ -173,3 +173,9 @@ def test_vfs_that_no_policy_can_name_have_none() -> None:
     assert not run.has_policy
     kinds = [item["kind"] for item in kubevirt.resources([some_vf(1, interface=None)])]
     assert kinds == ["VirtualMachine", "ConfigMap", "SriovNetwork"]
+
+
+@pytest.mark.parametrize("model", ["vfio-ap", "vfio-ccw"])
+def test_mediated_devices_of_s390x_would_be_started_as_vfio_pci(model: str) -> None:
+    with pytest.raises(Unsupported, match=f"it is {model}"):
+        kubevirt.resources([replace(MDEV, model=model)])

@@ -131,12 +131,15 @@ class AuditTrail:
         line = seal(entry)
         with suppress(OSError):
             self._prepare()
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(f"{self.folder}/{FILE}", flags, 0o644)
             try:
                 # Another's file here is nobody's record: it could be rewritten by its owner.
                 found = os.fstat(descriptor)
                 if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode):
+                    if found.st_size and os.pread(descriptor, 1, found.st_size - 1) != b"\n":
+                        # Cut off with the machine, or by a full disk: it shall not take this one.
+                        line = b"\n" + line
                     os.write(descriptor, line)
                     os.fsync(descriptor)
             finally:

@@ -26,7 +26,8 @@ app = area()
     "metrics",
     epilog=examples(
         "vfiotool metrics",
-        "vfiotool metrics > /var/lib/prometheus/node-exporter/vfiotool.prom",
+        "cd /var/lib/prometheus/node-exporter && vfiotool metrics > vfiotool.new && "
+        "mv vfiotool.new vfiotool.prom",
     ),
 )
 def metrics(context: typer.Context) -> int:

@@ -73,7 +73,7 @@ def chosen_devices(
         if kind in SOCKETS:
             device = handed_socket(kind, rest)
         elif kind == VDPA:
-            device = handed_vdpa(host, rest, _virtio_of(host, rest))
+            device = handed_vdpa(host, rest, *_virtio_of(host, rest))
         else:
             device = _with_network(host, handed(inventory, resolve(host, name)))
         if found.setdefault(device.name, device).model != device.model:
@@ -105,13 +105,13 @@ def _with_network(host: Host, device: Handed) -> Handed:
     )
 
 
-def _virtio_of(host: Host, name: str) -> str | None:
-    """What a vDPA device is, where netlink can be asked."""
+def _virtio_of(host: Host, name: str) -> tuple[str | None, int | None]:
+    """What a vDPA device is and how many virtqueues it has, where netlink can be asked."""
     try:
-        known = {device.name: device.type for device in read_devices(host)}
+        known = {device.name: (device.type, device.max_vqs) for device in read_devices(host)}
     except VfiotoolError:
-        return None
-    return known.get(name)
+        return None, None
+    return known.get(name, (None, None))
 
 
 def ready_devices(context: typer.Context, names: list[str]) -> list[Handed]:

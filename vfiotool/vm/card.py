@@ -7,6 +7,7 @@ docs/igd-assign.txt; PCI Express Base Specification 6.0, 7.8.6 (resizable BARs).
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 
 from vfiotool.devices.pci import PciFunction
@@ -88,12 +89,13 @@ def _served(check: ReadyCheck, wanted: WantedGuest) -> list[PreflightFinding]:
     if not check.exists:
         if device.model == "vdpa":
             detail = "it has no vhost-vdpa node: it is not on vhost_vdpa"
-            remedy = f"vfiotool vdpa bind {device.name} vhost_vdpa"
+            remedy = f"vfiotool vdpa bind {shlex.quote(device.name)} vhost_vdpa"
             found.append(finding(device.name, "no-node", BLOCKER, detail, device.name, remedy))
         else:
             detail = f"there is no socket {device.path}: nothing serves it"
             remedy = {
-                "vhost-user-blk": f"vfiotool serve vhost-user-blk --socket-path {device.path}",
+                "vhost-user-blk": "vfiotool serve vhost-user-blk --socket-path "
+                + shlex.quote(device.path),
             }.get(device.model, "start the program that serves it")
             found.append(finding(device.name, "no-socket", BLOCKER, detail, device.path, remedy))
     share = {
@@ -119,7 +121,14 @@ def _interface(check: ReadyCheck) -> list[PreflightFinding]:
     )
     evidence = f"{SYS_NET}/{name}/flags: not up"
     return [
-        finding(check.device.name, "pf-down", WARNING, detail, evidence, f"ip link set {name} up")
+        finding(
+            check.device.name,
+            "pf-down",
+            WARNING,
+            detail,
+            evidence,
+            f"ip link set {shlex.quote(name)} up",
+        )
     ]
 
 

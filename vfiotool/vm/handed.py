@@ -46,6 +46,8 @@ class Handed:
     parent_interface: str | None = None
     # Of a vDPA device, `net` or `block`, where the host tells it.
     virtio: str | None = None
+    # How many virtqueues it has, that of its control included, where the host tells it.
+    queues: int | None = None
     # Of an mdev: what it is made of, and its type's name for people.
     parent: str | None = None
     type: str | None = None
@@ -104,7 +106,9 @@ def handed(inventory: Inventory, name: str) -> Handed:
     )
 
 
-def handed_vdpa(host: Host, name: str, virtio: str | None = None) -> Handed:
+def handed_vdpa(
+    host: Host, name: str, virtio: str | None = None, queues: int | None = None
+) -> Handed:
     """The vDPA device of that name. Raises NotFound; `path` is empty off vhost_vdpa."""
     base = f"{SYS_VDPA_DEVICES}/{name}"
     if "/" in name or not host.exists(base):
@@ -118,7 +122,8 @@ def handed_vdpa(host: Host, name: str, virtio: str | None = None) -> Handed:
             if child.startswith("virtio")
         }
         virtio = {"virtio_blk": "block", "virtio_net": "net"}.get(next(iter(drivers), "") or "")
-    return Handed(name, f"{DEV}/{node}" if node else "", VDPA, None, None, virtio=virtio)
+    path = f"{DEV}/{node}" if node else ""
+    return Handed(name, path, VDPA, None, None, virtio=virtio, queues=queues)
 
 
 def handed_socket(model: str, path: str) -> Handed:

@@ -49,13 +49,22 @@ def resources(devices: Sequence[Handed]) -> list[dict[str, object]]:
     asks for what is given, and for network VFs the device plug-in's resources and the operator's.
 
     A run of VFs that no policy of the operator can name (`VfRun.has_policy`) has none. Raises
-    Unsupported for what KubeVirt cannot name: vDPA devices, sockets, domains above ffff.
+    Unsupported for what KubeVirt cannot name: vDPA devices, sockets, mdevs of
+    s390x (vfio-ap, vfio-ccw), domains above ffff.
     """
     for device in devices:
         if not device.through_vfio:
             raise Unsupported(
                 f"KubeVirt has no device for {device.name}",
                 hint="it takes PCI devices and mediated devices that are there on the node",
+                device=device.name,
+            )
+        if device.is_mdev and device.model != "vfio-pci":
+            # Its launcher makes vfio-pci of each that is permitted (device/hostdevice/hostdev.go,
+            # createMDEVHostDevice).
+            raise Unsupported(
+                f"KubeVirt cannot start a VM with {device.name}: it is {device.model}",
+                hint="vfiotool vm libvirt and vm qemu know it",
                 device=device.name,
             )
         if device.function is not None and device.address.domain > 0xFFFF:
