@@ -1,7 +1,7 @@
 """All figures in turn: `make bench`. Prints what each bench prints; asserts nothing.
 
 python -m tests.bench [NAME…]     only these: start mmio groups plan irq dma watch rebind nvme
-                               vfio_user vhost_blk vhost_net shared_queue
+                               vfio_user vhost_blk vhost_net shared_queue served_in_guest
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "vhost_blk": [bench("vhost_blk"), bench("vhost_tenants"), bench("late_driver")],
     "vhost_net": [bench("vhost_net")],
     "shared_queue": [bench("shared_queue")],
+    "served_in_guest": [bench("served_in_guest")],
 }
 
 

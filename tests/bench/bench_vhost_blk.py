@@ -65,7 +65,11 @@ def running(command: list[str], environment: dict[str, str], path: Path) -> Iter
         yield process.pid
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        try:
+            process.wait(timeout=_START_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def peer_command(found: peers.Peers, node: str, path: Path) -> list[str]:
