@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import struct
 from pathlib import Path
 
 import pytest
 
-from tests.virtio.frontend import DATA, T_IN, Frontend
+from tests.virtio.frontend import DATA, T_IN, Closed, Frontend
 from tests.virtio.test_device import Echo, connected, path, served
 from vfiotool.virtio import host
 from vfiotool.virtio.console import Console
@@ -152,5 +153,39 @@ def test_a_drivers_memory_goes_with_it(path: Path, kind: type[VirtioDevice], lea
                 # Once it is served, the one before has been seen to.
                 front.up()
                 assert mapped() - others == 2, said
+        finally:
+            gc.enable()
+
+
+class Unwilling(Echo):
+    def started(self, queue: int) -> None:
+        raise ValueError("not now")
+
+
+@pytest.mark.parametrize("kind", [Echo, Unwilling])
+def test_a_queue_that_cannot_start_keeps_nothing(
+    path: Path, kind: type[VirtioDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        # epoll's answer to what has no poll, such as a KVM machine's descriptor.
+        raise PermissionError(1, "Operation not permitted")
+
+    with served(kind(), path) as (_, said):
+        if kind is Echo:
+            monkeypatch.setattr(asyncio.SelectorEventLoop, "add_reader", refuse)
+        gc.collect()
+        gc.disable()
+        others, files = mapped(), len(os.listdir("/proc/self/fd"))
+        try:
+            for _ in range(5):
+                with connected(path, queues=2) as front:
+                    front.negotiate()
+                    front.share()
+                    with pytest.raises((AssertionError, Closed)):
+                        front.start()
+            with connected(path, queues=2) as front:
+                front.negotiate()
+                assert mapped() - others == 1, said
+            assert len(os.listdir("/proc/self/fd")) <= files + 3
         finally:
             gc.enable()

@@ -40,6 +40,15 @@ class _LoopQueue:
 
     def __init__(self, host: DeviceHost, index: int, start: QueueStart) -> None:
         self.host, self.index = host, index
+        self._broken: str | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._due = False
+        self._worked_at = 0.0
+        # Nothing was there at the last look: the driver may sleep, perhaps on another processor.
+        self._was_idle = True
+        self._kick: int | None = None
+        self._error: int | None = None
         self.direct = DirectQueue(
             start.memory,
             start.layout,
@@ -48,20 +57,27 @@ class _LoopQueue:
             log=start.log,
             dirty=start.dirty,
         )
-        self._kick = None if start.kick is None else os.dup(start.kick)
-        self._error = None if start.error is None else os.dup(start.error)
-        self._broken: str | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._due = False
-        self._worked_at = 0.0
-        # Nothing was there at the last look: the driver may sleep, perhaps on another processor.
-        self._was_idle = True
+        try:
+            self._kick = None if start.kick is None else os.dup(start.kick)
+            self._error = None if start.error is None else os.dup(start.error)
+            if self._kick is not None:
+                # Raises for what cannot be waited for, such as a KVM machine's descriptor.
+                host.loop.add_reader(self._kick, self._kicked)
+        except BaseException:
+            self.direct.stop()
+            self._give_back()
+            raise
         self.direct.completed = self.publish_soon
-        if self._kick is not None:
-            host.loop.add_reader(self._kick, self._kicked)
         # What was made available before we came is announced by nobody.
         host.loop.call_soon(self._turn)
+
+    def _give_back(self) -> None:
+        # It refers to us, and we to it: the driver's memory would stay mapped until the next
+        # collection of cycles, which an idle server may never come to.
+        self.direct.completed = None
+        for descriptor in (self._kick, self._error):
+            if descriptor is not None:
+                os.close(descriptor)
 
     # The loop's
 
@@ -223,12 +239,7 @@ class _LoopQueue:
         # What is still in flight was fetched last; without a log it is fetched again.
         again = 0 if self.direct.has_log else self.direct.in_flight
         base = (self.direct.stop() - again) & 0xFFFF
-        # It refers to us, and we to it: the driver's memory would stay mapped until the next
-        # collection of cycles, which an idle server may never come to.
-        self.direct.completed = None
-        for descriptor in (self._kick, self._error):
-            if descriptor is not None:
-                os.close(descriptor)
+        self._give_back()
         del self.host.running[self.index]
         self.host.tell("stopped", self.index)
         return base
@@ -383,6 +394,11 @@ class DeviceHost:
                 f"{type(self.device).__name__} has kept its loop busy for {_LOOP_S:.0f} s",
                 hint="make what takes long `async`, or give it to an executor",
             ) from None
+        finally:
+            if done.done() and not done.cancelled():
+                # It has the error, whose traceback has `run` and what failed there, which has it:
+                # a driver's memory would stay mapped until cycles are collected.
+                del done
 
 
 class Served:
