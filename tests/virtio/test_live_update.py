@@ -214,6 +214,28 @@ def test_the_old_server_goes_on_if_the_new_one_dies_is_silent_or_talks_nonsense(
     front.close()
 
 
+def test_a_machine_whose_memory_is_gone_keeps_no_server_from_being_replaced(
+    file: Path, running: list[subprocess.Popen[str]]
+) -> None:
+    honest, broken = (connect(file.parent / name, running[0]) for name in ("one", "two"))
+    for front in (honest, broken):
+        front.up()
+        assert front.write(7, b"s" * 512) == 0
+    os.ftruncate(broken.fd, 0)
+    running.append(spawn(file, "--take-over"))
+    assert running[0].wait(timeout=20) == 0
+    assert honest.read(7, 512) == b"s" * 512
+    assert broken.socket.recv(1) == b""
+    again = connect(file.parent / "two", running[1])
+    again.up()
+    assert again.read(7, 512) == b"s" * 512
+    for front in (honest, again):
+        front.close()
+    broken.socket.close()
+    running[1].terminate()
+    assert "two: connection ended: map" in running[1].communicate(timeout=20)[1]
+
+
 DIES_AFTER_GO = """
 import os, sys, time
 from vfiotool.virtio import control, handover

@@ -25,7 +25,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -389,15 +389,34 @@ def _unpack_export(
     export = Export(settings.name, disk, listener, settings.socket_path)
     connections = []
     for entry in value["connections"]:
-        connected = unpacked.socket(entry["socket"])
-        stack.callback(connected.close)
-        receiver = Receiver(connected)
-        stack.callback(receiver.close)
-        frontend = server.frontend(export)
-        stack.callback(frontend.close)
-        _unpack_frontend(frontend, receiver, entry, unpacked)
+        with ExitStack() as own:
+            connected = unpacked.socket(entry["socket"])
+            own.callback(connected.close)
+            receiver = Receiver(connected)
+            own.callback(receiver.close)
+            frontend = server.frontend(export)
+            own.callback(frontend.close)
+            try:
+                _unpack_frontend(frontend, receiver, entry, unpacked)
+            except _Gone as error:
+                # Its own connection's end, and no reason for the others to stay where they are.
+                server.report(f"{settings.name}: connection ended: {error.message}")
+                continue
+            stack.push(own.pop_all())
         connections.append(Connection(connected, receiver, frontend))
     return settings, export, connections
+
+
+class _Gone(VfiotoolError):
+    """What a machine has announced cannot be mapped any more, such as a file that it truncated."""
+
+
+@contextmanager
+def _of_machine() -> Iterator[None]:
+    try:
+        yield
+    except VfiotoolError as error:
+        raise _Gone(error.message) from error
 
 
 def _unpack_frontend(
@@ -438,13 +457,15 @@ def _unpack_memory(frontend: Frontend, value: dict[str, Any], unpacked: Unpacked
             places = (_whole(guest), _whole(user), _whole(size), _whole(offset))
             regions.append(MemoryRegion(*places, fd))
         if regions:
-            frontend.set_memory(regions)
+            with _of_machine():
+                frontend.set_memory(regions)
         stack.pop_all()
     for part in _logs(frontend, value):
         with ExitStack() as stack:
             fd = unpacked.need(part[0])
             stack.callback(os.close, fd)
-            part[1](fd)
+            with _of_machine():
+                part[1](fd)
             stack.pop_all()
     if value["channel"] is not None:
         frontend.channel = unpacked.socket(value["channel"])
