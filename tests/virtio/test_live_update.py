@@ -236,6 +236,27 @@ def test_a_machine_whose_memory_is_gone_keeps_no_server_from_being_replaced(
     assert "two: connection ended: map" in running[1].communicate(timeout=20)[1]
 
 
+def test_a_server_without_room_for_the_machines_takes_none_of_them(
+    file: Path, running: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = connect(file.parent / "one", running[0])
+    front.up()
+
+    def full(*_: object) -> None:
+        raise KernelError("map the front end's memory: Cannot allocate memory (ENOMEM)")
+
+    monkeypatch.setattr("vfiotool.virtio.backend.MemoryMap", full)
+    with Server(report=print) as server, pytest.raises(KernelError, match="ENOMEM"):
+        channel = control.connect(control.control_path(str(file)) or "")
+        channel.sendall(b'{"ask": "take-over"}\n')
+        try:
+            handover.take(server, channel)
+        finally:
+            channel.close()
+    assert front.write(7, b"s" * 512) == 0
+    front.close()
+
+
 DIES_AFTER_GO = """
 import os, sys, time
 from vfiotool.virtio import control, handover

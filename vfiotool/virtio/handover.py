@@ -413,9 +413,10 @@ class _Gone(VfiotoolError):
 
 @contextmanager
 def _of_machine() -> Iterator[None]:
+    """Not where this process has no room for it: then all are better served where they are."""
     try:
         yield
-    except VfiotoolError as error:
+    except UsageError as error:
         raise _Gone(error.message) from error
 
 
