@@ -60,6 +60,8 @@ def test_what_python_sees_of_c_holds_under_the_sanitizers() -> None:
         # Memory of a front end that shrinks raises SIGBUS, which is answered.
         "ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0",
         "PYTHONMALLOC": "malloc",
+        # The import of plug-ins takes as long as the rest of the start.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "VFIOTOOL_STRESS_ROUNDS": "200",
         "PYTHONPATH": f"{folder}:{TESTS.parent}",
     }
