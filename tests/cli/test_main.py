@@ -330,12 +330,27 @@ def test_an_error_that_cannot_be_told_for_lack_of_descriptors_ends_without_a_tra
     assert (done.returncode, done.stderr) == (3, "")
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
 def test_a_closed_standard_file_is_no_fault_and_takes_no_other_files_place(closed: str) -> None:
     root = Path(__file__).parents[2] / "fixtures/hosts/storage-in-use"
     command = f'"{sys.executable}" -m vfiotool --root "{root}" devices {closed}'
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("to", [">&-", ">/dev/full", "<&- >&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "command", ["--version", "--help", "bind --help", "devices", "devices --json", "export"]
+)
+def test_an_answer_that_nobody_gets_is_an_error(command: str, to: str) -> None:
+    """Seen: 0 and not a word where it was closed, 120 for the version where it was full."""
+    words = f'"{sys.executable}" -m vfiotool {command}'
+    if not command.startswith("-") and "help" not in command:
+        words += f' --root "{FIXTURE}"'
+    done = subprocess.run(["sh", "-c", f"{words} {to}"], capture_output=True, text=True)
+    why = "No space left on device" if "full" in to else "Bad file descriptor"
+    told = "" if "2>" in to else f"vfiotool: the output cannot be written: {why}\n"
+    assert (done.returncode, done.stderr) == (5, told)
 
 
 def test_a_caller_that_ignores_its_children_does_not_make_failures_look_well() -> None:

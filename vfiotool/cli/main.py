@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     _take_back_children()
     arguments = sys.argv[1:] if argv is None else argv
     if arguments in _VERSION:
-        sys.stdout.write(f"vfiotool {__version__}\n")
-        return 0
+        return _print_version()
     from vfiotool.cli import globals, output, paging, program
 
     if arguments[:1] == ["_complete"]:
@@ -48,14 +47,29 @@ def main(argv: list[str] | None = None) -> int:
         return _report(error, chosen)
 
 
+def _print_version() -> int:
+    """Without what the other commands import."""
+    try:
+        sys.stdout.write(f"vfiotool {__version__}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _give_up_output()
+    except OSError as error:
+        from vfiotool.cli.globals import Globals
+
+        return _report(error, Globals())
+    return 0
+
+
 def _open_standard_files() -> None:
-    """What the caller closed leads nowhere from here on, rather than into the next file opened."""
+    """What the caller closed leads nowhere from here on, rather than into the next file opened.
+    Standard output then refuses what is written to it: an answer that nobody gets is an error."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             # The lowest number that is free: those below it are open by now.
-            os.open(os.devnull, os.O_RDWR)
+            os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
@@ -122,4 +136,15 @@ def _is_of_output(error: OSError) -> bool:
 
     if isinstance(error, VfiotoolError) or error.filename is not None:
         return False
+    if error.errno == errno.EBADF:
+        return not _is_writable(1)
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def _is_writable(descriptor: int) -> bool:
+    import fcntl
+
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    except OSError:
+        return False
