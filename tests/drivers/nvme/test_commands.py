@@ -380,3 +380,42 @@ def test_closing_a_shared_queue_tells_those_who_wait_and_gives_the_queue_back(
     fake.release()
     assert len(queue.read(disk, 0, 8)) == 4096
     memory.close()
+
+
+@pytest.mark.parametrize(
+    ("opcode", "control", "told"),
+    [
+        (256, 0, "opcode 0x100 is not a number from 0 to 0xff"),
+        (-4, 0, "opcode -0x4 is not a number from 0 to 0xff"),
+        (1 << 70, 0, "opcode 0x4"),
+        (0, 1 << 16, "control 0x10000 is not a number from 0 to 0xffff"),
+        (0, -1, "control -0x1 is not a number"),
+        (0, 1.5, r"control 1\.5 is not a number"),
+    ],
+)
+def test_a_number_that_its_field_cannot_hold_is_named_with_its_range(
+    disk: Namespace, queue: IoQueue, opcode: int, control: Any, told: str
+) -> None:
+    """Seen: OverflowError and TypeError, as C raised them, without the argument's name."""
+    with pytest.raises(UsageError, match=told):
+        queue.send(opcode, disk, control=control)
+    with pytest.raises(UsageError, match=told), SharedQueue(queue) as shared:
+        shared.begin(opcode, disk, control=control)
+    with pytest.raises(UsageError, match=told):
+        queue.pair.submit(opcode, 1, control=control)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"opcode": 256}, "opcode 0x100"),
+        ({"opcode": 6, "nsid": 1 << 32}, "nsid 0x100000000"),
+        ({"opcode": 6, "dwords": (0, -1)}, "dword 11 -0x1"),
+        ({"opcode": 6, "prp1": 0.5}, "prp1 0.5"),
+    ],
+)
+def test_a_raw_command_names_the_field_that_cannot_hold_its_number(
+    fields: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        nvme_spec.command(**fields)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from vfiotool.drivers.nvme.deadline import Deadline
 from vfiotool.drivers.nvme.load import Load, LoadReport, job_of, report_of
 from vfiotool.drivers.nvme.memory_buffer import MemoryPiece
+from vfiotool.drivers.nvme.spec import unfit
 from vfiotool.errors import KernelError, UsageError
 from vfiotool.native.library import QueueCalls, QueueCommand, ffi, lib, queue_calls
 from vfiotool.vfio import DmaBuffer, Mapping
@@ -34,6 +35,18 @@ _REFUSED = {
     errno.EINVAL: "no such command: data, blocks or slots are out of bounds",
     errno.EACCES: "its doorbells cannot be reached: memory decode is off, or the device sleeps",
 }
+
+# What `submit` takes, and what its field holds (cext/python/queue_type.c).
+_FIELD_BITS = (
+    ("opcode", 8),
+    ("nsid", 32),
+    ("lba", 64),
+    ("blocks", 32),
+    ("iova", 64),
+    ("size_bytes", 32),
+    ("control", 16),
+    ("tag", 64),
+)
 
 
 class Completion(NamedTuple):
@@ -222,7 +235,11 @@ class QueuePair:
     ) -> bool:
         """Send a command on `blocks` blocks from `lba` on, with `size_bytes` of data at `iova`.
         False where the queue is full. `tag` comes back with the completion."""
-        sent = self._calls.submit(opcode, nsid, lba, blocks, iova, size_bytes, control, tag)
+        numbers = (opcode, nsid, lba, blocks, iova, size_bytes, control, tag)
+        try:
+            sent = self._calls.submit(*numbers)
+        except (OverflowError, TypeError) as error:
+            raise _unfit(numbers) from error
         return self._check(sent) == 1
 
     def sender(
@@ -236,9 +253,12 @@ class QueuePair:
         control: int,
     ) -> QueueCommand:
         """`submit` of one command, for whoever has its tag: in as few steps as can be."""
-        return QueueCommand(
-            self._calls, self._check, opcode, nsid, lba, blocks, iova, size_bytes, control
-        )
+        try:
+            return QueueCommand(
+                self._calls, self._check, opcode, nsid, lba, blocks, iova, size_bytes, control
+            )
+        except (OverflowError, TypeError) as error:
+            raise _unfit((opcode, nsid, lba, blocks, iova, size_bytes, control)) from error
 
     def submit_raw(self, command: bytes, tag: int = 0) -> bool:
         """Send 64 bytes as they are, but for the command identifier. False where it is full."""
@@ -381,3 +401,8 @@ class QueuePair:
 
     def __repr__(self) -> str:
         return f"<QueuePair {self.rings.id}: {self.in_flight} of {self.depth} in flight>"
+
+
+def _unfit(numbers: tuple[object, ...]) -> UsageError:
+    pairs = zip(_FIELD_BITS, numbers, strict=False)
+    return unfit((name, (number, bits)) for (name, bits), number in pairs)

@@ -7,7 +7,9 @@ Specification 1.0. Everything here is a pure value; `controller.py` is the drive
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
+from vfiotool.errors import UsageError
 from vfiotool.vfio import Register, RegisterMap
 
 CLASS_CODE = 0x010802  # PCI Code and ID Assignment 1.11, 1.9: NVM Express I/O controller
@@ -105,6 +107,23 @@ def command(
     metadata: int = 0,
 ) -> bytes:
     """A command's 64 bytes; `dwords` are those from dword 10 on, `flags` the bits of dword 0 that
-    follow the opcode, `metadata` the metadata pointer."""
+    follow the opcode, `metadata` the metadata pointer. Raises UsageError for what a field of it
+    cannot hold."""
     rest = (*dwords, *(0,) * (6 - len(dwords)))
-    return _COMMAND.pack(opcode, flags, 0, nsid, metadata, prp1, prp2, *rest)
+    try:
+        return _COMMAND.pack(opcode, flags, 0, nsid, metadata, prp1, prp2, *rest)
+    except struct.error as error:
+        named = {"opcode": (opcode, 8), "flags": (flags, 8), "nsid": (nsid, 32)}
+        named |= {"metadata": (metadata, 64), "prp1": (prp1, 64), "prp2": (prp2, 64)}
+        named |= {f"dword {10 + at}": (dword, 32) for at, dword in enumerate(rest)}
+        raise unfit(named.items()) from error
+
+
+def unfit(fields: Iterable[tuple[str, tuple[object, int]]]) -> UsageError:
+    """The error for a command one of whose fields, (name, (number, bits)), cannot hold its number:
+    it names that field and its range."""
+    for name, (number, bits) in fields:
+        if not isinstance(number, int) or not 0 <= number < 1 << bits:
+            given = f"{number:#x}" if isinstance(number, int) else repr(number)
+            return UsageError(f"{name} {given[:40]} is not a number from 0 to {(1 << bits) - 1:#x}")
+    return UsageError("a field of the command cannot hold its number")
