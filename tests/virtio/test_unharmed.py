@@ -63,7 +63,8 @@ def serving(
     pipes.setdefault("stderr", subprocess.PIPE)
     with subprocess.Popen(command, text=True, preexec_fn=limit, **pipes) as process:
         try:
-            connect(file.parent / "vm1", process).close()
+            for name in ("vm1", "vm2"):
+                connect(file.parent / name, process).close()
             yield process
             assert process.poll() is None
         finally:
