@@ -14,7 +14,10 @@ from tests.fakes.small_host import SmallHost
 from vfiotool.change import audit
 from vfiotool.change.audit import FILE, AuditTrail, Caller, read_audit, read_caller
 from vfiotool.change.journal import Journal
+from vfiotool.change.sealed import seal
+from vfiotool.cli.change import history
 from vfiotool.cli.change.history import moment_of
+from vfiotool.cli.main import main
 from vfiotool.errors import UsageError
 
 STEP = {"number": 1, "verb": "bind", "target": "0000:01:00.0", "from": "igb", "to": "vfio-pci"}
@@ -61,6 +64,39 @@ def test_a_torn_line_does_not_take_the_next_change_with_it(tmp_path: Path) -> No
         ("b1", 7, None),
         ("b2", 1, "committed"),
     ]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"by": {}},
+        {"by": {"uid": 0, "login": None, "sudo": None}},
+        {"by": None},
+        {"at": 1e30},
+        {"at": float("nan")},
+        {"undoes": {}},
+        {"steps": [3]},
+        {"command": None},
+    ],
+    ids=str,
+)
+def test_a_sealed_line_that_is_not_ours_is_passed_over(
+    odd: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was an exit code of 70, for the whole history."""
+    trail(tmp_path).begun(7, "bind", [STEP], [], None)
+    by = {"uid": 0, "user": "root", "login": None, "sudo": None}
+    entry = {"t": "begin", "at": 5.0, "boot": "b", "number": 1, "title": "odd", "by": by}
+    entry |= {"command": [], "undoes": None, "steps": [], **odd}
+    with open(tmp_path / "log" / FILE, "ab") as file:
+        file.write(seal(entry))
+    monkeypatch.setattr(history, "read_audit", lambda since: read_audit(0, str(tmp_path / "log")))
+    assert main(["history", "--since", "today"]) == 0
+    shown = capsys.readouterr().out
+    assert "bind" in shown and "odd" not in shown
 
 
 def test_everybody_may_read_it_and_nobody_else_may_write_it(tmp_path: Path) -> None:

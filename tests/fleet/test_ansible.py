@@ -168,6 +168,14 @@ def test_facts_and_the_gate_of_a_recorded_host(tmp_path: Path, collections: Path
         [{"vfiotool.host.vfiotool_check": shut, "register": "result", "ignore_errors": True}],
     )
     assert found["host0"]["failed"] and "not on a VFIO driver" in found["host0"]["msg"]
+    # A name is a name: as an option `-h` printed help in place of JSON.
+    dashed = {**common, "devices": ["-h"]}
+    code, found = play(
+        tmp_path,
+        collections,
+        [{"vfiotool.host.vfiotool_check": dashed, "register": "result", "ignore_errors": True}],
+    )
+    assert found["host0"]["failed"] and "not a device selector" in found["host0"]["msg"]
 
 
 def test_check_mode_shows_the_steps_of_a_policy_and_changes_nothing(

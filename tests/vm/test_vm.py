@@ -15,7 +15,8 @@ from vfiotool.errors import NotFound, Refused, Unsupported
 from vfiotool.host.host import Host
 from vfiotool.snapshot.load import open_root
 from vfiotool.vm import cloud_hypervisor, libvirt, preflight, qemu
-from vfiotool.vm.handed import Handed, handed
+from vfiotool.vm.handed import Handed, handed, handed_vdpa
+from vfiotool.vm.releases import require_release
 
 HOSTS = Path(__file__).resolve().parents[2] / "fixtures" / "hosts"
 
@@ -217,3 +218,21 @@ def test_vm_check_says_what_why_says() -> None:
 def test_an_unknown_device_is_not_found() -> None:
     with pytest.raises(NotFound):
         handed(inventory_of("shared-group"), "0000:7f:00.0")
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_the_folder_of_all_vdpa_devices_is_no_device(name: str) -> None:
+    small = SmallHost()
+    small.link("/sys/bus/vdpa/devices/vdpa0", "/sys/devices/vdpa0")
+    small.file("/sys/devices/vdpa0/uevent", "")
+    with pytest.raises(NotFound):
+        handed_vdpa(small.host(), name)
+
+
+@pytest.mark.parametrize(("given", "enough"), [("9", True), ("v9", True), ("8", False)])
+def test_a_release_without_its_second_number_is_its_first(given: str, enough: bool) -> None:
+    if enough:
+        require_release("QEMU", given, {"iommufd"})
+    else:
+        with pytest.raises(Unsupported, match="has no iommufd"):
+            require_release("QEMU", given, {"iommufd"})

@@ -32,6 +32,8 @@ _LARGEST_BYTES = 8 << 20
 # syslog(3): LOG_DAEMON, LOG_NOTICE and LOG_WARNING.
 _NOTICE, _WARNING = 3 << 3 | 5, 3 << 3 | 4
 _UNSET_UID = 0xFFFFFFFF
+# The year 9000: what is later can be shown in no time zone.
+_LATEST = 221_845_392_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,8 @@ def read_audit(since: float = 0.0, folder: str = LOG_FOLDER) -> tuple[Audited, .
                 found[key] = _begun(key, entry)
             elif key in found:
                 old = found[key]
-                ended = {"outcome": str(entry["outcome"]), "error": entry["error"]}
+                error = None if entry["error"] is None else str(entry["error"])
+                ended: dict[str, Any] = {"outcome": str(entry["outcome"]), "error": error}
                 found[key] = Audited(**{name: getattr(old, name) for name in _KEPT}, **ended)
     rows = (item for item in found.values() if item.at >= since)
     return tuple(sorted(rows, key=lambda item: item.at))
@@ -199,16 +202,24 @@ _KEPT = ("boot", "number", "at", "title", "by", "command", "steps", "undoes")
 
 
 def _begun(key: tuple[str, int], entry: Mapping[str, Any]) -> Audited:
+    """Raises KeyError, TypeError or ValueError for a line that another program has sealed."""
+    at = float(entry["at"])
+    if not 0 <= at < _LATEST:
+        raise ValueError("it is from no time that a clock shows")
+    by: dict[str, Any] = dict(entry["by"])
+    by |= {"uid": int(by["uid"]), "user": str(by["user"])}
+    by |= {name: None if by[name] is None else str(by[name]) for name in ("login", "sudo")}
     return Audited(
-        *key,
-        float(entry["at"]),
-        str(entry["title"]),
-        dict(entry["by"]),
-        tuple(map(str, entry["command"])),
-        tuple(entry["steps"]),
-        entry["undoes"],
-        None,
-        None,
+        boot=key[0],
+        number=key[1],
+        at=at,
+        title=str(entry["title"]),
+        by=by,
+        command=tuple(map(str, entry["command"])),
+        steps=tuple(dict(step) for step in entry["steps"]),
+        undoes=None if entry["undoes"] is None else int(entry["undoes"]),
+        outcome=None,
+        error=None,
     )
 
 

@@ -111,7 +111,7 @@ def handed_vdpa(
 ) -> Handed:
     """The vDPA device of that name. Raises NotFound; `path` is empty off vhost_vdpa."""
     base = f"{SYS_VDPA_DEVICES}/{name}"
-    if "/" in name or not host.exists(base):
+    if name in ("", ".", "..") or "/" in name or not host.exists(base):
         raise NotFound(f"no vDPA device {name}", hint="vfiotool vdpa list", device=name)
     node = next((n for n in host.listdir(base) if re.fullmatch(r"vhost-vdpa-\d+", n)), None)
     if virtio is None:

@@ -69,7 +69,8 @@ def require_release(program: str, given: str | None, features: Iterable[str]) ->
     """Raise Unsupported if `given` is older than a feature, naming the oldest that works."""
     if given is None:
         return
-    release = parse_release(given)
+    # 9 is 9.0: a tuple that is shorter would come before it.
+    release = (*parse_release(given), 0, 0, 0)
     for name in ("base", *features):
         first, what = OLDEST[program].get(name, ((0,), ""))
         if release < first:

@@ -27,6 +27,8 @@ def run(module, *words, accept=(0,)):
     code, out, err = module.run_command([*command, *words])
     try:
         answer = json.loads(out)
+        if not isinstance(answer, dict):
+            raise ValueError("it is no object")
     except ValueError:
         module.fail_json(msg="vfiotool printed no JSON: %s" % (err.strip() or out.strip()), rc=code)
     if code not in accept:

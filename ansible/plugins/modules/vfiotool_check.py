@@ -108,14 +108,15 @@ def main():
         ),
         supports_check_mode=True,
     )
-    words = ["vm", "check", *module.params["devices"]]
-    words += ["--hypervisor", module.params["hypervisor"]]
+    words = ["vm", "check", "--hypervisor", module.params["hypervisor"]]
     for option in ("memory", "vcpus"):
         if module.params[option] is not None:
             words += ["--%s" % option, str(module.params[option])]
     if module.params["vf_token"] is not None:
         words += ["--vf-token", module.params["vf_token"]]
     words += ["--%s" % name for name in ("iommufd", "viommu") if module.params[name]]
+    # What is named is a device, although it may begin with a dash.
+    words += ["--", *module.params["devices"]]
     findings = run(module, *words, accept=(0, 1))[0]["findings"]
     bad = ("blocker", "warning") if module.params["strict"] else ("blocker",)
     against = [item for item in findings if item["severity"] in bad]
