@@ -44,7 +44,6 @@ from tests.virtio import peers
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = ("ours", "peer", "kernel", "loop")
-DEPTHS = (1, 32)
 KINDS = ("randread", "randwrite")
 SIZE = 64 << 20
 _START_S = 60.0
@@ -83,6 +82,7 @@ def outside(options: argparse.Namespace) -> int:
     inner = [sys.executable, "-m", __spec__.name, "--inside", "--peers", str(found.folder)]
     inner += ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
     inner += ["--poll-us", str(options.poll_us)]
+    inner += ["--depths", *map(str, options.depths)]
     inner += ["--peer-driver"] if options.peer_driver else []
     inner += ["--only", options.only] if options.only else []
     arguments = {"qemu_arguments": hardware(), "load": ("nvme",), "vcpus": options.vcpus}
@@ -127,18 +127,20 @@ def vduse(command: list[str], environment: dict[str, str], name: str) -> Iterato
 
 
 def spent_us(text: str) -> float:
-    """The processor time in schedstat's lines of all threads of a process (proc(5))."""
-    return sum(int(line.split()[0]) for line in text.splitlines()) / 1e3
+    """The processor time in a process's `stat` (proc_pid_stat(5)), with that of threads that have
+    ended."""
+    user, system = text.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) * 1e6 / os.sysconf("SC_CLK_TCK")
 
 
-def fio(disks: dict[str, tuple[int, str]], rounds: int, seconds: float) -> None:
+def fio(disks: dict[str, tuple[int, str]], depths: list[int], rounds: int, seconds: float) -> None:
     """Measure disks, each with its server, in turn: all in one run of fio, whose start takes longer
     in an emulated guest than a measurement. A server's processor time is read just before and just
     after each job's requests."""
     order = [
         (depth, kind, number, name)
         for number in range(rounds + 1)
-        for depth in DEPTHS
+        for depth in depths
         for kind in KINDS
         for name in (list(disks) if number % 2 else reversed(disks))
     ]
@@ -146,7 +148,7 @@ def fio(disks: dict[str, tuple[int, str]], rounds: int, seconds: float) -> None:
     lines += ["thread", f"runtime={seconds}"]
     for depth, kind, number, name in order:
         pid, node = disks[name]
-        look = f"cat /proc/{pid}/task/*/schedstat"
+        look = f"cat /proc/{pid}/stat"
         lines += [f"[{name}-{depth}-{kind}-{number}]", "stonewall", f"filename={node}"]
         lines += [f"rw={kind}", f"iodepth={depth}", f"exec_prerun={look}", f"exec_postrun={look}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +162,7 @@ def fio(disks: dict[str, tuple[int, str]], rounds: int, seconds: float) -> None:
             job: fio_job(Path(folder), jobs["-".join(map(str, (job[3], *job[:3])))], job[1])
             for job in order
         }
-    for depth in DEPTHS:
+    for depth in depths:
         for kind in KINDS:
             taken = {
                 name: [found[depth, kind, number, name] for number in range(1, rounds + 1)]
@@ -192,9 +194,9 @@ def blkio(found: peers.Peers, path: Path, pid: int, depth: int, kind: str, secon
     return Done(rate, (cpu_ns(pid) - before) / 1e3 / (rate * whole))
 
 
-def compare(ways: dict[str, Load], rounds: int, seconds: float) -> None:
+def compare(ways: dict[str, Load], depths: list[int], rounds: int, seconds: float) -> None:
     """Lines for each depth and kind; the first way is ours. The first round does not count."""
-    for depth in DEPTHS:
+    for depth in depths:
         for kind in KINDS:
             taken: dict[str, list[Done]] = {name: [] for name in ways}
             for number in range(rounds + 1):
@@ -221,7 +223,7 @@ def shown(depth: int, kind: str, taken: dict[str, list[Done]]) -> str:
     return "  ".join(words)
 
 
-def compare_vduse(found: peers.Peers, poll_us: int, rounds: int, seconds: float) -> None:
+def compare_vduse(found: peers.Peers, options: argparse.Namespace) -> None:
     subprocess.run(["modprobe", "-a", "vduse", "virtio_vdpa", "virtio_blk"], check=True)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as shared:
         for name in ("ours", "peer"):
@@ -237,14 +239,14 @@ def compare_vduse(found: peers.Peers, poll_us: int, rounds: int, seconds: float)
             peer = [*found.command("qemu-storage-daemon"), "--object", "iothread,id=t"]
             peer += ["--blockdev", f"{node},node-name=d", "--export", export]
             ours = [sys.executable, "-m", "vfiotool", "serve", "vduse-blk", "ours"]
-            ours += ["--poll-us", str(poll_us), *disk]
+            ours += ["--poll-us", str(options.poll_us), *disk]
             with ExitStack() as stack:
                 disks = {
                     name: stack.enter_context(vduse(command, found.env(), name))
                     for name, command in {"ours": ours, "peer": peer}.items()
                 }
                 print(title, flush=True)
-                fio(disks, rounds, seconds)
+                fio(disks, options.depths, options.rounds, options.seconds)
 
 
 @contextmanager
@@ -270,9 +272,7 @@ def loop(address: str) -> Iterator[Load]:
         yield load
 
 
-def compare_nvme(
-    found: peers.Peers, poll_us: int, rounds: int, seconds: float, own_driver: bool
-) -> None:
+def compare_nvme(found: peers.Peers, options: argparse.Namespace) -> None:
     places = {role: bench_nvme.find(role) for role in ROLES}
     node = bench_nvme.block_device(places["kernel"])
     for role in ("ours", "peer", "loop"):
@@ -282,10 +282,12 @@ def compare_nvme(
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         sockets = {role: Path(folder, role) for role in ROLES}
         commands = {
-            "ours": our_command(["--nvme", f"{places['ours']}/1"], sockets["ours"], poll_us),
+            "ours": our_command(
+                ["--nvme", f"{places['ours']}/1"], sockets["ours"], options.poll_us
+            ),
             "kernel": peer_command(found, kernel, sockets["kernel"]),
         }
-        if own_driver:
+        if options.peer_driver:
             commands["peer"] = peer_command(found, nvme, sockets["peer"])
         ways: dict[str, Load] = {}
         for role, command in commands.items():
@@ -293,15 +295,15 @@ def compare_nvme(
             ways[role] = partial(blkio, found, sockets[role], pid)
         ways["loop"] = stack.enter_context(loop(places["loop"]))
         print("NVMe", flush=True)
-        compare(ways, rounds, seconds)
+        compare(ways, options.depths, options.rounds, options.seconds)
 
 
 def inside(options: argparse.Namespace) -> int:
     found = peers.Peers(Path(options.peers))
     if options.only != "nvme":
-        compare_vduse(found, options.poll_us, options.rounds, options.seconds)
+        compare_vduse(found, options)
     if options.only != "vduse":
-        compare_nvme(found, options.poll_us, options.rounds, options.seconds, options.peer_driver)
+        compare_nvme(found, options)
     return 0
 
 
@@ -312,6 +314,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--poll-us", type=int, default=50)
     parser.add_argument("--only", choices=("vduse", "nvme"))
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--peer-driver", action="store_true")
     parser.add_argument("--vcpus", type=int, default=2)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)

@@ -32,7 +32,7 @@ from tests.virtio import peers
 SIZE = 256 << 20
 DEPTHS = (1, 32, 128)
 POLL_US = 50
-_START_S = 20.0
+_START_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,9 @@ def our_command(disk: list[str], path: Path, poll_us: int) -> list[str]:
 
 
 def cpu_ns(pid: int) -> int:
-    """The processor time of all threads that a process has now (proc(5), schedstat)."""
-    spent = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        spent += int((task / "schedstat").read_text().split()[0])
-    return spent
+    """The processor time of a process, with that of threads that have ended: its clock as
+    clock_getcpuclockid(3) gives it."""
+    return time.clock_gettime_ns(~pid << 3 | 2)
 
 
 def measure(found: peers.Peers, server: Served, depth: int, kind: str, seconds: int) -> Result:
