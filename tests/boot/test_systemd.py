@@ -215,9 +215,9 @@ def _make_payload(folder: Path, image: Path, job: str) -> None:
     site = folder / "vfiotool/lib/python3.11/site-packages"
     if not site.exists():
         site.mkdir(parents=True)
-        ignore = shutil.ignore_patterns("__pycache__", "*.so", "lab", "drivers", "virtio")
+        ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "vfiotool", site / "vfiotool", ignore=ignore)
-        for name in _closure("typer", "rich"):
+        for name in _closure("typer", "rich", "cffi"):
             _copy_distribution(name, site)
         # The guest mounts this read-only: without byte code every start would compile it all.
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH

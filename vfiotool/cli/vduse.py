@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vfiotool.cli import candidates, output
-from vfiotool.cli.context import area, examples, host_of, wants_json
+from vfiotool.cli.context import area, examples, host_of, remember_done, wants_json
 from vfiotool.cli.serve_options import (
     BlockSizeOption,
     FileOption,
@@ -119,6 +119,7 @@ def resize(context: typer.Context, name: _Name) -> int:
             raise
         raise NotFound(f"{name} is not served by vfiotool: {path} is not there") from error
     outcome = "resized" if changed else "unchanged"
+    remember_done(context, f"{name} is {outcome}")
     if wants_json(context):
         output.emit({"vduse": name, "outcome": outcome})
     else:
@@ -176,6 +177,7 @@ def rescue(
         )
     assert settings is not None
     _serve_and_remove(host, name, settings, timeout)
+    remember_done(context, f"{name} is removed")
     if wants_json(context):
         output.emit({"vduse": name, "outcome": "removed"})
     else:
