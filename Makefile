@@ -49,7 +49,8 @@ lab: venv
 # Guests beside the tests of this machine, in a process of their own: what one test does to its
 # process (environment, signals, forks) is not to reach a guest. What they need is fetched and built
 # meanwhile. One guest at a time until this machine's tests are over, then as many as there are
-# processors; tests that boot guests of their own come first, files in guests beside them. What became of them is printed last.
+# processors; tests that boot guests of their own come first, files in guests beside them. What
+# became of them is printed last.
 define BOTH
 beside=$$(mktemp) log=$$(mktemp); trap 'rm -f $$beside $$log' EXIT; \
 { $(MAKE) --no-print-directory lab; \
